@@ -1,0 +1,122 @@
+"""What the engine writes down while it runs: one row a step and one record a request, nothing per token.
+
+The time of a token is the end of the step that produced it, so a request only remembers *which* steps produced
+its tokens (:attr:`RequestRecord.token_steps`); inter-token latencies are differences of the step ends, computed
+when the results are written.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from serving.memory.sizing import KvCapacity
+    from serving.specs.cluster import InstanceSpec
+    from serving.specs.options import InstanceOptions
+
+
+class StepLog:
+    """One row per engine step of one instance, in columns of 64-bit integers."""
+
+    COLUMNS = (
+        "start_ns",
+        "end_ns",
+        "prefill_tokens",  # tokens of chunks (more than one scheduled token)
+        "decode_tokens",  # sequences with exactly one scheduled token
+        "running",  # requests that hold a slot while the step runs
+        "waiting",  # requests queued while the step runs
+        "kv_blocks_used",
+        "preempted",  # requests preempted while the step was scheduled
+        "hit_tokens",  # prompt tokens found in the prefix cache by requests admitted in this step
+        "lookup_tokens",  # tokens looked up in the prefix cache by requests admitted in this step
+    )
+    __slots__ = COLUMNS
+
+    def __init__(self) -> None:
+        for name in self.COLUMNS:
+            setattr(self, name, array("q"))
+
+    start_ns: array[int]
+    end_ns: array[int]
+    prefill_tokens: array[int]
+    decode_tokens: array[int]
+    running: array[int]
+    waiting: array[int]
+    kv_blocks_used: array[int]
+    preempted: array[int]
+    hit_tokens: array[int]
+    lookup_tokens: array[int]
+
+    def __len__(self) -> int:
+        return len(self.start_ns)
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """A copy of one column, shape (steps,)."""
+        return np.array(getattr(self, name), dtype=np.int64)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What happened to one finished request. Times in ns on the simulation clock."""
+
+    request: int
+    """Index of the request in the workload."""
+    instance: int
+    """Instance that took the request in (the prefill side when prefill and decode are separate)."""
+    arrival_ns: int
+    queued_ns: int
+    """Step boundary at which the engine took the request in."""
+    scheduled_ns: int
+    """Start of scheduling of the first step that worked on the request."""
+    first_token_ns: int
+    end_ns: int
+    token_steps: list[tuple[int, int, int]] = field(default_factory=list)
+    """(instance, first, last): runs of consecutive steps, ``last`` included, each of which produced one token."""
+    npu_hit: int = 0
+    """Prompt tokens found in the NPU's prefix cache at first admission."""
+    storage_hit: int = 0
+    """Prompt tokens recalled from a lower tier at first admission."""
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    decode_instance: int = -1
+    """Instance that decoded the request; equals ``instance`` unless prefill and decode are separate."""
+
+
+@dataclass(slots=True)
+class RejectedRequest:
+    """A request that could never run, with the reason given to the user."""
+
+    request: int
+    instance: int
+    arrival_ns: int
+    reason: str
+
+
+@dataclass(slots=True)
+class InstanceLog:
+    """Everything recorded about one instance."""
+
+    index: int
+    node: int
+    spec: InstanceSpec
+    options: InstanceOptions
+    capacity: KvCapacity
+    bundle_source: str
+    """One line: where the kernel times come from."""
+    steps: StepLog = field(default_factory=StepLog)
+
+
+@dataclass(slots=True)
+class RunLog:
+    """Raw outcome of a run; :class:`serving.results.result.Result` is the public view of it."""
+
+    instances: list[InstanceLog]
+    requests: list[RequestRecord] = field(default_factory=list)
+    rejected: list[RejectedRequest] = field(default_factory=list)
+    end_ns: int = 0
