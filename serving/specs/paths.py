@@ -1,0 +1,70 @@
+"""Where files are found: working directory, then the user's data folder, then the data shipped with us."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from serving.errors import MissingFileError
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def packaged_data_dir() -> Path:
+    """Root of the shipped ``configs/``, ``workloads/`` and ``profiler/``.
+
+    ``serving/_data`` in an installed package; the folder that holds ``serving/`` in a source checkout.
+    """
+    data = _PACKAGE / "_data"
+    return data if data.is_dir() else _PACKAGE.parent
+
+
+def user_data_dir() -> Path:
+    """The user's own folder for configs and profile bundles; may not exist yet."""
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("servesim", appauthor=False))
+
+
+def search_roots() -> list[Path]:
+    """The folders a relative path is looked up in, first match first; duplicates left out."""
+    roots: list[Path] = []
+    for root in (Path.cwd(), user_data_dir(), packaged_data_dir()):
+        if root not in roots:
+            roots.append(root)
+    return roots
+
+
+def find(relative: str | Path, what: str = "file or folder") -> Path:
+    """The first existing place of ``relative``.
+
+    An absolute path, or one that exists from the working directory, is returned as it was given.
+
+    Raises:
+        MissingFileError: it is in none of the places; the message lists them.
+    """
+    path = Path(relative).expanduser()
+    if _exists(path):
+        return path
+    if path.is_absolute():
+        raise MissingFileError(f"{relative}: no such {what}")
+    for root in search_roots()[1:]:
+        if _exists(root / path):
+            return root / path
+    places = ", ".join(str(root) for root in search_roots())
+    raise MissingFileError(f"{relative}: no such {what}; looked in {places}")
+
+
+def find_all(relative_glob: str) -> list[Path]:
+    """Every file that matches a relative glob, sorted; of those at one relative path, the first root's."""
+    found: dict[str, Path] = {}
+    for root in search_roots():
+        for path in root.glob(relative_glob):
+            found.setdefault(path.relative_to(root).as_posix(), path)
+    return [found[key] for key in sorted(found)]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, a NUL in the name
+        return False

@@ -1,0 +1,50 @@
+"""The order in which a model's layers run, and which table times each."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving.errors import InputError
+from serving.specs import paths
+from serving.specs.architecture import load_architecture, read_architecture
+
+
+def test_a_llama_block_in_running_order() -> None:
+    llama = load_architecture("llama")
+    assert llama.block_layers(moe=False) == [
+        *("layernorm", "qkv_proj", "rotary_emb", "attention"),
+        *("o_proj", "layernorm", "gate_up_proj", "act_fn", "down_proj"),
+    ]
+    assert llama.layers_outside_blocks() == ["embedding", "final_layernorm"]
+    assert llama.head_layers() == ["lm_head", "sampler"]
+
+
+def test_a_block_of_experts_has_one_expert_layer() -> None:
+    qwen = load_architecture("qwen3_moe")
+    assert qwen.block_layers(moe=True)[-1] == "moe"
+    assert qwen.kind("moe") == "moe"
+    assert "qk_norm" in qwen.block_layers(moe=True)
+
+
+def test_a_dense_model_has_no_block_of_experts() -> None:
+    with pytest.raises(InputError, match=r"profiler/models/llama.yaml: sequence.mlp_moe: is missing"):
+        load_architecture("llama").block_layers(moe=True)
+
+
+def test_every_layer_has_one_table() -> None:
+    llama = load_architecture("llama")
+    assert llama.kind("qkv_proj") == "dense"
+    assert llama.kind("sampler") == "per_sequence"
+    assert llama.kind("attention") == "attention"
+    with pytest.raises(InputError, match="'nothing' is in none of its tables"):
+        llama.kind("nothing")
+
+
+def test_a_norm_takes_the_same_time_at_any_degree() -> None:
+    entry = load_architecture("llama").catalog.dense["layernorm"]
+    assert (entry.class_name, entry.tp_stable) == ("RMSNorm", True)
+
+
+@pytest.mark.parametrize("path", paths.find_all("profiler/models/*.yaml"), ids=lambda path: path.stem)
+def test_every_shipped_architecture_is_good_and_named_as_its_file(path) -> None:  # type: ignore[no-untyped-def]
+    assert read_architecture(path).model_type == path.stem

@@ -1,0 +1,177 @@
+"""A model config says what sizes and kernel times depend on."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from serving.errors import MissingFileError
+from serving.specs.architecture import load_architecture
+from serving.specs.model import ModelSpec, known_models, load_model, model_from_config
+from tests.recorded import recorded_path
+from tests.specs.clusters import model_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Parameters as published, in billions: a check of the shipped shapes from outside.
+PARAMETERS = {
+    "meta-llama/Llama-3.1-8B": 8.03,
+    "meta-llama/Llama-3.1-70B": 70.6,
+    "meta-llama/Llama-3.3-70B-Instruct": 70.6,
+    "Qwen/Qwen3-8B": 8.2,
+    "Qwen/Qwen3-14B": 14.8,
+    "Qwen/Qwen3-32B": 32.8,
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": 30.5,
+    "Qwen/Qwen3-235B-A22B": 235.0,
+    "mistralai/Mixtral-8x7B-v0.1": 46.7,
+    "microsoft/Phi-mini-MoE-instruct": 7.6,
+}
+
+
+def parse(**changes: object) -> ModelSpec:
+    return model_from_config(model_config(**changes), "tiny", "config.json")
+
+
+def parameters(model: ModelSpec) -> float:
+    """Weight matrices only: attention, MLP or experts, embedding and lm_head."""
+    attention = (
+        2 * model.hidden_size * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
+    )
+    mlp = 3 * model.hidden_size * model.intermediate_size
+    if model.is_moe:
+        mlp = 3 * model.hidden_size * model.moe_intermediate_size * model.num_experts
+    vocabulary = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
+    return model.num_hidden_layers * (attention + mlp) + vocabulary
+
+
+def test_every_shipped_model_is_covered_here() -> None:
+    assert set(PARAMETERS) <= set(known_models())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_shipped_shape_has_the_published_number_of_parameters(name: str) -> None:
+    assert parameters(load_model(name)) / 1e9 == pytest.approx(PARAMETERS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_shipped_model_has_an_architecture_with_its_blocks(name: str) -> None:
+    model = load_model(name)
+    layers = load_architecture(model.model_type).block_layers(model.is_moe)
+    assert "attention" in layers
+    assert ("moe" in layers) == model.is_moe
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meta-llama/Llama-3.1-8B",
+        "meta-llama/Llama-3.1-70B",
+        "Qwen/Qwen3-32B",
+        "Qwen/Qwen3-30B-A3B-Instruct-2507",
+        "mistralai/Mixtral-8x7B-v0.1",
+        "microsoft/Phi-mini-MoE-instruct",
+    ],
+)
+def test_a_shipped_model_equals_its_full_config(name: str) -> None:
+    full = json.loads(recorded_path("model", f"{name}.json").read_text())
+    assert model_from_config(full, name, name) == load_model(name)
+
+
+def test_head_dim_and_kv_heads_follow_from_the_rest() -> None:
+    model = parse(num_key_value_heads=...)
+    assert model.head_dim == 64 // 8
+    assert model.num_key_value_heads == 8
+
+
+def test_a_stated_head_dim_wins() -> None:
+    assert parse(head_dim=128).head_dim == 128
+
+
+def test_fields_without_influence_are_passed_over() -> None:
+    extras = {"rope_theta": 5e5, "eos_token_id": [1, 2], "architectures": ["X"], "max_window_layers": 48}
+    assert parse(**extras) == parse()
+
+
+def test_null_means_not_used() -> None:
+    assert parse(sliding_window=None, head_dim=None, num_experts=None) == parse()
+
+
+def test_experts_under_any_of_their_names() -> None:
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        model = parse(**{name: 8, "num_experts_per_tok": 2})
+        assert model.is_moe
+        assert (model.num_experts, model.moe_intermediate_size) == (8, 128)
+
+
+def test_an_own_name_wins_over_an_alias() -> None:
+    assert parse(dtype="float16").torch_dtype == "bfloat16"
+    assert parse(dtype="float16", torch_dtype=...).torch_dtype == "float16"
+
+
+def test_some_layers_may_be_dense_in_a_model_of_experts() -> None:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2}
+    assert parse(**experts).num_moe_layers == 4
+    assert parse(**experts, first_k_dense_replace=1).num_moe_layers == 3
+    assert parse(**experts, mlp_only_layers=[0, 2]).num_moe_layers == 2
+    model = parse(**experts, decoder_sparse_step=2)
+    assert [model.has_experts(layer) for layer in range(4)] == [False, True, False, True]
+    assert parse().num_moe_layers == 0
+
+
+def test_sliding_layers() -> None:
+    assert parse().num_sliding_layers == 0
+    assert parse(sliding_window=128).num_sliding_layers == 4
+    assert parse(sliding_window=128, use_sliding_window=False).num_sliding_layers == 0
+    kinds = ["full_attention", "sliding_attention"] * 2
+    assert parse(sliding_window=128, layer_types=kinds).num_sliding_layers == 2
+    assert parse(sliding_window=128, use_sliding_window=True, max_window_layers=3).num_sliding_layers == 1
+
+
+def test_an_fp8_checkpoint_has_fp8_weights() -> None:
+    model = parse(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    assert model.torch_dtype == "fp8"
+
+
+def test_the_language_model_of_a_multimodal_config() -> None:
+    nested = {"model_type": "outer", "text_config": model_config()}
+    assert model_from_config(nested, "tiny", "config.json") == parse()
+
+
+def test_latent_attention() -> None:
+    assert not parse().is_mla
+    assert parse(kv_lora_rank=512, qk_rope_head_dim=64).is_mla
+
+
+def test_a_local_folder_or_file_is_a_model(tmp_path: Path) -> None:
+    folder = tmp_path / "MyModel"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(model_config()))
+    assert load_model(folder).name == "MyModel"
+    assert load_model(str(folder / "config.json")) == load_model(folder)
+
+
+def test_a_hugging_face_cache_folder_keeps_the_models_name(tmp_path: Path) -> None:
+    folder = tmp_path / "models--Qwen--Qwen3-32B" / "snapshots" / "0123abc"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(model_config()))
+    assert load_model(folder).name == "Qwen/Qwen3-32B"
+
+
+def test_a_local_copy_of_a_known_model_keeps_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "Qwen" / "Qwen3-32B"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(model_config()))
+    assert load_model(folder).name == "Qwen/Qwen3-32B"
+
+
+def test_an_unknown_model_says_what_to_do() -> None:
+    with pytest.raises(MissingFileError) as caught:
+        load_model("Qwen/Qwen3-31B")
+    message = str(caught.value)
+    assert message.startswith(
+        "configs/model/Qwen/Qwen3-31B.json: no such model config; did you mean 'Qwen/Qwen3-"
+    )
+    assert "give the folder that holds one as model_name" in message

@@ -1,0 +1,61 @@
+"""The shipped JSON Schema is the one the models give."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from serving.specs import paths
+from serving.specs.cluster import InstanceSpec, NodeSpec
+from serving.specs.dtypes import KV_CACHE_DTYPES
+from serving.specs.schema import SCHEMA_FILE, cluster_schema, main
+
+
+def outline(schema: dict[str, Any]) -> dict[str, Any]:
+    """What no release of pydantic spells differently: the objects, their keys, and which are required."""
+    objects = {"ClusterSpec": schema, **schema["$defs"]}
+    return {
+        name: (sorted(found["properties"]), sorted(found.get("required", [])), found["additionalProperties"])
+        for name, found in objects.items()
+    }
+
+
+def test_the_shipped_schema_is_up_to_date() -> None:
+    shipped = json.loads((paths.packaged_data_dir() / SCHEMA_FILE).read_text(encoding="utf-8"))
+    made = cluster_schema()
+    assert outline(shipped) == outline(made), "run: python -m serving.specs.schema"
+    if shipped["$comment"] == made["$comment"]:
+        assert shipped == made, "run: python -m serving.specs.schema"
+
+
+def test_the_command_writes_the_schema(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    target = tmp_path / "schema.json"
+    monkeypatch.setattr("sys.argv", ["schema", str(target)])
+    assert main() == 0
+    assert json.loads(target.read_text()) == cluster_schema()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_editors_refuse_unknown_keys_and_complete_known_ones() -> None:
+    definitions = cluster_schema()["$defs"]
+    for name, model in (("InstanceSpec", InstanceSpec), ("NodeSpec", NodeSpec)):
+        assert definitions[name]["additionalProperties"] is False
+        assert set(definitions[name]["properties"]) == set(model.model_fields)
+
+
+def test_either_degree_is_enough_for_an_editor_too() -> None:
+    instance = cluster_schema()["$defs"]["InstanceSpec"]
+    assert {"model_name", "hardware", "npu_mem", "pd_type"} == set(instance["required"])
+    assert instance["anyOf"] == [{"required": ["num_npus"]}, {"required": ["tp_size"]}]
+
+
+def test_the_aliases_of_fp8_are_offered() -> None:
+    text = json.dumps(cluster_schema()["$defs"]["InstanceSpec"]["properties"]["kv_cache_dtype"])
+    assert all(word in text for word in KV_CACHE_DTYPES)
+
+
+def test_an_editor_shows_what_an_option_does() -> None:
+    properties = cluster_schema()["$defs"]["InstanceSpec"]["properties"]
+    assert properties["block_size"]["description"] == "tokens per KV block; wins over --block-size"
