@@ -1,0 +1,1 @@
+"""Where requests come from: the request itself, workload files, generators, block hashes."""

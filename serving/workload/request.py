@@ -1,0 +1,56 @@
+"""A request and a workload, as plain data. Times are integer nanoseconds on the simulation clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt and the number of tokens it generates.
+
+    ``arrival_ns`` is the time at which the request enters the system. For a follow-up of a session
+    (``predecessor`` >= 0) it is unknown beforehand: the request is released ``tool_ns`` after its predecessor
+    ended.
+    """
+
+    index: int
+    """Position in the workload: the request id of every output file."""
+    input_tokens: int
+    output_tokens: int
+    arrival_ns: int
+    input_ids: NDArray[np.int64] | None = None
+    """Token ids of the prompt, shape (input_tokens,); None: the prompt shares no prefix with any other."""
+    output_ids: NDArray[np.int64] | None = None
+    session_id: str | None = None
+    sub_request: int = 0
+    predecessor: int = -1
+    """Index of the request whose end releases this one, -1 for none."""
+    tool_ns: int = 0
+    """Time between the predecessor's end and this request's arrival."""
+    model: str | None = None
+    """Model the request asks for; None: any."""
+
+
+@dataclass(slots=True)
+class Workload:
+    """The requests of one run, ordered by index."""
+
+    requests: list[Request] = field(default_factory=list)
+    source: str = ""
+    """File or generator the requests came from, for messages and summaries."""
+    skipped: int = 0
+    """Lines left out by lenient loading."""
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self.requests)
