@@ -1,0 +1,54 @@
+"""One step's work, reduced to the integers that decide how long it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serving.engine.request_state import RequestState
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step computes and which requests it finishes. KV lengths are counted before the step, in
+    tokens."""
+
+    step: int
+    """Index of the step in its instance's step log."""
+    end_ns: int = 0
+    chunks: list[tuple[int, int]] = field(default_factory=list)
+    """(tokens, history) of every request with more than one scheduled token."""
+    num_decodes: int = 0
+    """Requests with exactly one scheduled token."""
+    kv_sum: int = 0
+    kv_min: int = 0
+    kv_max: int = 0
+    finishing: list[RequestState] = field(default_factory=list)
+    """Requests whose last token this step produces."""
+    preempted: list[RequestState] = field(default_factory=list)
+    """Requests preempted while the step was scheduled."""
+    hit_tokens: int = 0
+    lookup_tokens: int = 0
+    entries: list[tuple[int, int]] | None = None
+    """(request, tokens) of everything in the step, kept only when the engine is traced."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not (self.num_decodes or self.chunks)
+
+    def add_request(self, tokens: int, history: int) -> None:
+        """Add ``tokens`` new tokens of a request that has ``history`` computed ones."""
+        if tokens > 1:
+            self.chunks.append((tokens, history))
+        else:
+            self.add_decodes(1, history, history, history)
+
+    def add_decodes(self, count: int, kv_sum: int, kv_min: int, kv_max: int) -> None:
+        """Add ``count`` requests of one token each."""
+        if self.num_decodes:
+            kv_min, kv_max = min(kv_min, self.kv_min), max(kv_max, self.kv_max)
+        self.kv_min, self.kv_max = kv_min, kv_max
+        self.num_decodes += count
+        self.kv_sum += kv_sum

@@ -1,0 +1,158 @@
+"""The pool of KV-cache blocks of one instance: free blocks in eviction order, and the prefix-cache index.
+
+Behaves as the block pool of vLLM 0.24 does: block 0 is set aside as the null block, blocks are taken from the
+front of a queue; a returned block with a content hash goes to its end and keeps the hash until it is taken
+again, one without goes to the front; equal content may sit in several blocks (the oldest one is found first).
+
+Two things keep the common case cheap. The queue is a plain list that is read by slices: a free block that is
+re-used in place (a prefix hit) leaves a *stale* entry behind, which is skipped when it comes up. And
+reference counts exist only for hashed blocks, since no other block can have two owners.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_COMPACT_AT = 1 << 16
+
+
+class BlockPool:
+    """Free blocks, content hashes and reference counts of ``num_blocks`` blocks (one of them the null
+    block)."""
+
+    __slots__ = ("_hash_of", "_head", "_index", "_queue", "_refs", "_stale", "num_free", "usable")
+
+    def __init__(self, num_blocks: int) -> None:
+        self.usable = num_blocks - 1
+        self.num_free = self.usable
+        self._queue: list[int] = list(range(1, num_blocks))
+        self._head = 0
+        self._stale: dict[int, int] = {}
+        """Block → number of its queue entries that no longer count (always its earliest ones)."""
+        self._hash_of: dict[int, int] = {}
+        self._refs: dict[int, int] = {}
+        """Owners of a hashed block; 0 while it is free."""
+        self._index: dict[int, dict[int, None]] = {}
+        """Content hash → the blocks that hold it, oldest first."""
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that a request holds."""
+        return self.usable - self.num_free
+
+    def take(self, count: int) -> list[int]:
+        """The ``count`` blocks that have been free for longest; their old content is forgotten.
+
+        The caller makes sure that ``count <= num_free``.
+        """
+        if self._stale:
+            taken = self._take_past_stale(count)
+        else:
+            head = self._head
+            taken = self._queue[head : head + count]
+            self._head = head + count
+        self.num_free -= count
+        if self._hash_of:
+            for block in taken:
+                if block in self._hash_of:
+                    self._forget(block)
+        if self._head > _COMPACT_AT and self._head * 2 > len(self._queue):
+            del self._queue[: self._head]
+            self._head = 0
+        return taken
+
+    def _take_past_stale(self, count: int) -> list[int]:
+        queue, stale, head = self._queue, self._stale, self._head
+        taken: list[int] = []
+        while len(taken) < count:
+            block = queue[head]
+            head += 1
+            left = stale.get(block)
+            if left is None:
+                taken.append(block)
+            elif left == 1:
+                del stale[block]
+            else:
+                stale[block] = left - 1
+        self._head = head
+        return taken
+
+    def _forget(self, block: int) -> None:
+        content = self._hash_of.pop(block)
+        del self._refs[block]
+        holders = self._index[content]
+        del holders[block]
+        if not holders:
+            del self._index[content]
+
+    def free(self, blocks: Sequence[int], num_hashed: int, num_full: int) -> None:
+        """Give back a request's blocks, last block first, so that the end of a prefix is evicted before its
+        start.
+
+        The first ``num_hashed`` carry a content hash here and may have other owners; the first ``num_full``
+        hold content worth keeping (in vLLM those are the hashed ones). Blocks after those go to the front of
+        the queue: nothing is lost by using them next.
+        """
+        queue = self._queue
+        rest = blocks[: num_full - 1 if num_full else None : -1]
+        if rest:
+            start = max(self._head - len(rest), 0)
+            queue[start : self._head] = rest
+            self._head = start
+        kept = blocks[num_hashed:num_full]
+        queue.extend(kept[::-1])
+        self.num_free += len(rest) + len(kept)
+        refs = self._refs
+        for block in reversed(blocks[:num_hashed]):
+            refs[block] -= 1
+            if refs[block] == 0:
+                queue.append(block)
+                self.num_free += 1
+
+    def register(self, block: int, content: int) -> None:
+        """Note that ``block``, held by one request, now holds ``content``."""
+        self._hash_of[block] = content
+        self._refs[block] = 1
+        self._index.setdefault(content, {})[block] = None
+
+    def lookup(self, content: int) -> int | None:
+        """The oldest block that holds ``content``, free or in use."""
+        holders = self._index.get(content)
+        return next(iter(holders)) if holders else None
+
+    def is_free(self, block: int) -> bool:
+        """Whether a hashed block has no owner."""
+        return self._refs[block] == 0
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Add an owner to each of these hashed blocks, pulling free ones out of the queue."""
+        for block in blocks:
+            if self._refs[block] == 0:
+                self._stale[block] = self._stale.get(block, 0) + 1
+                self.num_free -= 1
+            self._refs[block] += 1
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless queue, counts and index agree (O(blocks); for tests and debug runs)."""
+        stale = dict(self._stale)
+        free: list[int] = []
+        for block in self._queue[self._head :]:
+            if stale.get(block, 0):
+                stale[block] -= 1
+            else:
+                free.append(block)
+        assert not any(stale.values()), "a stale entry that is not in the queue"
+        assert len(free) == len(set(free)) == self.num_free, "free blocks counted wrongly"
+        assert set(self._refs) == set(self._hash_of), "reference counts without a hash"
+        assert all(count >= 0 for count in self._refs.values()), "negative reference count"
+        idle = {block for block, count in self._refs.items() if count == 0}
+        assert idle <= set(free), "a hashed block without owner that is not free"
+        assert not {block for block in free if self._refs.get(block)}, "a free block with an owner"
+        for content, holders in self._index.items():
+            assert all(self._hash_of[block] == content for block in holders), "index and hashes disagree"
+        assert sum(map(len, self._index.values())) == len(self._hash_of), (
+            "a hashed block missing from the index"
+        )

@@ -1,0 +1,105 @@
+"""One small instance with a step time that can be worked out by hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serving.engine.block_tables import BlockTables
+from serving.engine.instance import Instance
+from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.simulation import Simulation
+from serving.memory.kv_cache import KvCache
+from serving.results.records import InstanceLog
+from serving.specs.options import RuntimeOptions
+from serving.workload.request import Request, Workload
+from tests.hand_made import capacity, instance, instance_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from serving.results.records import RunLog
+
+
+class LinearTimes:
+    """``base`` + ``per_token`` x tokens + ``per_kv`` x mean KV length of the decodes, in ns."""
+
+    def __init__(self, base: int = 1000, per_token: int = 10, per_kv: int = 0) -> None:
+        self.base, self.per_token, self.per_kv = base, per_token, per_kv
+
+    def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int:
+        assert n > 0
+        assert kv_min * n <= kv_sum <= kv_max * n
+        return self.base + self.per_token * n + self.per_kv * (kv_sum // n)
+
+    def decode_run_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> NDArray[np.int64]:
+        times = [self.decode_ns(n, kv_sum + i * n, kv_min + i, kv_max + i) for i in range(steps)]
+        return np.array(times, dtype=np.int64)
+
+    def mixed_ns(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> int:
+        assert all(tokens > 1 for tokens, _ in chunks)
+        tokens = sum(tokens for tokens, _ in chunks)
+        decodes = self.decode_ns(n, kv_sum, kv_min, kv_max) if n else self.base
+        return decodes + self.per_token * tokens
+
+
+def requests(*shapes: tuple[int, int, int], ids: Sequence[Sequence[int]] | None = None) -> Workload:
+    """A workload of (prompt tokens, output tokens, arrival in ns)."""
+    made = [Request(i, prompt, output, arrival) for i, (prompt, output, arrival) in enumerate(shapes)]
+    for request, tokens in zip(made, ids or (), strict=bool(ids)):
+        request.input_ids = np.array(tokens, dtype=np.int64)
+    return Workload(made, "hand-made")
+
+
+def small_instance(
+    workload: Workload,
+    *,
+    index: int = 0,
+    tables: BlockTables | None = None,
+    blocks: int = 1001,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    budget: int = 64,
+    depth: int = 1,
+    caching: bool = True,
+    jump: bool = False,
+    times: LinearTimes | None = None,
+    **limits: Any,
+) -> Instance:
+    """An instance with ``blocks`` blocks, vLLM's null block included."""
+    options = instance_options(
+        block_size=block_size,
+        max_num_batched_tokens=budget,
+        max_num_seqs=max_num_seqs,
+        enable_chunked_prefill=limits.get("chunked_prefill", True),
+        max_model_len=1 << 20,
+    )
+    log = InstanceLog(
+        index,
+        0,
+        instance(index).spec,
+        options,
+        capacity(num_blocks=blocks, block_size=block_size),
+        "linear times",
+    )
+    scheduler = Scheduler(
+        SchedulerLimits(max_num_seqs, budget, **limits), KvCache(blocks, block_size, caching)
+    )
+    return Instance(
+        log, scheduler, times or LinearTimes(), tables or BlockTables(workload), depth=depth, jump=jump
+    )
+
+
+def run_small(workload: Workload, *, max_concurrency: int = 0, **how: Any) -> RunLog:
+    """Run ``workload`` on one small instance."""
+    engine = small_instance(workload, **how)
+    options = RuntimeOptions(max_concurrency=max_concurrency)
+    log = Simulation([engine], workload, options).run()
+    engine.scheduler.kv.pool.check_integrity()
+    assert engine.scheduler.kv.pool.num_used == 0, "blocks are held after the last request ended"
+    return log

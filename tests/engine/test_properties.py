@@ -1,0 +1,135 @@
+"""What holds for every workload, however odd: nothing is lost, nothing depends on how the clock is
+advanced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serving.engine.simulation import Simulation
+from serving.specs.options import RuntimeOptions
+from serving.workload.request import Request, Workload
+from tests.engine.small_engine import LinearTimes, run_small, small_instance
+
+if TYPE_CHECKING:
+    from serving.results.records import RunLog
+
+
+@st.composite
+def workloads(draw: st.DrawFn, most: int = 14) -> Workload:
+    """Flat requests and sessions, some with ids that share prefixes."""
+    made: list[Request] = []
+    for index in range(draw(st.integers(1, most))):
+        prompt = draw(st.integers(1, 60))
+        output = draw(st.integers(1, draw(st.sampled_from([3, 40, 300]))))
+        request = Request(index, prompt, output, draw(st.integers(0, 40_000)))
+        if draw(st.booleans()):
+            group = draw(st.integers(0, 2))
+            shared = draw(st.integers(0, prompt))
+            ids = [group] * shared + [1000 + index] * (prompt - shared)
+            request.input_ids = np.array(ids, dtype=np.int64)
+            if draw(st.booleans()):
+                request.output_ids = np.full(output, group, dtype=np.int64)
+        if made and made[-1].predecessor < 0 and draw(st.integers(0, 4)) == 0:
+            request.predecessor, request.tool_ns = made[-1].index, draw(st.integers(0, 5000))
+        made.append(request)
+    return Workload(made, "drawn")
+
+
+engines = st.fixed_dictionaries(
+    {
+        "blocks": st.integers(30, 130),
+        "block_size": st.sampled_from([1, 3, 4, 16]),
+        "max_num_seqs": st.integers(1, 10),
+        "budget": st.sampled_from([5, 16, 64, 500]),
+        "depth": st.sampled_from([1, 2]),
+        "caching": st.booleans(),
+        "long_prefill_token_threshold": st.sampled_from([0, 7, 30]),
+        "reserve_full_isl": st.booleans(),
+        "skip_prefill": st.booleans(),
+        "max_concurrency": st.sampled_from([0, 0, 2]),
+    }
+)
+relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def everything(log: RunLog) -> Any:
+    """All a run leaves behind, in a form that can be compared."""
+    steps = [[list(getattr(i.steps, name)) for name in i.steps.COLUMNS] for i in log.instances]
+    return steps, log.requests, log.rejected, log.end_ns
+
+
+@relaxed
+@given(workloads(), engines, st.integers(0, 3))
+def test_jumping_over_quiet_steps_changes_nothing(
+    workload: Workload, engine: dict[str, Any], per_kv: int
+) -> None:
+    times = LinearTimes(per_kv=per_kv)
+    stepped = run_small(workload, jump=False, times=times, **engine)
+    jumped = run_small(workload, jump=True, times=times, **engine)
+    assert everything(stepped) == everything(jumped)
+
+
+@relaxed
+@given(workloads(), engines)
+def test_every_request_ends_once_with_all_its_tokens(workload: Workload, engine: dict[str, Any]) -> None:
+    log = run_small(workload, jump=True, **engine)
+    ended = [r.request for r in log.requests] + [r.request for r in log.rejected]
+    assert sorted(ended) == list(range(len(workload)))
+    assert all(rejected.reason for rejected in log.rejected)
+    ends = log.instances[0].steps.end_ns
+    for record in log.requests:
+        produced = sum(last - first + 1 for _, first, last in record.token_steps)
+        assert produced == workload.requests[record.request].output_tokens
+        token_steps = [s for _, a, b in record.token_steps for s in range(a, b + 1)]
+        assert token_steps == sorted(set(token_steps))
+        assert record.first_token_ns == ends[token_steps[0]]
+        assert record.end_ns == ends[token_steps[-1]]
+        assert record.arrival_ns <= record.queued_ns <= record.scheduled_ns < record.first_token_ns
+
+
+@relaxed
+@given(workloads(), engines)
+def test_the_steps_compute_every_token_once_but_for_hits_and_recomputation(
+    workload: Workload, engine: dict[str, Any]
+) -> None:
+    log = run_small(workload, jump=True, **engine)
+    steps = log.instances[0].steps
+    expected = 0
+    for record in log.requests:
+        request = workload.requests[record.request]
+        prompt = 1 if engine["skip_prefill"] else request.input_tokens - record.npu_hit
+        expected += prompt + request.output_tokens - 1 + record.recomputed_tokens
+    assert sum(steps.prefill_tokens) + sum(steps.decode_tokens) == expected
+
+
+@relaxed
+@given(workloads(), engines)
+def test_time_and_blocks_stay_within_bounds(workload: Workload, engine: dict[str, Any]) -> None:
+    log = run_small(workload, jump=True, **engine)
+    steps = log.instances[0].steps
+    start, end = steps.column("start_ns"), steps.column("end_ns")
+    assert (start < end).all()
+    assert (start[1:] >= end[:-1]).all()
+    assert (steps.column("kv_blocks_used") <= engine["blocks"] - 1).all()
+    assert (steps.column("running") <= engine["max_num_seqs"]).all()
+    assert (steps.column("prefill_tokens") + steps.column("decode_tokens") <= engine["budget"]).all()
+
+
+@relaxed
+@given(workloads(), st.sampled_from(["LOAD", "RR", "RAND", "PREFIX"]), st.integers(2, 4), st.booleans())
+def test_several_instances_lose_nothing_and_repeat_exactly(
+    workload: Workload, policy: str, count: int, jump: bool
+) -> None:
+    def go(jumping: bool) -> RunLog:
+        engines = [small_instance(workload, index=i, depth=1 + i % 2, jump=jumping) for i in range(count)]
+        for engine in engines:
+            engine.tables = engines[0].tables
+        return Simulation(engines, workload, RuntimeOptions(request_routing_policy=policy)).run()
+
+    log = go(jump)
+    assert sorted(r.request for r in (*log.requests, *log.rejected)) == list(range(len(workload)))
+    assert everything(log) == everything(go(not jump))
