@@ -1,0 +1,1 @@
+"""What a step costs: kernel times from profile bundles, interpolated and summed into integer nanoseconds."""

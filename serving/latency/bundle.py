@@ -1,0 +1,248 @@
+"""A profile bundle: the measured kernel times of one (hardware, model, variant), read from its folder.
+
+``meta.yaml`` is read at once, the tables of a tensor-parallel degree when they are asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serving.errors import InputError, MissingFileError
+from serving.latency.bundle_csv import read_labelled, read_numbers, refuse_repeats
+from serving.latency.moe import MoeTable
+from serving.latency.skew_csv import read_skew
+from serving.latency.tables import Curve, Surface, densify
+from serving.latency.variant import find_tp_folder, find_variant, profile_command
+from serving.specs.reading import read_yaml_object
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from serving.latency.skew import SkewTable
+
+UNLIMITED = 2**31 - 1  # what max_num_seqs 0 stands for
+ATTENTION_AXES = ("prefill_chunk", "n_decode", "kv_prefill", "kv_decode")
+"""Nesting order of the attention lookup, outermost first."""
+
+
+@dataclass(slots=True, frozen=True)
+class BundleLimits:
+    """Largest step the engine could run while it was profiled; None: not recorded."""
+
+    max_num_batched_tokens: int | None
+    max_num_seqs: int | None
+
+
+@dataclass(slots=True, frozen=True)
+class RankTables:
+    """Kernel times of one rank at one tensor-parallel degree; all values in µs."""
+
+    folder: Path
+    dense: dict[str, Curve]
+    """Layer → time over tokens."""
+    per_sequence: dict[str, Curve]
+    """Layer → time over sequences."""
+    attention: Surface
+    """Time over :data:`ATTENTION_AXES`."""
+    moe: MoeTable | None
+    skew: SkewTable | None
+    all_reduce: Curve | None
+    """Measured all-reduce over this many ranks: time over payload bytes."""
+
+    def layer(self, table: str, layer: str) -> Curve:
+        """The curve of a layer from ``dense`` or ``per_sequence``.
+
+        Raises:
+            InputError: the bundle has no rows for it.
+        """
+        curves = self.dense if table == "dense" else self.per_sequence
+        if layer not in curves:
+            raise InputError(
+                f"{self.folder / f'{table}.csv'}: layer {layer} of the architecture has no rows "
+                f"(there are rows for {', '.join(sorted(curves))}); profile it again with this layer"
+            )
+        return curves[layer]
+
+
+@dataclass(slots=True)
+class Bundle:
+    """One bundle folder; :func:`load_bundle` makes it."""
+
+    folder: Path
+    hardware: str
+    model: str
+    variant: str
+    meta: dict[str, Any]
+    _tables: dict[int, RankTables] = field(default_factory=dict)
+
+    @property
+    def limits(self) -> BundleLimits:
+        """Bounds of the sweep, from ``engine_effective`` of meta.yaml."""
+        engine = _mapping(self.meta, "engine_effective", self.folder / "meta.yaml")
+        return BundleLimits(
+            *(_positive(engine, key, self.folder) for key in ("max_num_batched_tokens", "max_num_seqs"))
+        )
+
+    def tables(self, tp: int) -> RankTables:
+        """The tables of ``tp<N>``; read on first use.
+
+        Raises:
+            MissingFileError: the degree or one of its files is not there; InputError: a file is malformed.
+        """
+        if tp not in self._tables:
+            folder = find_tp_folder(self.folder, self.hardware, self.model, self.variant, tp)
+            self._tables[tp] = self._read(folder, tp)
+        return self._tables[tp]
+
+    def describe(self) -> str:
+        """One line for people: where the numbers come from and how far to trust them."""
+        meta = self.meta
+        vllm = meta.get("vllm_version")
+        source = meta.get("source") or ("vllm" if vllm else "unknown source")
+        parts = [f"source {source}"]
+        if meta.get("gpu"):
+            parts.append(str(meta["gpu"]))
+        if vllm:
+            parts.append(f"vLLM {vllm}")
+        confidence = meta.get("confidence")
+        if isinstance(confidence, dict):
+            parts.extend(f"{name} {level}" for name, level in confidence.items())
+        elif confidence:
+            parts.append(str(confidence))
+        return f"{self.folder} ({', '.join(parts)})"
+
+    def _read(self, folder: Path, tp: int) -> RankTables:
+        return RankTables(
+            folder=folder,
+            dense=_read_curves(self._file(folder, "dense.csv", tp), "tokens"),
+            per_sequence=_read_curves(self._file(folder, "per_sequence.csv", tp), "sequences"),
+            attention=_read_attention(self._file(folder, "attention.csv", tp)),
+            moe=self._read_moe(folder, tp),
+            skew=self._read_skew(tp),
+            all_reduce=_read_all_reduce(folder / "comm.csv", tp),
+        )
+
+    def _file(self, folder: Path, name: str, tp: int) -> Path:
+        path = folder / name
+        if not path.is_file():
+            command = profile_command(self.hardware, self.model, self.variant, tp)
+            raise MissingFileError(
+                f"{path}: no such file; the bundle is incomplete\nMake it with:  {command}"
+            )
+        return path
+
+    def _read_moe(self, folder: Path, tp: int) -> MoeTable | None:
+        """``tp<N>/moe.csv``, or the one of ``tp1`` read as whole experts shared by N ranks."""
+        for place, split in ((folder, 1), (self.folder / "tp1", tp)):
+            path = place / "moe.csv"
+            if path.is_file():
+                rows = read_numbers(path, ("tokens", "activated_experts", "time_us"))
+                keys = rows[:, :2].astype(np.int64)
+                refuse_repeats(path, keys)
+                return MoeTable(densify(keys, rows[:, 2]), f"{place.name}/moe.csv", split)
+        return None
+
+    def _read_skew(self, tp: int) -> SkewTable | None:
+        """The fit of meta.yaml's ``skew_fit``; None when this degree has none or it is switched off."""
+        fit = _mapping(self.meta, "skew_fit", self.folder / "meta.yaml")
+        return read_skew(self.folder, fit, tp) if fit.get("enabled") else None
+
+
+def load_bundle(hardware: str, model: str, variant: str, tp: int = 1) -> Bundle:
+    """Find and open a bundle; ``tp`` only serves the command shown when it is not there.
+
+    Raises:
+        MissingFileError: there is no such folder; InputError: its meta.yaml is missing or malformed.
+    """
+    folder = find_variant(hardware, model, variant, tp)
+    meta = folder / "meta.yaml"
+    if not meta.is_file():
+        raise MissingFileError(
+            f"{meta}: no such file; a bundle says there where its numbers come from\n"
+            f"Make it with:  {profile_command(hardware, model, variant, tp)}"
+        )
+    return Bundle(folder, hardware, model, variant, read_yaml_object(meta))
+
+
+def range_warnings(bundle: Bundle, max_num_batched_tokens: int, max_num_seqs: int) -> list[str]:
+    """Warnings when a run may ask for larger steps than were profiled; empty when all is covered."""
+    limits = bundle.limits
+    beyond = [
+        f"{name} {'unlimited' if asked >= UNLIMITED else asked} (profiled up to {profiled})"
+        for name, asked, profiled in (
+            ("max_num_batched_tokens", max_num_batched_tokens, limits.max_num_batched_tokens),
+            ("max_num_seqs", max_num_seqs, limits.max_num_seqs),
+        )
+        if profiled is not None and asked > profiled
+    ]
+    if not beyond:
+        return []
+    return [f"{bundle.folder}: {' and '.join(beyond)}: larger steps are extrapolated"]
+
+
+def _read_curves(path: Path, axis: str) -> dict[str, Curve]:
+    """dense.csv or per_sequence.csv: layer → curve over ``axis``."""
+    texts, rows = read_labelled(path, ("layer",), (axis, "time_us"))
+    layers, which = _numbered([name for (name,) in texts])
+    refuse_repeats(path, np.column_stack([which, rows[:, 0].astype(np.int64)]))
+    return {name: Curve.from_rows(*rows[which == i].T) for i, name in enumerate(layers)}
+
+
+def _read_attention(path: Path) -> Surface:
+    rows = read_numbers(path, (*ATTENTION_AXES, "time_us"))
+    keys = rows[:, :4].astype(np.int64)
+    refuse_repeats(path, keys)
+    decodes = (keys[:, 0] == 0) & (keys[:, 1] > 0)
+    for rows_there, what in (
+        (decodes.any(), "prefill_chunk 0 and n_decode above 0 (steps without prefill)"),
+        ((keys[:, 0] > 0).any(), "prefill_chunk above 0 (steps with prefill)"),
+    ):
+        if not rows_there:
+            raise InputError(f"{path}: layer attention has no rows with {what}; profile it again with them")
+    return densify(keys, rows[:, 4])
+
+
+def _read_all_reduce(path: Path, ranks: int) -> Curve | None:
+    """The all-reduce of ``ranks`` ranks from comm.csv; None when it was not measured."""
+    if ranks == 1 or not path.is_file():
+        return None
+    texts, rows = read_labelled(path, ("collective",), ("ranks", "bytes", "time_us"))
+    names, which = _numbered([name for (name,) in texts])
+    refuse_repeats(path, np.column_stack([which, rows[:, :2].astype(np.int64)]))
+    if "all_reduce" not in names:
+        return None
+    wanted = (which == names.index("all_reduce")) & (rows[:, 0] == ranks)
+    return Curve.from_rows(*rows[wanted, 1:].T) if wanted.any() else None
+
+
+def _numbered(names: list[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """The different names, and for each entry which one it is."""
+    different = sorted(set(names))
+    number = {name: i for i, name in enumerate(different)}
+    return different, np.array([number[name] for name in names], dtype=np.int64)
+
+
+def _mapping(meta: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    value = meta.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {key}: {value!r} is not allowed; must be a mapping `key: value`")
+    return value
+
+
+def _positive(engine: dict[str, Any], key: str, folder: Path) -> int | None:
+    value = engine.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(
+            f"{folder / 'meta.yaml'}: engine_effective.{key}: {value!r} is not allowed; "
+            "must be a whole number above 0"
+        )
+    return value

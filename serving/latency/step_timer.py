@@ -1,0 +1,263 @@
+"""How long a step of an instance takes.
+
+A step pays, for p tokens (its own, or padded to a CUDA graph), S sequences and L transformer blocks:
+
+    L * attention + everything that depends on p + everything that depends on S + host overhead
+
+The token and sequence terms (:mod:`serving.latency.step_terms`) are summed once into plain lists. Attention
+is
+
+- decodes alone: ``A(n, mean) + α (A(n, max) - A(n, mean))``, n decodes of mean and greatest KV length, α from
+  the bundle's skew fit (:mod:`serving.latency.skew`);
+- with prefill chunks (c_j tokens, h_j of history): ``base + Σ_j (A(c_j, h_j, n, mean) - base)``, where base
+  is the smallest profiled chunk without history beside the same decodes: every chunk adds what it alone would
+  add.
+
+A is linear between measured points and goes on along the last two above the grid, but a kernel never takes
+less time beyond the grid than at its edge: noise in the last two points must not turn into negative time far
+out. KV lengths count the tokens in the cache before the step; the mean is rounded down to a whole token.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from serving.latency.attention import AttentionTensor, DecodeRow
+from serving.latency.cudagraph import padded_tokens
+from serving.latency.skew import skew_rate
+from serving.latency.step_terms import total_ns
+from serving.latency.tables import resample
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from serving.latency.attention import DecodeCorners
+    from serving.latency.bundle import Bundle, RankTables
+    from serving.latency.explain import LayerCost
+    from serving.latency.step_terms import Term
+    from serving.specs.cluster import ClusterSpec, InstanceSpec
+    from serving.specs.hardware import EngineSpec
+    from serving.specs.model import ModelSpec
+    from serving.specs.options import InstanceOptions
+
+_FIRST_TOKENS = 2048
+_FIRST_SEQUENCES = 256
+_US = 1000.0  # ns
+
+
+class StepTimer:
+    """Step durations of one instance, in whole nanoseconds.
+
+    ``tables`` are those of the instance's tensor-parallel degree; ``token_terms`` and ``sequence_terms``
+    everything but attention; ``blocks`` the number of transformer blocks.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tables: RankTables,
+        blocks: int,
+        token_terms: Sequence[Term],
+        sequence_terms: Sequence[Term],
+        engine: EngineSpec,
+    ) -> None:
+        self.bundle = bundle
+        self.tables = tables
+        self.blocks = blocks
+        self.token_terms = token_terms
+        self.sequence_terms = sequence_terms
+        self.engine = engine
+        self.attention = AttentionTensor(tables.attention)
+        self._ns_per_us = blocks * _US
+        self._decode_overhead_ns = engine.decode_step_overhead_us * _US
+        self._prefill_overhead_ns = engine.prefill_step_overhead_us * _US
+        self._mixed_skew = tables.skew if engine.skew_in_mixed_steps else None
+        self._decode_surface = tables.attention.along(0, 0).along(1, 0)  # (n_decode, kv_decode)
+        self._decode_rows: dict[int, DecodeRow] = {}
+        self._by_tokens: list[float] = []
+        self._by_sequences: list[float] = []
+
+    def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int:
+        """A step of ``n`` > 0 decodes alone; sum, least and greatest of their KV lengths in tokens."""
+        row = self._decode_rows.get(n) or self._new_decode_row(n)
+        points, anchors, values, slopes = row.points, row.anchors, row.values, row.slopes
+        mean = kv_sum // n
+        i = bisect_right(points, mean)
+        ns = values[i] + slopes[i] * (mean - anchors[i])
+        if mean != kv_max and row.alpha is not None:
+            i = bisect_right(points, kv_max)
+            longest = values[i] + slopes[i] * (kv_max - anchors[i])
+            if longest > ns:  # a table that finds longer sequences no slower leaves nothing to share out
+                rate = bisect_left(row.rate_bounds, (mean - kv_min) / (kv_max - kv_min))
+                alpha = row.alpha[rate][bisect_left(row.length_bounds, kv_max)]
+                mean_ns = ns
+                ns += alpha * (longest - ns)
+                if alpha < 0.0:
+                    ns = max(ns, min(row.ns(kv_min), mean_ns))
+        whole = round(ns)
+        return whole if whole > 0 else 1
+
+    def decode_run_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> NDArray[np.int64]:
+        """``steps`` consecutive steps of the same ``n`` decodes, every KV length growing by one a step.
+
+        Shape (steps,); element i equals ``decode_ns(n, kv_sum + i * n, kv_min + i, kv_max + i)`` exactly: the
+        same floating-point operations in the same order. The skew rate does not change over such a run, so α
+        changes only where the greatest length enters another bucket.
+        """
+        row = self._decode_rows.get(n) or self._new_decode_row(n)
+        mean = kv_sum // n
+        ns = row.growing_ns(mean, steps)
+        if mean != kv_max and row.alpha is not None:
+            longest = row.growing_ns(kv_max, steps)
+            alphas = row.alpha[bisect_left(row.rate_bounds, (mean - kv_min) / (kv_max - kv_min))]
+            bounds = row.length_bounds
+            bucket = bisect_left(bounds, kv_max)
+            alpha: float | NDArray[np.float64] = alphas[bucket]
+            if bucket != bisect_left(bounds, kv_max + steps - 1):
+                alpha = np.array(alphas)[np.searchsorted(bounds, np.arange(kv_max, kv_max + steps))]
+            skewed = ns + alpha * (longest - ns)
+            if min(alphas) < 0.0:
+                shortest = np.minimum(row.growing_ns(kv_min, steps), ns)
+                skewed = np.where(np.less(alpha, 0.0), np.maximum(skewed, shortest), skewed)
+            ns = np.where(longest > ns, skewed, ns)
+        return np.maximum(np.rint(ns).astype(np.int64), 1)
+
+    def mixed_ns(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> int:
+        """A step of prefill ``chunks`` (tokens > 1, tokens in the cache before) beside ``n`` >= 0 decodes."""
+        if not chunks:
+            return self.decode_ns(n, kv_sum, kv_min, kv_max)
+        tokens = n
+        for chunk, _ in chunks:
+            tokens += chunk
+        whole = round(
+            self.tokens_ns(tokens)
+            + self.sequences_ns(n + len(chunks))
+            + self._prefill_overhead_ns
+            + self._ns_per_us * self._mixed_attention_us(chunks, n, kv_sum, kv_min, kv_max)
+        )
+        return whole if whole > 0 else 1
+
+    def explain(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> list[LayerCost]:
+        """What every layer contributes to a step, and where from; adds up to the step's time."""
+        from serving.latency.explain import explain
+
+        return explain(self, chunks, n, kv_sum, kv_min, kv_max)
+
+    def tokens_ns(self, tokens: int) -> float:
+        """What a step pays for its ``tokens`` scheduled tokens: dense layers, experts, all-reduces."""
+        if tokens >= len(self._by_tokens):
+            counts = np.arange(1, _enlarged(tokens, _FIRST_TOKENS))
+            self._by_tokens = [0.0, *total_ns(self.token_terms, self.padded(counts)).tolist()]
+        return self._by_tokens[tokens]
+
+    def sequences_ns(self, sequences: int) -> float:
+        """What a step pays for its ``sequences``: output logits, sampling."""
+        if sequences >= len(self._by_sequences):
+            counts = np.arange(1, _enlarged(sequences, _FIRST_SEQUENCES))
+            self._by_sequences = [0.0, *total_ns(self.sequence_terms, counts).tolist()]
+        return self._by_sequences[sequences]
+
+    def padded(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens that the dense layers compute for steps of ``tokens`` tokens."""
+        return padded_tokens(tokens) if self.engine.cudagraph else tokens
+
+    def decode_attention_us(self, n: int) -> NDArray[np.float64]:
+        """µs of one block's attention for ``n`` decodes at every ``kv_decode`` of the grid."""
+        ns, _ = self._decode_surface.axes
+        values: NDArray[np.float64] = resample(ns, self._decode_surface.tensor, [n])[0]
+        return np.maximum(values, self._decode_surface.tensor[-1]) if n > ns[-1] else values
+
+    def _mixed_attention_us(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> float:
+        attention = self.attention
+        mean = kv_sum // n if n else 0
+        corners = attention.corners(n, mean)
+        if len(chunks) == 1 or not self.engine.chunked_attention:
+            us = attention.us(*_together(chunks), corners)
+        else:
+            us = base = self.base_us(n, corners)
+            for chunk, history in chunks:
+                us += attention.us(chunk, history, corners) - base
+        if mean != kv_max and n > 1 and self._mixed_skew is not None:
+            us += self.skew_us(chunks, n, mean, kv_min, kv_max)
+        return us
+
+    def skew_us(
+        self, chunks: Sequence[tuple[int, int]], n: int, mean: int, kv_min: int, kv_max: int
+    ) -> float:
+        """µs that unequal KV lengths add to one block's attention in a step with chunks.
+
+        The chunks count as one of all their tokens and all their history, which is how α was fitted.
+        """
+        if self._mixed_skew is None or n < 2 or mean == kv_max:
+            return 0.0
+        chunk, history = _together(chunks)
+        attention = self.attention
+        longest = attention.us(chunk, history, attention.corners(n, kv_max))
+        equal = attention.us(chunk, history, attention.corners(n, mean))
+        if longest <= equal:
+            return 0.0
+        alpha = self._mixed_skew.of(chunk, n, skew_rate(mean, kv_min, kv_max), kv_max, history)
+        if alpha >= 0.0:
+            return alpha * (longest - equal)
+        shortest = attention.us(chunk, history, attention.corners(n, kv_min))
+        return max(alpha * (longest - equal), min(shortest - equal, 0.0))
+
+    def base_us(self, n: int, corners: DecodeCorners) -> float:
+        """What the decodes alone cost in a step that also prefills; 0 without decodes."""
+        return self.attention.us(self.attention.smallest_chunk, 0, corners) if n else 0.0
+
+    def _new_decode_row(self, n: int) -> DecodeRow:
+        rest = self.tokens_ns(n) + self.sequences_ns(n) + self._decode_overhead_ns
+        values = rest + self._ns_per_us * self.decode_attention_us(n)
+        points = self._decode_surface.axes[1].tolist()
+        row = DecodeRow.through(points, values.tolist(), self.tables.skew, n)
+        self._decode_rows[n] = row
+        return row
+
+
+def _together(chunks: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """All tokens and all history of the chunks of a step."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return sum(tokens for tokens, _ in chunks), sum(history for _, history in chunks)
+
+
+def _enlarged(wanted: int, first: int) -> int:
+    """End of a range that covers ``wanted`` and leaves room, so that lists are rebuilt rarely."""
+    return max(first, 2 * wanted if wanted > first else 0) + 1
+
+
+def build_step_timer(
+    instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, cluster: ClusterSpec
+) -> StepTimer:
+    """The timer of an instance: finds its bundle, architecture, hardware constants and links.
+
+    Raises:
+        InputError: (MissingFileError among them) the bundle does not exist, is malformed, or lacks a layer.
+    """
+    from serving.latency.bundle import load_bundle
+    from serving.latency.step_terms import all_reduce_term, layer_terms
+    from serving.specs.architecture import load_architecture
+    from serving.specs.hardware import load_hardware, resolve_engine
+
+    tp = instance.tp_size
+    bundle = load_bundle(instance.hardware, model.name, options.variant, tp)
+    tables = bundle.tables(tp)
+    by_tokens, by_sequences = layer_terms(load_architecture(model.model_type), model, tables)
+    link = cluster.link_bandwidths_gbs[0], cluster.link_latencies_ns[0]  # the dimension of tensor parallelism
+    all_reduce = all_reduce_term(tables, model, tp, *link)
+    if all_reduce is not None:
+        by_tokens.append(all_reduce)
+    engine = resolve_engine(load_hardware(instance.hardware), instance.engine, cudagraph=options.cudagraph)
+    return StepTimer(bundle, tables, model.num_hidden_layers, by_tokens, by_sequences, engine)

@@ -1,0 +1,1 @@
+"""How long ranks take to exchange data."""

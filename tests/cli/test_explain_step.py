@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from serving.__main__ import main
+from serving.cli.explain_step import decode_lengths, parse_chunks
+from serving.errors import InputError
+from tests.latency.bundles import Toy, toy_architecture
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A cluster of one toy instance; returns the flag that names it."""
+    monkeypatch.chdir(tmp_path)
+    Toy(meta={"source": "roofline", "engine_effective": {"max_num_seqs": 8}}).write(tmp_path)
+    toy_architecture(tmp_path)
+    model = tmp_path / "configs" / "model" / "org" / "toy.json"
+    model.parent.mkdir(parents=True)
+    fields = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    model.write_text(
+        json.dumps(fields | {"model_type": "toy", "vocab_size": 32, "max_position_embeddings": 4096})
+    )
+    instance = {"model_name": "org/toy", "hardware": "Toy", "num_npus": 1, "pd_type": None}
+    instance["npu_mem"] = {"mem_size": 8, "mem_bw": 100, "mem_latency": 0}
+    node = {
+        "num_instances": 1,
+        "cpu_mem": {"mem_size": 8, "mem_bw": 100, "mem_latency": 0},
+        "instances": [instance],
+    }
+    spec = {"num_nodes": 1, "link_bw": 16, "link_latency": 20000, "nodes": [node]}
+    (tmp_path / "toy.json").write_text(json.dumps(spec))
+    return "--cluster-config=toy.json"
+
+
+def test_the_table_adds_up_to_the_step(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain-step", cluster, "--no-cudagraph", "--decodes", "4", "--kv", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "org/toy on Toy, tp 1: profiler/perf/Toy/org/toy/bf16 (source roofline)" in out
+    assert "qkv_proj             2        13.000          26.0" in out
+    assert "4 tokens, 4 sequences: 163000 ns = 0.163 ms" in out
+    assert "warning" not in out
+
+
+def test_a_step_beyond_the_profile_is_flagged(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain-step", cluster, "--decodes", "9", "--kv", "64", "--chunks", "16@0"]) == 0
+    assert "max_num_seqs 10 (profiled up to 8): larger steps are extrapolated" in capsys.readouterr().out
+
+
+def test_a_missing_variant_ends_with_the_documented_error(
+    cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain-step", cluster, "--kv-cache-dtype", "fp8", "--chunks", "16"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("FileNotFoundError: profiler/perf/Toy/org/toy/bf16-kvfp8/ does not exist")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the step is empty"),
+        (["--chunks", "1@0"], "--chunks: '1@0' is not allowed"),
+        (["--chunks", "16@x"], "--chunks: '16@x' is not allowed"),
+        (["--decodes", "-1"], "must not be negative"),
+        (["--decodes", "2", "--kv", "10", "--kv-max", "5"], "must rise in this order"),
+        (["--decodes", "2", "--kv", "10", "--instance", "3"], "--instance: 3 is not allowed; must be 0 to 0"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused(
+    cluster: str, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    assert main(["explain-step", cluster, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_chunks_are_tokens_at_history() -> None:
+    assert parse_chunks("512@0, 256@1024,64") == [(512, 0), (256, 1024), (64, 0)]
+    assert parse_chunks("") == []
+
+
+def test_lengths_spread_evenly_around_the_mean_unless_said_otherwise() -> None:
+    assert decode_lengths(4, 100, None, None) == (400, 100, 100)
+    assert decode_lengths(4, 100, None, 150) == (400, 50, 150)
+    assert decode_lengths(4, 100, None, 500) == (400, 0, 500)
+    assert decode_lengths(0, 100, None, 500) == (0, 0, 0)
+    with pytest.raises(InputError):
+        decode_lengths(4, 100, 101, 200)
