@@ -1,0 +1,109 @@
+"""``servesim run``: simulate a workload on a cluster, print and save the outcome."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from serving.results.result import Result
+    from serving.specs.options import RuntimeOptions
+
+_HELP = "simulate a workload on a cluster"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its flags."""
+    from serving.specs.options import add_arguments
+
+    parser = subparsers.add_parser(
+        "run", help=_HELP, description=_HELP, usage="servesim run [OPTIONS]", allow_abbrev=False
+    )
+    add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, simulate, print, save; returns the exit status."""
+    from serving import api
+    from serving.cli.messages import set_up_messages
+    from serving.cli.screen import RunScreen, say
+    from serving.results.closing import closing
+    from serving.specs.cluster import load_cluster
+    from serving.specs.options import from_namespace
+
+    started_s = time.perf_counter()
+    options = with_run_id(from_namespace(args))
+    set_up_messages(options.log_level)
+    cluster = load_cluster(options.cluster_config)
+    workload = api.read_workload(options)
+    check_outputs(options)
+    screen = RunScreen(options, workload)
+    try:
+        result = api.simulate(cluster, workload, options, observer=screen)
+        screen.finish(result.log)
+    finally:
+        screen.close()
+    saved = save_outputs(result, options)
+    say(closing(result, time.perf_counter() - started_s))
+    if saved:
+        say(f"written        {', '.join(saved)}")
+    return 0
+
+
+def with_run_id(options: RuntimeOptions) -> RuntimeOptions:
+    """The options with ``{run_id}`` replaced in every output path; a missing run id is made from the time."""
+    paths = {name: getattr(options, name) for name in ("output", "summary", "steps", "timeline")}
+    if not any(path and "{run_id}" in path for path in paths.values()):
+        return options
+    run_id = options.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    return options.replace(**{name: path.replace("{run_id}", run_id) for name, path in paths.items() if path})
+
+
+def check_outputs(options: RuntimeOptions) -> None:
+    """Find out before the run that every output can be written.
+
+    Raises:
+        InputError: a path cannot be written, is an input of the run, or is given twice; or Parquet is wanted
+            and pyarrow missing.
+    """
+    from serving.errors import InputError
+    from serving.results.atomic import check_writable
+    from serving.results.csv import require_parquet
+
+    taken = {
+        os.path.realpath(options.cluster_config): "--cluster-config",
+        os.path.realpath(options.dataset): "--dataset",
+    }
+    for name in ("output", "summary", "steps"):
+        path, flag = getattr(options, name), f"--{name}"
+        if path is None:
+            continue
+        if name != "summary":
+            require_parquet(path, flag)
+        other = taken.setdefault(os.path.realpath(path), flag)
+        if other != flag and (Path(path).is_file() or not Path(path).exists()):
+            raise InputError(f"{flag} {path}: is the file of {other} too; give another path")
+        check_writable(path, flag)
+
+
+def save_outputs(result: Result, options: RuntimeOptions) -> list[str]:
+    """Write the files the options ask for; returns their paths."""
+    from serving.results.csv import rejected_path
+
+    saved = []
+    if options.output:
+        result.save(options.output, itl=options.itl)
+        saved.append(options.output)
+        if result.rejected:
+            saved.append(str(rejected_path(options.output)))
+    if options.steps:
+        result.save_steps(options.steps)
+        saved.append(options.steps)
+    if options.summary:
+        result.save_summary(options.summary)
+        saved.append(options.summary)
+    return saved

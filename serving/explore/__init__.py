@@ -1,0 +1,1 @@
+"""Asking what-if questions: the same workload under several option sets."""

@@ -1,0 +1,45 @@
+"""Means and percentiles of values that occur many times."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serving.results.stats import describe, weighted_percentiles
+
+
+def test_the_median_of_an_even_sample_lies_between_its_middle_values() -> None:
+    figures = describe(np.array([10, 20, 30, 40]))
+    assert (figures.count, figures.mean, figures.median, figures.maximum) == (4, 25.0, 25.0, 40)
+    assert figures.p90 == pytest.approx(37.0)  # rank 2.7 of 0..3
+    assert figures.std == pytest.approx(125**0.5)
+
+
+def test_a_value_counts_as_often_as_it_occurs() -> None:
+    # 5 5 5 100: median 5, mean 28.75
+    figures = describe(np.array([100, 5]), np.array([1, 3]))
+    assert (figures.count, figures.mean, figures.median) == (4, 28.75, 5.0)
+
+
+def test_values_that_never_occur_have_no_influence() -> None:
+    assert describe(np.array([7, 10**12]), np.array([2, 0])) == describe(np.array([7, 7]))
+
+
+def test_an_empty_sample_is_all_zero() -> None:
+    empty = describe(np.array([], dtype=np.int64))
+    assert (empty.count, empty.mean, empty.p99, empty.maximum) == (0, 0.0, 0.0, 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 10**12), st.integers(0, 5)), min_size=1).filter(
+        lambda s: any(c for _, c in s)
+    )
+)
+def test_weighted_percentiles_equal_those_of_the_sample_written_out(sample: list[tuple[int, int]]) -> None:
+    values = np.array([value for value, _ in sample], dtype=np.int64)
+    counts = np.array([count for _, count in sample], dtype=np.int64)
+    percents = (0, 12.5, 50, 90, 99, 100)
+    expected = np.percentile(np.repeat(values, counts), percents)
+    assert weighted_percentiles(values, counts, percents) == pytest.approx(expected.tolist())
