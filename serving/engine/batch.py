@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from serving.engine.decode_set import DecodeSet
     from serving.engine.request_state import RequestState
 
 
@@ -17,6 +18,10 @@ class Batch:
     step: int
     """Index of the step in its instance's step log."""
     end_ns: int = 0
+    lane: DecodeSet | None = None
+    """In a pipeline: the decoding requests that travel with this batch."""
+    landing: list[RequestState] = field(default_factory=list)
+    """Requests preempted while this batch, with a token of theirs, was in flight."""
     chunks: list[tuple[int, int]] = field(default_factory=list)
     """(tokens, history) of every request with more than one scheduled token."""
     num_decodes: int = 0

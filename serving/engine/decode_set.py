@@ -10,6 +10,7 @@ all.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, insort
 from heapq import heappop, heappush
 from operator import attrgetter
@@ -36,9 +37,15 @@ class DecodeSet:
         "count",
         "sharing",
         "tick",
+        "token_times",
+        "track",
     )
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, track: int = 0, token_times: array[int] | None = None) -> None:
+        self.track = track
+        """Index of the track on which the times of these requests' tokens are noted."""
+        self.token_times = array("q") if token_times is None else token_times
+        """The track itself: end in ns of every step of these requests."""
         self.tick = 0
         self.count = 0
         self.sharing: set[RequestState] = set()
@@ -55,6 +62,7 @@ class DecodeSet:
     def add(self, state: RequestState) -> None:
         """File a request that has ``known`` computed tokens and decodes from the next tick on."""
         base = state.known - self.tick
+        state.home = self
         state.decode_base = base
         state.last_tick = state.total_tokens - 2 - base
         insort(self._bases, base)
@@ -116,6 +124,15 @@ class DecodeSet:
             self._take_out(state)
         self.tick += 1
         return ended
+
+    def absorb(self, other: DecodeSet) -> None:
+        """Take over all requests of ``other``; their next token will be noted on this set's track."""
+        for state in [state for filed in other._boundaries for state in filed]:
+            state.known = other.length(state)
+            other.remove(state)
+            state.end_run(len(other.token_times) - 1)
+            state.run_start, state.track = len(self.token_times), self.track
+            self.add(state)
 
     def blocks_needed(self, ticks: int) -> list[int]:
         """New blocks needed at each of the next ``ticks`` ticks."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from serving.results.records import RequestRecord
 
 if TYPE_CHECKING:
+    from serving.engine.decode_set import DecodeSet
     from serving.memory.kv_cache import BlockTable
     from serving.workload.request import Request
 
@@ -32,7 +33,11 @@ class RequestState:
     __slots__ = (
         "computed",
         "decode_base",
+        "home",
+        "keeps_blocks",
         "known",
+        "kv_arrived",
+        "landing",
         "last_tick",
         "order",
         "phase",
@@ -42,6 +47,7 @@ class RequestState:
         "run_start",
         "table",
         "total_tokens",
+        "track",
     )
 
     def __init__(self, request: Request, instance: int, arrival_ns: int, table: BlockTable) -> None:
@@ -63,13 +69,23 @@ class RequestState:
         self.order = -1
         """Number of the admission: running requests are served in this order."""
         self.run_start = -1
-        """Index of the first step of the present run of consecutive token-producing steps, -1 outside one."""
+        """Index on its track of the first token of the present run, -1 outside one."""
+        self.track = instance
+        """Track on which the times of its tokens are noted; see :class:`RequestRecord`."""
+        self.home: DecodeSet | None = None
+        """The decode set it is filed in, or was last."""
+        self.landing = False
+        """Preempted while a token was in flight in a pipeline; not admitted again before that is known."""
+        self.kv_arrived = False
+        """The KV of its prompt was computed elsewhere and has arrived; true until a preemption loses it."""
+        self.keeps_blocks = False
+        """Its blocks are still being read when it ends; they are given back by :meth:`Scheduler.release`."""
         self.record = RequestRecord(
             request.index, instance, arrival_ns, -1, -1, -1, -1, decode_instance=instance
         )
 
     def end_run(self, last_step: int) -> None:
-        """Close the present run of consecutive token-producing steps; ``last_step`` belongs to it."""
+        """Close the present run of consecutive token times on its track; ``last_step`` belongs to it."""
         if 0 <= self.run_start <= last_step:
-            self.record.token_steps.append((self.record.decode_instance, self.run_start, last_step))
+            self.record.token_steps.append((self.track, self.run_start, last_step))
         self.run_start = -1

@@ -20,7 +20,7 @@ from serving.engine.decode_set import DecodeSet, by_order
 from serving.engine.request_state import Phase
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from serving.engine.request_state import RequestState
     from serving.memory.kv_cache import KvCache
@@ -48,16 +48,21 @@ class Scheduler:
         "_admissions",
         "_blocked_at",
         "_frees",
+        "_lanes",
+        "_spare_lanes",
         "decodes",
         "kv",
         "limits",
+        "new_lane",
         "prefilling",
         "running",
         "traced",
         "waiting",
     )
 
-    def __init__(self, limits: SchedulerLimits, kv: KvCache) -> None:
+    def __init__(
+        self, limits: SchedulerLimits, kv: KvCache, new_lane: Callable[[], DecodeSet] | None = None
+    ) -> None:
         self.limits = limits
         self.kv = kv
         self.waiting: deque[RequestState] = deque()
@@ -65,7 +70,15 @@ class Scheduler:
         """Every request that holds a slot, in admission order."""
         self.prefilling: list[RequestState] = []
         """Those of ``running`` that still lack known tokens, in admission order."""
-        self.decodes = DecodeSet(kv.block_size)
+        self.new_lane = new_lane
+        """Makes a decode set with a track of its own; given where a request is in one batch at a time, as in
+        a
+        pipeline. Then every batch takes its decoding requests along, and they come back when it has ended."""
+        self.decodes = new_lane() if new_lane else DecodeSet(kv.block_size)
+        """Decoding requests that can be scheduled."""
+        self._lanes: list[Batch] = []
+        """Batches in flight in a pipeline."""
+        self._spare_lanes: list[DecodeSet] = []
         self.traced = False
         """Whether batches list their requests one by one (:attr:`Batch.entries`)."""
         self._admissions = 0
@@ -94,7 +107,8 @@ class Scheduler:
         if decodes.count:
             batch.add_decodes(decodes.count, *decodes.lengths())
             if batch.entries is not None:
-                batch.entries += [(s.request.index, 1) for s in self.running if s.phase is Phase.DECODE]
+                ready = (s for s in self.running if s.phase is Phase.DECODE and s.home is decodes)
+                batch.entries += [(state.request.index, 1) for state in ready]
             if not in_flight:
                 # the token computed now is known already, so a block it fills can be hashed at once
                 for state in decodes.at_boundary(1) if decodes.sharing else ():
@@ -104,10 +118,11 @@ class Scheduler:
         for state in decodes.advance():
             state.phase = Phase.DRAINING
             batch.finishing.append(state)
-        for state in stalled:
-            decodes.add(state)
         for state in completed:
-            state.run_start = step
+            if self.new_lane:
+                state.track, state.run_start = decodes.track, len(decodes.token_times)
+            else:
+                state.run_start = step
             if state.known + 1 == state.total_tokens:
                 state.phase = Phase.DRAINING
                 batch.finishing.append(state)
@@ -115,6 +130,14 @@ class Scheduler:
                 state.phase = Phase.DECODE
                 decodes.add(state)
         batch.finishing.sort(key=by_order)
+        if self.new_lane and not batch.is_empty:
+            batch.lane = decodes
+            self._lanes.append(batch)
+            self.decodes = self._spare_lanes.pop() if self._spare_lanes else self.new_lane()
+        for state in stalled:
+            if self.new_lane:
+                state.track, state.run_start = self.decodes.track, len(self.decodes.token_times)
+            self.decodes.add(state)
         return batch
 
     def _serve_running(
@@ -170,6 +193,8 @@ class Scheduler:
         for state in due:
             table = state.table
             if state.phase is Phase.DECODE:
+                if state.home is not decodes:
+                    continue  # its token is in flight in a pipeline
                 computed = decodes.length(state)
                 if decodes_paid:
                     tokens = 1
@@ -211,7 +236,7 @@ class Scheduler:
         """Take a decoding request out for one step."""
         state.known = self.decodes.length(state)
         self.decodes.remove(state)
-        state.end_run(step - 1)
+        state.end_run(len(self.decodes.token_times) - 1 if self.new_lane else step - 1)
         state.run_start = step + 1
 
     # ------------------------------------------------------------------ preemption
@@ -232,18 +257,26 @@ class Scheduler:
             self.prefilling.remove(victim)
             computed = cached = victim.computed
         else:
-            if victim.phase is Phase.DECODE:
-                computed = self.decodes.length(victim)
-                self.decodes.remove(victim)
-                token_in_flight = in_flight and victim.run_start < batch.step
-                victim.end_run(batch.step - 1)
-            else:
+            home = victim.home
+            if victim.phase is Phase.DRAINING or home is None:
                 computed, token_in_flight = victim.total_tokens - 1, True
+            else:
+                computed = home.length(victim)
+                home.remove(victim)
+                if self.new_lane:
+                    token_in_flight = home is not self.decodes
+                    victim.end_run(len(home.token_times) - 1)
+                else:
+                    token_in_flight = in_flight and victim.run_start < batch.step
+                    victim.end_run(batch.step - 1)
+            if self.new_lane and token_in_flight:
+                self._await_landing(victim)
             cached = max(victim.known, computed - token_in_flight)
             victim.known = computed + 1
         self.kv.preempt(victim.table, cached)
         self._frees += 1
         victim.phase = Phase.WAITING
+        victim.kv_arrived = False
         victim.computed = computed
         victim.record.preemptions += 1
         self.waiting.appendleft(victim)
@@ -264,10 +297,12 @@ class Scheduler:
             if cache_state == self._blocked_at:
                 return
             state = waiting[0]
+            if state.landing:
+                return
             known, table, record = state.known, state.table, state.record
             hits = [] if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
             hit_tokens = len(hits) * kv.block_size
-            done = known - 1 if limits.skip_prefill else hit_tokens
+            done = known - 1 if limits.skip_prefill or state.kv_arrived else hit_tokens
             tokens = self._capped(known - done)
             if tokens > left and not limits.chunked_prefill:
                 return
@@ -314,11 +349,39 @@ class Scheduler:
             else:
                 self.running.remove(state)
                 self.kv.register_shared(state.table, state.total_tokens - 1)
-                self.kv.free(state.table, state.total_tokens - 1)
+                if not state.keeps_blocks:
+                    self.kv.free(state.table, state.total_tokens - 1)
             state.phase = Phase.FINISHED
-            state.end_run(batch.step)
+            state.end_run(batch.step if batch.lane is None else len(batch.lane.token_times) - 1)
             state.record.end_ns = batch.end_ns
             self._frees += 1
+        if batch.lane is not None:
+            self._bring_back(batch, batch.lane)
+
+    def release(self, state: RequestState) -> None:
+        """Give back the blocks of a finished request that kept them."""
+        self.kv.free(state.table, state.total_tokens - 1)
+        self._frees += 1
+
+    # ------------------------------------------------------------------ pipelines
+
+    def _await_landing(self, victim: RequestState) -> None:
+        """Keep a preempted request from being admitted until the batch that has its token has ended."""
+        for batch in self._lanes:
+            if batch.lane is victim.home or victim in batch.finishing:
+                batch.landing.append(victim)
+                victim.landing = True
+
+    def _bring_back(self, batch: Batch, lane: DecodeSet) -> None:
+        """Make the requests of a batch that has ended available again."""
+        self._lanes.remove(batch)
+        for state in batch.landing:
+            state.landing = False
+        ready, other = (self.decodes, lane) if self.decodes.count > lane.count else (lane, self.decodes)
+        if other.count:
+            ready.absorb(other)
+        self.decodes = ready
+        self._spare_lanes.append(other)
 
     # ------------------------------------------------------------------ quiet stretches
 

@@ -11,11 +11,14 @@ from serving.engine.block_tables import BlockTables
 from serving.engine.instance import Instance
 from serving.engine.router import load_policy
 from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.step_loop import SingleTimes, StepLoop
 from serving.errors import InputError
 from serving.memory.kv_cache import KvCache
 from serving.results.records import InstanceLog, RejectedRequest, RunLog
 
 if TYPE_CHECKING:
+    from array import array
+
     from serving.specs.cluster import ClusterSpec
     from serving.specs.options import InstanceOptions, RuntimeOptions
     from serving.workload.request import Request, Workload
@@ -36,18 +39,36 @@ class Observer(Protocol):
 class Simulation:
     """One run of a workload on a set of instances."""
 
-    def __init__(self, instances: list[Instance], workload: Workload, options: RuntimeOptions) -> None:
+    def __init__(
+        self,
+        loops: list[StepLoop],
+        workload: Workload,
+        options: RuntimeOptions,
+        lane_times: list[array[int]] | None = None,
+    ) -> None:
+        """
+        Args:
+            loops: step loops, whose members in order are the instances of the cluster.
+            workload: what arrives.
+            options: those that concern the run as a whole.
+            lane_times: where pipelines note the times of their tokens; see :class:`RunLog`.
+        """
+        instances = [member for loop in loops for member in loop.members]
         self.instances = instances
         self.log = RunLog([instance.log for instance in instances])
+        if lane_times is not None:
+            self.log.lane_times = lane_times
+        self._loops = loops
         self._workload = workload
         self._arrivals = Arrivals(workload, options.max_concurrency)
         self._policy = load_policy(options.request_routing_policy, options.seed)
+        self._loop_of = [index for index, loop in enumerate(loops) for _ in loop.members]
         self._candidates: dict[str, list[Instance]] = defaultdict(list)
         for instance in instances:
             for model in (_ANY_MODEL, instance.log.spec.model_name):
                 self._candidates[model].append(instance)
         self._agenda: list[tuple[int, int]] = []
-        """(time, instance) of every instance that will act; entries whose time has changed are void."""
+        """(time, loop) of every loop that will act; entries whose time has changed are void."""
 
     def run(self, observer: Observer | None = None) -> RunLog:
         """Run to the end of the workload.
@@ -55,11 +76,11 @@ class Simulation:
         Raises:
             RunError: requests are left that can never be scheduled.
         """
-        arrivals, agenda, instances = self._arrivals, self._agenda, self.instances
+        arrivals, agenda, loops = self._arrivals, self._agenda, self._loops
         observe_ns = observer.next_ns if observer else NEVER
         now = 0
         while True:
-            while agenda and instances[agenda[0][1]].next_ns != agenda[0][0]:
+            while agenda and loops[agenda[0][1]].next_ns != agenda[0][0]:
                 heappop(agenda)
             acts_ns = agenda[0][0] if agenda else NEVER
             now = min(arrivals.next_ns, acts_ns)
@@ -71,7 +92,7 @@ class Simulation:
             if arrivals.next_ns <= acts_ns:
                 self._arrive()
             else:
-                self._act(instances[heappop(agenda)[1]], observe_ns)
+                self._act(heappop(agenda)[1], observe_ns)
         self.log.end_ns = max((record.end_ns for record in self.log.requests), default=0)
         self.log.requests.sort(key=lambda record: record.request)
         self.log.rejected.sort(key=lambda rejected: rejected.request)
@@ -79,23 +100,32 @@ class Simulation:
             observer.advance(self.log.end_ns, self.log)
         return self.log
 
-    def _act(self, instance: Instance, observe_ns: int) -> None:
+    def _act(self, index: int, observe_ns: int) -> None:
+        loop = self._loops[index]
         feedback = self._arrivals.feedback
         horizon = min(self._arrivals.next_ns, observe_ns + 1)
         if feedback and self._agenda:
             # another instance may end a request, and so release one, at its next step end
             horizon = min(horizon, self._agenda[0][0])
-        instance.run(horizon, feedback)
-        if instance.next_ns < NEVER:
-            heappush(self._agenda, (instance.next_ns, instance.log.index))
-        for state in instance.finished:
+        loop.run(horizon, feedback)
+        self._plan(index)
+        for state in loop.finished:
             record = state.record
-            end_of = instance.log.steps.end_ns
-            record.first_token_ns = end_of[record.token_steps[0][1]]
+            record.first_token_ns = self._token_ns(*record.token_steps[0][:2])
             self.log.requests.append(record)
             if feedback:
                 self._arrivals.ended(record.request, record.end_ns)
-        instance.finished.clear()
+        loop.finished.clear()
+
+    def _plan(self, index: int) -> None:
+        """Put the next action of a loop on the agenda."""
+        if self._loops[index].next_ns < NEVER:
+            heappush(self._agenda, (self._loops[index].next_ns, index))
+
+    def _token_ns(self, track: int, entry: int) -> int:
+        lane = track - len(self.instances)
+        times = self.instances[track].log.steps.end_ns if lane < 0 else self.log.lane_times[lane]
+        return times[entry]
 
     def _arrive(self) -> None:
         arrival = self._arrivals.pop()
@@ -109,9 +139,8 @@ class Simulation:
         if reason:
             self._reject(index, instance.log.index, now, reason)
             return
-        instance.submit(request, now)
-        if instance.next_ns < NEVER:
-            heappush(self._agenda, (instance.next_ns, instance.log.index))
+        instance.submit(instance.new_state(request, now), now)
+        self._plan(self._loop_of[instance.log.index])
 
     def _reject(self, index: int, instance: int, now: int, reason: str) -> None:
         self.log.rejected.append(RejectedRequest(index, instance, now, reason))
@@ -154,7 +183,7 @@ def limits_of(options: InstanceOptions, skip_prefill: bool) -> SchedulerLimits:
     )
 
 
-def build_instances(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> list[Instance]:
+def build_loops(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> list[StepLoop]:
     """The instances of a cluster, with their kernel times loaded and their memory planned.
 
     Raises:
@@ -166,7 +195,7 @@ def build_instances(cluster: ClusterSpec, workload: Workload, options: RuntimeOp
     from serving.specs.options import resolve
 
     models = check_cluster(cluster)
-    instances = []
+    loops = []
     tables = BlockTables(workload)
     for index, (node, spec) in enumerate(cluster.instances):
         model = models[spec.model_name]
@@ -176,9 +205,10 @@ def build_instances(cluster: ClusterSpec, workload: Workload, options: RuntimeOp
         log = InstanceLog(index, node, spec, resolved, capacity, timer.bundle.describe())
         cache = KvCache(capacity.num_blocks, resolved.block_size, resolved.enable_prefix_caching)
         scheduler = Scheduler(limits_of(resolved, options.skip_prefill), cache)
+        member = Instance(log, scheduler, tables)
         depth = 2 if resolved.async_scheduling else 1
-        instances.append(Instance(log, scheduler, timer, tables, depth=depth, jump=not options.stepped))
-    return instances
+        loops.append(StepLoop([member], SingleTimes(timer), depth=depth, jump=not options.stepped))
+    return loops
 
 
 def check_models(cluster: ClusterSpec, workload: Workload) -> None:
@@ -202,4 +232,4 @@ def run(
         RunError: the run cannot be finished.
     """
     check_models(cluster, workload)
-    return Simulation(build_instances(cluster, workload, options), workload, options).run(observer)
+    return Simulation(build_loops(cluster, workload, options), workload, options).run(observer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from serving.results.saturation import saturation_line
 from serving.results.table import Table
 from serving.results.units import digits
 
@@ -30,6 +31,9 @@ def closing(result: Result, wall_s: float | None = None) -> str:
     """
     summary = result.summary
     lines = ["", *_totals(summary), "", latency_table(summary).plain(), "", *_memory(summary)]
+    near = saturation_line(summary["saturation"])
+    if near:
+        lines.append(f"saturation     {near}")
     for rejected in result.rejected[:3]:
         lines.append(f"rejected request {rejected.request}: {rejected.reason}")
     if len(result.rejected) > 3:

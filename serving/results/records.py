@@ -1,8 +1,8 @@
 """What the engine writes down while it runs: one row a step and one record a request, nothing per token.
 
-The time of a token is the end of the step that produced it, so a request only remembers *which* steps produced
-its tokens (:attr:`RequestRecord.token_steps`); inter-token latencies are differences of the step ends, computed
-when the results are written.
+The time of a token is the end of the step that produced it, so a request only remembers *which* steps
+produced its tokens (:attr:`RequestRecord.token_steps`); inter-token latencies are differences of the step
+ends, computed when the results are written.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class RequestRecord:
     first_token_ns: int
     end_ns: int
     token_steps: list[tuple[int, int, int]] = field(default_factory=list)
-    """(instance, first, last): runs of consecutive steps, ``last`` included, each of which produced one token."""
+    """(track, first, last): runs of consecutive entries, ``last`` included, of a track of :class:`RunLog`;
+    each is
+    the time of one token."""
     npu_hit: int = 0
     """Prompt tokens found in the NPU's prefix cache at first admission."""
     storage_hit: int = 0
@@ -120,3 +122,11 @@ class RunLog:
     requests: list[RequestRecord] = field(default_factory=list)
     rejected: list[RejectedRequest] = field(default_factory=list)
     end_ns: int = 0
+    lane_times: list[array[int]] = field(default_factory=list)
+    """Step ends in ns of the groups of requests that travel together through a pipeline."""
+
+    def tracks(self) -> list[NDArray[np.int64]]:
+        """Token times in ns: track i is the step ends of instance i, and after those come
+        :attr:`lane_times`."""
+        columns = [instance.steps.end_ns for instance in self.instances] + self.lane_times
+        return [np.array(times, dtype=np.int64) for times in columns]

@@ -63,8 +63,8 @@ class Result:
 
     @cached_property
     def token_gaps(self) -> TokenGaps:
-        """Token times, as step ends and runs of steps."""
-        return TokenGaps([instance.steps.column("end_ns") for instance in self.instances], self.records)
+        """Token times, as tracks and runs of their entries."""
+        return TokenGaps(self.log.tracks(), self.records)
 
     @cached_property
     def requests(self) -> NDArray[np.void]:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class TokenGaps:
-    """Step ends of every instance and the runs of token-producing steps of every request."""
+    """Token times of a run and the runs of entries of every request."""
 
-    step_ends: list[NDArray[np.int64]]
-    """Per instance: end of each step in ns, shape (steps,)."""
+    tracks: list[NDArray[np.int64]]
+    """Per track of the run log: token times in ns, shape (entries,)."""
     records: Sequence[RequestRecord]
 
     def tokens(self) -> NDArray[np.int64]:
@@ -37,7 +37,7 @@ class TokenGaps:
 
     def of(self, record: RequestRecord) -> NDArray[np.int64]:
         """Gaps between successive tokens of one request in ns, shape (tokens - 1,)."""
-        times = [self.step_ends[instance][first : last + 1] for instance, first, last in record.token_steps]
+        times = [self.tracks[track][first : last + 1] for track, first, last in record.token_steps]
         if not times:
             return np.empty(0, dtype=np.int64)
         every = np.concatenate(times)
@@ -49,22 +49,22 @@ class TokenGaps:
         O(steps + requests): a run over steps first..last adds one to the multiplicity of the gaps that end at
         steps first+1..last, which is two entries of a difference array.
         """
-        gap_changes = [np.zeros(len(ends) + 1, dtype=np.int64) for ends in self.step_ends]
-        firsts: list[list[int]] = [[] for _ in self.step_ends]
-        lasts: list[list[int]] = [[] for _ in self.step_ends]
+        gap_changes = [np.zeros(len(ends) + 1, dtype=np.int64) for ends in self.tracks]
+        firsts: list[list[int]] = [[] for _ in self.tracks]
+        lasts: list[list[int]] = [[] for _ in self.tracks]
         between: list[int] = []
         for record in self.records:
             previous_end = -1
-            for instance, first, last in record.token_steps:
-                firsts[instance].append(first + 1)
-                lasts[instance].append(last + 1)
+            for track, first, last in record.token_steps:
+                firsts[track].append(first + 1)
+                lasts[track].append(last + 1)
                 if previous_end >= 0:
-                    between.append(int(self.step_ends[instance][first]) - previous_end)
+                    between.append(int(self.tracks[track][first]) - previous_end)
                 if len(record.token_steps) > 1:
-                    previous_end = int(self.step_ends[instance][last])
+                    previous_end = int(self.tracks[track][last])
         values = []
         counts = []
-        for ends, changes, starts, stops in zip(self.step_ends, gap_changes, firsts, lasts, strict=True):
+        for ends, changes, starts, stops in zip(self.tracks, gap_changes, firsts, lasts, strict=True):
             size = len(changes)
             changes += np.bincount(np.array(starts, dtype=np.int64), minlength=size)
             changes -= np.bincount(np.array(stops, dtype=np.int64), minlength=size)
@@ -84,10 +84,10 @@ class GapText:
     __slots__ = ("_ends", "_offsets", "_text")
 
     def __init__(self, gaps: TokenGaps) -> None:
-        self._ends = gaps.step_ends
+        self._ends = gaps.tracks
         self._text: list[str] = []
         self._offsets: list[list[int]] = []
-        for ends in gaps.step_ends:
+        for ends in gaps.tracks:
             parts = [str(gap) for gap in np.diff(ends, prepend=0).tolist()]
             lengths = np.array([0] + [len(part) + 2 for part in parts], dtype=np.int64)
             self._text.append(", ".join(parts))
@@ -99,11 +99,11 @@ class GapText:
         """The record's list of inter-token latencies in ns."""
         parts: list[str] = []
         previous_end: int | None = None
-        for instance, first, last in record.token_steps:
-            ends, offsets = self._ends[instance], self._offsets[instance]
+        for track, first, last in record.token_steps:
+            ends, offsets = self._ends[track], self._offsets[track]
             if previous_end is not None:
                 parts.append(str(int(ends[first]) - previous_end))
             if last > first:
-                parts.append(self._text[instance][offsets[first + 1] : offsets[last + 1] - 2])
+                parts.append(self._text[track][offsets[first + 1] : offsets[last + 1] - 2])
             previous_end = int(ends[last])
         return f"[{', '.join(parts)}]"

@@ -10,6 +10,7 @@ from serving.engine.block_tables import BlockTables
 from serving.engine.instance import Instance
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.simulation import Simulation
+from serving.engine.step_loop import SingleTimes, StepLoop
 from serving.memory.kv_cache import KvCache
 from serving.results.records import InstanceLog
 from serving.specs.options import RuntimeOptions
@@ -56,7 +57,7 @@ def requests(*shapes: tuple[int, int, int], ids: Sequence[Sequence[int]] | None 
     return Workload(made, "hand-made")
 
 
-def small_instance(
+def small_loop(
     workload: Workload,
     *,
     index: int = 0,
@@ -70,8 +71,8 @@ def small_instance(
     jump: bool = False,
     times: LinearTimes | None = None,
     **limits: Any,
-) -> Instance:
-    """An instance with ``blocks`` blocks, vLLM's null block included."""
+) -> StepLoop:
+    """The loop of an instance with ``blocks`` blocks, vLLM's null block included."""
     options = instance_options(
         block_size=block_size,
         max_num_batched_tokens=budget,
@@ -90,16 +91,15 @@ def small_instance(
     scheduler = Scheduler(
         SchedulerLimits(max_num_seqs, budget, **limits), KvCache(blocks, block_size, caching)
     )
-    return Instance(
-        log, scheduler, times or LinearTimes(), tables or BlockTables(workload), depth=depth, jump=jump
-    )
+    member = Instance(log, scheduler, tables or BlockTables(workload))
+    return StepLoop([member], SingleTimes(times or LinearTimes()), depth=depth, jump=jump)
 
 
 def run_small(workload: Workload, *, max_concurrency: int = 0, **how: Any) -> RunLog:
     """Run ``workload`` on one small instance."""
-    engine = small_instance(workload, **how)
+    loop = small_loop(workload, **how)
     options = RuntimeOptions(max_concurrency=max_concurrency)
-    log = Simulation([engine], workload, options).run()
-    engine.scheduler.kv.pool.check_integrity()
-    assert engine.scheduler.kv.pool.num_used == 0, "blocks are held after the last request ended"
+    log = Simulation([loop], workload, options).run()
+    loop.members[0].scheduler.kv.pool.check_integrity()
+    assert loop.members[0].scheduler.kv.pool.num_used == 0, "blocks are held after the last request ended"
     return log

@@ -9,10 +9,11 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from serving.engine.block_tables import BlockTables
 from serving.engine.simulation import Simulation
 from serving.specs.options import RuntimeOptions
 from serving.workload.request import Request, Workload
-from tests.engine.small_engine import LinearTimes, run_small, small_instance
+from tests.engine.small_engine import LinearTimes, run_small, small_loop
 
 if TYPE_CHECKING:
     from serving.results.records import RunLog
@@ -125,10 +126,11 @@ def test_several_instances_lose_nothing_and_repeat_exactly(
     workload: Workload, policy: str, count: int, jump: bool
 ) -> None:
     def go(jumping: bool) -> RunLog:
-        engines = [small_instance(workload, index=i, depth=1 + i % 2, jump=jumping) for i in range(count)]
-        for engine in engines:
-            engine.tables = engines[0].tables
-        return Simulation(engines, workload, RuntimeOptions(request_routing_policy=policy)).run()
+        tables = BlockTables(workload)
+        loops = [
+            small_loop(workload, tables=tables, index=i, depth=1 + i % 2, jump=jumping) for i in range(count)
+        ]
+        return Simulation(loops, workload, RuntimeOptions(request_routing_policy=policy)).run()
 
     log = go(jump)
     assert sorted(r.request for r in (*log.requests, *log.rejected)) == list(range(len(workload)))

@@ -1,0 +1,241 @@
+"""Runs steps: schedules batches, puts them on the NPUs, commits them when they end.
+
+A loop drives one instance, or several that go in lock-step (a data-parallel group). What it puts on the NPUs
+at once is a *wave*: one batch of every member that has work. A wave passes the pipeline stages one after the
+other; a stage takes it up when the stage before has handed it over and the wave before has left.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from serving.engine.arrivals import NEVER
+from serving.engine.batch import Batch
+from serving.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from serving.engine.instance import Instance
+    from serving.engine.noise import StepNoise
+    from serving.engine.request_state import RequestState
+
+_MIN_JUMP = 12  # steps; below this, stepping one by one is cheaper than a vectorised jump
+_MAX_JUMP = 8192
+
+
+class StepTimes(Protocol):
+    """Durations of the steps of one instance; see :class:`serving.latency.step_timer.StepTimer`."""
+
+    def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int: ...
+
+    def decode_run_ns(
+        self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
+    ) -> NDArray[np.int64]: ...
+
+    def mixed_ns(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> int: ...
+
+
+class WaveTimes(Protocol):
+    """Durations of the waves of a loop with several members or several stages."""
+
+    def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
+        """(compute, hand-over to the next stage) of every pipeline stage, for one batch or None per
+        member."""
+
+
+@dataclass(slots=True)
+class Wave:
+    """One batch (or None) of every member, on its way through the stages."""
+
+    batches: Sequence[Batch | None]
+    end_ns: int
+
+
+class SingleTimes:
+    """The wave times of one instance of one stage."""
+
+    __slots__ = ("steps",)
+
+    def __init__(self, steps: StepTimes) -> None:
+        self.steps = steps
+
+    def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
+        """See :class:`WaveTimes`."""
+        (batch,) = batches
+        assert batch is not None
+        lengths = batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max
+        if batch.chunks:
+            return ((self.steps.mixed_ns(batch.chunks, *lengths), 0),)
+        return ((self.steps.decode_ns(*lengths), 0),)
+
+
+class StepLoop:
+    """Keeps up to ``depth`` waves in flight on ``stages`` pipeline stages.
+
+    With synchronous scheduling (``depth`` 1) a wave is scheduled when the one before has ended. With
+    asynchronous scheduling (``depth`` 2), vLLM's default, it is scheduled while the one before still runs,
+    before its tokens are known. A pipeline holds as many waves as it has stages, and a request is in one of
+    them at a time. Requests that arrive during a step are seen at the next step boundary.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Instance],
+        times: WaveTimes,
+        *,
+        depth: int = 2,
+        stages: int = 1,
+        jump: bool = True,
+        noise: StepNoise | None = None,
+    ) -> None:
+        self.members = members
+        self.times = times
+        self.next_ns = NEVER
+        """When this loop acts next: the end of its oldest wave, or an arrival if it is idle."""
+        self.finished: list[RequestState] = []
+        """Requests that ended since the owner last emptied this list."""
+        self.index = members[0].log.index
+        for member in members:
+            member.loop = self
+        self._depth = depth
+        self._quiet: StepTimes | None = times.steps if jump and isinstance(times, SingleTimes) else None
+        self.noise = noise
+        """Makes every step a little faster or slower."""
+        self._launched = 0
+        self._in_flight: deque[Wave] = deque()
+        self._stage_free_ns = [0] * stages
+
+    def wake(self, arrival_ns: int) -> None:
+        """Act at ``arrival_ns`` unless something is in flight."""
+        if not self._in_flight:
+            self.next_ns = min(self.next_ns, arrival_ns)
+
+    def run(self, horizon_ns: int, one_finish: bool) -> None:
+        """Run from :attr:`next_ns` until the next action would be at ``horizon_ns`` or later.
+
+        ``one_finish``: also return as soon as a request has ended, so that what it releases can be placed in
+        time.
+
+        Raises:
+            RunError: requests wait that can never be scheduled.
+        """
+        in_flight, members = self._in_flight, self.members
+        now = self.next_ns
+        while True:
+            if in_flight and in_flight[0].end_ns <= now:
+                self._complete(in_flight.popleft())
+            for member in members:
+                member.take_in(now)
+            released = one_finish and self.finished  # what that releases may arrive within a jump
+            if self._quiet and not released and len(in_flight) == self._depth - 1:
+                self._jump_ahead(self._quiet, now, horizon_ns)
+            while len(in_flight) < self._depth and self._launch(now):
+                pass
+            if not in_flight:
+                for member in members:
+                    if member.scheduler.waiting:
+                        raise RunError(member.stuck_message())
+                self.next_ns = NEVER
+                return
+            self.next_ns = now = in_flight[0].end_ns
+            if now >= horizon_ns or (one_finish and self.finished):
+                return
+
+    def _launch(self, now_ns: int) -> bool:
+        """Schedule a wave and put it behind those in flight; False if no member has work."""
+        in_flight = self._in_flight
+        batches: list[Batch | None] = []
+        for index, member in enumerate(self.members):
+            unknown = any(wave.batches[index] is not None for wave in in_flight)
+            batches.append(member.schedule(now_ns, unknown))
+        if not any(batches):
+            return False
+        free = self._stage_free_ns
+        start = time = max(free[0], now_ns)
+        for stage, (compute, hand_over) in enumerate(self.times.stages_ns(batches)):
+            if self.noise:
+                compute = self.noise.step_ns(self._launched, compute)
+            time = max(time, free[stage]) + compute
+            free[stage] = time
+            time += hand_over
+        for member, batch in zip(self.members, batches, strict=True):
+            if batch is not None:
+                batch.end_ns = time
+                member.note_step(batch, start)
+        in_flight.append(Wave(batches, time))
+        self._launched += 1
+        return True
+
+    def _complete(self, wave: Wave) -> None:
+        for member, batch in zip(self.members, wave.batches, strict=True):
+            if batch is not None:
+                self.finished += member.finish(batch)
+
+    # ------------------------------------------------------------------ quiet stretches of a single instance
+
+    def _jump_ahead(self, times: StepTimes, now_ns: int, horizon_ns: int) -> None:
+        """Do many steps at once while nothing but decoding goes on, with the same outcome as one by one."""
+        (member,), in_flight = self.members, self._in_flight
+        scheduler, steps = member.scheduler, member.log.steps
+        if any(batch is None or batch.finishing for wave in in_flight for batch in wave.batches):
+            return
+        most = _MAX_JUMP
+        if horizon_ns < NEVER and len(steps):
+            last_ns = steps.end_ns[-1] - steps.start_ns[-1]
+            most = min(most, (horizon_ns - now_ns) // max(last_ns, 1) + 2)
+        if most < _MIN_JUMP:
+            return
+        count = scheduler.quiet_ticks(most)
+        if count < _MIN_JUMP:
+            return
+        decodes = scheduler.decodes
+        start = max(self._stage_free_ns[0], now_ns)
+        durations = times.decode_run_ns(decodes.count, *decodes.lengths(), count)
+        if self.noise:
+            durations = self.noise.run_ns(self._launched, durations)
+        ends = durations.cumsum() + start
+        # A step is scheduled when the step `depth` before it has ended; that must be before the horizon.
+        known = np.array([now_ns, *(wave.end_ns for wave in in_flight)], dtype=np.int64)
+        count = int(np.searchsorted(np.concatenate((known, ends))[:count], horizon_ns))
+        if count < self._depth:
+            return
+        ends = ends[:count]
+        log_quiet_steps(member, start, ends)
+        scheduler.run_quietly(count)
+        self._stage_free_ns[0] = int(ends[-1])
+        self._launched += count
+        in_flight.clear()
+        for step in range(len(steps) - self._depth, len(steps)):
+            end_ns = steps.end_ns[step]
+            in_flight.append(Wave([Batch(step, end_ns)], end_ns))
+
+
+def log_quiet_steps(member: Instance, start_ns: int, ends: NDArray[np.int64]) -> None:
+    """Write down steps of the present decodes that follow each other from ``start_ns`` on, ending at
+    ``ends``."""
+    scheduler, steps, count = member.scheduler, member.log.steps, len(ends)
+    used = np.cumsum(scheduler.decodes.blocks_needed(count)) + scheduler.kv.pool.num_used
+
+    def repeat(value: int) -> NDArray[np.int64]:
+        return np.full(count, value, dtype=np.int64)
+
+    columns = {
+        "start_ns": np.concatenate((np.array([start_ns], dtype=np.int64), ends[:-1])),
+        "end_ns": ends,
+        "decode_tokens": repeat(scheduler.decodes.count),
+        "running": repeat(len(scheduler.running)),
+        "waiting": repeat(len(scheduler.waiting)),
+        "kv_blocks_used": used.astype(np.int64),
+    }
+    nothing = repeat(0)
+    for name in steps.COLUMNS:
+        getattr(steps, name).frombytes(columns.get(name, nothing).tobytes())

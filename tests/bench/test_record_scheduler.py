@@ -1,0 +1,158 @@
+"""The recorder's own logic, with a hand-made scheduler in the place of vLLM's; and what it refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.bench.record_scheduler import PRIVATE_TOKEN, Recorder, SchedulerSettings, record_scheduler
+from serving.bench.step_formula import StepFormula
+from serving.errors import InputError, MissingFileError
+from serving.workload.request import Request, Workload
+
+SIMPLE = StepFormula(base_ns=100, per_token_ns=1, per_sequence_ns=10)
+
+
+class EasyScheduler:
+    """A stand-in for vLLM's scheduler: everything waiting runs at once, whole prompts, no memory to run out
+    of."""
+
+    def __init__(self, asynchronous: bool) -> None:
+        self.requests: dict[str, Any] = {}
+        self.waiting: list[Any] = []
+        self.running: list[Any] = []
+        self.asynchronous = asynchronous
+        self.tokens: dict[str, list[int]] = {}
+        pool = SimpleNamespace(get_num_free_blocks=lambda: 7)
+        self.kv_cache_manager = SimpleNamespace(block_pool=pool)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add_request(self, request: Any) -> None:
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def schedule(self) -> Any:
+        admitted, self.waiting = self.waiting, []
+        self.running += admitted
+        scheduled = {}
+        for request in self.running:
+            wanted = request.prompt + request.scheduled - request.num_computed_tokens
+            if wanted and request.scheduled < request.output:
+                scheduled[request.request_id] = wanted
+                request.num_computed_tokens += wanted
+                request.scheduled += 1
+        return SimpleNamespace(
+            num_scheduled_tokens=scheduled,
+            preempted_req_ids=set(),
+            scheduled_new_reqs=[SimpleNamespace(req_id=request.request_id) for request in admitted],
+            scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
+        )
+
+    def update_from_output(self, output: Any, sampled: Any) -> dict[int, Any]:
+        outputs = []
+        for name in output.num_scheduled_tokens:
+            request = self.requests[name]
+            received = self.tokens.setdefault(name, [])
+            received += sampled.sampled_token_ids[sampled.req_id_to_index[name]]
+            finished = len(received) == request.output
+            if finished:
+                self.running.remove(request)
+            outputs.append(SimpleNamespace(request_id=name, finish_reason="length" if finished else None))
+        return {0: SimpleNamespace(outputs=outputs)}
+
+
+def easy_recorder(requests: list[Request], asynchronous: bool) -> Recorder:
+    def new_request(index: int, prompt_ids: list[int], output_tokens: int) -> Any:
+        return SimpleNamespace(
+            request_id=str(index),
+            ids=prompt_ids,
+            prompt=len(prompt_ids),
+            output=output_tokens,
+            scheduled=0,
+            num_computed_tokens=0,
+            is_prefill_chunk=False,
+        )
+
+    settings = SchedulerSettings(num_gpu_blocks=8, async_scheduling=asynchronous)
+    scheduler = EasyScheduler(asynchronous)
+    return Recorder(Workload(requests), settings, SIMPLE, scheduler, new_request, SimpleNamespace)
+
+
+def test_an_arrival_during_a_step_is_taken_in_when_the_step_ends() -> None:
+    # Request 0: a step of 100 + 5 + 10 = 115 ns, then decodes of 111 ns. Request 1 comes at 50.
+    log = easy_recorder([Request(0, 5, 3, 0), Request(1, 4, 1, 50)], asynchronous=False).run()
+    assert [(step.start, step.end, step.sched) for step in log.steps] == [
+        (0, 115, {0: 5}),
+        (115, 240, {0: 1, 1: 4}),
+        (240, 351, {0: 1}),
+    ]
+    second = log.requests[1]
+    assert (second.arrival, second.queued, second.scheduled, second.first, second.end) == (
+        50,
+        115,
+        115,
+        240,
+        240,
+    )
+    assert [step.finished for step in log.steps] == [[], [1], [0]]
+
+
+def test_asynchronous_scheduling_is_one_step_ahead() -> None:
+    # At 0 the prompt and, at once, the first decode are scheduled. Request 1 is seen at 115, after both.
+    log = easy_recorder([Request(0, 5, 3, 0), Request(1, 4, 1, 50)], asynchronous=True).run()
+    assert [(step.start, step.end, step.sched) for step in log.steps] == [
+        (0, 115, {0: 5}),
+        (115, 226, {0: 1}),
+        (226, 351, {0: 1, 1: 4}),
+    ]
+    assert (log.requests[1].queued, log.requests[1].scheduled, log.requests[1].first) == (115, 115, 351)
+
+
+def test_an_idle_engine_takes_a_request_when_it_arrives() -> None:
+    log = easy_recorder([Request(0, 1, 1, 1000)], asynchronous=True).run()
+    assert (log.steps[0].start, log.steps[0].end, log.requests[0].queued) == (1000, 1111, 1000)
+
+
+@pytest.mark.parametrize(("tool_ns", "queued"), [(0, 115), (5, 120)])
+def test_a_follow_up_is_released_when_its_predecessor_has_ended(tool_ns: int, queued: int) -> None:
+    requests = [Request(0, 5, 1, 0), Request(1, 2, 1, 0, predecessor=0, tool_ns=tool_ns)]
+    log = easy_recorder(requests, asynchronous=False).run()
+    assert (log.requests[1].arrival, log.requests[1].queued) == (115 + tool_ns, queued)
+
+
+def test_a_follow_up_misses_the_boundary_at_which_its_predecessor_ended() -> None:
+    requests = [Request(0, 5, 1, 0), Request(1, 5, 2, 0), Request(2, 1, 1, 0, predecessor=0, tool_ns=0)]
+    log = easy_recorder(requests, asynchronous=False).run()
+    # Both run 0..130; request 1 goes on 130..241 while request 2, released at 130, is not there yet.
+    assert [step.end for step in log.steps] == [130, 241, 352]
+    assert (log.requests[2].arrival, log.requests[2].queued) == (130, 241)
+
+
+def test_tokens_are_those_of_the_workload_and_private_without() -> None:
+    with_ids = Request(0, 2, 2, 0, input_ids=np.array([3, 4]), output_ids=np.array([8, 9]))
+    recorder = easy_recorder([with_ids, Request(1, 2, 1, 0)], asynchronous=True)
+    recorder.run()
+    assert recorder.scheduler.requests["0"].ids == [3, 4]
+    assert recorder.scheduler.tokens["0"] == [8, 9]
+    assert recorder.scheduler.requests["1"].ids == [PRIVATE_TOKEN + 1] * 2
+    assert recorder.scheduler.tokens["1"] == [PRIVATE_TOKEN + 1]
+
+
+def test_a_request_that_never_fits_is_refused_before_anything_runs() -> None:
+    workload = Workload([Request(0, 60, 5, 0)])
+    with pytest.raises(InputError, match=r"needs 4 blocks of 16"):  # 64 tokens of KV
+        record_scheduler(workload, SchedulerSettings(num_gpu_blocks=4), SIMPLE)
+    with pytest.raises(InputError, match="max_model_len is 64"):
+        record_scheduler(workload, SchedulerSettings(num_gpu_blocks=99, max_model_len=64), SIMPLE)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_message_says_what_to_install() -> None:
+    with pytest.raises(MissingFileError, match="pip install vllm"):
+        record_scheduler(Workload([Request(0, 4, 1, 0)]), SchedulerSettings(num_gpu_blocks=9), SIMPLE)

@@ -1,0 +1,67 @@
+"""The command group and its actions, as a user calls them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from serving.cli import bench
+from serving.cli.bench_record_scheduler import formula_of, settings_of
+from serving.errors import InputError
+
+
+def parse(line: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.add_parser(parser.add_subparsers())
+    return parser.parse_args(["bench", *line.split()])
+
+
+def test_every_action_can_be_imported() -> None:
+    for module, text in bench.ACTIONS.values():
+        assert importlib.util.find_spec(module)
+        assert text
+
+
+def test_the_flags_reach_the_settings() -> None:
+    args = parse(
+        "record-scheduler --dataset w.jsonl --output log.jsonl --num-gpu-blocks 50 --max-num-seqs 7 "
+        "--no-async-scheduling --base-us 1.5 --per-token-us 0"
+    )
+    settings = settings_of(args)
+    assert (settings.num_gpu_blocks, settings.max_num_seqs, settings.async_scheduling) == (50, 7, False)
+    assert settings.enable_prefix_caching
+    assert formula_of(args).step_ns(10, 1, 99) == 1500 + 10_000
+
+
+def test_a_step_has_to_take_time() -> None:
+    args = parse(
+        "record-scheduler --dataset w --output l --num-gpu-blocks 5 "
+        "--base-us 0 --per-token-us 0 --per-sequence-us 0"
+    )
+    with pytest.raises(InputError, match="a step has to take time"):
+        formula_of(args)
+
+
+def test_a_size_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("record-scheduler --dataset w --output l --num-gpu-blocks 0")
+    assert stop.value.code == 2
+    assert "invalid positive number value: '0'" in capsys.readouterr().err
+
+
+def test_the_groups_help_imports_no_action() -> None:
+    code = (
+        "import argparse, sys; from serving.cli import bench\n"
+        "parser = argparse.ArgumentParser(); bench.add_parser(parser.add_subparsers())\n"
+        "try: parser.parse_args(['bench', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = ('serving.bench', 'serving.cli.bench_', 'numpy')\n"
+        "assert not [name for name in sys.modules if name.startswith(heavy)]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "record-scheduler" in done.stdout

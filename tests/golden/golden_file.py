@@ -1,0 +1,87 @@
+"""Golden logs: a small workload together with what vLLM's own scheduler did with it, in one compressed file.
+
+Line 1 names the golden and holds its workload; the rest is the log (see ``serving.bench.scheduler_log``).
+Token ids are not stored but numbered: a prompt is a list of pieces ``[stream, first, count]``, and token
+``i`` of stream ``s`` has the id ``s * 2**20 + i``, so that equal pieces are equal text and different streams
+share nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from serving.bench.scheduler_log import SchedulerLog, log_from_lines, read_json_lines, write_json_lines
+from serving.workload.request import Request, Workload
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FOLDER = Path(__file__).parent
+STREAM = 1 << 20
+OUTPUT_STREAM = 1_000_000
+"""Request i generates the tokens of stream OUTPUT_STREAM + i unless its entry names another stream."""
+
+
+@dataclass(slots=True)
+class Golden:
+    """One golden file."""
+
+    name: str
+    about: str
+    entries: list[dict[str, Any]]
+    """The workload as stored: arrival | after + tool, prompt (pieces, or a length: no ids), output, text?"""
+    log: SchedulerLog
+
+    def workload(self) -> Workload:
+        """The workload with its token ids."""
+        return build_workload(self.entries, self.name)
+
+
+def build_workload(entries: list[dict[str, Any]], source: str) -> Workload:
+    """Expand stored entries into requests."""
+    requests = []
+    for index, entry in enumerate(entries):
+        prompt, output = entry["prompt"], entry["output"]
+        ids = None if isinstance(prompt, int) else np.concatenate([tokens(*piece) for piece in prompt])
+        stream = entry.get("text", OUTPUT_STREAM + index)
+        requests.append(
+            Request(
+                index=index,
+                input_tokens=prompt if ids is None else len(ids),
+                output_tokens=output,
+                arrival_ns=entry.get("arrival", 0),
+                input_ids=ids,
+                output_ids=None if ids is None else tokens(stream, 0, output),
+                predecessor=entry.get("after", -1),
+                tool_ns=entry.get("tool", 0),
+            )
+        )
+    return Workload(requests, source)
+
+
+def tokens(stream: int, first: int, count: int) -> NDArray[np.int64]:
+    """Ids of ``count`` consecutive tokens of a stream, shape (count,)."""
+    return stream * STREAM + np.arange(first, first + count, dtype=np.int64)
+
+
+def golden_path(name: str) -> Path:
+    return FOLDER / f"{name}.jsonl.gz"
+
+
+def golden_names() -> list[str]:
+    """Names of all goldens, sorted."""
+    return sorted(path.name.removesuffix(".jsonl.gz") for path in FOLDER.glob("*.jsonl.gz"))
+
+
+def read_golden(name: str) -> Golden:
+    head, *lines = read_json_lines(golden_path(name))
+    return Golden(head["golden"], head["about"], head["requests"], log_from_lines(lines, name))
+
+
+def write_golden(golden: Golden) -> None:
+    head = {"golden": golden.name, "about": golden.about, "requests": golden.entries}
+    write_json_lines(golden_path(golden.name), [head, *golden.log.lines()])

@@ -1,0 +1,279 @@
+"""Record the golden logs with vLLM's scheduler, or check that the stored ones are still what vLLM does.
+
+    python -m tests.golden.make_golden                 # record all
+    python -m tests.golden.make_golden async_tight     # record some
+    python -m tests.golden.make_golden --check         # record again, write nothing, report differences
+
+Needs vLLM importable (no GPU). Every workload is made from a fixed seed, so that a second recording with the
+same vLLM gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from serving.bench.record_scheduler import SchedulerSettings, record_scheduler
+from serving.bench.scheduler_log import SchedulerLog, differences
+from serving.bench.step_formula import StepFormula
+from tests.golden.golden_file import (
+    Golden,
+    build_workload,
+    golden_names,
+    read_golden,
+    write_golden,
+)
+from tests.golden.workloads import (
+    MS,
+    Entry,
+    bursts,
+    conversations,
+    cycling,
+    echoes,
+    identical,
+    long_and_short,
+    long_chats,
+    on_block_edges,
+    round_times,
+    shared_prefixes,
+    together,
+    unrelated,
+    without_ids,
+)
+
+ODD = StepFormula(base_ns=7_313_011, per_token_ns=23_017, per_sequence_ns=11_003)
+"""Odd numbers: step boundaries hardly ever coincide with arrivals."""
+ROUND = StepFormula(base_ns=10 * MS, per_token_ns=0, per_sequence_ns=0)
+"""Every step takes 10 ms: arrivals on multiples of it fall exactly on a boundary."""
+CONTEXT = StepFormula(base_ns=6_000_007, per_token_ns=19_001, per_sequence_ns=9_001, per_context_ns=37)
+"""A step also pays for the tokens already in the cache of its requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one golden is made."""
+
+    about: str
+    entries: Callable[[np.random.Generator], list[Entry]]
+    settings: SchedulerSettings
+    formula: StepFormula = ODD
+
+
+def settings(num_gpu_blocks: int, **changes: Any) -> SchedulerSettings:
+    return SchedulerSettings(**{"num_gpu_blocks": num_gpu_blocks, "max_num_batched_tokens": 512, **changes})
+
+
+SYNC = {"async_scheduling": False}
+NO_CACHE = {"enable_prefix_caching": False}
+
+RECIPES: dict[str, Recipe] = {
+    "sync_plain": Recipe(
+        "ample memory, no prefix cache", lambda r: unrelated(r, 100, 30, (5, 700), (1, 60)),
+        settings(2000, **SYNC, **NO_CACHE),
+    ),
+    "async_plain": Recipe(
+        "ample memory, no prefix cache", lambda r: unrelated(r, 100, 30, (5, 700), (1, 60)),
+        settings(2000, **NO_CACHE),
+    ),
+    "sync_tight": Recipe(
+        "memory for a few requests: many preemptions, recomputed in full",
+        lambda r: unrelated(r, 80, 6, (5, 120), (20, 200)), settings(48, **SYNC, **NO_CACHE),
+    ),
+    "async_tight": Recipe(
+        "memory for a few requests: many preemptions, recomputed in full",
+        lambda r: unrelated(r, 80, 6, (5, 120), (20, 200)), settings(48, **NO_CACHE),
+    ),
+    "async_last_token_victims": Recipe(
+        "preemptions strike requests whose last token is in flight",
+        lambda r: long_and_short(r, 120), settings(32, **NO_CACHE, max_num_seqs=24),
+    ),
+    "async_last_token_victims_cached": Recipe(
+        "preemptions strike requests whose last token is in flight, with the prefix cache on",
+        lambda r: long_and_short(r, 120), settings(32, max_num_seqs=24),
+    ),
+    "async_two_seats_tight": Recipe(
+        "two requests that do not fit together: a request gives up its own blocks and nothing is scheduled",
+        lambda r: unrelated(r, 60, 80, (10, 60), (20, 90)), settings(10, max_num_seqs=2),
+    ),
+    "sync_prefix_tight": Recipe(
+        "shared prefixes, preemptions, evictions", lambda r: shared_prefixes(r, 110, 8, output=(5, 90)),
+        settings(60, **SYNC),
+    ),
+    "async_prefix_tight": Recipe(
+        "shared prefixes, preemptions, evictions", lambda r: shared_prefixes(r, 110, 8, output=(5, 90)),
+        settings(60),
+    ),
+    "async_prefix_ample": Recipe(
+        "shared prefixes, nothing is ever evicted", lambda r: shared_prefixes(r, 110, 20), settings(3000),
+    ),
+    "async_evictions": Recipe(
+        "prefixes are evicted before they come up again", lambda r: cycling(r, 80), settings(64),
+    ),
+    "sync_sessions": Recipe(
+        "conversations", lambda r: conversations(r, 25, 80), settings(400, **SYNC, block_size=32),
+    ),
+    "async_sessions": Recipe("conversations", lambda r: conversations(r, 25, 80), settings(400)),
+    "async_sessions_tight": Recipe(
+        "conversations that push each other out",
+        lambda r: conversations(r, 28, 20, output=(5, 90)), settings(50),
+    ),
+    "async_round_times": Recipe(
+        "arrivals, ends and releases fall on the same instants", lambda r: round_times(r, 25),
+        settings(120), ROUND,
+    ),
+    "sync_round_times": Recipe(
+        "arrivals, ends and releases fall on the same instants", lambda r: round_times(r, 25),
+        settings(120, **SYNC), ROUND,
+    ),
+    "async_sessions_long_answers": Recipe(
+        "follow-ups are released in the middle of long runs of pure decode steps",
+        lambda r: conversations(r, 8, 700, tool_ms=150, output=(40, 250)), settings(400), CONTEXT,
+    ),
+    "sync_sessions_long_answers": Recipe(
+        "follow-ups are released in the middle of long runs of pure decode steps",
+        lambda r: conversations(r, 8, 700, tool_ms=150, output=(40, 250)), settings(400, **SYNC), CONTEXT,
+    ),
+    "async_echoes": Recipe(
+        "prompts quote earlier answers; little memory", lambda r: echoes(r, 150, 6),
+        settings(22, max_num_seqs=24),
+    ),
+    "async_ends_together": Recipe(
+        "requests of one group end at the same step, not in the order in which their prompts were done",
+        lambda r: together(r, 60, 32), settings(140, long_prefill_token_threshold=32),
+    ),
+    "async_threshold_64": Recipe(
+        "at most 64 tokens of a prompt per step", lambda r: shared_prefixes(r, 70, 20, prefix=(200, 600)),
+        settings(300, long_prefill_token_threshold=64),
+    ),
+    "sync_threshold_256": Recipe(
+        "at most 256 tokens of a prompt per step, blocks of 32, preemptions",
+        lambda r: unrelated(r, 60, 12, (100, 900), (5, 150)),
+        settings(64, **SYNC, long_prefill_token_threshold=256, block_size=32),
+    ),
+    "async_no_chunking": Recipe(
+        "a prompt is computed in one step or waits", lambda r: unrelated(r, 70, 15, (20, 400), (1, 60)),
+        settings(90, enable_chunked_prefill=False),
+    ),
+    "sync_no_chunking_threshold": Recipe(
+        "chunking is off, but a threshold chunks all the same",
+        lambda r: shared_prefixes(r, 60, 15, prefix=(100, 300)),
+        settings(90, **SYNC, enable_chunked_prefill=False, long_prefill_token_threshold=64),
+    ),
+    "async_tiny_budget": Recipe(
+        "16 tokens a step, 12 requests at once: decodes eat the budget",
+        lambda r: shared_prefixes(r, 40, 40, output=(1, 40)),
+        settings(200, max_num_batched_tokens=16, max_num_seqs=12),
+    ),
+    "sync_tiny_budget_tight": Recipe(
+        "24 tokens a step and little memory", lambda r: unrelated(r, 50, 20, (5, 90), (10, 80)),
+        settings(22, **SYNC, max_num_batched_tokens=24, max_num_seqs=16),
+    ),
+    "async_three_seats": Recipe(
+        "three requests at once", lambda r: unrelated(r, 50, 60, (5, 300), (1, 60)),
+        settings(500, max_num_seqs=3),
+    ),
+    "async_bursts": Recipe(
+        "twenty arrivals at the same nanosecond", lambda r: bursts(r, 100, 20, 500),
+        settings(130, max_num_seqs=16),
+    ),
+    "async_single_token": Recipe(
+        "outputs of one token, and a few of two",
+        lambda r: shared_prefixes(r, 120, 9, output=(1, 2)), settings(80),
+    ),
+    "sync_single_token": Recipe(
+        "outputs of one token, and a few of two",
+        lambda r: shared_prefixes(r, 120, 9, output=(1, 2)), settings(80, **SYNC),
+    ),
+    "async_block_edges": Recipe(
+        "lengths on the edges of blocks", lambda r: on_block_edges(r, 90, 16), settings(28),
+    ),
+    "sync_block_edges_32": Recipe(
+        "lengths on the edges of blocks of 32", lambda r: on_block_edges(r, 70, 32),
+        settings(40, **SYNC, block_size=32),
+    ),
+    "async_identical": Recipe(
+        "the same prompts and answers: blocks of equal content", lambda r: identical(r, 80, 25), settings(45),
+    ),
+    "sync_identical": Recipe(
+        "the same prompts and answers: blocks of equal content", lambda r: identical(r, 80, 25),
+        settings(45, **SYNC),
+    ),
+    "async_no_full_gate": Recipe(
+        "admission looks at the first chunk only",
+        lambda r: shared_prefixes(r, 80, 10, prefix=(100, 400), output=(5, 70)),
+        settings(60, reserve_full_isl=False, max_num_batched_tokens=128),
+    ),
+    "async_no_ids": Recipe(
+        "prompts without ids share nothing, but find their own blocks after a preemption",
+        lambda r: without_ids(r, 80, 6, (5, 120), (20, 200)), settings(48),
+    ),
+    "async_long_chats": Recipe(
+        "long runs of pure decode steps whose time grows with the context", long_chats,
+        settings(500), CONTEXT,
+    ),
+    "sync_long_chats": Recipe(
+        "long runs of pure decode steps, with preemptions", long_chats,
+        settings(48, **SYNC), CONTEXT,
+    ),
+}  # fmt: skip
+
+
+def record(name: str) -> Golden:
+    """Make one golden's workload and record it with vLLM."""
+    recipe = RECIPES[name]
+    # Both modes of a pair get the same workload: the seed depends on the name without its first word.
+    seed = [ord(letter) for letter in name.partition("_")[2]]
+    entries = recipe.entries(np.random.default_rng(seed))
+    log = record_scheduler(build_workload(entries, name), recipe.settings, recipe.formula)
+    return Golden(name, recipe.about, entries, log)
+
+
+def describe(log: SchedulerLog) -> str:
+    """One line: what happens in a log."""
+    last_use = {index: number for number, step in enumerate(log.steps) for index in step.sched}
+    late = sum(last_use[i] < number for number, s in enumerate(log.steps) for i in s.preempted)
+    # A step that preempts admits nobody, unless the preemption happened in a schedule that came out empty.
+    empty = sum(bool(s.preempted and s.hits) for s in log.steps)
+    several = sum(len(s.preempted) > 1 for s in log.steps)
+    return (
+        f"{len(log.requests)} requests, {len(log.steps)} steps, "
+        f"{sum(r.preemptions for r in log.requests)} preemptions ({late} with the last "
+        f"token in flight, {empty} then admitting, {several} several at once), "
+        f"{sum(sum(s.hits.values()) for s in log.steps)} tokens hit, "
+        f"least free {min(s.free for s in log.steps)}"
+    )
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Record the golden logs with vLLM's scheduler.")
+    parser.add_argument("names", nargs="*", help="goldens to record (default: all)")
+    parser.add_argument("--check", action="store_true", help="compare with the stored files, write nothing")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - set(RECIPES)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(RECIPES)}")
+    failures = 0
+    for name in options.names or RECIPES:
+        golden = record(name)
+        if options.check:
+            stored = read_golden(name) if name in golden_names() else None
+            found = differences(stored.log, golden.log, ordered=True) if stored else ["not recorded yet"]
+            if stored and stored.entries != golden.entries:
+                found.insert(0, "the workload is another one")
+            if stored and asdict(RECIPES[name].formula) != stored.log.header["formula"]:
+                found.insert(0, "the step formula is another one")
+            failures += bool(found)
+            print(f"{name}: {'differs' if found else 'same'}", *found[:5], sep="\n  ")
+        else:
+            write_golden(golden)
+            print(f"{name}: {describe(golden.log)}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""Compare the engine with vLLM's scheduler on random workloads and settings, far beyond the stored goldens.
+
+    python -m tests.parity.fuzz 200            # seeds 0 to 199
+    python -m tests.parity.fuzz 1 --first 37   # one seed again
+
+Needs vLLM importable (no GPU). Prints the first difference of every seed that has one; the exit status tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+import numpy as np
+
+from serving.bench.record_scheduler import SchedulerSettings, record_scheduler
+from serving.bench.scheduler_log import SchedulerLog, differences
+from serving.bench.step_formula import StepFormula
+from tests.golden.golden_file import Golden, build_workload
+from tests.golden.make_golden import CONTEXT, ODD, ROUND
+from tests.golden.workloads import (
+    Entry,
+    bursts,
+    conversations,
+    cycling,
+    echoes,
+    identical,
+    long_and_short,
+    on_block_edges,
+    round_times,
+    shared_prefixes,
+    together,
+    unrelated,
+    without_ids,
+)
+from tests.parity.replay import logged, replay, replay_in_jumps
+
+Outcome = tuple[SchedulerSettings, SchedulerLog, list[str]]
+
+
+def random_entries(rng: np.random.Generator) -> list[Entry]:
+    """A workload of a random kind with random parameters."""
+    count, gap = int(rng.integers(5, 60)), float(rng.choice([1.0, 6.0, 15.0, 40.0, 150.0]))
+    prompt, output = (1, int(rng.integers(2, 300))), (1, int(rng.integers(2, 90)))
+    kinds: list[Any] = [
+        lambda: unrelated(rng, count, gap, prompt, output),
+        lambda: without_ids(rng, count, gap, prompt, output),
+        lambda: shared_prefixes(rng, count, gap, int(rng.integers(1, 6)), (10, 200), (1, 60), output),
+        lambda: conversations(rng, 1 + count // 5, gap, tool_ms=gap, output=(1, output[1])),
+        lambda: bursts(rng, count, int(rng.integers(2, 20)), gap * 10),
+        lambda: on_block_edges(rng, count, 16),
+        lambda: identical(rng, count, gap),
+        lambda: round_times(rng, 1 + count // 5),
+        lambda: cycling(rng, count),
+        lambda: long_and_short(rng, count),
+        lambda: echoes(rng, count, gap),
+        lambda: together(rng, count, int(rng.integers(1, 60))),
+    ]
+    entries: list[Entry] = kinds[int(rng.integers(len(kinds)))]()
+    return entries
+
+
+def random_settings(rng: np.random.Generator, entries: list[Entry]) -> SchedulerSettings:
+    """Settings that can serve the workload, with little memory as often as not."""
+    workload = build_workload(entries, "random")
+    longest = max(r.input_tokens + r.output_tokens for r in workload)
+    block_size = int(rng.choice([1, 4, 16, 16, 16, 32]))
+    least = -(-longest // block_size) + 1
+    chunked = bool(rng.random() < 0.85)
+    seats = int(rng.choice([1, 2, 3, 8, 32, 128]))
+    budget = max(seats, int(rng.choice([1, 8, 32, 64, 128, 512])), 0 if chunked else longest)
+    return SchedulerSettings(
+        num_gpu_blocks=least + int(rng.choice([0, 1, least // 4, least, 3 * least, 50 * least])),
+        block_size=block_size,
+        max_num_seqs=seats,
+        max_num_batched_tokens=budget,
+        long_prefill_token_threshold=int(rng.choice([0, 0, 1, 2, 20, 64])),
+        enable_chunked_prefill=chunked,
+        reserve_full_isl=bool(rng.random() < 0.8),
+        enable_prefix_caching=bool(rng.random() < 0.7),
+        async_scheduling=bool(rng.random() < 0.6),
+    )
+
+
+def random_formula(rng: np.random.Generator) -> StepFormula:
+    return [ODD, ROUND, CONTEXT][int(rng.integers(3))]
+
+
+def compare(seed: int) -> Outcome:
+    """Run one seed through vLLM and through the engine, stepped and jumping."""
+    rng = np.random.default_rng(seed)
+    entries = random_entries(rng)
+    settings = random_settings(rng, entries)
+    log = record_scheduler(build_workload(entries, "random"), settings, random_formula(rng))
+    golden = Golden(f"seed {seed}", "", entries, log)
+    found = differences(log, replay(golden), limit=3)
+    jumped = replay_in_jumps(golden)
+    requests = SchedulerLog(requests=[logged(record) for record in jumped.requests])
+    found += differences(SchedulerLog(requests=log.requests), requests, limit=3)
+    if len(jumped.instances[0].steps) != len(log.steps):
+        found.append(f"jumping: {len(jumped.instances[0].steps)} steps, expected {len(log.steps)}")
+    return settings, log, found
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Compare the engine with vLLM's scheduler at random.")
+    parser.add_argument("seeds", type=int, help="number of seeds")
+    parser.add_argument("--first", type=int, default=0, help="first seed (default: 0)")
+    options = parser.parse_args(arguments)
+    failures = steps = preemptions = 0
+    for seed in range(options.first, options.first + options.seeds):
+        settings, log, found = compare(seed)
+        steps += len(log.steps)
+        preemptions += sum(request.preemptions for request in log.requests)
+        if found:
+            failures += 1
+            print(f"seed {seed}: {settings}", *found, sep="\n  ", flush=True)
+    print(f"{options.seeds} seeds, {steps} steps, {preemptions} preemptions: {failures} seeds differ")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

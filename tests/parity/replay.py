@@ -1,0 +1,153 @@
+"""Run a golden's workload through the simulator's engine and write the same log that vLLM's scheduler left.
+
+The engine runs with the golden's settings and its step formula in the place of a measured step timer. A
+scheduler that also takes notes (:class:`NotingScheduler`) records what the engine itself does not keep: which
+request got how many tokens, and who was preempted in a schedule that came out empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from serving.bench.record_scheduler import SchedulerSettings
+from serving.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
+from serving.bench.step_formula import StepFormula
+from serving.engine.block_tables import BlockTables
+from serving.engine.instance import Instance
+from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.simulation import Simulation
+from serving.engine.step_loop import SingleTimes, StepLoop
+from serving.memory.kv_cache import KvCache
+from serving.results.records import InstanceLog, RequestRecord, RunLog
+
+if TYPE_CHECKING:
+    from serving.engine.batch import Batch
+    from serving.workload.request import Workload
+    from tests.golden.golden_file import Golden
+
+
+class NotingScheduler(Scheduler):
+    """The engine's scheduler, with a note of every step it makes."""
+
+    __slots__ = ("notes", "pending")
+
+    def __init__(self, limits: SchedulerLimits, kv: KvCache) -> None:
+        super().__init__(limits, kv)
+        self.traced = True
+        self.notes: dict[int, LoggedStep] = {}
+        self.pending: list[int] = []
+        """Preempted by schedules that came out empty; they count with the next step."""
+
+    def schedule(self, step: int, now_ns: int, in_flight: bool) -> Batch:
+        held = set(self.running)
+        batch = super().schedule(step, now_ns, in_flight)
+        self.pending += [state.request.index for state in batch.preempted]
+        if batch.is_empty:
+            return batch
+        entries = batch.entries
+        assert entries is not None
+        sched = dict(entries)
+        assert len(sched) == len(entries), "a request was scheduled twice in one step"
+        admitted = [state for state in self.running if state not in held]
+        self.notes[step] = LoggedStep(
+            start=-1,
+            end=-1,
+            sched=sched,
+            preempted=self.pending,
+            free=self.kv.pool.num_free,
+            hits={s.request.index: s.computed - sched[s.request.index] for s in admitted},
+        )
+        self.pending = []
+        return batch
+
+
+def replay(golden: Golden) -> SchedulerLog:
+    """The engine's log of a golden's workload, every step taken one by one."""
+    settings, formula = golden_settings(golden)
+    scheduler = NotingScheduler(limits(settings), kv_cache(settings))
+    workload = golden.workload()
+    loop = build_loop(scheduler, settings, formula, workload, jump=False)
+
+    def note_completion(batch: Batch, start_ns: int, free: int) -> None:
+        note = scheduler.notes[batch.step]
+        note.start, note.end, note.free_after = start_ns, batch.end_ns, free
+        note.finished = [state.request.index for state in batch.finishing]
+
+    loop.members[0].trace = note_completion
+    run = simulate(loop, workload)
+    scheduler.kv.pool.check_integrity()
+    steps = [scheduler.notes[step] for step in sorted(scheduler.notes)]
+    return SchedulerLog(golden.log.header, steps, [logged(record) for record in run.requests])
+
+
+def simulate(loop: StepLoop, workload: Workload) -> RunLog:
+    """Run a workload on one instance by the simulation's own event loop."""
+    options = SimpleNamespace(max_concurrency=0, request_routing_policy="RR", seed=0)
+    return Simulation([loop], workload, cast("Any", options)).run()
+
+
+def golden_settings(golden: Golden) -> tuple[SchedulerSettings, StepFormula]:
+    """What a golden was recorded with."""
+    header = golden.log.header
+    return SchedulerSettings(**header["settings"]), StepFormula(**header["formula"])
+
+
+def limits(settings: SchedulerSettings) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        long_prefill_token_threshold=settings.long_prefill_token_threshold,
+        chunked_prefill=settings.enable_chunked_prefill,
+        reserve_full_isl=settings.reserve_full_isl,
+    )
+
+
+def kv_cache(settings: SchedulerSettings) -> KvCache:
+    return KvCache(settings.num_gpu_blocks, settings.block_size, settings.enable_prefix_caching)
+
+
+def build_loop(
+    scheduler: Scheduler,
+    settings: SchedulerSettings,
+    formula: StepFormula,
+    workload: Workload,
+    jump: bool,
+) -> StepLoop:
+    """The loop of one instance of a model that has no properties but a name: nothing else takes part in
+    scheduling."""
+    capacity = SimpleNamespace(block_size=settings.block_size, usable_blocks=settings.num_gpu_blocks - 1)
+    log = InstanceLog(
+        index=0,
+        node=0,
+        spec=cast("Any", SimpleNamespace(model_name="any")),
+        options=cast("Any", SimpleNamespace(**asdict(settings))),
+        capacity=cast("Any", capacity),
+        bundle_source="formula",
+    )
+    depth = 2 if settings.async_scheduling else 1
+    member = Instance(log, scheduler, BlockTables(workload))
+    return StepLoop([member], SingleTimes(formula), depth=depth, jump=jump)
+
+
+def logged(record: RequestRecord) -> LoggedRequest:
+    """A request's record in the form of the log."""
+    return LoggedRequest(
+        req=record.request,
+        arrival=record.arrival_ns,
+        queued=record.queued_ns,
+        scheduled=record.scheduled_ns,
+        first=record.first_token_ns,
+        end=record.end_ns,
+        hit=record.npu_hit,
+        preemptions=record.preemptions,
+    )
+
+
+def replay_in_jumps(golden: Golden) -> RunLog:
+    """The engine's own records of a golden's workload, with the vectorised jumps over quiet stretches."""
+    settings, formula = golden_settings(golden)
+    workload = golden.workload()
+    scheduler = Scheduler(limits(settings), kv_cache(settings))
+    return simulate(build_loop(scheduler, settings, formula, workload, jump=True), workload)

@@ -1,0 +1,103 @@
+"""The engine makes the decisions that vLLM's own scheduler made, step for step, on every golden log.
+
+The goldens are recordings of vLLM's scheduler (tests/golden/make_golden.py); docs/parity.md says how to renew
+them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from serving.bench.scheduler_log import SchedulerLog, differences
+from tests.golden.golden_file import Golden, golden_names, read_golden
+from tests.parity.replay import logged, replay, replay_in_jumps
+
+NAMES = golden_names()
+
+golden = cache(read_golden)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_engine_does_what_vllm_did_in_every_step(name: str) -> None:
+    found = differences(golden(name).log, replay(golden(name)))
+    assert not found, "\n".join([f"{name} ({golden(name).about}):", *found])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_jumping_over_quiet_stretches_changes_nothing(name: str) -> None:
+    reference = golden(name).log
+    run = replay_in_jumps(golden(name))
+    steps, num_blocks = run.instances[0].steps, reference.header["settings"]["num_gpu_blocks"]
+    counts = [list(step.sched.values()) for step in reference.steps]
+    columns = {
+        "start_ns": [step.start for step in reference.steps],
+        "end_ns": [step.end for step in reference.steps],
+        "decode_tokens": [sum(tokens == 1 for tokens in step) for step in counts],
+        "prefill_tokens": [sum(tokens for tokens in step if tokens > 1) for step in counts],
+        "kv_blocks_used": [num_blocks - 1 - step.free for step in reference.steps],
+        "preempted": [len(step.preempted) for step in reference.steps],
+        "hit_tokens": [sum(step.hits.values()) for step in reference.steps],
+    }
+    for column, expected in columns.items():
+        assert steps.column(column).tolist() == expected, column
+    requests = SchedulerLog(requests=[logged(record) for record in run.requests])
+    assert not differences(SchedulerLog(requests=reference.requests), requests)
+
+
+def test_the_goldens_cover_what_they_are_meant_to() -> None:
+    assert len(NAMES) >= 14
+    headers = [golden(name).log.header for name in NAMES]
+    assert {header["vllm"] for header in headers} == {"0.24.0"}
+    wanted: dict[str, set[int]] = {
+        "async_scheduling": {True, False},
+        "enable_prefix_caching": {True, False},
+        "enable_chunked_prefill": {True, False},
+        "reserve_full_isl": {True, False},
+        "block_size": {16, 32},
+        "long_prefill_token_threshold": {0, 64, 256},
+    }
+    for option, values in wanted.items():
+        assert {header["settings"][option] for header in headers} >= values, option
+
+
+def test_the_goldens_hold_the_rare_events() -> None:
+    steps = [step for name in NAMES for step in golden(name).log.steps]
+    assert any(len(step.preempted) > 1 for step in steps), "several requests preempted at once"
+    assert any(step.hits.get(i, 0) for step in steps for i in step.hits), "a prefix hit"
+    assert any(step.preempted and step.hits for step in steps), "a schedule that preempted and came out empty"
+    assert any(_last_token_in_flight(golden(name)) for name in NAMES)
+    resumed = [(name, i) for name in NAMES for i in _resumed_with_hit(golden(name))]
+    assert resumed, "a preempted request that found its own blocks again"
+
+
+def _last_token_in_flight(one: Golden) -> bool:
+    """Whether a request was preempted that was never scheduled again, so its last token was in flight."""
+    last_use = {index: number for number, step in enumerate(one.log.steps) for index in step.sched}
+    return any(
+        last_use[index] < number for number, step in enumerate(one.log.steps) for index in step.preempted
+    )
+
+
+def _resumed_with_hit(one: Golden) -> list[int]:
+    seen: set[int] = set()
+    resumed = []
+    for step in one.log.steps:
+        resumed += [index for index, hit in step.hits.items() if hit and index in seen]
+        seen |= step.hits.keys()
+    return resumed
+
+
+def test_a_single_wrong_number_is_found() -> None:
+    reference = golden("async_tight").log
+    changed = [*reference.steps]
+    changed[100] = replace(changed[100], free=changed[100].free + 1)
+    wrong = SchedulerLog(reference.header, changed, reference.requests)
+    assert differences(reference, wrong) == [
+        f"step 100: free {changed[100].free}, expected {reference.steps[100].free}"
+    ]
+    late = [replace(request, end=request.end + (request.req == 7)) for request in reference.requests]
+    assert len(differences(reference, SchedulerLog(reference.header, reference.steps, late))) == 1
+    assert differences(reference, SchedulerLog(reference.header, reference.steps[:-1], reference.requests))
