@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Instance:
     """A scheduler with the requests handed to it. When its steps run is up to its :class:`StepLoop`."""
 
-    __slots__ = ("_inbox", "_preempted", "log", "loop", "scheduler", "tables", "trace")
+    __slots__ = ("_inbox", "_preempted", "log", "loop", "scheduled", "scheduler", "tables", "trace")
 
     loop: StepLoop
 
@@ -33,6 +33,8 @@ class Instance:
         self.trace: Callable[[Batch, int, int], None] | None = None
         """Debugging hook: called after every step with its batch, its start in ns and the number of free
         blocks."""
+        self.scheduled: Callable[[Instance, Batch, int], None] | None = None
+        """Called with every step that was scheduled: the instance, the batch and its start in ns."""
         self._inbox: list[RequestState] = []
         self._preempted = 0
 

@@ -1,9 +1,9 @@
 """Which instance takes a request.
 
-A policy is a callable ``policy(request, candidates) -> Instance``: it gets the request and the instances that
-serve its model, in order of their index, and returns one of them. ``module:callable`` names a policy of the
-user's own with that signature; what it may look at is :class:`serving.engine.instance.Instance`'s
-``num_waiting``, ``num_running``, ``cached_tokens(request)`` and ``log.index``.
+A policy is a callable ``policy(request, candidates) -> candidate``: it gets the request and what can be known
+of the instances that may take it, in order of their index, and returns one of them. ``module:callable`` names
+a policy of the user's own with that signature. A candidate has ``index``, ``num_waiting``, ``num_running``
+and ``cached_tokens(request)``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import importlib
 import random
 from typing import TYPE_CHECKING
 
+from serving.engine.arrivals import NEVER
 from serving.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from serving.engine.instance import Instance
     from serving.workload.request import Request
 
-    Policy = Callable[[Request, Sequence[Instance]], Instance]
+    Policy = Callable[[Request, Sequence["Candidate"]], "Candidate"]
 
 _WAITING_WEIGHT = 4
 """A waiting request counts as much as four running ones, as in vLLM's load balancer."""
@@ -29,15 +30,88 @@ _MOST_LOAD_FOR_PREFIX = 2.0
 """PREFIX leaves the instance with the longest prefix when it has more than this times the average load."""
 
 
-def load(instance: Instance) -> int:
-    """vLLM's measure of how busy an instance is."""
-    return _WAITING_WEIGHT * instance.num_waiting + instance.num_running
+class Candidate:
+    """An instance as the router sees it: its counts may be as old as the last refresh."""
+
+    __slots__ = ("_instance", "_seen", "index", "on_the_way")
+
+    def __init__(self, instance: Instance, live: bool) -> None:
+        self._instance = instance
+        self._seen: tuple[int, int] | None = None if live else (0, 0)
+        self.index = instance.log.index
+        self.on_the_way = 0
+        """Requests whose prompt is being computed elsewhere and that will be decoded here."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no slot."""
+        waiting = self._instance.num_waiting if self._seen is None else self._seen[0]
+        return waiting + self.on_the_way
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return self._instance.num_running if self._seen is None else self._seen[1]
+
+    @property
+    def load(self) -> float:
+        """vLLM's measure of how busy an instance is, per NPU."""
+        busy = _WAITING_WEIGHT * self.num_waiting + self.num_running
+        return busy / self._instance.log.spec.num_npus
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of the request's prompt in the instance's prefix cache right now."""
+        return self._instance.cached_tokens(request)
+
+    def refresh(self) -> None:
+        """See the counts of now."""
+        self._seen = self._instance.num_waiting, self._instance.num_running
+
+    def expect_one(self) -> None:
+        """Count a request that was sent there since the last refresh."""
+        if self._seen is not None:
+            self._seen = self._seen[0] + 1, self._seen[1]
 
 
-def least_loaded(request: Request, candidates: Sequence[Instance]) -> Instance:
+class Router:
+    """Chooses instances by one policy, from live counts or from counts refreshed every so often."""
+
+    def __init__(self, instances: Sequence[Instance], policy: str, seed: int, refresh_ns: int = 0) -> None:
+        """
+        Args:
+            instances: in order of their index.
+            policy: LOAD, RR, RAND, PREFIX or ``module:callable``.
+            seed: of RAND.
+            refresh_ns: time between refreshes of the counts in ns; 0 means always live.
+        """
+        self._candidates = [Candidate(instance, live=not refresh_ns) for instance in instances]
+        self._policy = policy
+        self._seed = seed
+        self._policies: dict[str, Policy] = {"": load_policy(policy, seed)}
+        self._refresh_ns = refresh_ns
+        self.next_ns = refresh_ns or NEVER
+        """When the counts are refreshed next."""
+
+    def refresh(self, now_ns: int) -> None:
+        """Refresh the counts, at the last time due."""
+        for candidate in self._candidates:
+            candidate.refresh()
+        self.next_ns = (now_ns // self._refresh_ns + 1) * self._refresh_ns
+
+    def choose(self, request: Request, allowed: Iterable[int], role: str = "") -> Candidate:
+        """One of the instances ``allowed`` by index; every ``role`` has its own turn or random numbers."""
+        candidates = [self._candidates[index] for index in allowed]
+        if role not in self._policies:
+            self._policies[role] = load_policy(self._policy, self._seed + len(self._policies))
+        chosen = candidates[0] if len(candidates) == 1 else self._policies[role](request, candidates)
+        chosen.expect_one()
+        return chosen
+
+
+def least_loaded(request: Request, candidates: Sequence[Candidate]) -> Candidate:
     """LOAD: the instance with the least load, the first of equals."""
     del request
-    return min(candidates, key=load)
+    return min(candidates, key=lambda candidate: candidate.load)
 
 
 class RoundRobin:
@@ -46,7 +120,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = 0
 
-    def __call__(self, request: Request, candidates: Sequence[Instance]) -> Instance:
+    def __call__(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
         del request
         self._turn += 1
         return candidates[(self._turn - 1) % len(candidates)]
@@ -58,16 +132,16 @@ class SeededRandom:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
-    def __call__(self, request: Request, candidates: Sequence[Instance]) -> Instance:
+    def __call__(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
         del request
         return candidates[self._random.randrange(len(candidates))]
 
 
-def longest_prefix(request: Request, candidates: Sequence[Instance]) -> Instance:
+def longest_prefix(request: Request, candidates: Sequence[Candidate]) -> Candidate:
     """PREFIX: where most of the prompt is cached, unless that instance is far busier than the average."""
-    average = sum(map(load, candidates)) / len(candidates)
-    best = max(candidates, key=lambda instance: (instance.cached_tokens(request), -load(instance)))
-    if best.cached_tokens(request) == 0 or load(best) > _MOST_LOAD_FOR_PREFIX * average + _WAITING_WEIGHT:
+    average = sum(candidate.load for candidate in candidates) / len(candidates)
+    best = max(candidates, key=lambda candidate: (candidate.cached_tokens(request), -candidate.load))
+    if best.cached_tokens(request) == 0 or best.load > _MOST_LOAD_FOR_PREFIX * average + _WAITING_WEIGHT:
         return least_loaded(request, candidates)
     return best
 
@@ -92,7 +166,7 @@ def load_policy(name: str, seed: int) -> Policy:
     except (ImportError, AttributeError) as error:
         raise InputError(
             f"--request-routing-policy: {name} cannot be loaded ({error}); must be LOAD, RR, RAND, PREFIX or "
-            f"module:callable of an importable module"
+            "module:callable of an importable module"
         ) from error
     if not callable(policy):
         raise InputError(

@@ -51,6 +51,7 @@ class Scheduler:
         "_lanes",
         "_spare_lanes",
         "decodes",
+        "held",
         "kv",
         "limits",
         "new_lane",
@@ -79,6 +80,8 @@ class Scheduler:
         self._lanes: list[Batch] = []
         """Batches in flight in a pipeline."""
         self._spare_lanes: list[DecodeSet] = []
+        self.held = 0
+        """Finished requests that keep their blocks for now."""
         self.traced = False
         """Whether batches list their requests one by one (:attr:`Batch.entries`)."""
         self._admissions = 0
@@ -286,7 +289,8 @@ class Scheduler:
 
     def enqueue(self, state: RequestState, now_ns: int) -> None:
         """Take a request in."""
-        state.record.queued_ns = now_ns
+        if state.record.queued_ns < 0:
+            state.record.queued_ns = now_ns
         self.waiting.append(state)
 
     def _admit(self, batch: Batch, left: int, now_ns: int, completed: list[RequestState]) -> None:
@@ -323,10 +327,11 @@ class Scheduler:
             if record.scheduled_ns < 0:
                 record.scheduled_ns = now_ns
                 record.npu_hit = hit_tokens
-            else:
+            elif not state.kv_arrived:
                 record.recomputed_tokens += state.computed - done
-            batch.hit_tokens += hit_tokens
-            batch.lookup_tokens += known
+            if not state.kv_arrived:
+                batch.hit_tokens += hit_tokens
+                batch.lookup_tokens += known
             batch.add_request(tokens, done)
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))
@@ -349,7 +354,9 @@ class Scheduler:
             else:
                 self.running.remove(state)
                 self.kv.register_shared(state.table, state.total_tokens - 1)
-                if not state.keeps_blocks:
+                if state.keeps_blocks:
+                    self.held += 1
+                else:
                     self.kv.free(state.table, state.total_tokens - 1)
             state.phase = Phase.FINISHED
             state.end_run(batch.step if batch.lane is None else len(batch.lane.token_times) - 1)
@@ -360,6 +367,7 @@ class Scheduler:
 
     def release(self, state: RequestState) -> None:
         """Give back the blocks of a finished request that kept them."""
+        self.held -= 1
         self.kv.free(state.table, state.total_tokens - 1)
         self._frees += 1
 

@@ -1,4 +1,4 @@
-"""The simulation clock: lets requests arrive and instances run, in order of time."""
+"""The simulation clock: lets requests arrive, instances run and KV travel, in order of time."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Protocol
 
 from serving.engine.arrivals import NEVER, Arrivals
-from serving.engine.block_tables import BlockTables
-from serving.engine.instance import Instance
-from serving.engine.router import load_policy
-from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.step_loop import SingleTimes, StepLoop
-from serving.errors import InputError
-from serving.memory.kv_cache import KvCache
-from serving.results.records import InstanceLog, RejectedRequest, RunLog
+from serving.engine.hand_over import HandOver, Journey
+from serving.engine.router import Router
+from serving.errors import RunError
+from serving.results.records import RejectedRequest, RunLog
 
 if TYPE_CHECKING:
     from array import array
+    from collections.abc import Callable
 
-    from serving.specs.cluster import ClusterSpec
-    from serving.specs.options import InstanceOptions, RuntimeOptions
+    from serving.engine.hand_over import Route
+    from serving.engine.instance import Instance
+    from serving.engine.request_state import RequestState
+    from serving.engine.step_loop import StepLoop
+    from serving.specs.options import RuntimeOptions
     from serving.workload.request import Request, Workload
 
 _ANY_MODEL = ""
@@ -44,55 +44,86 @@ class Simulation:
         loops: list[StepLoop],
         workload: Workload,
         options: RuntimeOptions,
+        *,
         lane_times: list[array[int]] | None = None,
+        hand_over: HandOver | None = None,
+        route: Callable[[Instance, Instance], Route] | None = None,
     ) -> None:
         """
         Args:
-            loops: step loops, whose members in order are the instances of the cluster.
+            loops: step loops, whose members are the instances of the cluster.
             workload: what arrives.
             options: those that concern the run as a whole.
             lane_times: where pipelines note the times of their tokens; see :class:`RunLog`.
+            hand_over: moves KV from prefill to decode instances, where there are any.
+            route: the way from one instance to another; goes with ``hand_over``.
         """
-        instances = [member for loop in loops for member in loop.members]
-        self.instances = instances
-        self.log = RunLog([instance.log for instance in instances])
+        self.loops = loops
+        self.instances = sorted(
+            (member for loop in loops for member in loop.members), key=lambda member: member.log.index
+        )
+        self.log = RunLog([instance.log for instance in self.instances])
         if lane_times is not None:
             self.log.lane_times = lane_times
-        self._loops = loops
         self._workload = workload
         self._arrivals = Arrivals(workload, options.max_concurrency)
-        self._policy = load_policy(options.request_routing_policy, options.seed)
-        self._loop_of = [index for index, loop in enumerate(loops) for _ in loop.members]
-        self._candidates: dict[str, list[Instance]] = defaultdict(list)
-        for instance in instances:
+        self._router = Router(
+            self.instances,
+            options.request_routing_policy,
+            options.seed,
+            round(options.router_refresh * 1e9),
+        )
+        self._sticky = options.sticky_sessions
+        self._taken_by: dict[int, int] = {}
+        """Request → index of the instance that took it in, where sessions stay."""
+        self._hand_over = hand_over
+        self._route = route
+        self._fronts: dict[str, list[int]] = defaultdict(list)
+        """Model → instances that take new requests; the decode sides are in ``_backs``."""
+        self._backs: dict[str, list[int]] = defaultdict(list)
+        for instance in self.instances:
+            side = self._backs if instance.log.spec.pd_type == "decode" else self._fronts
             for model in (_ANY_MODEL, instance.log.spec.model_name):
-                self._candidates[model].append(instance)
+                side[model].append(instance.log.index)
+        self._loop_of = {
+            member.log.index: index for index, loop in enumerate(loops) for member in loop.members
+        }
         self._agenda: list[tuple[int, int]] = []
         """(time, loop) of every loop that will act; entries whose time has changed are void."""
+
+    # ------------------------------------------------------------------ the clock
 
     def run(self, observer: Observer | None = None) -> RunLog:
         """Run to the end of the workload.
 
+        At equal times KV arrives first, then requests, and loops act last.
+
         Raises:
-            RunError: requests are left that can never be scheduled.
+            RunError: requests are left that can never be served.
         """
-        arrivals, agenda, loops = self._arrivals, self._agenda, self._loops
+        arrivals, agenda, loops, router = self._arrivals, self._agenda, self.loops, self._router
         observe_ns = observer.next_ns if observer else NEVER
-        now = 0
         while True:
             while agenda and loops[agenda[0][1]].next_ns != agenda[0][0]:
                 heappop(agenda)
             acts_ns = agenda[0][0] if agenda else NEVER
-            now = min(arrivals.next_ns, acts_ns)
+            moves_ns = self._hand_over.next_ns if self._hand_over else NEVER
+            now = min(arrivals.next_ns, acts_ns, moves_ns)
             if now == NEVER:
                 break
+            if now >= router.next_ns:
+                router.refresh(now)
             if observer and now > observe_ns:
                 observer.advance(now, self.log)
                 observe_ns = observer.next_ns
-            if arrivals.next_ns <= acts_ns:
+            if moves_ns <= now and self._hand_over:
+                for journey in self._hand_over.advance(now):
+                    self._arrive_at_decode(journey, now)
+            elif arrivals.next_ns <= now:
                 self._arrive()
             else:
-                self._act(heappop(agenda)[1], observe_ns)
+                self._act(heappop(agenda)[1], observe_ns, moves_ns)
+        self._check_all_ended()
         self.log.end_ns = max((record.end_ns for record in self.log.requests), default=0)
         self.log.requests.sort(key=lambda record: record.request)
         self.log.rejected.sort(key=lambda rejected: rejected.request)
@@ -100,32 +131,28 @@ class Simulation:
             observer.advance(self.log.end_ns, self.log)
         return self.log
 
-    def _act(self, index: int, observe_ns: int) -> None:
-        loop = self._loops[index]
-        feedback = self._arrivals.feedback
-        horizon = min(self._arrivals.next_ns, observe_ns + 1)
+    def _act(self, index: int, observe_ns: int, moves_ns: int) -> None:
+        loop = self.loops[index]
+        feedback = self._arrivals.feedback or self._hand_over is not None
+        horizon = min(self._arrivals.next_ns, observe_ns + 1, self._router.next_ns, moves_ns)
         if feedback and self._agenda:
             # another instance may end a request, and so release one, at its next step end
             horizon = min(horizon, self._agenda[0][0])
+        if self._hand_over:
+            horizon = min(horizon, loop.next_ns + 1)  # one action at a time: its transfers must be placed
         loop.run(horizon, feedback)
         self._plan(index)
         for state in loop.finished:
-            record = state.record
-            record.first_token_ns = self._token_ns(*record.token_steps[0][:2])
-            self.log.requests.append(record)
-            if feedback:
-                self._arrivals.ended(record.request, record.end_ns)
+            if not (self._hand_over and self._hand_over.computed(state)):
+                self._end(state)
         loop.finished.clear()
 
     def _plan(self, index: int) -> None:
         """Put the next action of a loop on the agenda."""
-        if self._loops[index].next_ns < NEVER:
-            heappush(self._agenda, (self._loops[index].next_ns, index))
+        if self.loops[index].next_ns < NEVER:
+            heappush(self._agenda, (self.loops[index].next_ns, index))
 
-    def _token_ns(self, track: int, entry: int) -> int:
-        lane = track - len(self.instances)
-        times = self.instances[track].log.steps.end_ns if lane < 0 else self.log.lane_times[lane]
-        return times[entry]
+    # ------------------------------------------------------------------ requests
 
     def _arrive(self) -> None:
         arrival = self._arrivals.pop()
@@ -133,14 +160,62 @@ class Simulation:
             return
         now, index = arrival
         request = self._workload.requests[index]
-        candidates = self._candidates[request.model or _ANY_MODEL]
-        instance = candidates[0] if len(candidates) == 1 else self._policy(request, candidates)
+        model = request.model or _ANY_MODEL
+        fronts, backs = self._fronts[model], self._backs[model]
+        if self._sticky and request.predecessor >= 0:
+            fronts = [self._taken_by[request.predecessor]]
+        instance = self.instances[self._router.choose(request, fronts).index]
+        if self._sticky:
+            self._taken_by[index] = instance.log.index
+        if instance.log.spec.pd_type == "prefill":
+            self._send_through(request, instance, backs, now)
+            return
         reason = why_impossible(request, instance)
         if reason:
             self._reject(index, instance.log.index, now, reason)
             return
         instance.submit(instance.new_state(request, now), now)
         self._plan(self._loop_of[instance.log.index])
+
+    def _send_through(self, request: Request, prefill: Instance, backs: list[int], now: int) -> None:
+        """Hand a request to a prefill instance, with the decode instance it will go on to."""
+        assert self._hand_over is not None
+        assert self._route is not None
+        model = prefill.log.spec.model_name
+        backs = [index for index in backs if self.instances[index].log.spec.model_name == model]
+        decode = self._router.choose(request, backs, "decode")
+        target = self.instances[decode.index]
+        reason = why_impossible(request, prefill, 1) or why_impossible(request, target)
+        if reason:
+            self._reject(request.index, prefill.log.index, now, reason)
+            return
+        state = prefill.new_state(request, now)
+        state.total_tokens = request.input_tokens + 1
+        self._hand_over.send(Journey(state, prefill, decode, target, self._route(prefill, target)))
+        prefill.submit(state, now)
+        self._plan(self._loop_of[prefill.log.index])
+
+    def _arrive_at_decode(self, journey: Journey, now: int) -> None:
+        target, record = journey.target, journey.state.record
+        record.token_steps.clear()  # the user gets the first token from the decode instance
+        record.decode_instance = target.log.index
+        state = target.new_state(journey.state.request, now)
+        state.record = record
+        state.kv_arrived = True
+        target.submit(state, now)
+        journey.prefill.loop.wake(now)
+        for instance in (target, journey.prefill):
+            self._plan(self._loop_of[instance.log.index])
+
+    def _end(self, state: RequestState) -> None:
+        record = state.record
+        track, entry, _ = record.token_steps[0]
+        lane = track - len(self.instances)
+        times = self.instances[track].log.steps.end_ns if lane < 0 else self.log.lane_times[lane]
+        record.first_token_ns = times[entry]
+        self.log.requests.append(record)
+        if self._arrivals.feedback:
+            self._arrivals.ended(record.request, record.end_ns)
 
     def _reject(self, index: int, instance: int, now: int, reason: str) -> None:
         self.log.rejected.append(RejectedRequest(index, instance, now, reason))
@@ -150,14 +225,29 @@ class Simulation:
         if self._arrivals.feedback:
             self._arrivals.ended(index, now)
 
+    def _check_all_ended(self) -> None:
+        ended = {record.request for record in (*self.log.requests, *self.log.rejected)}
+        left = [request.index for request in self._workload if request.index not in ended]
+        if left:
+            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+            raise RunError(
+                "the run cannot go on: nothing is left to do, but requests "
+                f"{', '.join(map(str, left[:5]))}{more} have not ended; this is a fault of the simulator, "
+                "please report it with the cluster config"
+            )
 
-def why_impossible(request: Request, instance: Instance) -> str:
-    """Why ``request`` could never run to its end on ``instance``; empty if it can."""
+
+def why_impossible(request: Request, instance: Instance, output_tokens: int | None = None) -> str:
+    """Why ``request`` could never run to its end on ``instance``; empty if it can.
+
+    ``output_tokens``: those to be generated there, all of them by default.
+    """
     options, capacity = instance.log.options, instance.log.capacity
-    prompt, total = request.input_tokens, request.input_tokens + request.output_tokens
+    output = request.output_tokens if output_tokens is None else output_tokens
+    prompt, total = request.input_tokens, request.input_tokens + output
     if total > options.max_model_len:
         return (
-            f"{prompt} prompt + {request.output_tokens} output tokens exceed the model's context length of "
+            f"{prompt} prompt + {output} output tokens exceed the model's context length of "
             f"{options.max_model_len}"
         )
     if not options.enable_chunked_prefill and prompt > options.max_num_batched_tokens:
@@ -169,67 +259,3 @@ def why_impossible(request: Request, instance: Instance) -> str:
     if needed > capacity.usable_blocks:
         return f"its KV cache takes {needed} blocks, and there are {capacity.usable_blocks}"
     return ""
-
-
-def limits_of(options: InstanceOptions, skip_prefill: bool) -> SchedulerLimits:
-    """The scheduler's view of an instance's options."""
-    return SchedulerLimits(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        long_prefill_token_threshold=options.long_prefill_token_threshold,
-        chunked_prefill=options.enable_chunked_prefill,
-        reserve_full_isl=options.reserve_full_isl,
-        skip_prefill=skip_prefill,
-    )
-
-
-def build_loops(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> list[StepLoop]:
-    """The instances of a cluster, with their kernel times loaded and their memory planned.
-
-    Raises:
-        InputError: a bundle is missing or wrong, or something does not fit.
-    """
-    from serving.latency.step_timer import build_step_timer
-    from serving.memory.sizing import kv_cache_capacity
-    from serving.specs.cluster_checks import check_cluster
-    from serving.specs.options import resolve
-
-    models = check_cluster(cluster)
-    loops = []
-    tables = BlockTables(workload)
-    for index, (node, spec) in enumerate(cluster.instances):
-        model = models[spec.model_name]
-        resolved = resolve(options, spec, model)
-        timer = build_step_timer(spec, model, resolved, cluster)
-        capacity = kv_cache_capacity(model, spec, resolved, f"instance {index}")
-        log = InstanceLog(index, node, spec, resolved, capacity, timer.bundle.describe())
-        cache = KvCache(capacity.num_blocks, resolved.block_size, resolved.enable_prefix_caching)
-        scheduler = Scheduler(limits_of(resolved, options.skip_prefill), cache)
-        member = Instance(log, scheduler, tables)
-        depth = 2 if resolved.async_scheduling else 1
-        loops.append(StepLoop([member], SingleTimes(timer), depth=depth, jump=not options.stepped))
-    return loops
-
-
-def check_models(cluster: ClusterSpec, workload: Workload) -> None:
-    """Raise InputError if a request asks for a model that no instance serves."""
-    served = {spec.model_name for _, spec in cluster.instances}
-    for request in workload:
-        if request.model and request.model not in served:
-            raise InputError(
-                f"{workload.source}: request {request.index} asks for model {request.model}, which no "
-                f"instance serves; served: {', '.join(sorted(served))}"
-            )
-
-
-def run(
-    cluster: ClusterSpec, workload: Workload, options: RuntimeOptions, observer: Observer | None = None
-) -> RunLog:
-    """Simulate ``workload`` on ``cluster``.
-
-    Raises:
-        InputError: the cluster cannot be built as described.
-        RunError: the run cannot be finished.
-    """
-    check_models(cluster, workload)
-    return Simulation(build_loops(cluster, workload, options), workload, options).run(observer)

@@ -142,7 +142,7 @@ class StepLoop:
                 pass
             if not in_flight:
                 for member in members:
-                    if member.scheduler.waiting:
+                    if member.scheduler.waiting and not member.scheduler.held:
                         raise RunError(member.stuck_message())
                 self.next_ns = NEVER
                 return
@@ -171,6 +171,8 @@ class StepLoop:
             if batch is not None:
                 batch.end_ns = time
                 member.note_step(batch, start)
+                if member.scheduled:
+                    member.scheduled(member, batch, start)
         in_flight.append(Wave(batches, time))
         self._launched += 1
         return True

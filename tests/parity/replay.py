@@ -21,6 +21,7 @@ from serving.engine.simulation import Simulation
 from serving.engine.step_loop import SingleTimes, StepLoop
 from serving.memory.kv_cache import KvCache
 from serving.results.records import InstanceLog, RequestRecord, RunLog
+from serving.specs.options import RuntimeOptions
 
 if TYPE_CHECKING:
     from serving.engine.batch import Batch
@@ -84,8 +85,7 @@ def replay(golden: Golden) -> SchedulerLog:
 
 def simulate(loop: StepLoop, workload: Workload) -> RunLog:
     """Run a workload on one instance by the simulation's own event loop."""
-    options = SimpleNamespace(max_concurrency=0, request_routing_policy="RR", seed=0)
-    return Simulation([loop], workload, cast("Any", options)).run()
+    return Simulation([loop], workload, RuntimeOptions()).run()
 
 
 def golden_settings(golden: Golden) -> tuple[SchedulerSettings, StepFormula]:
@@ -121,7 +121,7 @@ def build_loop(
     log = InstanceLog(
         index=0,
         node=0,
-        spec=cast("Any", SimpleNamespace(model_name="any")),
+        spec=cast("Any", SimpleNamespace(model_name="any", num_npus=1, pd_type=None)),
         options=cast("Any", SimpleNamespace(**asdict(settings))),
         capacity=cast("Any", capacity),
         bundle_source="formula",

@@ -1,0 +1,130 @@
+"""Prefill here, decode there: moves the KV cache of prompts from prefill to decode instances.
+
+The KV of a chunk streams out layer by layer while the chunk is computed: its transfer starts with the step
+that computes it and cannot end before the last layer's share has followed the end of that step. Transfers
+that use the same link share it. The prefill instance keeps a request's blocks until all of its KV has left;
+then the request is queued at its decode instance, which computes the last prompt token again for its logits,
+as vLLM does, and so produces the first token that the user sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from serving.engine.arrivals import NEVER
+from serving.memory.sizing import kv_bytes_per_token
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from serving.engine.batch import Batch
+    from serving.engine.instance import Instance
+    from serving.engine.request_state import RequestState
+    from serving.engine.router import Candidate
+    from serving.network.links import Links, Port
+    from serving.specs.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """How the KV of one instance's prompts reaches another instance."""
+
+    ports: Sequence[Port]
+    latency_ns: int
+    bandwidth_gbs: float
+    """Of the slowest port, unshared."""
+
+
+@dataclass(slots=True)
+class Journey:
+    """A request on its way from a prefill to a decode instance."""
+
+    state: RequestState
+    prefill: Instance
+    decode: Candidate
+    target: Instance
+    route: Route
+    sent_tokens: int = 0
+    pending: int = 0
+    """Transfers that have not ended."""
+    computed: bool = False
+
+
+class HandOver:
+    """The requests between prefill and decode, and the transfers of their KV."""
+
+    def __init__(self, links: Links, models: dict[str, ModelSpec]) -> None:
+        self._links = links
+        self._models = models
+        self._journeys: dict[int, Journey] = {}
+        self._to_open: list[tuple[int, int, int, int, int]] = []
+        """(start, serial, request, bytes, earliest end) of transfers whose step has been scheduled."""
+        self._flows: dict[int, int] = {}
+        """Transfer → request."""
+        self._serial = 0
+
+    @property
+    def next_ns(self) -> int:
+        """When a transfer starts or ends next."""
+        starts = self._to_open[0][0] if self._to_open else NEVER
+        return min(starts, self._links.next_ns)
+
+    @property
+    def requests(self) -> list[int]:
+        """Requests that are not at their decode instance yet."""
+        return sorted(self._journeys)
+
+    def send(self, journey: Journey) -> None:
+        """Follow a request from now on."""
+        journey.state.keeps_blocks = True
+        journey.decode.on_the_way += 1
+        self._journeys[journey.state.request.index] = journey
+
+    def step_scheduled(self, member: Instance, batch: Batch, start_ns: int) -> None:
+        """Note the transfers of what a prefill instance computes in a step from ``start_ns`` on."""
+        spec, options = member.log.spec, member.log.options
+        model = self._models[spec.model_name]
+        for request, _ in batch.entries or ():
+            journey = self._journeys[request]
+            # prefix hits leave with the first chunk; what was sent before a preemption is not sent again
+            tokens = max(journey.state.computed - journey.sent_tokens, 0)
+            journey.sent_tokens += tokens
+            ranks = min(spec.tp_size, journey.target.log.spec.tp_size)
+            size = tokens * kv_bytes_per_token(model, options.kv_dtype, ranks)
+            last_layer = size / model.num_hidden_layers / journey.route.bandwidth_gbs
+            earliest = batch.end_ns + max(journey.route.latency_ns + round(last_layer), 1)
+            heappush(self._to_open, (start_ns, self._serial, request, size, earliest))
+            self._serial += 1
+            journey.pending += 1
+
+    def computed(self, state: RequestState) -> bool:
+        """Tell that a prompt has been computed; False if the request stays where it is."""
+        journey = self._journeys.get(state.request.index)
+        if journey is None or journey.state is not state:
+            return False
+        journey.computed = True
+        return True
+
+    def advance(self, now_ns: int) -> list[Journey]:
+        """Start and end the transfers due at ``now_ns``; returns the requests whose KV has arrived whole."""
+        arrived = []
+        for flow in self._links.advance(now_ns):
+            request = self._flows.pop(flow)
+            journey = self._journeys[request]
+            journey.pending -= 1
+            if journey.pending == 0 and journey.computed:
+                arrived.append(self._arrive(request))
+        while self._to_open and self._to_open[0][0] <= now_ns:
+            _, serial, request, size, earliest = heappop(self._to_open)
+            self._flows[serial] = request
+            ports = self._journeys[request].route.ports
+            self._links.open(serial, size, ports, now_ns, earliest)
+        return arrived
+
+    def _arrive(self, request: int) -> Journey:
+        journey = self._journeys.pop(request)
+        journey.decode.on_the_way -= 1
+        journey.prefill.scheduler.release(journey.state)
+        return journey
