@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 from serving.engine.block_tables import BlockTables
+from serving.engine.decode_set import DecodeSet
 from serving.engine.instance import Instance
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.simulation import Simulation
@@ -18,6 +20,8 @@ from serving.specs.cluster_checks import check_cluster
 from serving.specs.options import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from serving.engine.simulation import Observer
     from serving.results.records import RunLog
     from serving.specs.cluster import ClusterSpec
@@ -59,6 +63,17 @@ def build_simulation(cluster: ClusterSpec, workload: Workload, options: RuntimeO
         depth = 2 if resolved.async_scheduling else 1
         loops.append(StepLoop([member], SingleTimes(timer), depth=depth, jump=not options.stepped))
     return Simulation(loops, workload, options)
+
+
+def lane_maker(block_size: int, lane_times: list[array[int]], num_instances: int) -> Callable[[], DecodeSet]:
+    """A function that makes decode sets, each with a new track at the end of ``lane_times``."""
+
+    def new_lane() -> DecodeSet:
+        times = array("q")
+        lane_times.append(times)
+        return DecodeSet(block_size, num_instances + len(lane_times) - 1, times)
+
+    return new_lane
 
 
 def limits_of(options: InstanceOptions, skip_prefill: bool) -> SchedulerLimits:

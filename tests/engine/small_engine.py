@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.engine.block_tables import BlockTables
+from serving.engine.build import lane_maker
 from serving.engine.instance import Instance
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.simulation import Simulation
@@ -18,10 +19,12 @@ from serving.workload.request import Request, Workload
 from tests.hand_made import capacity, instance, instance_options
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from serving.engine.batch import Batch
     from serving.results.records import RunLog
 
 
@@ -49,6 +52,25 @@ class LinearTimes:
         return decodes + self.per_token * tokens
 
 
+class ConstantStages:
+    """Every stage takes ``compute`` ns and hands over in ``hand_over`` ns, whatever is in the wave."""
+
+    def __init__(self, stages: int, compute: int = 1000, hand_over: int = 0) -> None:
+        self.each = [(compute, hand_over)] * (stages - 1) + [(compute, 0)]
+
+    def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
+        assert any(batches)
+        return self.each
+
+
+class SlowestMember:
+    """A wave takes as long as the member with most tokens: base + per_token x tokens."""
+
+    def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
+        tokens = [b.num_decodes + sum(t for t, _ in b.chunks) if b else 1 for b in batches]
+        return [(1000 + 10 * max(tokens), 0)]
+
+
 def requests(*shapes: tuple[int, int, int], ids: Sequence[Sequence[int]] | None = None) -> Workload:
     """A workload of (prompt tokens, output tokens, arrival in ns)."""
     made = [Request(i, prompt, output, arrival) for i, (prompt, output, arrival) in enumerate(shapes)]
@@ -70,9 +92,38 @@ def small_loop(
     caching: bool = True,
     jump: bool = False,
     times: LinearTimes | None = None,
+    stages: ConstantStages | None = None,
+    lanes: list[array[int]] | None = None,
     **limits: Any,
 ) -> StepLoop:
-    """The loop of an instance with ``blocks`` blocks, vLLM's null block included."""
+    """The loop of an instance with ``blocks`` blocks, vLLM's null block included.
+
+    ``stages`` makes it a pipeline, which notes the times of its tokens in ``lanes``.
+    """
+    member = small_member(
+        workload, index, tables, blocks, block_size, max_num_seqs, budget, caching, lanes, **limits
+    )
+    if stages is not None:
+        count = len(stages.each)
+        return StepLoop([member], stages, depth=count, stages=count, jump=False)
+    return StepLoop([member], SingleTimes(times or LinearTimes()), depth=depth, jump=jump)
+
+
+def small_member(
+    workload: Workload,
+    index: int = 0,
+    tables: BlockTables | None = None,
+    blocks: int = 1001,
+    block_size: int = 4,
+    max_num_seqs: int = 8,
+    budget: int = 64,
+    caching: bool = True,
+    lanes: list[array[int]] | None = None,
+    instances: int = 1,
+    pd_type: str | None = None,
+    **limits: Any,
+) -> Instance:
+    """An instance that no loop runs yet; ``lanes`` where it is in a pipeline."""
     options = instance_options(
         block_size=block_size,
         max_num_batched_tokens=budget,
@@ -88,18 +139,20 @@ def small_loop(
         capacity(num_blocks=blocks, block_size=block_size),
         "linear times",
     )
+    log.spec.pd_type = pd_type  # type: ignore[misc, assignment]
+    new_lane = None if lanes is None else lane_maker(block_size, lanes, instances)
     scheduler = Scheduler(
-        SchedulerLimits(max_num_seqs, budget, **limits), KvCache(blocks, block_size, caching)
+        SchedulerLimits(max_num_seqs, budget, **limits), KvCache(blocks, block_size, caching), new_lane
     )
-    member = Instance(log, scheduler, tables or BlockTables(workload))
-    return StepLoop([member], SingleTimes(times or LinearTimes()), depth=depth, jump=jump)
+    return Instance(log, scheduler, tables or BlockTables(workload))
 
 
 def run_small(workload: Workload, *, max_concurrency: int = 0, **how: Any) -> RunLog:
     """Run ``workload`` on one small instance."""
-    loop = small_loop(workload, **how)
+    lanes: list[array[int]] | None = [] if how.get("stages") else None
+    loop = small_loop(workload, lanes=lanes, **how)
     options = RuntimeOptions(max_concurrency=max_concurrency)
-    log = Simulation([loop], workload, options).run()
+    log = Simulation([loop], workload, options, lane_times=lanes).run()
     loop.members[0].scheduler.kv.pool.check_integrity()
     assert loop.members[0].scheduler.kv.pool.num_used == 0, "blocks are held after the last request ended"
     return log
