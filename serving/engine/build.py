@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from array import array
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.simulation import Simulation
 from serving.engine.step_loop import SingleTimes, StepLoop
 from serving.errors import InputError
+from serving.latency.bundle import range_warnings
 from serving.latency.step_timer import build_step_timer
 from serving.memory.kv_cache import KvCache
 from serving.memory.sizing import kv_cache_capacity
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from serving.engine.simulation import Observer
+    from serving.latency.bundle import Bundle
     from serving.results.records import RunLog
     from serving.specs.cluster import ClusterSpec
+    from serving.specs.model import ModelSpec
     from serving.specs.options import InstanceOptions, RuntimeOptions
     from serving.workload.request import Workload
 
@@ -51,18 +55,35 @@ def build_simulation(cluster: ClusterSpec, workload: Workload, options: RuntimeO
     models = check_cluster(cluster)
     loops = []
     tables = BlockTables(workload)
+    said: dict[str, None] = {}
     for index, (node, spec) in enumerate(cluster.instances):
         model = models[spec.model_name]
         resolved = resolve(options, spec, model)
         timer = build_step_timer(spec, model, resolved, cluster)
         capacity = kv_cache_capacity(model, spec, resolved, f"instance {index}")
+        for warning in warnings_about(timer.bundle, model, resolved):
+            said.setdefault(warning)
         log = InstanceLog(index, node, spec, resolved, capacity, timer.bundle.describe())
         cache = KvCache(capacity.num_blocks, resolved.block_size, resolved.enable_prefix_caching)
         scheduler = Scheduler(limits_of(resolved, options.skip_prefill), cache)
         member = Instance(log, scheduler, tables)
         depth = 2 if resolved.async_scheduling else 1
         loops.append(StepLoop([member], SingleTimes(timer), depth=depth, jump=not options.stepped))
+    for warning in said:
+        logging.getLogger("serving").warning("%s", warning)
     return Simulation(loops, workload, options)
+
+
+def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -> list[str]:
+    """What a user should know before trusting a run of this instance."""
+    found = range_warnings(bundle, options.max_num_batched_tokens, options.max_num_seqs)
+    if model.num_sliding_layers:
+        found.append(
+            f"{model.name}: {model.num_sliding_layers} of {model.num_hidden_layers} layers attend to a "
+            f"window of {model.sliding_window} tokens; they are simulated as if they kept and read the whole "
+            "context"
+        )
+    return found
 
 
 def lane_maker(block_size: int, lane_times: list[array[int]], num_instances: int) -> Callable[[], DecodeSet]:

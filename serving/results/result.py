@@ -171,6 +171,12 @@ class Result:
         """Write the step log: Parquet for a path ending in ``.parquet``, CSV otherwise."""
         save_steps(self.steps, path)
 
+    def save_timeline(self, path: str | Path) -> None:
+        """Write the run as a Chrome trace, for ui.perfetto.dev."""
+        from serving.results.timeline import save_timeline
+
+        save_timeline(self.log, path)
+
     def save_summary(self, path: str | Path) -> None:
         """Write :attr:`summary` as JSON; byte-identical for the same input and seed."""
         save_summary(self.summary, path)
