@@ -1,0 +1,1 @@
+"""What makes profile bundles: sources of kernel times, the grids they are sampled on, and the writer."""

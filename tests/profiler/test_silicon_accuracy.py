@@ -1,0 +1,65 @@
+"""Shipped bf16 bundles, derived from public measurements, against layerwise profiles of the same GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.profiler.whole_steps import HARDWARE, MODELS, STEPS, errors_percent, step_timer
+from tests.recorded import recorded_path
+
+SHIPPED = Path(__file__).resolve().parents[2] / "profiler" / "perf"
+DENSE = MODELS[:2]
+MOE = MODELS[2]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("model", DENSE)
+@pytest.mark.parametrize(("kind", "median", "p95"), [("decode", 3, 8), ("prefill", 6, 8), ("mixed", 6, 17)])
+def test_whole_steps_of_dense_models_match_a_measured_profile(
+    model: str, tp: int, kind: str, median: float, p95: float
+) -> None:
+    measured = step_timer(recorded_path("perf"), model, tp)
+    error = np.abs(errors_percent(step_timer(SHIPPED, model, tp), measured, STEPS[kind]))
+    assert np.median(error) < median
+    assert np.percentile(error, 95) < p95
+
+
+@pytest.mark.parametrize(("kind", "median", "p95"), [("decode", 3, 10), ("prefill", 3, 6), ("mixed", 4, 16)])
+def test_whole_steps_of_a_moe_model_match_a_measured_profile(kind: str, median: float, p95: float) -> None:
+    """A single decode is left out: the profile read the same few experts again and again, from L2."""
+    measured = step_timer(recorded_path("perf"), MOE, 1)
+    steps = [step for step in STEPS[kind] if step[0] is not None or step[1] > 1]
+    error = np.abs(errors_percent(step_timer(SHIPPED, MOE, 1), measured, steps))
+    assert np.median(error) < median
+    assert np.percentile(error, 95) < p95
+
+
+def test_the_predicted_skew_of_large_batches_is_that_of_the_measured_fit() -> None:
+    """α of decodes alone in the buckets that serving visits: 64 to 256 decodes, mean near the shortest."""
+    pairs = []
+    for folder in (SHIPPED, recorded_path("perf")):
+        path = folder / HARDWARE / MODELS[0] / "bf16" / "tp1" / "skew_fit.csv"
+        rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+        pairs.append({tuple(row[:5]): float(row[5]) for row in rows})
+    ours, measured = pairs
+    keys = [
+        ("0", n, rate, kv, "kp=0")
+        for n in ("n<=64", "n<=128", "n<=256")
+        for rate in ("sr<=5%", "sr<=15%", "sr<=40%")
+        for kv in ("kvB<=1k", "kvB<=4k", "kvB<=16k")
+    ]
+    difference = np.array([ours[key] - measured[key] for key in keys])
+    assert np.abs(difference).max() < 0.04
+    assert abs(difference.mean()) < 0.02
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_fp8_kv_pays_on_long_decodes_and_not_on_short_ones(model: str) -> None:
+    wide, narrow = (step_timer(SHIPPED, model, 1, variant) for variant in ("bf16", "bf16-kvfp8"))
+    long = narrow.decode_attention_us(128)[-3] / wide.decode_attention_us(128)[-3]
+    short = narrow.decode_attention_us(1)[0] / wide.decode_attention_us(1)[0]
+    assert 0.45 < long < 0.6
+    assert short > 0.85

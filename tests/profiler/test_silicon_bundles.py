@@ -1,0 +1,207 @@
+"""The shipped bundles are what the command makes, complete, small, and true between their grid points."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+
+from serving.__main__ import main
+from serving.errors import InputError, NotSupportedError
+from serving.latency.tables import densify
+from serving.profiler import grids
+from serving.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
+from serving.profiler.job import ProfileJob
+from serving.specs.architecture import load_architecture
+from serving.specs.hardware import load_hardware
+from serving.specs.model import load_model
+from tests.profiler.silicon_data import needs_silicon
+
+SHIPPED = Path(__file__).resolve().parents[2] / "profiler" / "perf" / "RTXPRO6000"
+MODELS = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen3-32B", "Qwen/Qwen3-30B-A3B-Instruct-2507")
+VARIANTS = ("bf16", "bf16-kvfp8", "fp8", "fp8-kvfp8")
+MOE = MODELS[2]
+
+
+def _job(model: str, dtype: str, kv_cache_dtype: str, tp: int) -> ProfileJob:
+    spec = load_model(model)
+    return ProfileJob(
+        model=spec,
+        architecture=load_architecture(spec.model_type),
+        hardware=load_hardware("RTXPRO6000"),
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+        tp_degrees=(tp,),
+        max_num_batched_tokens=8192,
+        max_num_seqs=1024,
+    )
+
+
+@needs_silicon
+@pytest.mark.parametrize(
+    ("dtype", "kv", "variant"), [("bfloat16", "fp8", "bf16-kvfp8"), ("fp8", "fp8", "fp8-kvfp8")]
+)
+def test_a_shipped_bundle_can_be_made_again_byte_for_byte(dtype: str, kv: str, variant: str) -> None:
+    from serving.profiler.silicon.build import build_bundle
+    from serving.profiler.silicon.tables import package_version
+
+    shipped = SHIPPED / MOE / variant
+    made_with = yaml.safe_load((shipped / "meta.yaml").read_text(encoding="utf-8"))["data_version"]
+    if made_with != package_version():
+        pytest.skip(
+            f"the shipped bundles are from aiconfigurator-core {made_with}, here is {package_version()}"
+        )
+    files = bundle_files(build_bundle(_job(MOE, dtype, kv, 8)))
+    del files["meta.yaml"]  # names the degrees that were made together
+    assert sorted(files) == [
+        f"tp8/{name}" for name in sorted(path.name for path in (shipped / "tp8").iterdir())
+    ]
+    for name, data in files.items():
+        assert (shipped / name).read_bytes() == data, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_shipped_variant_is_complete(model: str, variant: str) -> None:
+    folder = SHIPPED / model / variant
+    meta = yaml.safe_load((folder / "meta.yaml").read_text(encoding="utf-8"))
+    assert meta["source"] == "silicon"
+    assert meta["data_licence"] == "Apache-2.0"
+    assert meta["tp_degrees"] == [1, 2, 4, 8]
+    assert meta["skew_fit"]["enabled"] is not variant.endswith("kvfp8")
+    for tp in meta["tp_degrees"]:
+        names = {path.name for path in (folder / f"tp{tp}").iterdir()}
+        assert {"dense.csv", "per_sequence.csv", "attention.csv"} <= names
+        assert ("moe.csv" in names) == (model == MOE)
+        assert "comm.csv" not in names  # over PCIe, the cluster file knows better
+        assert ("skew_fit.csv" in names) == meta["skew_fit"]["enabled"]
+
+
+def test_all_shipped_bundles_together_stay_small() -> None:
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25e6
+
+
+@needs_silicon
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8"])
+def test_linear_interpolation_between_grid_points_stays_true(kv_dtype: str) -> None:
+    """Decodes and prefills at random points against the formulas; the median error is under 1 %."""
+    from serving.profiler.silicon.attention import AttentionShape, attention_times
+    from serving.profiler.silicon.gpus import silicon_gpu
+
+    times = attention_times(silicon_gpu(load_hardware("RTXPRO6000")), AttentionShape(8, 2, 128, kv_dtype))
+    grid = grids.attention_grid(8192, 1024, 131072, lambda chunk: times.prefill_us(chunk, 8192))
+    rows = [row for row in grid.rows() if not (row[0] and row[2])]
+    keys = np.array([(chunk, n, history, kv) for chunk, history, n, kv in rows])
+    surface = densify(keys, np.array([times.mixed_us(*row) for row in rows]))
+    rng = random.Random(7)
+
+    def between(low: int, high: int) -> int:
+        return round(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+    def error_percent(points: list[tuple[int, int, int, int]]) -> np.ndarray:
+        exact = np.array([times.mixed_us(*point) for point in points])
+        chunk, history, n, kv = np.array(points).T
+        return np.asarray(np.abs(surface.at(chunk, n, history, kv) / exact - 1) * 100)
+
+    decodes = error_percent([(0, 0, between(1, 1024), between(16, 8192)) for _ in range(300)])
+    assert np.median(decodes) < 1.0
+    assert np.percentile(decodes, 95) < 2.0
+    prefills = error_percent([(between(16, 8192), between(1, 65536), 0, 0) for _ in range(300)])
+    assert np.median(prefills) < 1.0
+    assert np.percentile(prefills, 95) < 8.0
+
+
+def test_a_bundle_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "hw" / "org" / "model" / "bf16"
+    old = BundleContent({"source": "silicon"}, {(1, "dense.csv"): [("act_fn", 1, 2.5)]})
+    write_bundle(folder, old)
+    assert (folder / "tp1" / "dense.csv").read_text() == "layer,tokens,time_us\nact_fn,1,2.5\n"
+    write_bundle(folder, BundleContent({"source": "silicon"}, {(2, "dense.csv"): [("act_fn", 1, 1 / 3)]}))
+    assert sorted(path.name for path in folder.iterdir()) == ["meta.yaml", "tp2"]
+    assert (folder / "tp2" / "dense.csv").read_text().endswith("act_fn,1,0.333333\n")
+    assert [path.name for path in folder.parent.iterdir()] == ["bf16"]
+
+
+def test_without_the_extra_the_command_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.metadata as metadata
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("serving.profiler.silicon.tables.importlib.metadata.version", missing)
+    status = main(["profile", MOE, "--hardware", "RTXPRO6000"])
+    assert status == 2
+    assert "pip install 'servesim[silicon]'" in capsys.readouterr().err
+
+
+def test_a_hardware_without_measurements_is_an_error_that_names_the_field() -> None:
+    from serving.profiler.silicon.gpus import silicon_gpu
+
+    importlib.import_module("serving.profiler.silicon.tables")
+    with pytest.raises(InputError, match="silicon"):
+        silicon_gpu(load_hardware("NoSuchHardware"))
+
+
+def test_a_source_that_is_not_built_yet_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", MOE, "--hardware", "RTXPRO6000", "--source", "roofline"]) == 2
+    assert "not supported yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tp", ["", "0", "1,x", "-2"])
+def test_a_bad_degree_is_an_error(tp: str) -> None:
+    from serving.cli.profile import parse_degrees
+
+    with pytest.raises(InputError, match="--tp"):
+        parse_degrees(tp)
+
+
+def test_degrees_are_sorted_and_distinct() -> None:
+    from serving.cli.profile import parse_degrees
+
+    assert parse_degrees("4, 1 2,2") == (1, 2, 4)
+
+
+def test_models_with_compressed_attention_are_refused() -> None:
+    from serving.profiler.silicon.build import build_bundle
+
+    model = SimpleNamespace(name="org/mla", kv_lora_rank=512, sliding_window=None)
+    job = SimpleNamespace(model=model)
+    with pytest.raises(NotSupportedError, match="latent attention"):
+        build_bundle(job)  # type: ignore[arg-type]
+
+
+@needs_silicon
+def test_measured_collectives_come_with_nvlink_and_on_request() -> None:
+    from serving.profiler.silicon import comm
+    from serving.profiler.silicon.gpus import silicon_gpu
+
+    pcie, nvlink = (silicon_gpu(load_hardware(name)) for name in ("RTXPRO6000", "H100"))
+    assert not comm.wanted(pcie, "auto")
+    assert comm.wanted(pcie, "measured")
+    assert comm.wanted(nvlink, "auto")
+    assert not comm.wanted(nvlink, "none")
+    rows, _ = comm.all_reduce_rows(nvlink)
+    assert {row[1] for row in rows} >= {2, 4, 8}
+    assert all(row[0] == "all_reduce" and row[3] > 0 for row in rows)
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    from serving.profiler.shapes import rank_shapes
+
+    with pytest.raises(InputError, match="32 attention heads cannot be split over tp 3"):
+        rank_shapes(load_model(MODELS[0]), 3)
+
+
+def test_replicated_kv_heads_keep_at_least_one() -> None:
+    from serving.profiler.shapes import rank_shapes
+
+    shapes = rank_shapes(load_model(MOE), 8)
+    assert (shapes.heads, shapes.kv_heads) == (4, 1)
+    assert shapes.product("qkv_proj") == ((4 + 2) * 128, 2048)
