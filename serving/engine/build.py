@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 
 from serving.engine.block_tables import BlockTables
 from serving.engine.decode_set import DecodeSet
+from serving.engine.experts import expert_routing
+from serving.engine.hand_over import HandOver, Routes
 from serving.engine.instance import Instance
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.simulation import Simulation
 from serving.engine.step_loop import SingleTimes, StepLoop
 from serving.errors import InputError
 from serving.latency.bundle import range_warnings
-from serving.latency.step_timer import build_step_timer
+from serving.latency.step_timers import StepTimers
+from serving.latency.wave_timer import build_wave_timer
 from serving.memory.kv_cache import KvCache
 from serving.memory.sizing import kv_cache_capacity
+from serving.network.links import Links
 from serving.results.records import InstanceLog
 from serving.specs.cluster_checks import check_cluster
 from serving.specs.options import resolve
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from serving.engine.simulation import Observer
+    from serving.engine.step_loop import WaveTimes
     from serving.latency.bundle import Bundle
     from serving.results.records import RunLog
     from serving.specs.cluster import ClusterSpec
@@ -52,26 +57,87 @@ def build_simulation(cluster: ClusterSpec, workload: Workload, options: RuntimeO
         InputError: a bundle is missing or wrong, or something does not fit.
     """
     check_requested_models(cluster, workload)
-    models = check_cluster(cluster)
-    loops = []
-    tables = BlockTables(workload)
-    said: dict[str, None] = {}
-    for index, (node, spec) in enumerate(cluster.instances):
-        model = models[spec.model_name]
-        resolved = resolve(options, spec, model)
-        timer = build_step_timer(spec, model, resolved, cluster)
-        capacity = kv_cache_capacity(model, spec, resolved, f"instance {index}")
-        for warning in warnings_about(timer.bundle, model, resolved):
-            said.setdefault(warning)
-        log = InstanceLog(index, node, spec, resolved, capacity, timer.bundle.describe())
-        cache = KvCache(capacity.num_blocks, resolved.block_size, resolved.enable_prefix_caching)
-        scheduler = Scheduler(limits_of(resolved, options.skip_prefill), cache)
-        member = Instance(log, scheduler, tables)
-        depth = 2 if resolved.async_scheduling else 1
-        loops.append(StepLoop([member], SingleTimes(timer), depth=depth, jump=not options.stepped))
-    for warning in said:
+    builder = Builder(cluster, workload, options)
+    loops = [builder.loop(group) for group in lockstep_groups(cluster)]
+    hand_over = builder.hand_over()
+    for warning in builder.warnings:
         logging.getLogger("serving").warning("%s", warning)
-    return Simulation(loops, workload, options)
+    return Simulation(
+        loops, workload, options, lane_times=builder.lane_times, hand_over=hand_over, route=builder.routes
+    )
+
+
+def lockstep_groups(cluster: ClusterSpec) -> list[list[int]]:
+    """Indices of the instances that go in lock-step: a data-parallel group, or one instance by itself."""
+    groups: dict[str | int, list[int]] = {}
+    for index, (_, spec) in enumerate(cluster.instances):
+        groups.setdefault(index if spec.dp_group is None else spec.dp_group, []).append(index)
+    return list(groups.values())
+
+
+class Builder:
+    """Makes the step loops of one run; what instances have in common is made once."""
+
+    def __init__(self, cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> None:
+        self._placed = cluster.instances
+        self._models = check_cluster(cluster)
+        self._timers = StepTimers(cluster)
+        self._tables = BlockTables(workload)
+        self._options = options
+        self.lane_times: list[array[int]] = []
+        """Token times of the pipelines; see :class:`serving.results.records.RunLog`."""
+        self.warnings: dict[str, None] = {}
+        """What the user should know, each once, in order."""
+
+    @property
+    def routes(self) -> Routes:
+        """The ways that KV takes between instances."""
+        return Routes(self._timers.topology)
+
+    def hand_over(self) -> HandOver | None:
+        """What moves KV from prefill to decode instances; None in a cluster without them."""
+        if any(spec.pd_type for _, spec in self._placed):
+            return HandOver(Links(), self._models)
+        return None
+
+    def loop(self, group: list[int]) -> StepLoop:
+        """The loop that runs the instances of ``group``."""
+        members = [self._instance(index) for index in group]
+        first = members[0].log
+        stages = first.spec.pp_size
+        depth = stages if stages > 1 else 2 if first.options.async_scheduling else 1
+        jump = not self._options.stepped
+        return StepLoop(members, self._times(members), depth=depth, stages=stages, jump=jump)
+
+    def _times(self, members: list[Instance]) -> WaveTimes:
+        log = members[0].log
+        spec, model = log.spec, self._models[log.spec.model_name]
+        if len(members) == spec.pp_size == spec.ep_size == 1:
+            return SingleTimes(self._timers.of(spec, model, log.options))
+        routing = None
+        if spec.ep_size > 1:
+            policy = self._options.expert_routing_policy
+            routing = expert_routing(policy, model, spec.ep_size, self._options.seed)
+        placed = [self._placed[member.log.index] for member in members]
+        return build_wave_timer(
+            placed, model, [member.log.options for member in members], self._timers, routing
+        )
+
+    def _instance(self, index: int) -> Instance:
+        node, spec = self._placed[index]
+        model = self._models[spec.model_name]
+        options = resolve(self._options, spec, model)
+        bundle = self._timers.bundle(spec, model, options)
+        self.warnings.update(dict.fromkeys(warnings_about(bundle, model, options)))
+        capacity = kv_cache_capacity(model, spec, options, f"instance {index}")
+        log = InstanceLog(index, node, spec, options, capacity, bundle.describe())
+        cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching)
+        new_lane = None
+        if spec.pp_size > 1:
+            new_lane = lane_maker(options.block_size, self.lane_times, len(self._placed))
+        scheduler = Scheduler(limits_of(options, self._options.skip_prefill), cache, new_lane)
+        scheduler.traced = spec.pd_type == "prefill"
+        return Instance(log, scheduler, self._tables)
 
 
 def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -> list[str]:

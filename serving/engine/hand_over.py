@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from serving.engine.arrivals import NEVER
 from serving.memory.sizing import kv_bytes_per_token
+from serving.network.links import Port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from serving.engine.instance import Instance
     from serving.engine.request_state import RequestState
     from serving.engine.router import Candidate
-    from serving.network.links import Links, Port
+    from serving.network.links import Links
+    from serving.network.topology import Topology
     from serving.specs.model import ModelSpec
 
 
@@ -35,6 +37,30 @@ class Route:
     latency_ns: int
     bandwidth_gbs: float
     """Of the slowest port, unshared."""
+
+
+class Routes:
+    """The ways between instances: out of one, into the other, and through both uplinks between nodes.
+
+    Every NPU has a link of its own (dimension dp); a node's uplink (dimension nodes) is one for all.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def __call__(self, source: Instance, target: Instance) -> Route:
+        """The way from ``source`` to ``target``."""
+        near, far = self._topology.dp, self._topology.nodes
+        ports = [
+            Port(f"out of instance {source.log.index}", near.bandwidth_gbs),
+            Port(f"into instance {target.log.index}", near.bandwidth_gbs),
+        ]
+        latency = near.latency_ns
+        if source.log.node != target.log.node:
+            ports.append(Port(f"out of node {source.log.node}", far.bandwidth_gbs))
+            ports.append(Port(f"into node {target.log.node}", far.bandwidth_gbs))
+            latency = far.latency_ns
+        return Route(tuple(ports), round(latency), min(port.bandwidth_gbs for port in ports))
 
 
 @dataclass(slots=True)
@@ -60,7 +86,7 @@ class HandOver:
         self._models = models
         self._journeys: dict[int, Journey] = {}
         self._to_open: list[tuple[int, int, int, int, int]] = []
-        """(start, serial, request, bytes, earliest end) of transfers whose step has been scheduled."""
+        """(first byte, serial, request, bytes, earliest end) of transfers whose step has been scheduled."""
         self._flows: dict[int, int] = {}
         """Transfer → request."""
         self._serial = 0
@@ -95,7 +121,8 @@ class HandOver:
             size = tokens * kv_bytes_per_token(model, options.kv_dtype, ranks)
             last_layer = size / model.num_hidden_layers / journey.route.bandwidth_gbs
             earliest = batch.end_ns + max(journey.route.latency_ns + round(last_layer), 1)
-            heappush(self._to_open, (start_ns, self._serial, request, size, earliest))
+            first_byte_ns = start_ns + journey.route.latency_ns
+            heappush(self._to_open, (first_byte_ns, self._serial, request, size, earliest))
             self._serial += 1
             journey.pending += 1
 

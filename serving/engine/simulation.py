@@ -78,6 +78,9 @@ class Simulation:
         """Request → index of the instance that took it in, where sessions stay."""
         self._hand_over = hand_over
         self._route = route
+        for instance in self.instances:
+            if hand_over and instance.log.spec.pd_type == "prefill":
+                instance.scheduled = hand_over.step_scheduled
         self._fronts: dict[str, list[int]] = defaultdict(list)
         """Model → instances that take new requests; the decode sides are in ``_backs``."""
         self._backs: dict[str, list[int]] = defaultdict(list)
@@ -226,7 +229,8 @@ class Simulation:
             self._arrivals.ended(index, now)
 
     def _check_all_ended(self) -> None:
-        ended = {record.request for record in (*self.log.requests, *self.log.rejected)}
+        ended = {record.request for record in self.log.requests}
+        ended.update(rejected.request for rejected in self.log.rejected)
         left = [request.index for request in self._workload if request.index not in ended]
         if left:
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""

@@ -6,7 +6,7 @@ the grid's edge: noise in the last two points must not turn into negative time f
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,26 @@ class DecodeRow:
         """ns of a step whose decodes all have this KV length."""
         i = bisect_right(self.points, kv_length)
         return self.values[i] + self.slopes[i] * (kv_length - self.anchors[i])
+
+    def unequal_ns(self, mean: int, kv_min: int, kv_max: int) -> float:
+        """ns of a step whose decodes have this mean, least and greatest KV length.
+
+        α of the way from equal lengths to all as long as the longest; a table that finds longer sequences no
+        slower leaves nothing to share out, and a wild α never makes a step faster than its shortest decode.
+        """
+        points = self.points
+        i = bisect_right(points, mean)
+        ns = self.values[i] + self.slopes[i] * (mean - self.anchors[i])
+        if mean == kv_max or self.alpha is None:
+            return ns
+        i = bisect_right(points, kv_max)
+        longest = self.values[i] + self.slopes[i] * (kv_max - self.anchors[i])
+        if longest <= ns:
+            return ns
+        rate = bisect_left(self.rate_bounds, (mean - kv_min) / (kv_max - kv_min))
+        alpha = self.alpha[rate][bisect_left(self.length_bounds, kv_max)]
+        skewed = ns + alpha * (longest - ns)
+        return skewed if alpha >= 0.0 else max(skewed, min(self.ns(kv_min), ns))
 
     def growing_ns(self, kv_length: int, steps: int) -> NDArray[np.float64]:
         """:meth:`ns` of ``kv_length``, ``kv_length + 1``, …, shape (steps,); the same floats."""

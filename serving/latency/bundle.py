@@ -51,8 +51,13 @@ class RankTables:
     """Time over :data:`ATTENTION_AXES`."""
     moe: MoeTable | None
     skew: SkewTable | None
-    all_reduce: Curve | None
-    """Measured all-reduce over this many ranks: time over payload bytes."""
+    collectives: dict[tuple[str, int], Curve]
+    """(collective, ranks) → measured time over payload bytes."""
+
+    def collective(self, name: str, ranks: int) -> Curve | None:
+        """The measured ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all`` or ``send`` among
+        so many ranks; None when there is none."""
+        return self.collectives.get((name, ranks))
 
     def layer(self, table: str, layer: str) -> Curve:
         """The curve of a layer from ``dense`` or ``per_sequence``.
@@ -79,6 +84,7 @@ class Bundle:
     variant: str
     meta: dict[str, Any]
     _tables: dict[int, RankTables] = field(default_factory=dict)
+    _whole_experts: MoeTable | None = None
 
     @property
     def limits(self) -> BundleLimits:
@@ -98,6 +104,17 @@ class Bundle:
             folder = find_tp_folder(self.folder, self.hardware, self.model, self.variant, tp)
             self._tables[tp] = self._read(folder, tp)
         return self._tables[tp]
+
+    def whole_experts(self) -> MoeTable:
+        """The expert layer of ranks that hold whole experts, as expert parallelism has them: ``tp1/moe.csv``.
+
+        Raises:
+            MissingFileError: it was not measured; InputError: it is malformed.
+        """
+        if self._whole_experts is None:
+            path = self._file(self.folder / "tp1", "moe.csv", 1)
+            self._whole_experts = _read_moe_table(path, 1)
+        return self._whole_experts
 
     def describe(self) -> str:
         """One line for people: where the numbers come from and how far to trust them."""
@@ -124,7 +141,7 @@ class Bundle:
             attention=_read_attention(self._file(folder, "attention.csv", tp)),
             moe=self._read_moe(folder, tp),
             skew=self._read_skew(tp),
-            all_reduce=_read_all_reduce(folder / "comm.csv", tp),
+            collectives=_read_collectives(folder / "comm.csv"),
         )
 
     def _file(self, folder: Path, name: str, tp: int) -> Path:
@@ -141,10 +158,7 @@ class Bundle:
         for place, split in ((folder, 1), (self.folder / "tp1", tp)):
             path = place / "moe.csv"
             if path.is_file():
-                rows = read_numbers(path, ("tokens", "activated_experts", "time_us"))
-                keys = rows[:, :2].astype(np.int64)
-                refuse_repeats(path, keys)
-                return MoeTable(densify(keys, rows[:, 2]), f"{place.name}/moe.csv", split)
+                return _read_moe_table(path, split)
         return None
 
     def _read_skew(self, tp: int) -> SkewTable | None:
@@ -193,6 +207,13 @@ def _read_curves(path: Path, axis: str) -> dict[str, Curve]:
     return {name: Curve.from_rows(*rows[which == i].T) for i, name in enumerate(layers)}
 
 
+def _read_moe_table(path: Path, split: int) -> MoeTable:
+    rows = read_numbers(path, ("tokens", "activated_experts", "time_us"))
+    keys = rows[:, :2].astype(np.int64)
+    refuse_repeats(path, keys)
+    return MoeTable(densify(keys, rows[:, 2]), f"{path.parent.name}/moe.csv", split)
+
+
 def _read_attention(path: Path) -> Surface:
     rows = read_numbers(path, (*ATTENTION_AXES, "time_us"))
     keys = rows[:, :4].astype(np.int64)
@@ -207,17 +228,18 @@ def _read_attention(path: Path) -> Surface:
     return densify(keys, rows[:, 4])
 
 
-def _read_all_reduce(path: Path, ranks: int) -> Curve | None:
-    """The all-reduce of ``ranks`` ranks from comm.csv; None when it was not measured."""
-    if ranks == 1 or not path.is_file():
-        return None
+def _read_collectives(path: Path) -> dict[tuple[str, int], Curve]:
+    """comm.csv: (collective, ranks) → curve over payload bytes; empty when nothing was measured."""
+    if not path.is_file():
+        return {}
     texts, rows = read_labelled(path, ("collective",), ("ranks", "bytes", "time_us"))
     names, which = _numbered([name for (name,) in texts])
+    ranks = rows[:, 0].astype(np.int64)
     refuse_repeats(path, np.column_stack([which, rows[:, :2].astype(np.int64)]))
-    if "all_reduce" not in names:
-        return None
-    wanted = (which == names.index("all_reduce")) & (rows[:, 0] == ranks)
-    return Curve.from_rows(*rows[wanted, 1:].T) if wanted.any() else None
+    curves = {}
+    for i, count in sorted(set(zip(which.tolist(), ranks.tolist(), strict=True))):
+        curves[names[i], count] = Curve.from_rows(*rows[(which == i) & (ranks == count), 1:].T)
+    return curves
 
 
 def _numbered(names: list[str]) -> tuple[list[str], NDArray[np.int64]]:

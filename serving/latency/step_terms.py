@@ -13,19 +13,22 @@ import numpy as np
 
 from serving.errors import InputError
 from serving.latency.tables import Curve, describe_lookup
-from serving.network.collectives import ring_all_reduce_ns
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from serving.latency.bundle import RankTables
     from serving.latency.moe import MoeTable
+    from serving.latency.stage import Stage
+    from serving.latency.tables import Ints
+    from serving.network.topology import Dimension
     from serving.specs.architecture import Architecture
     from serving.specs.model import ModelSpec
 
 ACTIVATION_BYTES = 2  # hidden states travel between ranks in 16 bit, whatever the weights are
+_ALL_REDUCE = "all_reduce"
 
 
 class Term(Protocol):
@@ -85,30 +88,25 @@ class MoeTerm:
 
 
 @dataclass(slots=True, frozen=True)
-class RingAllReduceTerm:
+class LinkAllReduceTerm:
     """All-reduce of the hidden states, from the cluster's links."""
 
     name: str
     calls: int
     ranks: int
     hidden_size: int
-    bandwidth_gbs: float
-    latency_ns: float
+    link: Dimension
 
     def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         payloads = (counts * (self.hidden_size * ACTIVATION_BYTES)).tolist()
-        return np.array(
-            [
-                ring_all_reduce_ns(self.ranks, b, self.bandwidth_gbs, self.latency_ns) / 1000.0
-                for b in payloads
-            ]
-        )
+        return np.array([2 * self.link.pass_ns(self.ranks, payload) / 1000.0 for payload in payloads])
 
     def origin(self, count: int) -> str:
         payload = count * self.hidden_size * ACTIVATION_BYTES
+        wiring = self.link.wiring.replace("_", " ")
         return (
-            f"formula: ring all-reduce of {payload} bytes over {self.ranks} ranks "
-            f"({self.bandwidth_gbs:g} GB/s, {self.latency_ns:g} ns a hop)"
+            f"formula: {wiring} all-reduce of {payload} bytes over {self.ranks} ranks "
+            f"({self.link.describe()})"
         )
 
 
@@ -138,29 +136,94 @@ def total_ns(terms: Sequence[Term], counts: NDArray[np.int64]) -> NDArray[np.flo
     return total
 
 
-def layer_terms(
-    architecture: Architecture, model: ModelSpec, tables: RankTables
-) -> tuple[list[Term], list[Term]]:
-    """All layers of a step but attention: those that go by tokens, and those that go by sequences.
+class TermTotals:
+    """What a step pays for a set of terms, by count: computed for a whole range at once, then kept."""
+
+    __slots__ = ("_first", "_ns", "_pad", "_terms")
+
+    def __init__(self, terms: Sequence[Term], first: int, pad: Callable[[Ints], Ints] | None = None) -> None:
+        """
+        Args:
+            terms: what is added up.
+            first: counts covered at first; more are computed when asked for.
+            pad: maps counts to those that are computed in their place.
+        """
+        self._terms = terms
+        self._first = first
+        self._pad = pad
+        self._ns: list[float] = []
+
+    def ns(self, count: int) -> float:
+        """ns that a step of ``count`` tokens (or sequences) pays; 0 for none."""
+        if count >= len(self._ns):
+            counts = np.arange(1, max(self._first, 2 * count if count > self._first else 0) + 1)
+            padded = counts if self._pad is None else self._pad(counts)
+            self._ns = [0.0, *total_ns(self._terms, padded).tolist()]
+        return self._ns[count]
+
+
+@dataclass(slots=True, frozen=True)
+class StageTerms:
+    """Everything but attention that a stage pays for, by what it depends on."""
+
+    blocks: list[Term]
+    """By tokens, in the transformer blocks: dense layers, experts, all-reduces."""
+    once: list[Term]
+    """By tokens, once a step: embedding, final norm."""
+    sequences: list[Term]
+    """By sequences, once a step: output logits, sampling."""
+
+    @property
+    def tokens(self) -> list[Term]:
+        """Everything that goes by tokens: layers in the order they first run, all-reduces last."""
+        reduces = [term for term in self.blocks if term.name == _ALL_REDUCE]
+        return [term for term in self.blocks if term.name != _ALL_REDUCE] + self.once + reduces
+
+
+def stage_terms(
+    architecture: Architecture,
+    stage: Stage,
+    tables: RankTables,
+    tp: int = 1,
+    link: Dimension | None = None,
+    *,
+    experts: bool = True,
+) -> StageTerms:
+    """All layers of a stage but attention; ``experts``: the expert layers among them.
+
+    ``link`` connects the ``tp`` ranks of the instance, a measured all-reduce of the bundle wins; None: no
+    all-reduces.
 
     Raises:
         InputError: a layer of the architecture has no rows in the bundle.
     """
-    calls: Counter[str] = Counter()
-    experts = model.num_moe_layers
-    for is_moe, blocks in ((False, model.num_hidden_layers - experts), (True, experts)):
+    model, calls = stage.model, Counter[str]()
+    num_moe = len(stage.expert_blocks)
+    for is_moe, blocks in ((False, stage.num_blocks - num_moe), (True, num_moe)):
         if blocks:
             for layer in architecture.block_layers(is_moe):
                 calls[layer] += blocks
     del calls[architecture.attention_layer]
-    calls.update(architecture.layers_outside_blocks())
-    by_tokens = [_token_term(layer, n, architecture, model, tables) for layer, n in calls.items()]
-    source = f"{tables.folder.name}/per_sequence.csv"
-    by_sequences: list[Term] = [
-        LayerTerm(layer, n, tables.layer("per_sequence", layer), "sequences", source)
-        for layer, n in Counter(architecture.head_layers()).items()
+    if not experts:
+        calls = Counter({layer: n for layer, n in calls.items() if architecture.kind(layer) != "moe"})
+    in_blocks = [_token_term(layer, n, architecture, model, tables) for layer, n in calls.items()]
+    if tp > 1 and link is not None:
+        in_blocks.append(all_reduce_term(tables, model, tp, link, 2 * stage.num_blocks))
+    outside = [
+        *(architecture.sequence.prologue if stage.is_first else ()),
+        *(architecture.sequence.head if stage.is_last else ()),
     ]
-    return by_tokens, by_sequences
+    once = Counter(layer for layer in outside if architecture.kind(layer) != "per_sequence")
+    heads = Counter(layer for layer in outside if architecture.kind(layer) == "per_sequence")
+    source = f"{tables.folder.name}/per_sequence.csv"
+    return StageTerms(
+        in_blocks,
+        [_token_term(layer, n, architecture, model, tables) for layer, n in once.items()],
+        [
+            LayerTerm(layer, n, tables.layer("per_sequence", layer), "sequences", source)
+            for layer, n in heads.items()
+        ],
+    )
 
 
 def _token_term(
@@ -177,17 +240,10 @@ def _token_term(
     return MoeTerm(layer, calls, tables.moe, model.num_experts, model.num_experts_per_tok)
 
 
-def all_reduce_term(
-    tables: RankTables, model: ModelSpec, ranks: int, bandwidth_gbs: float, latency_ns: float
-) -> Term | None:
-    """The all-reduces of tensor parallelism, two a block: measured if the bundle has them, else a ring.
-
-    None for a single rank. ``bandwidth_gbs`` in GB/s and ``latency_ns`` describe one link of the ring.
-    """
-    if ranks == 1:
-        return None
-    calls = 2 * model.num_hidden_layers
-    if tables.all_reduce is not None:
+def all_reduce_term(tables: RankTables, model: ModelSpec, ranks: int, link: Dimension, calls: int) -> Term:
+    """The all-reduces of tensor parallelism: measured if the bundle has them, else over ``link``."""
+    measured = tables.collective("all_reduce", ranks)
+    if measured is not None:
         source = f"{tables.folder.name}/comm.csv"
-        return MeasuredAllReduceTerm("all_reduce", calls, model.hidden_size, tables.all_reduce, source)
-    return RingAllReduceTerm("all_reduce", calls, ranks, model.hidden_size, bandwidth_gbs, latency_ns)
+        return MeasuredAllReduceTerm(_ALL_REDUCE, calls, model.hidden_size, measured, source)
+    return LinkAllReduceTerm(_ALL_REDUCE, calls, ranks, model.hidden_size, link)

@@ -20,15 +20,15 @@ out. KV lengths count the tokens in the cache before the step; the mean is round
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from serving.latency.attention import AttentionTensor, DecodeRow
-from serving.latency.cudagraph import padded_tokens
+from serving.latency.cudagraph import LARGEST_GRAPH, padded_tokens
 from serving.latency.skew import skew_rate
-from serving.latency.step_terms import total_ns
+from serving.latency.step_terms import TermTotals
 from serving.latency.tables import resample
 
 if TYPE_CHECKING:
@@ -39,22 +39,23 @@ if TYPE_CHECKING:
     from serving.latency.attention import DecodeCorners
     from serving.latency.bundle import Bundle, RankTables
     from serving.latency.explain import LayerCost
-    from serving.latency.step_terms import Term
+    from serving.latency.step_terms import StageTerms
     from serving.specs.cluster import ClusterSpec, InstanceSpec
     from serving.specs.hardware import EngineSpec
     from serving.specs.model import ModelSpec
     from serving.specs.options import InstanceOptions
 
-_FIRST_TOKENS = 2048
-_FIRST_SEQUENCES = 256
+FIRST_TOKENS = 2048
+FIRST_SEQUENCES = 256
 _US = 1000.0  # ns
 
 
 class StepTimer:
     """Step durations of one instance, in whole nanoseconds.
 
-    ``tables`` are those of the instance's tensor-parallel degree; ``token_terms`` and ``sequence_terms``
-    everything but attention; ``blocks`` the number of transformer blocks.
+    ``tables`` are those of the instance's tensor-parallel degree; ``blocks`` the number of transformer
+    blocks, all of the model's or those of a pipeline stage; ``terms`` everything but attention;
+    ``capture_limit`` the tokens of the largest step that runs as a CUDA graph.
     """
 
     def __init__(
@@ -62,16 +63,18 @@ class StepTimer:
         bundle: Bundle,
         tables: RankTables,
         blocks: int,
-        token_terms: Sequence[Term],
-        sequence_terms: Sequence[Term],
+        terms: StageTerms,
         engine: EngineSpec,
+        capture_limit: int = LARGEST_GRAPH,
     ) -> None:
         self.bundle = bundle
         self.tables = tables
         self.blocks = blocks
-        self.token_terms = token_terms
-        self.sequence_terms = sequence_terms
+        self.terms = terms
+        self.token_terms = terms.tokens
+        self.sequence_terms = terms.sequences
         self.engine = engine
+        self.capture_limit = capture_limit
         self.attention = AttentionTensor(tables.attention)
         self._ns_per_us = blocks * _US
         self._decode_overhead_ns = engine.decode_step_overhead_us * _US
@@ -79,26 +82,18 @@ class StepTimer:
         self._mixed_skew = tables.skew if engine.skew_in_mixed_steps else None
         self._decode_surface = tables.attention.along(0, 0).along(1, 0)  # (n_decode, kv_decode)
         self._decode_rows: dict[int, DecodeRow] = {}
-        self._by_tokens: list[float] = []
-        self._by_sequences: list[float] = []
+        self._attention_rows: dict[int, DecodeRow] = {}
+        self._by_tokens = TermTotals(self.token_terms, FIRST_TOKENS, self.padded)
+        self.in_blocks = TermTotals(terms.blocks, FIRST_TOKENS)
+        """What the transformer blocks pay beside attention, by the tokens they compute, padding included."""
+        self.once = TermTotals(terms.once, FIRST_TOKENS)
+        """What the layers outside of the blocks pay, by the tokens they compute."""
+        self._by_sequences = TermTotals(self.sequence_terms, FIRST_SEQUENCES)
 
     def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int:
         """A step of ``n`` > 0 decodes alone; sum, least and greatest of their KV lengths in tokens."""
         row = self._decode_rows.get(n) or self._new_decode_row(n)
-        points, anchors, values, slopes = row.points, row.anchors, row.values, row.slopes
-        mean = kv_sum // n
-        i = bisect_right(points, mean)
-        ns = values[i] + slopes[i] * (mean - anchors[i])
-        if mean != kv_max and row.alpha is not None:
-            i = bisect_right(points, kv_max)
-            longest = values[i] + slopes[i] * (kv_max - anchors[i])
-            if longest > ns:  # a table that finds longer sequences no slower leaves nothing to share out
-                rate = bisect_left(row.rate_bounds, (mean - kv_min) / (kv_max - kv_min))
-                alpha = row.alpha[rate][bisect_left(row.length_bounds, kv_max)]
-                mean_ns = ns
-                ns += alpha * (longest - ns)
-                if alpha < 0.0:
-                    ns = max(ns, min(row.ns(kv_min), mean_ns))
+        ns = row.unequal_ns(kv_sum // n, kv_min, kv_max)
         whole = round(ns)
         return whole if whole > 0 else 1
 
@@ -154,21 +149,30 @@ class StepTimer:
 
     def tokens_ns(self, tokens: int) -> float:
         """What a step pays for its ``tokens`` scheduled tokens: dense layers, experts, all-reduces."""
-        if tokens >= len(self._by_tokens):
-            counts = np.arange(1, _enlarged(tokens, _FIRST_TOKENS))
-            self._by_tokens = [0.0, *total_ns(self.token_terms, self.padded(counts)).tolist()]
-        return self._by_tokens[tokens]
+        return self._by_tokens.ns(tokens)
 
     def sequences_ns(self, sequences: int) -> float:
         """What a step pays for its ``sequences``: output logits, sampling."""
-        if sequences >= len(self._by_sequences):
-            counts = np.arange(1, _enlarged(sequences, _FIRST_SEQUENCES))
-            self._by_sequences = [0.0, *total_ns(self.sequence_terms, counts).tolist()]
-        return self._by_sequences[sequences]
+        return self._by_sequences.ns(sequences)
+
+    def attention_ns(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> float:
+        """The part of :meth:`mixed_ns` that attention takes, in all blocks."""
+        if chunks:
+            return self._ns_per_us * self._mixed_attention_us(chunks, n, kv_sum, kv_min, kv_max)
+        row = self._attention_rows.get(n)
+        if row is None:
+            row = self._attention_rows[n] = self._decode_row(n, 0.0)
+        return row.unequal_ns(kv_sum // n, kv_min, kv_max)
+
+    def overhead_ns(self, prefills: bool) -> float:
+        """Host time of a step with or without prefill chunks."""
+        return self._prefill_overhead_ns if prefills else self._decode_overhead_ns
 
     def padded(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
         """Tokens that the dense layers compute for steps of ``tokens`` tokens."""
-        return padded_tokens(tokens) if self.engine.cudagraph else tokens
+        return padded_tokens(tokens, self.capture_limit) if self.engine.cudagraph else tokens
 
     def decode_attention_us(self, n: int) -> NDArray[np.float64]:
         """µs of one block's attention for ``n`` decodes at every ``kv_decode`` of the grid."""
@@ -219,11 +223,14 @@ class StepTimer:
 
     def _new_decode_row(self, n: int) -> DecodeRow:
         rest = self.tokens_ns(n) + self.sequences_ns(n) + self._decode_overhead_ns
-        values = rest + self._ns_per_us * self.decode_attention_us(n)
-        points = self._decode_surface.axes[1].tolist()
-        row = DecodeRow.through(points, values.tolist(), self.tables.skew, n)
-        self._decode_rows[n] = row
+        self._decode_rows[n] = row = self._decode_row(n, rest)
         return row
+
+    def _decode_row(self, n: int, rest_ns: float) -> DecodeRow:
+        """Attention of ``n`` decodes in all blocks, and ``rest_ns`` with it."""
+        values = rest_ns + self._ns_per_us * self.decode_attention_us(n)
+        points = self._decode_surface.axes[1].tolist()
+        return DecodeRow.through(points, values.tolist(), self.tables.skew, n)
 
 
 def _together(chunks: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -233,31 +240,10 @@ def _together(chunks: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return sum(tokens for tokens, _ in chunks), sum(history for _, history in chunks)
 
 
-def _enlarged(wanted: int, first: int) -> int:
-    """End of a range that covers ``wanted`` and leaves room, so that lists are rebuilt rarely."""
-    return max(first, 2 * wanted if wanted > first else 0) + 1
-
-
 def build_step_timer(
     instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, cluster: ClusterSpec
 ) -> StepTimer:
-    """The timer of an instance: finds its bundle, architecture, hardware constants and links.
+    """The timer of a single instance; see :meth:`serving.latency.step_timers.StepTimers.of`."""
+    from serving.latency.step_timers import StepTimers
 
-    Raises:
-        InputError: (MissingFileError among them) the bundle does not exist, is malformed, or lacks a layer.
-    """
-    from serving.latency.bundle import load_bundle
-    from serving.latency.step_terms import all_reduce_term, layer_terms
-    from serving.specs.architecture import load_architecture
-    from serving.specs.hardware import load_hardware, resolve_engine
-
-    tp = instance.tp_size
-    bundle = load_bundle(instance.hardware, model.name, options.variant, tp)
-    tables = bundle.tables(tp)
-    by_tokens, by_sequences = layer_terms(load_architecture(model.model_type), model, tables)
-    link = cluster.link_bandwidths_gbs[0], cluster.link_latencies_ns[0]  # the dimension of tensor parallelism
-    all_reduce = all_reduce_term(tables, model, tp, *link)
-    if all_reduce is not None:
-        by_tokens.append(all_reduce)
-    engine = resolve_engine(load_hardware(instance.hardware), instance.engine, cudagraph=options.cudagraph)
-    return StepTimer(bundle, tables, model.num_hidden_layers, by_tokens, by_sequences, engine)
+    return StepTimers(cluster).of(instance, model, options)

@@ -49,6 +49,10 @@ def _number_or_list(value: object) -> str:
     return "list" if isinstance(value, list | tuple) else "number"
 
 
+def _word_or_list(value: object) -> str:
+    return "list" if isinstance(value, list | tuple) else "word"
+
+
 LinkBandwidth = Annotated[
     Annotated[BandwidthGbs, Tag("number")]
     | Annotated[
@@ -65,6 +69,15 @@ LinkLatency = Annotated[
         tuple[LatencyNs, ...], BeforeValidator(list_as_tuple), Field(min_length=1, max_length=4), Tag("list")
     ],
     Discriminator(_number_or_list),
+]
+
+Wiring = Literal["ring", "fully_connected", "switch"]
+LinkTopology = Annotated[
+    Annotated[Wiring, Tag("word")]
+    | Annotated[
+        tuple[Wiring, ...], BeforeValidator(list_as_tuple), Field(min_length=1, max_length=4), Tag("list")
+    ],
+    Discriminator(_word_or_list),
 ]
 
 
@@ -126,6 +139,11 @@ class InstanceSpec(Spec):
     """KV blocks as the engine counts them, in place of the computed number (one of them is never used)."""
     engine: EngineSpec | None = None
     """What it states wins over the hardware file."""
+    moe_backend: Annotated[
+        Literal["allgather_reducescatter", "all_to_all"],
+        Field(description="how tokens reach experts on other members of the dp_group"),
+    ] = "allgather_reducescatter"
+    """Every member sees the tokens of all (vLLM's default), or each token only travels to its experts."""
 
     # Runtime options of this instance; None: the flag holds.
     dtype: WeightDtype = None
@@ -180,6 +198,9 @@ class ClusterSpec(Spec):
     num_nodes: Count
     link_bw: Annotated[LinkBandwidth, Field(description="GB/s; a number, or one per topology dimension")]
     link_latency: Annotated[LinkLatency, Field(description="ns; a number, or one per topology dimension")]
+    link_topology: Annotated[
+        LinkTopology, Field(description="how ranks are wired; a word, or one per topology dimension")
+    ] = "ring"
     nodes: Annotated[tuple[NodeSpec, ...], BeforeValidator(list_as_tuple), Field(min_length=1)]
     cxl_mem: CxlMemory | None = None
 
@@ -199,6 +220,11 @@ class ClusterSpec(Spec):
     def link_bandwidths_gbs(self) -> tuple[float, ...]:
         """Link bandwidth per topology dimension; a single one holds for all."""
         return self.link_bw if isinstance(self.link_bw, tuple) else (self.link_bw,)
+
+    @property
+    def link_wirings(self) -> tuple[Wiring, ...]:
+        """Wiring per topology dimension; a single one holds for all."""
+        return self.link_topology if isinstance(self.link_topology, tuple) else (self.link_topology,)
 
     @property
     def link_latencies_ns(self) -> tuple[float, ...]:

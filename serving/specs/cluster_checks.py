@@ -22,7 +22,8 @@ def check_structure(cluster: ClusterSpec) -> None:
     Raises:
         InputError: one message with every disagreement.
     """
-    _raise_if(cluster, [*_counts(cluster), *_degrees(cluster), *_data_parallel(cluster), *_roles(cluster)])
+    checks = (_counts, _degrees, _data_parallel, _roles, _power)
+    _raise_if(cluster, [problem for check in checks for problem in check(cluster)])
 
 
 def check_cluster(cluster: ClusterSpec) -> dict[str, ModelSpec]:
@@ -92,7 +93,7 @@ def _data_parallel(cluster: ClusterSpec) -> Iterator[str]:
         if instance.dp_group is None:
             continue
         origin, leader = first.setdefault(instance.dp_group, (where, instance))
-        for name in ("model_name", "tp_size", "pp_size", "ep_size", "pd_type"):
+        for name in ("model_name", "tp_size", "pp_size", "ep_size", "moe_backend", "pd_type"):
             own, wanted = getattr(instance, name), getattr(leader, name)
             if own != wanted:
                 yield (
@@ -115,6 +116,22 @@ def _roles(cluster: ClusterSpec) -> Iterator[str]:
                 f"{places[None]}.pd_type: null is not allowed beside prefill and decode instances of {model}"
                 "; must be 'prefill' or 'decode'"
             )
+
+
+def _power(cluster: ClusterSpec) -> Iterator[str]:
+    """A power section speaks of the node's own hardware."""
+    for n, node in enumerate(cluster.nodes):
+        if node.power is None:
+            continue
+        wanted = {instance.hardware for instance in node.instances}
+        missing = sorted(wanted - set(node.power.npu))
+        if node.power.npu and missing:
+            yield (
+                f"nodes[{n}].power.npu: has no {', '.join(missing)}, which instances of the node run on; "
+                f"described: {', '.join(sorted(node.power.npu))}"
+            )
+        if node.power.pim is not None and node.cpu_mem.pim_config is None:
+            yield f"nodes[{n}].power.pim: the node has no PIM; leave it out or set cpu_mem.pim_config"
 
 
 def _splits(instance: InstanceSpec, model: ModelSpec, group: int) -> Iterator[str]:
@@ -141,6 +158,11 @@ def _splits(instance: InstanceSpec, model: ModelSpec, group: int) -> Iterator[st
         yield (
             f"ep_size: {ep} is not allowed; must be <= {tp * group}, tp_size {tp} times the {group} members "
             "of its dp_group"
+        )
+    elif tp % ep and (ep % tp or group % (ep // tp)):
+        yield (
+            f"ep_size: {ep} is not allowed; must divide tp_size {tp}, or be that times a divisor of the "
+            f"{group} members of its dp_group"
         )
 
 

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from serving.errors import MissingFileError
 from serving.specs import paths
-from serving.specs.base import BandwidthGbs, Count, SizeGb, Spec, Unit
+from serving.specs.base import BandwidthGbs, Count, SizeGb, Spec, Unit, list_as_tuple
 from serving.specs.reading import read_yaml_object
 from serving.specs.validation import validated
 
 OverheadUs = Annotated[float, Field(ge=0, le=1e7), Unit("us")]
 Megabytes = Annotated[float, Field(gt=0, le=1e6), Unit("MiB")]
 Teraflops = Annotated[float, Field(gt=0, le=1e7), Unit("TFLOPS")]
+StartUs = Annotated[float, Field(ge=0, le=1e5), Unit("us")]
+
+
+def _number_or_list(value: object) -> str:
+    return "list" if isinstance(value, list | tuple) else "number"
+
+
+Fraction = Annotated[float, Field(gt=0, le=2)]
+"""Above 1 where a datasheet understates what the chip does."""
+Point = Annotated[tuple[Annotated[float, Field(ge=0)], Fraction], BeforeValidator(list_as_tuple)]
+Share = Annotated[
+    Annotated[Fraction, Tag("number")]
+    | Annotated[tuple[Point, ...], BeforeValidator(list_as_tuple), Field(min_length=1), Tag("list")],
+    Discriminator(_number_or_list),
+]
+"""Share of a peak rate that kernels reach: a number, or a curve of (size, share) points.
+
+The size is the step's tokens, or its sequences for a decode share; between points the share is linear in the
+size's logarithm, outside it stays.
+"""
 
 
 class EngineSpec(Spec):
@@ -36,6 +56,69 @@ class EngineSpec(Spec):
     """Whether every prefill chunk of a step is looked up on its own, instead of their sum."""
 
 
+class LinkSpec(Spec):
+    """What one accelerator sends to its peers in the same machine, over all its links together."""
+
+    bandwidth_gbs: BandwidthGbs
+    """One direction."""
+    latency_us: OverheadUs = 5.0
+    """Time of a collective over next to nothing: launch and synchronisation."""
+
+
+class RooflineSpec(Spec):
+    """How close kernels come to an accelerator's peak rates; None: what measured GPUs do.
+
+    A start is the time of a kernel with next to nothing to do.
+    """
+
+    launch_us: StartUs | None = None
+    """Time from one kernel to the next beyond its own; the fitted starts hold 1.5 us of it."""
+    product_start_us: StartUs | None = None
+    product_compute: Share | None = None
+    """Matrix products: share of the peak rate of their dtype."""
+    product_compute_8bit: Share | None = None
+    product_stream: Share | None = None
+    """Matrix products: share of the memory bandwidth at which weights arrive."""
+    decode_start_us: StartUs | None = None
+    decode_stream: Share | None = None
+    """Decode attention: share of the memory bandwidth at which 16-bit KV arrives."""
+    decode_stream_8bit: Share | None = None
+    prefill_start_us: StartUs | None = None
+    prefill_compute: Share | None = None
+    """Prefill attention: share of the 16-bit peak rate, 16-bit KV."""
+    prefill_compute_8bit: Share | None = None
+    prefill_tail: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Prefill attention: longest row tiles for which all SMs wait at the end."""
+    moe_start_us: StartUs | None = None
+    moe_compute: Share | None = None
+    moe_compute_8bit: Share | None = None
+    moe_stream: Share | None = None
+    moved_start_us: StartUs | None = None
+    """Layers that only move bytes: norms, activation, rotary embedding."""
+    moved_stream: Share | None = None
+    link_share: Share | None = None
+    """All-reduce: share of the link's bandwidth."""
+
+
+class CalibrationSpec(Spec):
+    """Where engine constants that were fitted come from; ``servesim bench calibrate`` writes it."""
+
+    machine: str
+    """The host they belong to."""
+    recording: str
+    engine: str
+    """What was recorded, such as ``vLLM 0.19.0``."""
+    model: str
+    bundle: str
+    """The kernel times they were fitted beside."""
+    requests: Count
+    anchor: str
+    error_percent: dict[str, float]
+    """Metric -> error of its simulated mean after the fit."""
+    uncalibrated_error_percent: dict[str, float]
+    """The same without the constants."""
+
+
 class HardwareSpec(Spec):
     """What is publicly known about an accelerator; None where nobody said."""
 
@@ -48,11 +131,15 @@ class HardwareSpec(Spec):
     sm_count: Count | None = None
     peak_tflops: dict[str, Teraflops] = Field(default_factory=dict)
     """Dense peak rate per dtype."""
+    link: LinkSpec | None = None
     silicon: str | None = None
     """Folder of this GPU in the public kernel measurements; None: it is not among them."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Field -> where its value is from."""
+    roofline: RooflineSpec = RooflineSpec()
     engine: EngineSpec = EngineSpec()
+    calibration: CalibrationSpec | None = None
+    """None: nobody fitted the engine constants to a recorded run."""
 
 
 def load_hardware(name: str) -> HardwareSpec:

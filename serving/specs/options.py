@@ -34,6 +34,7 @@ _INPUT = "what to simulate"
 _ENGINE = "engine (an instance of the cluster config may set these for itself)"
 _CLUSTER = "cluster"
 _RUN = "how requests arrive and run"
+_UNCERTAINTY = "uncertainty"
 _OUTPUT = "output"
 
 ROUTING_POLICIES = ("LOAD", "RR", "RAND", "PREFIX", "CUSTOM")
@@ -135,6 +136,12 @@ Utilization = Annotated[
 ]
 
 
+def _no_single_run(value: object) -> object:
+    if value == 1 and type(value) is int:
+        raise ValueError("1 is not allowed; must be 0 (off) or at least 2 runs")
+    return value
+
+
 class RuntimeOptions(Spec):
     """Everything a run can be told beside its cluster and its workload. Field ``x_y`` is flag ``--x-y``."""
 
@@ -185,6 +192,20 @@ class RuntimeOptions(Spec):
             "POLICY",
         ),
     ] = "LOAD"
+    router_refresh: Annotated[
+        Annotated[float, Field(ge=0, le=1e6)],
+        Unit("s"),
+        Flag(
+            "time between refreshes of the load figures the router goes by; vLLM's data-parallel front end "
+            "refreshes every 0.1 s",
+            _CLUSTER,
+            "SECONDS",
+            default_text="0 = always up to date",
+        ),
+    ] = 0.0
+    sticky_sessions: Annotated[
+        bool, Flag("all requests of a session go to the instance that took the first one", _CLUSTER)
+    ] = False
     expert_routing_policy: Annotated[
         str,
         _policy(EXPERT_POLICIES),
@@ -211,6 +232,34 @@ class RuntimeOptions(Spec):
     stepped: Annotated[
         bool, Flag("debugging: run every step on its own instead of jumping over many", _RUN)
     ] = False
+
+    ensemble: Annotated[
+        Annotated[int, Field(ge=0, le=100_000)],
+        BeforeValidator(_no_single_run),
+        Flag(
+            "repeat the run this often with seeded noise and report every figure's spread",
+            _UNCERTAINTY,
+            default_text="0 = off",
+        ),
+    ] = 0
+    step_noise: Annotated[
+        Annotated[float, Field(ge=0, le=0.5)],
+        Flag("relative noise of every step's time in an ensemble, each step on its own", _UNCERTAINTY),
+    ] = 0.01
+    run_noise: Annotated[
+        Annotated[float, Field(ge=0, le=0.5)],
+        Flag("relative noise that all steps of a run of an ensemble have in common", _UNCERTAINTY),
+    ] = 0.01
+    arrival_jitter: Annotated[
+        Annotated[float, Field(ge=0, le=1e6)],
+        Unit("s"),
+        Flag(
+            "every arrival moves by up to this much, either way, in the runs of an ensemble",
+            _UNCERTAINTY,
+            "SECONDS",
+            default_text="0 = the workload's arrivals as they are",
+        ),
+    ] = 0.0
 
     output: Annotated[
         FilePath | None, Flag("per-request results, .csv or .parquet; {run_id} is replaced", _OUTPUT, "PATH")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from serving.errors import MissingFileError
+from serving.errors import InputError, MissingFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_BUNDLES = Path("profiler", "perf")
+_bundles: ContextVar[Path | None] = ContextVar("bundles", default=None)
 
 
 def packaged_data_dir() -> Path:
@@ -34,6 +42,24 @@ def search_roots() -> list[Path]:
     return roots
 
 
+@contextmanager
+def bundles_from(folder: str | Path | None) -> Iterator[None]:
+    """Inside the block, profile bundles are those of ``folder`` alone.
+
+    ``<hardware>/<model>/<variant>`` lie below it; None changes nothing.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise InputError(f"{folder}: no such folder; one with <hardware>/<org>/<model>/<variant> is expected")
+    token = _bundles.set(Path(folder).expanduser() if folder is not None else _bundles.get())
+    try:
+        yield
+    finally:
+        _bundles.reset(token)
+
+
 def find(relative: str | Path, what: str = "file or folder") -> Path:
     """The first existing place of ``relative``.
 
@@ -43,6 +69,12 @@ def find(relative: str | Path, what: str = "file or folder") -> Path:
         MissingFileError: it is in none of the places; the message lists them.
     """
     path = Path(relative).expanduser()
+    chosen = _bundles.get()
+    if chosen is not None and path.is_relative_to(_BUNDLES):
+        place = chosen / path.relative_to(_BUNDLES)
+        if not _exists(place):
+            raise MissingFileError(f"{relative}: no such {what}; looked in {chosen}")
+        return place
     if _exists(path):
         return path
     if path.is_absolute():
@@ -57,6 +89,9 @@ def find(relative: str | Path, what: str = "file or folder") -> Path:
 def find_all(relative_glob: str) -> list[Path]:
     """Every file that matches a relative glob, sorted; of those at one relative path, the first root's."""
     found: dict[str, Path] = {}
+    chosen = _bundles.get()
+    if chosen is not None and Path(relative_glob).is_relative_to(_BUNDLES):
+        return sorted(chosen.glob(Path(relative_glob).relative_to(_BUNDLES).as_posix()))
     for root in search_roots():
         for path in root.glob(relative_glob):
             found.setdefault(path.relative_to(root).as_posix(), path)

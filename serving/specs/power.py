@@ -2,71 +2,99 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from itertools import pairwise
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from serving.specs.base import Count, PowerW, SizeGb, Spec, Unit
 
 EnergyPerBitPj = Annotated[float, Field(ge=0, le=1e6), Unit("pJ/bit")]
 
 
+def _check_rising(owner: Spec, *names: str) -> None:
+    """Raise ValueError unless the powers ``names`` never fall from one to the next."""
+    for lower, higher in pairwise(names):
+        least, value = getattr(owner, lower), getattr(owner, higher)
+        if value < least:
+            raise ValueError(f"{higher}: {value:g} is not allowed; must be >= {least:g} W, the {lower}")
+
+
 class NpuPower(Spec):
     """One NPU: idle, active while it computes, standby for a while after."""
 
-    idle_power: PowerW
-    active_power: PowerW
-    standby_power: PowerW
-    standby_duration: Annotated[float, Field(ge=0, le=1e6), Unit("s")]
+    idle_power: Annotated[PowerW, Field(description="W")]
+    active_power: Annotated[PowerW, Field(description="W while it computes")]
+    standby_power: Annotated[PowerW, Field(description="W after it has computed")]
+    standby_duration: Annotated[
+        float, Field(ge=0, le=1e6, description="s of standby before it falls idle"), Unit("s")
+    ]
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        _check_rising(self, "idle_power", "standby_power", "active_power")
+        return self
 
 
 class CpuPower(Spec):
-    """Host processor."""
+    """Host processors of a node, all together."""
 
-    idle_power: PowerW
-    active_power: PowerW
-    util: Annotated[float, Field(ge=0, le=1)] = 0.7
-    """Utilization while NPUs compute."""
+    idle_power: Annotated[PowerW, Field(description="W")]
+    active_power: Annotated[PowerW, Field(description="W at full load")]
+    util: Annotated[float, Field(ge=0, le=1, description="load while NPUs compute")] = 0.7
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        _check_rising(self, "idle_power", "active_power")
+        return self
 
 
 class DramPower(Spec):
     """Host memory, DIMM by DIMM."""
 
-    dimm_size: SizeGb
-    idle_power: PowerW
-    energy_per_bit: EnergyPerBitPj
+    dimm_size: Annotated[SizeGb, Field(description="GB (2**30 bytes); cpu_mem.mem_size says how many")]
+    idle_power: Annotated[PowerW, Field(description="W of one DIMM")]
+    energy_per_bit: Annotated[EnergyPerBitPj, Field(description="pJ per bit moved")]
 
 
 class LinkPower(Spec):
     """Links between NPUs."""
 
     num_links: Count
-    idle_power: PowerW
-    energy_per_bit: EnergyPerBitPj
+    idle_power: Annotated[PowerW, Field(description="W of one link")]
+    energy_per_bit: Annotated[EnergyPerBitPj, Field(description="pJ per bit moved")]
 
 
 class NicPower(Spec):
     """Network cards."""
 
     num_nics: Count
-    idle_power: PowerW
+    idle_power: Annotated[PowerW, Field(description="W of one card")]
 
 
 class StoragePower(Spec):
     """Disks."""
 
     num_devices: Count
-    idle_power: PowerW
+    idle_power: Annotated[PowerW, Field(description="W of one disk")]
+
+
+class PimPower(Spec):
+    """Processing-in-memory channels, on top of what ``dram`` says of their memory."""
+
+    active_power: Annotated[PowerW, Field(description="W of all channels together while they compute")]
 
 
 class PowerSpec(Spec):
     """A node's ``power`` section; a device left out draws nothing."""
 
-    base_node_power: PowerW
-    npu: dict[str, NpuPower] = Field(default_factory=dict)
-    """Hardware name -> its NPU."""
+    base_node_power: Annotated[PowerW, Field(description="W of everything that is not listed")]
+    npu: dict[str, NpuPower] = Field(default_factory=dict, description="hardware name -> one NPU")
+    """Names the hardware of every instance of the node, or of none."""
     cpu: CpuPower | None = None
     dram: DramPower | None = None
     link: LinkPower | None = None
     nic: NicPower | None = None
     storage: StoragePower | None = None
+    pim: PimPower | None = None
+    """Needs ``cpu_mem.pim_config``."""

@@ -20,7 +20,6 @@ _FIXED = {
     "enable_prefix_sharing": False,
     "prefix_storage": None,
     "expert_routing_policy": "BALANCED",
-    "timeline": None,
 }
 _FIXED_PER_INSTANCE = {
     "enable_local_offloading": False,
@@ -58,8 +57,6 @@ def _as_given(name: str, value: object) -> str:
 
 def _cluster(cluster: ClusterSpec) -> Iterator[str]:
     for index, node in enumerate(cluster.nodes):
-        if node.power is not None:
-            yield f"nodes[{index}].power: power modelling is not supported yet; leave the section out"
         if node.cpu_mem.pim_config is not None:
             yield f"nodes[{index}].cpu_mem.pim_config: PIM is not supported yet; leave it out or null"
     for where, instance in located(cluster):

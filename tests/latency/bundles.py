@@ -10,8 +10,10 @@ from typing import Any
 import yaml
 
 from serving.latency.bundle import Bundle, load_bundle
-from serving.latency.step_terms import all_reduce_term, layer_terms
+from serving.latency.stage import whole_model
+from serving.latency.step_terms import stage_terms
 from serving.latency.step_timer import StepTimer
+from serving.network.topology import Dimension
 from serving.specs.architecture import Architecture, read_architecture
 from serving.specs.hardware import EngineSpec
 from serving.specs.model import ModelSpec, model_from_config
@@ -111,11 +113,10 @@ class Toy:
         bundle = self.bundle(root)
         tables = bundle.tables(self.tp)
         model = toy_model(experts)
-        by_tokens, by_sequences = layer_terms(toy_architecture(root), model, tables)
-        all_reduce = all_reduce_term(tables, model, self.tp, 1.0, 1000.0)
-        terms = by_tokens + ([all_reduce] if all_reduce else [])
+        link = Dimension("tp", "ring", 1.0, 1000.0)
+        terms = stage_terms(toy_architecture(root), whole_model(model), tables, self.tp, link)
         engine = engine or EngineSpec(cudagraph=False)
-        return StepTimer(bundle, tables, model.num_hidden_layers, terms, by_sequences, engine)
+        return StepTimer(bundle, tables, model.num_hidden_layers, terms, engine)
 
 
 def toy_model(experts: int = 0) -> ModelSpec:
@@ -188,7 +189,9 @@ def slow_lookup(rows: Rows, query: tuple[float, ...]) -> float:
 
 def cluster_links(**links: float) -> SimpleNamespace:
     """As much of a cluster as the timer looks at."""
-    return SimpleNamespace(link_bandwidths_gbs=(links["bw"],), link_latencies_ns=(links["latency"],))
+    return SimpleNamespace(
+        link_bandwidths_gbs=(links["bw"],), link_latencies_ns=(links["latency"],), link_wirings=("ring",)
+    )
 
 
 def _csv(path: Path, header: str, lines: list[str]) -> None:

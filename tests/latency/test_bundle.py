@@ -7,7 +7,8 @@ import pytest
 
 from serving.errors import InputError, MissingFileError
 from serving.latency.bundle import load_bundle, range_warnings
-from serving.latency.step_terms import layer_terms
+from serving.latency.stage import whole_model
+from serving.latency.step_terms import stage_terms
 from serving.latency.variant import profile_command, variant_dtypes
 from tests.latency.bundles import HARDWARE, MODEL, VARIANT, Toy, toy_architecture, toy_model
 
@@ -91,7 +92,7 @@ def test_unknown_layers_and_columns_and_blank_lines_are_passed_over(root: Path) 
     path.write_text("\n\n".join([lines[0], "x,new_layer,1,5.0", *lines[1:]]) + "\n\n")
     tables = bundle.tables(1)
     assert tables.dense["new_layer"].at([3]).tolist() == [5.0]
-    layer_terms(toy_architecture(root), toy_model(), tables)
+    stage_terms(toy_architecture(root), whole_model(toy_model()), tables)
 
 
 def test_a_layer_of_the_architecture_without_rows_is_an_error(root: Path) -> None:

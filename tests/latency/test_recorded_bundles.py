@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from serving.latency.bundle import load_bundle, range_warnings
-from serving.latency.step_terms import all_reduce_term, layer_terms
+from serving.latency.stage import whole_model
+from serving.latency.step_terms import stage_terms
 from serving.latency.step_timer import StepTimer
+from serving.network.topology import Dimension
 from serving.specs.architecture import load_architecture
 from serving.specs.hardware import EngineSpec
 from serving.specs.model import load_model
@@ -37,10 +39,9 @@ def timer_of(name: str, tp: int, engine: EngineSpec) -> StepTimer:
     model = load_model(recorded_path("model", f"{name}.json"))
     bundle = load_bundle("RTXPRO6000", name, "bf16")
     tables = bundle.tables(tp)
-    by_tokens, by_sequences = layer_terms(load_architecture(model.model_type), model, tables)
-    all_reduce = all_reduce_term(tables, model, tp, 16, 20_000)
-    terms = by_tokens + ([all_reduce] if all_reduce else [])
-    return StepTimer(bundle, tables, model.num_hidden_layers, terms, by_sequences, engine)
+    link = Dimension("tp", "ring", 16, 20_000)
+    terms = stage_terms(load_architecture(model.model_type), whole_model(model), tables, tp, link)
+    return StepTimer(bundle, tables, model.num_hidden_layers, terms, engine)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,94 @@
+"""Makes the step timers of a cluster: equal instances share one, and every bundle is read once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from serving.latency.bundle import load_bundle
+from serving.latency.cudagraph import capture_limit
+from serving.latency.stage import whole_model
+from serving.latency.step_terms import stage_terms
+from serving.latency.step_timer import StepTimer
+from serving.network.topology import Topology
+from serving.specs.architecture import load_architecture
+from serving.specs.hardware import load_hardware, resolve_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from serving.latency.bundle import Bundle
+    from serving.latency.stage import Stage
+    from serving.specs.architecture import Architecture
+    from serving.specs.cluster import ClusterSpec, InstanceSpec
+    from serving.specs.hardware import EngineSpec
+    from serving.specs.model import ModelSpec
+    from serving.specs.options import InstanceOptions
+
+
+class StepTimers:
+    """The step timers of one cluster, made when asked for and shared by instances that cannot differ.
+
+    A timer keeps nothing of a run but look-ups it has already done, so sharing changes no result.
+    """
+
+    def __init__(self, cluster: ClusterSpec) -> None:
+        self.topology = Topology.of(cluster)
+        self._timers: dict[Hashable, StepTimer] = {}
+        self._bundles: dict[Hashable, Bundle] = {}
+        self._architectures: dict[str, Architecture] = {}
+        self._engines: dict[Hashable, EngineSpec] = {}
+
+    def of(
+        self,
+        instance: InstanceSpec,
+        model: ModelSpec,
+        options: InstanceOptions,
+        stage: Stage | None = None,
+        *,
+        experts: bool = True,
+    ) -> StepTimer:
+        """The timer of an instance, or of one of its pipeline stages.
+
+        Args:
+            instance: finds its bundle, hardware constants and tensor-parallel degree.
+            model: what it runs.
+            options: its dtypes choose the bundle's variant.
+            stage: None: the whole model.
+            experts: whether the time of expert layers is included.
+
+        Raises:
+            InputError: (MissingFileError among them) the bundle does not exist, is malformed, or lacks a
+                layer.
+        """
+        engine = self._engine(instance, options)
+        stage = stage or whole_model(model)
+        where = (stage.first_block, stage.num_blocks, experts)
+        limit = capture_limit(options.max_num_seqs, options.max_num_batched_tokens)
+        key = (instance.hardware, model, options.variant, instance.tp_size, engine, where, limit)
+        if key not in self._timers:
+            tp = instance.tp_size
+            bundle = self.bundle(instance, model, options)
+            architecture = self._architecture(model.model_type)
+            terms = stage_terms(architecture, stage, bundle.tables(tp), tp, self.topology.tp, experts=experts)
+            self._timers[key] = StepTimer(bundle, bundle.tables(tp), stage.num_blocks, terms, engine, limit)
+        return self._timers[key]
+
+    def bundle(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Bundle:
+        """The profile bundle of an instance."""
+        key = (instance.hardware, model.name, options.variant)
+        if key not in self._bundles:
+            self._bundles[key] = load_bundle(*key, instance.tp_size)
+        return self._bundles[key]
+
+    def _architecture(self, model_type: str) -> Architecture:
+        if model_type not in self._architectures:
+            self._architectures[model_type] = load_architecture(model_type)
+        return self._architectures[model_type]
+
+    def _engine(self, instance: InstanceSpec, options: InstanceOptions) -> EngineSpec:
+        stated = instance.engine and (instance.engine, frozenset(instance.engine.model_fields_set))
+        key = (instance.hardware, stated, options.cudagraph)
+        if key not in self._engines:
+            hardware = load_hardware(instance.hardware)
+            self._engines[key] = resolve_engine(hardware, instance.engine, cudagraph=options.cudagraph)
+        return self._engines[key]

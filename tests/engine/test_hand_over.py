@@ -1,0 +1,154 @@
+"""Separate prefill and decode, worked out by hand.
+
+A step takes 1000 ns and 10 ns a token; KV is 1000 bytes a token over 4 layers; a link of 1 GB/s moves a byte
+a ns.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serving.engine.block_tables import BlockTables
+from serving.engine.hand_over import HandOver, Routes
+from serving.engine.simulation import Simulation
+from serving.engine.step_loop import SingleTimes, StepLoop
+from serving.network.links import Links
+from serving.specs.options import RuntimeOptions
+from tests.engine.small_engine import LinearTimes, requests, small_member
+from tests.engine.test_properties import workloads
+
+if TYPE_CHECKING:
+    from serving.results.records import RunLog
+    from serving.workload.request import Workload
+
+MODEL = SimpleNamespace(num_hidden_layers=4, num_key_value_heads=1, head_dim=125, is_mla=False)
+
+
+def run_split(
+    workload: Workload,
+    prefill: int = 1,
+    decode: int = 1,
+    bandwidth: float = 1.0,
+    latency: int = 0,
+    depth: int = 1,
+    decode_blocks: int = 1001,
+    nodes: tuple[int, ...] = (),
+    **limits: Any,
+) -> RunLog:
+    tables = BlockTables(workload)
+    members = [small_member(workload, i, tables, pd_type="prefill", **limits) for i in range(prefill)]
+    members += [
+        small_member(workload, prefill + i, tables, pd_type="decode", **{**limits, "blocks": decode_blocks})
+        for i in range(decode)
+    ]
+    for member, node in zip(members, nodes, strict=False):
+        member.log.node = node
+    for member in members[:prefill]:
+        member.scheduler.traced = True
+    loops = [StepLoop([member], SingleTimes(LinearTimes()), depth=depth) for member in members]
+    link = SimpleNamespace(bandwidth_gbs=bandwidth, latency_ns=latency)
+    far = SimpleNamespace(bandwidth_gbs=bandwidth / 2, latency_ns=latency * 3)
+    routes = Routes(cast("Any", SimpleNamespace(dp=link, nodes=far)))
+    hand_over = HandOver(Links(), {"org/tiny": cast("Any", MODEL)})
+    log = Simulation(loops, workload, RuntimeOptions(), hand_over=hand_over, route=routes).run()
+    for member in members:
+        member.scheduler.kv.pool.check_integrity()
+        assert member.scheduler.kv.pool.num_used == 0
+        assert member.scheduler.held == 0
+    return log
+
+
+def test_the_first_token_comes_from_the_decode_side_once_the_kv_is_there() -> None:
+    # 8 tokens = 8000 bytes = 8000 ns, more than the step (1080) and its last layer (2000) take
+    record = run_split(requests((8, 3, 0))).requests[0]
+    assert (record.instance, record.decode_instance) == (0, 1)
+    assert record.first_token_ns == 8000 + 1010
+    assert record.end_ns == 8000 + 3 * 1010
+    assert record.token_steps == [(1, 0, 2)]
+
+
+def test_over_a_fast_link_only_the_last_layer_is_seen() -> None:
+    # 100 bytes a ns: the whole takes 80 ns, its last layer 20 after the end of the step
+    record = run_split(requests((8, 1, 0)), bandwidth=100.0).requests[0]
+    assert record.first_token_ns == 1080 + 20 + 1010
+
+
+def test_latency_is_paid_once() -> None:
+    record = run_split(requests((8, 1, 0)), latency=300).requests[0]
+    assert record.first_token_ns == 300 + 8000 + 1010
+
+
+def test_two_prefill_instances_share_the_way_into_one_decode_instance() -> None:
+    log = run_split(requests((8, 1, 0), (8, 1, 0)), prefill=2)
+    assert {r.instance for r in log.requests} == {0, 1}
+    assert [r.first_token_ns for r in log.requests] == [16000 + 1020] * 2
+
+
+def test_two_decode_instances_do_not() -> None:
+    log = run_split(requests((8, 1, 0), (8, 1, 0)), prefill=2, decode=2)
+    assert {r.decode_instance for r in log.requests} == {2, 3}
+    assert [r.first_token_ns for r in log.requests] == [8000 + 1010] * 2
+
+
+def test_between_nodes_the_uplink_sets_the_pace() -> None:
+    record = run_split(requests((8, 1, 0)), nodes=(0, 1)).requests[0]
+    assert record.first_token_ns == 16000 + 1010
+
+
+def test_chunks_leave_as_they_are_computed() -> None:
+    # Chunks of 64 and 36 tokens: 64000 bytes from 0 on and 36000 from 1640 on share the link; all is there
+    # after 100000 bytes.
+    record = run_split(requests((100, 1, 0)), budget=64).requests[0]
+    assert record.first_token_ns == 100_000 + 1010
+
+
+def test_a_full_decode_instance_lets_requests_wait() -> None:
+    # 8 usable blocks of 4; a request needs 5 for its prompt and all 8 to end
+    log = run_split(requests((20, 12, 0), (20, 12, 0)), decode_blocks=9, bandwidth=1000.0)
+    first, second = log.requests
+    assert first.preemptions == second.preemptions == 0
+    assert second.first_token_ns == first.end_ns + 1010
+
+
+def test_a_prompt_preempted_on_the_decode_side_is_computed_there() -> None:
+    log = run_split(requests((16, 16, 0), (16, 16, 0)), decode_blocks=11, bandwidth=1000.0)
+    assert sum(r.preemptions for r in log.requests) > 0
+    assert sum(log.instances[1].steps.prefill_tokens) > 0
+
+
+def test_prefix_hits_of_the_prefill_side_travel_too() -> None:
+    prompt = list(range(16))
+    log = run_split(requests((16, 1, 0), (16, 1, 50_000), ids=[prompt, prompt]))
+    assert [r.npu_hit for r in log.requests] == [0, 12]
+    assert log.requests[1].first_token_ns == 50_000 + 16_000 + 1010
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    workloads(),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from([0.05, 1.0, 50.0]),
+    st.integers(1, 2),
+    st.integers(25, 130),
+    st.integers(25, 130),
+)
+def test_nothing_is_lost_on_the_way(
+    workload: Workload, prefill: int, decode: int, bandwidth: float, depth: int, blocks: int, room: int
+) -> None:
+    log = run_split(
+        workload, prefill, decode, bandwidth, latency=7, depth=depth, blocks=blocks, decode_blocks=room
+    )
+    ended = [r.request for r in log.requests] + [r.request for r in log.rejected]
+    assert sorted(ended) == list(range(len(workload)))
+    tracks = log.tracks()
+    for record in log.requests:
+        times = [int(t) for track, a, b in record.token_steps for t in tracks[track][a : b + 1]]
+        assert len(times) == workload.requests[record.request].output_tokens
+        assert times == sorted(set(times))
+        assert record.arrival_ns <= record.queued_ns <= record.scheduled_ns < record.first_token_ns
+        assert record.instance < prefill <= record.decode_instance
