@@ -201,6 +201,11 @@ class ClusterSpec(Spec):
     link_topology: Annotated[
         LinkTopology, Field(description="how ranks are wired; a word, or one per topology dimension")
     ] = "ring"
+    collectives: Annotated[
+        Literal["auto", "measured", "links"],
+        Field(description="what collectives take: measured tables of the bundles, or the links given here"),
+    ] = "auto"
+    """auto: measured, but over PCIe, where machines differ, the links."""
     nodes: Annotated[tuple[NodeSpec, ...], BeforeValidator(list_as_tuple), Field(min_length=1)]
     cxl_mem: CxlMemory | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from serving.errors import InputError, MissingFileError
@@ -12,6 +13,7 @@ from serving.specs.validation import joined
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from serving.specs.base import Spec
     from serving.specs.cluster import ClusterSpec, InstanceSpec
     from serving.specs.model import ModelSpec
 
@@ -119,7 +121,7 @@ def _roles(cluster: ClusterSpec) -> Iterator[str]:
 
 
 def _power(cluster: ClusterSpec) -> Iterator[str]:
-    """A power section speaks of the node's own hardware."""
+    """A power section speaks of the node's own hardware, and nothing draws less when it works."""
     for n, node in enumerate(cluster.nodes):
         if node.power is None:
             continue
@@ -132,6 +134,19 @@ def _power(cluster: ClusterSpec) -> Iterator[str]:
             )
         if node.power.pim is not None and node.cpu_mem.pim_config is None:
             yield f"nodes[{n}].power.pim: the node has no PIM; leave it out or set cpu_mem.pim_config"
+        for hardware, npu in node.power.npu.items():
+            where = f"nodes[{n}].power.npu.{hardware}"
+            yield from _rising(where, npu, "idle_power", "standby_power", "active_power")
+        if node.power.cpu is not None:
+            yield from _rising(f"nodes[{n}].power.cpu", node.power.cpu, "idle_power", "active_power")
+
+
+def _rising(where: str, device: Spec, *names: str) -> Iterator[str]:
+    """The powers ``names`` of a device must not fall from one to the next."""
+    for lower, higher in pairwise(names):
+        least, value = getattr(device, lower), getattr(device, higher)
+        if value < least:
+            yield f"{where}.{higher}: {value:g} is not allowed; must be >= {least:g} W, the {lower}"
 
 
 def _splits(instance: InstanceSpec, model: ModelSpec, group: int) -> Iterator[str]:

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-from typing import Annotated, Self
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from serving.specs.base import Count, PowerW, SizeGb, Spec, Unit
 
 EnergyPerBitPj = Annotated[float, Field(ge=0, le=1e6), Unit("pJ/bit")]
-
-
-def _check_rising(owner: Spec, *names: str) -> None:
-    """Raise ValueError unless the powers ``names`` never fall from one to the next."""
-    for lower, higher in pairwise(names):
-        least, value = getattr(owner, lower), getattr(owner, higher)
-        if value < least:
-            raise ValueError(f"{higher}: {value:g} is not allowed; must be >= {least:g} W, the {lower}")
 
 
 class NpuPower(Spec):
@@ -30,11 +21,6 @@ class NpuPower(Spec):
         float, Field(ge=0, le=1e6, description="s of standby before it falls idle"), Unit("s")
     ]
 
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        _check_rising(self, "idle_power", "standby_power", "active_power")
-        return self
-
 
 class CpuPower(Spec):
     """Host processors of a node, all together."""
@@ -42,11 +28,6 @@ class CpuPower(Spec):
     idle_power: Annotated[PowerW, Field(description="W")]
     active_power: Annotated[PowerW, Field(description="W at full load")]
     util: Annotated[float, Field(ge=0, le=1, description="load while NPUs compute")] = 0.7
-
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        _check_rising(self, "idle_power", "active_power")
-        return self
 
 
 class DramPower(Spec):

@@ -19,16 +19,14 @@ if TYPE_CHECKING:
 _FIXED = {
     "enable_prefix_sharing": False,
     "prefix_storage": None,
-    "expert_routing_policy": "BALANCED",
 }
 _FIXED_PER_INSTANCE = {
     "enable_local_offloading": False,
     "enable_attn_offloading": False,
     "enable_sub_batch_interleaving": False,
-    "enable_block_copy": True,
 }
 # Field of an instance -> the one value that works.
-_FIXED_INSTANCE_FIELDS = {"pp_size": 1, "ep_size": 1, "dp_group": None, "pd_type": None, "placement": None}
+_FIXED_INSTANCE_FIELDS = {"placement": None}
 
 
 def refuse_unsupported(cluster: ClusterSpec, options: RuntimeOptions) -> None:

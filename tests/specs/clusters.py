@@ -32,6 +32,12 @@ def node(*instances: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in {**base, **changes}.items() if value is not ...}
 
 
+def power(**changes: Any) -> dict[str, Any]:
+    """A power section with nothing but the node and its RTXPRO6000s; changes are to the NPU."""
+    npu = {"idle_power": 30, "standby_power": 90, "active_power": 600, "standby_duration": 5}
+    return {"base_node_power": 60, "npu": {"RTXPRO6000": {**npu, **changes}}}
+
+
 def cluster(*instances: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """One node with the given instances (default: one)."""
     base = {"num_nodes": 1, "link_bw": 16, "link_latency": 20000, "nodes": [node(*instances)]}

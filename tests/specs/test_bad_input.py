@@ -19,7 +19,7 @@ from serving.specs.cluster_checks import check_cluster
 from serving.specs.hardware import load_hardware
 from serving.specs.model import load_model
 from serving.specs.options import RuntimeOptions, add_arguments, from_namespace, resolve
-from tests.specs.clusters import cluster, instance, model_config, node, npu_mem
+from tests.specs.clusters import cluster, instance, model_config, node, npu_mem, power
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -291,6 +291,26 @@ CLUSTERS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         "nodes[0].power.base_node_power",
         ("must be >= 0 W",),
     ),
+    "NPU that draws less when it works": (
+        cluster(nodes=[node(power=power(active_power=5))]),
+        "nodes[0].power.npu.RTXPRO6000.active_power",
+        ("5 is not allowed; must be >= 90 W, the standby_power",),
+    ),
+    "CPU that draws less when it works": (
+        cluster(nodes=[node(power={**power(), "cpu": {"idle_power": 9, "active_power": 8}})]),
+        "nodes[0].power.cpu.active_power",
+        ("8 is not allowed; must be >= 9 W, the idle_power",),
+    ),
+    "power of other hardware": (
+        cluster(nodes=[node(instance(hardware="H100"), power=power())]),
+        "nodes[0].power.npu",
+        ("has no H100", "described: RTXPRO6000"),
+    ),
+    "power of PIM that is not there": (
+        cluster(nodes=[node(power={**power(), "pim": {"active_power": 8}})]),
+        "nodes[0].power.pim",
+        ("the node has no PIM",),
+    ),
     # Known only from the model:
     "unknown model": (
         cluster(instance(model_name="meta-llama/Llama-3.1-8")),
@@ -321,6 +341,11 @@ CLUSTERS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         cluster(instance(model_name=MIXTRAL, num_npus=2, tp_size=2, ep_size=4)),
         f"{HERE}.ep_size",
         ("4 is not allowed", "<= 2"),
+    ),
+    "expert ranks that cut across instances": (
+        cluster(*[instance(model_name=MIXTRAL, num_npus=4, tp_size=4, ep_size=8, dp_group="A")] * 3),
+        f"{HERE}.ep_size",
+        ("8 is not allowed", "must divide tp_size 4", "divisor of the 3 members"),
     ),
     "placement on a block too many": (
         cluster(instance(placement={"blocks": [{"blocks": "30-32", "weights": "cpu"}]})),

@@ -102,6 +102,30 @@ def test_experts_spread_over_a_data_parallel_group() -> None:
         check_cluster(load_cluster(cluster(member)))
 
 
+def test_an_instance_may_hold_the_experts_several_times_or_a_group_share_them() -> None:
+    several = instance(model_name=MIXTRAL, num_npus=4, tp_size=4, ep_size=2)
+    check_cluster(load_cluster(cluster(several)))
+    shared = instance(model_name=MIXTRAL, num_npus=2, tp_size=2, ep_size=4, dp_group="A")
+    check_cluster(load_cluster(cluster(shared, shared, shared, shared)))
+
+
+def test_ranks_are_wired_as_rings_unless_told_otherwise() -> None:
+    assert load_cluster(cluster()).link_wirings == ("ring",)
+    assert load_cluster(cluster(link_topology="switch")).link_wirings == ("switch",)
+    assert load_cluster(cluster(link_topology=["switch", "ring"])).link_wirings == ("switch", "ring")
+    with pytest.raises(InputError, match="link_topology"):
+        load_cluster(cluster(link_topology="torus"))
+
+
+def test_members_of_a_group_agree_on_how_tokens_reach_experts() -> None:
+    members = [
+        instance(model_name=MIXTRAL, ep_size=2, dp_group="A", moe_backend=backend)
+        for backend in ("allgather_reducescatter", "all_to_all")
+    ]
+    with pytest.raises(InputError, match="moe_backend: 'all_to_all' is not allowed"):
+        load_cluster(cluster(*members))
+
+
 def test_prefill_and_decode_instances_of_different_degree() -> None:
     roles = [instance(pd_type="prefill"), instance(pd_type="decode", num_npus=2, tp_size=2)]
     check_cluster(load_cluster(cluster(*roles)))

@@ -250,11 +250,9 @@ def test_plain_clusters_are_supported() -> None:
     [
         (["--enable-prefix-sharing"], "--enable-prefix-sharing"),
         (["--prefix-storage", "CPU"], "--prefix-storage CPU"),
-        (["--expert-routing-policy", "ZIPF"], "--expert-routing-policy ZIPF"),
         (["--enable-local-offloading"], "--enable-local-offloading"),
         (["--enable-attn-offloading"], "--enable-attn-offloading"),
         (["--enable-sub-batch-interleaving"], "--enable-sub-batch-interleaving"),
-        (["--no-enable-block-copy"], "--no-enable-block-copy"),
     ],
 )
 def test_flags_of_later_are_refused_not_ignored(arguments: list[str], words: str) -> None:
@@ -267,24 +265,13 @@ def test_flags_of_later_are_refused_not_ignored(arguments: list[str], words: str
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (cluster(instance(num_npus=2, pp_size=2)), "nodes[0].instances[0].pp_size: 2 is not supported yet"),
-        (cluster(instance(ep_size=2)), "nodes[0].instances[0].ep_size: 2 is not supported yet"),
-        (cluster(instance(dp_group="A")), "nodes[0].instances[0].dp_group: 'A' is not supported yet"),
-        (
-            cluster(instance(pd_type="decode"), instance(pd_type="prefill")),
-            "nodes[0].instances[0].pd_type: 'decode' is not supported yet",
-        ),
         (
             cluster(instance(placement={"default": {"weights": "cpu"}})),
             "nodes[0].instances[0].placement: this section is not supported yet",
         ),
         (
-            cluster(instance(enable_block_copy=False)),
-            "nodes[0].instances[0].enable_block_copy: false is not supported yet",
-        ),
-        (
-            cluster(nodes=[node(power={"base_node_power": 60})]),
-            "nodes[0].power: power modelling is not supported yet",
+            cluster(instance(enable_local_offloading=True)),
+            "nodes[0].instances[0].enable_local_offloading: true is not supported yet",
         ),
         (
             cluster(

@@ -79,3 +79,23 @@ def test_all_places_together_list_a_name_once(elsewhere: Path) -> None:
     assert found[-1] == extra
     assert [path.name for path in found].count("single_node_tp2.json") == 1
     assert "single_node_single_instance.json" in [path.name for path in found]
+
+
+def test_bundles_can_be_taken_from_one_folder_alone(elsewhere: Path) -> None:
+    mine = put(elsewhere / "bundles" / "H" / "org" / "m" / "bf16" / "meta.yaml").parent
+    put(elsewhere / "work" / "profiler" / "perf" / "H" / "org" / "m" / "fp8" / "meta.yaml")
+    with paths.bundles_from(elsewhere / "bundles"):
+        assert paths.find("profiler/perf/H/org/m/bf16") == mine
+        assert paths.find_all("profiler/perf/H/org/m/*/meta.yaml") == [mine / "meta.yaml"]
+        with pytest.raises(MissingFileError):
+            paths.find("profiler/perf/H/org/m/fp8")
+        assert paths.find(SHIPPED).is_file()
+    assert paths.find("profiler/perf/H/org/m/fp8").is_dir()
+    with pytest.raises(MissingFileError):
+        paths.find("profiler/perf/H/org/m/bf16")
+
+
+def test_no_folder_for_bundles_changes_nothing(elsewhere: Path) -> None:
+    put(elsewhere / "work" / "profiler" / "perf" / "H" / "org" / "m" / "fp8" / "meta.yaml")
+    with paths.bundles_from(None):
+        assert paths.find("profiler/perf/H/org/m/fp8").is_dir()
