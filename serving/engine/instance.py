@@ -38,15 +38,10 @@ class Instance:
         self._inbox: list[RequestState] = []
         self._preempted = 0
 
-    @property
-    def num_waiting(self) -> int:
-        """Requests that hold no slot."""
-        return len(self.scheduler.waiting) + len(self._inbox)
-
-    @property
-    def num_running(self) -> int:
-        """Requests that hold a slot."""
-        return len(self.scheduler.running)
+    def counts(self) -> tuple[int, int]:
+        """Requests that hold no slot, and those that hold one."""
+        scheduler = self.scheduler
+        return len(scheduler.waiting) + len(self._inbox), len(scheduler.running)
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens of the request's prompt that this instance's prefix cache holds right now."""

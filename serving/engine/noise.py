@@ -15,19 +15,31 @@ _HALF = 1 << (_SHIFT - 1)
 _CHUNK = 4096  # factors drawn at a time
 
 
+def log_normal(sigma: float, normal: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Positive factors of mean 1 and relative deviation of about ``sigma``: ``exp(sigma z - sigma^2 / 2)``.
+
+    Args:
+        sigma: 0.01 keeps two factors in three within 1 % of 1.
+        normal: standard normal numbers z, any shape.
+    """
+    factors: NDArray[np.float64] = np.exp(sigma * normal - sigma**2 / 2)
+    return factors
+
+
 class StepNoise:
     """One random factor for each step of one instance, a function of the seed and the step's number alone.
 
-    Factors are log-normal with mean 1: ``exp(sigma z - sigma^2 / 2)``, z standard normal. However the steps
-    are run, one by one or many at once, step ``i`` gets factor ``i``.
+    However the steps are run, one by one or many at once, step ``i`` gets factor ``i``.
     """
 
-    def __init__(self, sigma: float, seed: tuple[int, ...]) -> None:
+    def __init__(self, sigma: float, seed: tuple[int, ...], common: float = 1.0) -> None:
         """
         Args:
-            sigma: relative noise of one step; 0.01 keeps two steps in three within 1 %.
+            sigma: relative noise of one step, independent of the others; see :func:`log_normal`.
             seed: non-negative integers.
+            common: a factor that all steps share.
         """
+        self._common = common
         self._sigma = sigma
         self._rng = np.random.default_rng(seed)
         self._factors = np.empty(0, dtype=np.int64)
@@ -36,7 +48,7 @@ class StepNoise:
         """Factors of the steps from ``first`` on in units of 2^-20, shape (count,)."""
         while len(self._factors) < first + count:
             normal = self._rng.standard_normal(_CHUNK)
-            drawn = np.exp(self._sigma * normal - self._sigma**2 / 2)
+            drawn = log_normal(self._sigma, normal) * self._common
             units = np.rint(drawn * (1 << _SHIFT)).astype(np.int64)
             self._factors = np.concatenate((self._factors, units))
         return self._factors[first : first + count]

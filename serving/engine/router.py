@@ -33,11 +33,12 @@ _MOST_LOAD_FOR_PREFIX = 2.0
 class Candidate:
     """An instance as the router sees it: its counts may be as old as the last refresh."""
 
-    __slots__ = ("_instance", "_seen", "index", "on_the_way")
+    __slots__ = ("_instance", "_npus", "_seen", "index", "on_the_way")
 
     def __init__(self, instance: Instance, live: bool) -> None:
         self._instance = instance
         self._seen: tuple[int, int] | None = None if live else (0, 0)
+        self._npus = instance.log.spec.num_npus
         self.index = instance.log.index
         self.on_the_way = 0
         """Requests whose prompt is being computed elsewhere and that will be decoded here."""
@@ -45,19 +46,18 @@ class Candidate:
     @property
     def num_waiting(self) -> int:
         """Requests that hold no slot."""
-        waiting = self._instance.num_waiting if self._seen is None else self._seen[0]
-        return waiting + self.on_the_way
+        return (self._seen or self._instance.counts())[0] + self.on_the_way
 
     @property
     def num_running(self) -> int:
         """Requests that hold a slot."""
-        return self._instance.num_running if self._seen is None else self._seen[1]
+        return (self._seen or self._instance.counts())[1]
 
     @property
     def load(self) -> float:
         """vLLM's measure of how busy an instance is, per NPU."""
-        busy = _WAITING_WEIGHT * self.num_waiting + self.num_running
-        return busy / self._instance.log.spec.num_npus
+        waiting, running = self._seen or self._instance.counts()
+        return (_WAITING_WEIGHT * (waiting + self.on_the_way) + running) / self._npus
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens of the request's prompt in the instance's prefix cache right now."""
@@ -65,7 +65,7 @@ class Candidate:
 
     def refresh(self) -> None:
         """See the counts of now."""
-        self._seen = self._instance.num_waiting, self._instance.num_running
+        self._seen = self._instance.counts()
 
     def expect_one(self) -> None:
         """Count a request that was sent there since the last refresh."""
@@ -111,7 +111,8 @@ class Router:
 def least_loaded(request: Request, candidates: Sequence[Candidate]) -> Candidate:
     """LOAD: the instance with the least load, the first of equals."""
     del request
-    return min(candidates, key=lambda candidate: candidate.load)
+    loads = [candidate.load for candidate in candidates]
+    return candidates[loads.index(min(loads))]
 
 
 class RoundRobin:

@@ -153,10 +153,13 @@ class StepLoop:
     def _launch(self, now_ns: int) -> bool:
         """Schedule a wave and put it behind those in flight; False if no member has work."""
         in_flight = self._in_flight
-        batches = [
-            member.schedule(now_ns, any(wave.batches[index] for wave in in_flight) if in_flight else False)
-            for index, member in enumerate(self.members)
-        ]
+        if len(self.members) == 1:
+            batches = [self.members[0].schedule(now_ns, bool(in_flight))]
+        else:
+            batches = [
+                member.schedule(now_ns, any(wave.batches[index] for wave in in_flight))
+                for index, member in enumerate(self.members)
+            ]
         if not any(batches):
             return False
         free = self._stage_free_ns
