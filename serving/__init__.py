@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from serving.api import simulate
     from serving.errors import InputError, RunError, ServingError
     from serving.explore.compare import Comparison, compare
+    from serving.explore.ensemble import Ensemble, ensemble
     from serving.results.result import Result
     from serving.specs.cluster import load_cluster
     from serving.specs.options import RuntimeOptions
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comparison",
+    "Ensemble",
     "InputError",
     "Result",
     "RunError",
@@ -30,6 +32,7 @@ __all__ = [
     "ServingError",
     "__version__",
     "compare",
+    "ensemble",
     "load_cluster",
     "load_workload",
     "simulate",
@@ -37,12 +40,14 @@ __all__ = [
 
 _HOMES = {
     "Comparison": "serving.explore.compare",
+    "Ensemble": "serving.explore.ensemble",
     "InputError": "serving.errors",
     "Result": "serving.results.result",
     "RunError": "serving.errors",
     "RuntimeOptions": "serving.specs.options",
     "ServingError": "serving.errors",
     "compare": "serving.explore.compare",
+    "ensemble": "serving.explore.ensemble",
     "load_cluster": "serving.specs.cluster",
     "load_workload": "serving.workload.formats",
     "simulate": "serving.api",

@@ -65,10 +65,12 @@ def simulate(
         InputError: something given is wrong or not supported yet.
         RunError: the run could not be finished.
     """
-    from serving.engine.simulation import run
+    from serving.engine.build import run
     from serving.results.result import Result
 
     chosen = with_flags(options, flags)
+    if chosen.ensemble:
+        raise InputError("ensemble: simulate is a single run; serving.ensemble(...) makes several")
     spec = cluster if isinstance(cluster, ClusterSpec) else load_cluster(cluster or chosen.cluster_config)
     refuse_unsupported(spec, chosen)
     if isinstance(workload, Workload):

@@ -17,6 +17,18 @@ ACTIONS = {
         "serving.cli.bench_record_scheduler",
         "log every decision of vLLM's own scheduler over a workload (needs vLLM, no GPU)",
     ),
+    "replay": (
+        "serving.cli.bench_replay",
+        "send a workload to a live server and record when its tokens come back",
+    ),
+    "validate": (
+        "serving.cli.bench_validate",
+        "simulate a recorded run and say how far off the simulation is",
+    ),
+    "calibrate": (
+        "serving.cli.bench_calibrate",
+        "fit the host constants of a machine on a recorded run",
+    ),
 }
 """Action -> (module, one line of help)."""
 

@@ -21,7 +21,19 @@ Flags outside --set hold for all.
 
   servesim compare --set "small batch: --max-num-seqs 32" --set "large batch: --max-num-seqs 256"
 """
-_NOT_COMPARED = ("output", "summary", "steps", "timeline", "itl", "log_interval", "run_id")
+_NOT_COMPARED = (
+    "output",
+    "summary",
+    "steps",
+    "timeline",
+    "itl",
+    "log_interval",
+    "run_id",
+    "ensemble",
+    "step_noise",
+    "run_noise",
+    "arrival_jitter",
+)
 """Run flags that a comparison has no use for."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
+    from serving.explore.ensemble import Ensemble
     from serving.results.result import Result
     from serving.specs.options import RuntimeOptions
 
@@ -31,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from serving import api
     from serving.cli.messages import set_up_messages
     from serving.cli.screen import RunScreen, say
+    from serving.explore.ensemble import check_ensemble, ensemble_text
     from serving.results.closing import closing
     from serving.specs.cluster import load_cluster
     from serving.specs.options import from_namespace
@@ -38,17 +41,22 @@ def run(args: argparse.Namespace) -> int:
     started_s = time.perf_counter()
     options = with_run_id(from_namespace(args))
     set_up_messages(options.log_level)
+    check_ensemble(options)
     cluster = load_cluster(options.cluster_config)
     workload = api.read_workload(options)
     check_outputs(options)
-    screen = RunScreen(options, workload)
+    screen = RunScreen(options, workload, cluster)
     try:
-        result = api.simulate(cluster, workload, options, observer=screen)
+        result = api.simulate(cluster, workload, options.replace(ensemble=0), observer=screen)
         screen.finish(result.log)
     finally:
         screen.close()
-    saved = save_outputs(result, options)
-    say(closing(result, time.perf_counter() - started_s))
+    wall_s = time.perf_counter() - started_s
+    spread = spread_around(result, options) if options.ensemble else None
+    saved = save_outputs(result, options, spread)
+    say(closing(result, wall_s))
+    if spread is not None:
+        say(f"\n{ensemble_text(spread)}")
     if saved:
         say(f"written        {', '.join(saved)}")
     return 0
@@ -78,11 +86,11 @@ def check_outputs(options: RuntimeOptions) -> None:
         os.path.realpath(options.cluster_config): "--cluster-config",
         os.path.realpath(options.dataset): "--dataset",
     }
-    for name in ("output", "summary", "steps"):
+    for name in ("output", "summary", "steps", "timeline"):
         path, flag = getattr(options, name), f"--{name}"
         if path is None:
             continue
-        if name != "summary":
+        if name in ("output", "steps"):
             require_parquet(path, flag)
         other = taken.setdefault(os.path.realpath(path), flag)
         if other != flag and (Path(path).is_file() or not Path(path).exists()):
@@ -90,9 +98,25 @@ def check_outputs(options: RuntimeOptions) -> None:
         check_writable(path, flag)
 
 
-def save_outputs(result: Result, options: RuntimeOptions) -> list[str]:
+def spread_around(result: Result, options: RuntimeOptions) -> Ensemble:
+    """Repeat the run with noise, counting the runs on a terminal."""
+    from serving.explore.ensemble import ensemble
+
+    def count(member: int) -> None:
+        print(f"\rnoisy run {member + 1} of {options.ensemble}", end="", file=sys.stderr, flush=True)
+
+    shown = sys.stderr.isatty()
+    try:
+        return ensemble(options=options, nominal=result, before_run=count if shown else None)
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def save_outputs(result: Result, options: RuntimeOptions, spread: Ensemble | None = None) -> list[str]:
     """Write the files the options ask for; returns their paths."""
     from serving.results.csv import rejected_path
+    from serving.results.summary import save_summary
 
     saved = []
     if options.output:
@@ -103,7 +127,11 @@ def save_outputs(result: Result, options: RuntimeOptions) -> list[str]:
     if options.steps:
         result.save_steps(options.steps)
         saved.append(options.steps)
+    if options.timeline:
+        result.save_timeline(options.timeline)
+        saved.append(options.timeline)
     if options.summary:
-        result.save_summary(options.summary)
+        extra = {} if spread is None else {"ensemble": spread.to_dict()}
+        save_summary({**result.summary, **extra}, options.summary)
         saved.append(options.summary)
     return saved

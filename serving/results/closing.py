@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from serving.results.energy import energy_line
 from serving.results.saturation import saturation_line
 from serving.results.table import Table
 from serving.results.units import digits
@@ -79,9 +80,5 @@ def _memory(summary: dict[str, Any]) -> list[str]:
         f"preemptions    {summary['preemptions']}, {summary['recomputed_tokens']} tokens recomputed",
         f"prefix cache   {prefix['hit_tokens']} of {prefix['lookup_tokens']} prompt tokens found "
         f"({prefix['hit_rate']:.1%}){tiers}",
-        f"energy         {_energy(summary['energy'])}",
+        f"energy         {energy_line(summary['energy'])}",
     ]
-
-
-def _energy(energy: dict[str, Any] | None) -> str:
-    return "not modelled" if energy is None else f"{digits(energy['total_j'])} J"

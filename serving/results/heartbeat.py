@@ -6,12 +6,15 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from serving.results.energy import node_meters
 from serving.results.units import GIB, SECOND, si
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from serving.results.energy import NodeMeter
     from serving.results.records import InstanceLog, RunLog
+    from serving.specs.cluster import ClusterSpec
 
 NEVER_NS = 2**63 - 1
 
@@ -35,11 +38,14 @@ class Heartbeat:
     gets one line that says so and then none until it works again.
     """
 
-    def __init__(self, interval_ns: int, write: Callable[[str], None]) -> None:
+    def __init__(
+        self, interval_ns: int, write: Callable[[str], None], cluster: ClusterSpec | None = None
+    ) -> None:
         """
         Args:
             interval_ns: simulated time between lines; 0 or less: no lines.
             write: takes one line without its line end.
+            cluster: says which nodes' power to show; None: nobody's.
         """
         self.interval_ns = interval_ns
         self.next_ns = interval_ns if interval_ns > 0 else NEVER_NS
@@ -47,6 +53,9 @@ class Heartbeat:
         self._write = write
         self._last_ns = 0
         self._cursors: list[_Cursor] = []
+        self._cluster = cluster
+        self._meters: dict[int, NodeMeter] = {}
+        """Node -> its power meter, where power is modelled."""
 
     def advance(self, now_ns: int, log: RunLog) -> None:
         """Write the lines of every boundary before ``now_ns``."""
@@ -77,7 +86,12 @@ class Heartbeat:
     def _emit(self, boundary_ns: int, log: RunLog) -> None:
         if not self._cursors:
             self._cursors = [_Cursor() for _ in log.instances]
+            self._meters = node_meters(self._cluster, log.instances)
         elapsed_ns = boundary_ns - self._last_ns
+        power = {
+            node: f" power={meter.mean_w(self._last_ns, boundary_ns):.0f} W"
+            for node, meter in self._meters.items()
+        }
         self._last_ns = boundary_ns
         for instance, cursor in zip(log.instances, self._cursors, strict=True):
             before = cursor.steps
@@ -93,7 +107,8 @@ class Heartbeat:
             name = f" instance={instance.index}" if len(log.instances) > 1 else ""
             rate = cursor.hit_tokens / cursor.lookup_tokens if cursor.lookup_tokens else 0.0
             time = f"t={boundary_ns / SECOND:.{self._decimals}f}s"
-            self._write(f"{line}{name} {time}{_queue_state(instance, after)} hit={rate:.1%}")
+            state = f"{_queue_state(instance, after)} hit={rate:.1%}{power.get(instance.node, '')}"
+            self._write(f"{line}{name} {time}{state}")
 
 
 def heartbeat_line(instance: InstanceLog, before: int, after: int, elapsed_ns: int, hit_tokens: int) -> str:

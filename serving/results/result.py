@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from serving.results.csv import COLUMNS, ITL_COLUMN, SESSION_COLUMN, save_requests
+from serving.results.energy import power_series, series_interval_ns
 from serving.results.steps import save_steps, steps_array
 from serving.results.summary import save_summary, summarise
 from serving.results.token_gaps import TokenGaps
+from serving.results.units import SECOND
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,6 +146,16 @@ class Result:
         """Figures of the run under the names of ``vllm bench serve``, and ours; ready for JSON."""
         return summarise(self)
 
+    def power(self, interval_s: float = 1.0) -> NDArray[np.void]:
+        """Mean power of every node with a ``power`` section over the run, shape (nodes * intervals,).
+
+        ``node``, ``start_ns``, ``end_ns`` (the last interval is what is left), ``power_w`` in W.
+
+        Raises:
+            ValueError: the interval is shorter than a nanosecond.
+        """
+        return power_series(self, round(interval_s * SECOND))
+
     def to_pandas(self) -> pd.DataFrame:
         """The per-request table as a DataFrame with the columns of the file (without ITL).
 
@@ -175,7 +187,7 @@ class Result:
         """Write the run as a Chrome trace, for ui.perfetto.dev."""
         from serving.results.timeline import save_timeline
 
-        save_timeline(self.log, path)
+        save_timeline(self.log, path, power_series(self, series_interval_ns(self)))
 
     def save_summary(self, path: str | Path) -> None:
         """Write :attr:`summary` as JSON; byte-identical for the same input and seed."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from serving._version import __version__
 from serving.results.atomic import atomic_write
+from serving.results.energy import energy_entry
 from serving.results.saturation import saturation_entry
 from serving.results.stats import Distribution, describe
 from serving.results.units import MS, SECOND
@@ -26,7 +27,7 @@ _NOT_IN_SUMMARY = frozenset(
     {
         *("cluster_config", "dataset", "output", "summary", "steps", "timeline", "run_id"),
         *("itl", "log_interval", "log_level", "lenient", "stepped"),
-        *("ensemble", "step_noise", "arrival_jitter"),
+        *("ensemble", "step_noise", "run_noise", "arrival_jitter"),
     }
 )
 """Options that say where files are or what is written, and so do not belong to the outcome."""
@@ -181,7 +182,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "recomputed_tokens": sum(record.recomputed_tokens for record in result.records),
         "prefix_cache": _prefix_cache(result),
         "saturation": saturation_entry(result),
-        "energy": None,
+        "energy": energy_entry(result),
         "skipped_lines": result.workload.skipped,
         "options": _options(result),
         "instances": [_instance_entry(instance) for instance in result.instances],

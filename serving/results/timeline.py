@@ -2,11 +2,13 @@
 
 Every instance is a process. Its track "steps" shows every step with its batch, counters follow running and
 waiting requests and used KV blocks, and every request is a span from arrival to end, split into queued,
-prefill and decode. The format is the "Trace Event Format" that Chromium publishes; times in it are µs.
+prefill and decode. A node whose power is modelled is a process with a counter of its mean power. The format
+is the "Trace Event Format" that Chromium publishes; times in it are µs.
 """
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import IO, TYPE_CHECKING, Any
 
 import orjson
@@ -17,16 +19,22 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from serving.results.records import InstanceLog, RequestRecord, RunLog
 
 _EVENTS_AT_ONCE = 1 << 14
 
 
-def save_timeline(log: RunLog, path: str | Path) -> None:
-    """Write the trace of a run to ``path`` (JSON)."""
+def save_timeline(log: RunLog, path: str | Path, power: NDArray[np.void] | None = None) -> None:
+    """Write the trace of a run to ``path`` (JSON).
+
+    ``power``: see :func:`serving.results.energy.power_series`.
+    """
     with atomic_write(path, "wb") as handle:
         handle.write(b'{"displayTimeUnit":"ms","traceEvents":[\n')
-        _write(handle, _events(log))
+        _write(handle, chain(_events(log), () if power is None else _power(log, power)))
         handle.write(b"\n]}\n")
 
 
@@ -77,6 +85,18 @@ def _steps(instance: InstanceLog) -> Iterator[dict[str, Any]]:
             last_counts = (counts, used)
             yield {"ph": "C", "name": "requests", "pid": pid, "ts": start / 1000, "args": counts}
             yield {"ph": "C", "name": "KV blocks", "pid": pid, "ts": start / 1000, "args": {"used": used}}
+
+
+def _power(log: RunLog, power: NDArray[np.void]) -> Iterator[dict[str, Any]]:
+    shown = set()
+    for node, start, end, power_w in power.tolist():
+        pid = len(log.instances) + node
+        if node not in shown:
+            shown.add(node)
+            yield {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"node {node}"}}
+        yield {"ph": "C", "name": "power (W)", "pid": pid, "ts": start / 1000, "args": {"mean": power_w}}
+        if end == log.end_ns:
+            yield {"ph": "C", "name": "power (W)", "pid": pid, "ts": end / 1000, "args": {"mean": 0}}
 
 
 def _request(record: RequestRecord) -> Iterator[dict[str, Any]]:

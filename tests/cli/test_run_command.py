@@ -103,7 +103,6 @@ def test_inter_token_latencies_can_be_left_out(tmp_path: Path) -> None:
         (["--block-size", "0"], "--block-size: 0 is not allowed"),
         (["--log-interval", "0"], "--log-interval: 0.0 is not allowed"),
         (["--dataset", "none.jsonl"], "none.jsonl"),
-        (["--timeline", "t.json"], "not supported yet"),
     ],
 )
 def test_bad_input_is_told_before_the_run(
