@@ -14,6 +14,7 @@ from serving.results.units import SECOND
 
 if TYPE_CHECKING:
     from serving.results.records import RunLog
+    from serving.specs.cluster import ClusterSpec
     from serving.specs.options import RuntimeOptions
     from serving.workload.request import Workload
 
@@ -29,7 +30,7 @@ def say(text: str) -> None:
 class RunScreen:
     """An observer that prints the banner before the first step, then heartbeat lines or a progress bar."""
 
-    def __init__(self, options: RuntimeOptions, workload: Workload) -> None:
+    def __init__(self, options: RuntimeOptions, workload: Workload, cluster: ClusterSpec) -> None:
         self._options = options
         self._workload = workload
         self._banner_shown = False
@@ -39,7 +40,7 @@ class RunScreen:
         if sys.stdout.isatty() and options.log_level == "WARNING":
             self._bar = ProgressBar(interval_ns, len(workload), sys.stdout)
         else:
-            self._heartbeat = Heartbeat(interval_ns, say)
+            self._heartbeat = Heartbeat(interval_ns, say, cluster)
         self.next_ns = -1
         """Asks to be called at the very start, when the instances are set up."""
 

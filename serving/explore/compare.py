@@ -31,6 +31,14 @@ DEFAULT_SETS: dict[str, dict[str, Any]] = {
 _STATISTICS = (("mean", "mean"), ("median", "median"), ("P90", "p90"), ("P95", "p95"), ("P99", "p99"))
 _LATENCIES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("latency", "e2el"))
 
+_ENERGIES = (
+    ("energy", "J", "energy_j", "total_j"),
+    ("mean power", "W", "mean_power_w", "mean_w"),
+    ("energy per token", "J", "j_per_output_token", "j_per_output_token"),
+    ("tokens per energy", "tok/s/W", "tokens_per_s_per_w", "tokens_per_s_per_w"),
+)
+"""Title, unit, name here and name in the summary; of output tokens."""
+
 
 @dataclass(slots=True, frozen=True)
 class Row:
@@ -189,6 +197,9 @@ def _rows(summaries: Sequence[dict[str, Any]]) -> list[Row]:
         """A figure that every instance of a run has in common."""
         return lambda summary: summary["instances"][0]["kv_cache"][name] if _uniform(summary, name) else None
 
+    def energy(name: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda summary: summary["energy"][name] if summary["energy"] else None
+
     def total(name: str) -> Callable[[dict[str, Any]], float | None]:
         return lambda summary: summary[name]
 
@@ -214,7 +225,8 @@ def _rows(summaries: Sequence[dict[str, Any]]) -> list[Row]:
         for title, statistic in _STATISTICS:
             key = f"{statistic}_{name}_ms"
             add(section, f"{section} {title}", "ms", key, total(key))
-    add("energy", "energy", "J", "energy_j", lambda s: s["energy"]["total_j"] if s["energy"] else None)
+    for title, unit, key, name in _ENERGIES:
+        add("energy", title, unit, key, energy(name))
     return rows
 
 

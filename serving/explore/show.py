@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 WIDTH = 100
 _LESS_IS_BETTER = frozenset({"scheduling", "TTFT", "TPOT", "ITL", "latency", "energy"})
 _MORE_IS_BETTER = frozenset(
-    {"output_throughput", "total_token_throughput", "kv_cache_tokens", "kv_cache_blocks"}
+    {
+        *("output_throughput", "total_token_throughput", "tokens_per_s_per_w"),
+        *("kv_cache_tokens", "kv_cache_blocks"),
+    }
 )
-_NEITHER = frozenset({"peak_batch"})
+_NEITHER = frozenset({"peak_batch", "mean_power_w"})
 _UNCOLOURED_PERCENT = 1.0
 
 

@@ -41,7 +41,7 @@ class EngineSpec(Spec):
     """Host time that does not hide behind the accelerator, and how the engine launches its work.
 
     The constants belong to one machine and are never carried to another. The defaults are those of a machine
-    nobody calibrated; a calibrated one sets the overheads and turns skew in mixed steps off.
+    nobody calibrated; a calibrated one sets the overheads and has the tail instead of skew in mixed steps.
     """
 
     prefill_step_overhead_us: OverheadUs = 0.0
@@ -49,7 +49,9 @@ class EngineSpec(Spec):
     decode_step_overhead_us: OverheadUs = 0.0
     """Added to every step of decodes alone."""
     skew_in_mixed_steps: bool = True
-    """Whether decodes of unequal length cost extra in steps that also prefill."""
+    """Whether decodes of unequal length cost extra in steps that also prefill, by the bundle's skew fit."""
+    tail_in_mixed_steps: bool = False
+    """Whether such steps wait for their longest decode instead; without effect beside the skew fit."""
     cudagraph: bool = True
     """Whether small steps are padded to the size of a captured graph."""
     chunked_attention: bool = True

@@ -1,0 +1,102 @@
+"""When devices are busy, and what that makes of a window of time: active, standby, idle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+@dataclass(slots=True, frozen=True)
+class Spans:
+    """Times of activity in ns, one entry each; overlapping ones count once.
+
+    Both columns never decrease from one entry to the next, as those of the steps of one instance do.
+    """
+
+    start_ns: NDArray[np.int64]
+    end_ns: NDArray[np.int64]
+
+    @classmethod
+    def none(cls) -> Spans:
+        """No activity at all."""
+        nothing = np.empty(0, dtype=np.int64)
+        return cls(nothing, nothing)
+
+    @classmethod
+    def union(cls, several: Sequence[Spans]) -> Spans:
+        """Times at which at least one of several devices is active."""
+        if not several:
+            return cls.none()
+        if len(several) == 1:
+            return several[0]
+        starts = np.concatenate([spans.start_ns for spans in several])
+        ends = np.concatenate([spans.end_ns for spans in several])
+        order = np.argsort(starts, kind="stable")
+        return cls(starts[order], np.maximum.accumulate(ends[order]))
+
+    def part(self, index: int, of: int) -> Spans:
+        """Part ``index`` of every entry cut into ``of`` equal parts: the turn of one pipeline stage."""
+        if of == 1:
+            return self
+        length = self.end_ns - self.start_ns
+        return Spans(
+            self.start_ns + length * index // of,
+            self.start_ns + length * (index + 1) // of,
+        )
+
+
+@dataclass(slots=True, frozen=True)
+class States:
+    """A window of time by what a device did in it, ns."""
+
+    active_ns: int
+    standby_ns: int
+    idle_ns: int
+
+
+def states(spans: Spans, begin_ns: int, end_ns: int, standby_duration_ns: int = 0) -> States:
+    """How long a device was active, in standby and idle in ``begin_ns`` to ``end_ns``.
+
+    Standby is the time after activity until the next activity or until ``standby_duration_ns`` are over,
+    whichever comes first. For every way of cutting a window in pieces, the pieces add up to the whole.
+    """
+    ends = spans.end_ns
+    if not len(ends):
+        return States(0, 0, end_ns - begin_ns)
+    # Each span from where the one before has ended, and when the next one takes over; all cut to the window.
+    times = np.empty((3, len(ends)), dtype=np.int64)
+    starts, closes, calms = times
+    closes[:] = ends
+    starts[0] = spans.start_ns[0]
+    np.maximum(spans.start_ns[1:], ends[:-1], out=starts[1:])
+    np.minimum(starts[1:], ends[:-1] + standby_duration_ns, out=calms[:-1])
+    calms[-1] = ends[-1] + standby_duration_ns
+    np.minimum(np.maximum(times, begin_ns, out=times), end_ns, out=times)
+    active, standby = np.diff(times, axis=0).sum(axis=1).tolist()
+    return States(active, standby, end_ns - begin_ns - active - standby)
+
+
+def moved_within(spans: Spans, amounts: NDArray[np.int64], begin_ns: int, end_ns: int) -> int:
+    """What of ``amounts``, each moved evenly over its span, falls in ``begin_ns`` to ``end_ns``.
+
+    Whole units: by a time within a span the share that is past, rounded down, has been moved. So pieces of a
+    window add up to the whole.
+    """
+    return _moved_by(spans, amounts, end_ns) - _moved_by(spans, amounts, begin_ns)
+
+
+def _moved_by(spans: Spans, amounts: NDArray[np.int64], time_ns: int) -> int:
+    done = int(np.searchsorted(spans.end_ns, time_ns, side="right"))
+    begun = max(int(np.searchsorted(spans.start_ns, time_ns)), done)
+    moved = int(amounts[:done].sum())
+    for index in range(done, begun):
+        start, end = int(spans.start_ns[index]), int(spans.end_ns[index])
+        moved += int(amounts[index]) * (time_ns - start) // (end - start)
+    return moved

@@ -1,0 +1,49 @@
+"""Bytes over links per token."""
+
+from __future__ import annotations
+
+from serving.power.traffic import (
+    all_reduce_bytes_per_token,
+    expert_bytes_per_token,
+    link_bytes_per_token,
+    stage_bytes_per_token,
+)
+from serving.specs.cluster import InstanceSpec
+from serving.specs.model import load_model
+from tests.specs.clusters import instance
+
+LLAMA = load_model("meta-llama/Llama-3.1-8B")  # hidden 4096, 32 layers
+QWEN = load_model("Qwen/Qwen3-30B-A3B-Instruct-2507")  # hidden 2048, 48 layers, 8 of 128 experts
+
+
+def test_one_npu_sends_nothing() -> None:
+    assert link_bytes_per_token(LLAMA, InstanceSpec.model_validate(instance())) == 0
+
+
+def test_two_ranks_all_reduce_twice_a_block() -> None:
+    # 64 all-reduces of 8192 bytes; around a ring of two, each rank sends the whole payload once.
+    assert all_reduce_bytes_per_token(LLAMA, 2) == 64 * 8192 * 2
+    assert all_reduce_bytes_per_token(LLAMA, 4) == 64 * 8192 * 6
+
+
+def test_stages_hand_a_hidden_state_on() -> None:
+    assert stage_bytes_per_token(LLAMA, 4) == 3 * 8192
+    four = InstanceSpec.model_validate(instance(num_npus=4, tp_size=2, pp_size=2))
+    assert link_bytes_per_token(LLAMA, four) == 64 * 8192 * 2 + 8192
+
+
+def test_experts_on_two_members_see_every_token() -> None:
+    # 48 layers: 4096 bytes of hidden state there and back, and 128 router logits of 2 bytes.
+    assert expert_bytes_per_token(QWEN, 1, 2, "allgather_reducescatter") == 48 * (2 * 4096 + 256)
+    assert expert_bytes_per_token(QWEN, 2, 4, "allgather_reducescatter") == 2 * 48 * (2 * 4096 + 256)
+
+
+def test_experts_within_one_member_need_no_exchange() -> None:
+    assert expert_bytes_per_token(QWEN, 2, 2, "allgather_reducescatter") == 0
+    assert expert_bytes_per_token(LLAMA, 1, 1, "allgather_reducescatter") == 0
+
+
+def test_tokens_that_only_travel_to_their_experts_send_less() -> None:
+    some = expert_bytes_per_token(QWEN, 1, 32, "all_to_all")
+    # of 128 experts 4 are on a rank: a token of 8 experts goes there with probability 0.230
+    assert 0.22 < some / (48 * 31 * 2 * 4096) < 0.24
