@@ -19,6 +19,9 @@ COMMANDS = {
     "run": ("serving.cli.run", "simulate a workload on a cluster (what happens without a command)"),
     "compare": ("serving.cli.compare", "the same workload under several option sets, side by side"),
     "profile": ("serving.cli.profile", "make a profile bundle: kernel times of a model on a hardware"),
+    "profile inspect": ("serving.cli.profile_inspect", "what a bundle holds, as text and as plots"),
+    "profile diff": ("serving.cli.profile_diff", "how far two bundles are apart, table by table"),
+    "support": ("serving.cli.support", "what can be simulated, how far to trust it, and how to get more"),
     "workload": ("serving.cli.workload", "make, inspect and convert workload files"),
     "bench": (
         "serving.cli.bench",
@@ -44,6 +47,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv`` (the process's own arguments by default) and return its exit status."""
+    # NumPy's linear algebra is not used; starting its threads would cost a tenth of a second of CPU.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         status = _dispatch(words)
@@ -71,6 +76,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if not words or words[0].startswith("-"):
         words = ["run", *words]
+    if " ".join(words[:2]) in COMMANDS:
+        words = [" ".join(words[:2]), *words[2:]]
     command = words[0]
     if command not in COMMANDS:
         print(

@@ -45,20 +45,20 @@ def find_tp_folder(folder: Path, hardware: str, model: str, variant: str, tp: in
     found = folder / f"tp{tp}"
     if found.is_dir():
         return found
-    there = sorted((p.name for p in folder.glob("tp*") if p.is_dir()), key=lambda name: (len(name), name))
+    there = sorted(int(p.name[2:]) for p in folder.glob("tp*") if p.name[2:].isdecimal())
     raise MissingFileError(
         f"{variant_path(hardware, model, variant)}/tp{tp}/ does not exist\n"
-        f"{folder} has {', '.join(there) or 'no tp<N> folder'}.\n"
-        f"Make it with:  {profile_command(hardware, model, variant, tp)}"
+        f"{folder} has {', '.join(f'tp{degree}' for degree in there) or 'no tp<N> folder'}.\n"
+        f"Make it with:  {profile_command(hardware, model, variant, *sorted({*there, tp}))}"
     )
 
 
-def profile_command(hardware: str, model: str, variant: str, tp: int) -> str:
+def profile_command(hardware: str, model: str, variant: str, *degrees: int) -> str:
     """The command line that produces a bundle from public kernel measurements."""
     dtype, kv_cache_dtype = variant_dtypes(variant)
     return (
         f"servesim profile {model} --hardware {hardware} --source silicon "
-        f"--dtype {dtype} --kv-cache-dtype {kv_cache_dtype} --tp {tp}"
+        f"--dtype {dtype} --kv-cache-dtype {kv_cache_dtype} --tp {','.join(map(str, degrees))}"
     )
 
 

@@ -56,7 +56,7 @@ def test_a_model_without_bundles_shows_where_there_are_some(root: Path) -> None:
 def test_a_missing_degree_names_those_there_are(root: Path) -> None:
     with pytest.raises(MissingFileError, match=rf"{FOLDER}/tp4/ does not exist\n{FOLDER} has tp1\.") as error:
         Toy().bundle(root).tables(4)
-    assert "--dtype bfloat16 --kv-cache-dtype auto --tp 4" in str(error.value)
+    assert "--dtype bfloat16 --kv-cache-dtype auto --tp 1,4" in str(error.value)
 
 
 def test_the_command_spells_dtypes_as_flags_do() -> None:

@@ -1,0 +1,205 @@
+"""What a newcomer may count on: the documented command, the order of the packages, a tidy repository."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs import refresh
+
+ROOT = Path(__file__).resolve().parent.parent
+SERVING = ROOT / "serving"
+DOCUMENTED = """\
+python -m serving --cluster-config 'configs/cluster/single_node_single_instance.json' \\
+  --dtype bfloat16 --kv-cache-dtype fp8 --block-size 16 \\
+  --dataset 'workloads/example_trace.jsonl' --output 'outputs/fp8_kv_run.csv' --log-interval 1.0"""
+HEARTBEAT = r"^\[INFO\] step=\d+ batch=\d+ prompt_t=\S+ tok/s decode_t=\S+ tok/s npu_mem=\d+\.\d GB "
+
+MAY_IMPORT = {
+    "_version": set(),
+    "errors": set(),
+    "specs": {"errors"},
+    "network": {"specs", "errors"},
+    "workload": {"specs", "errors"},
+    "memory": {"specs", "errors"},
+    "latency": {"memory", "network", "specs", "errors"},
+    "power": {"specs", "errors"},
+    "results": {"memory", "power", "workload", "specs", "errors", "_version"},
+    "engine": {"results", "memory", "latency", "network", "power", "workload", "specs", "errors"},
+    "api": {"engine", "results", "workload", "specs", "errors"},
+    "profiler": {"latency", "network", "results", "specs", "errors", "_version"},
+    "explore": {"api", "engine", "results", "memory", "latency", "workload", "specs", "errors"},
+    "report": {"explore", "api", "engine", "results", "memory", "workload", "specs", "errors"},
+    "bench": {
+        "explore",
+        "api",
+        "engine",
+        "results",
+        "memory",
+        "workload",
+        "latency",
+        "specs",
+        "errors",
+        "_version",
+    },
+}
+"""Package or module of serving/ -> what it may import. Only ``cli`` and the public API import everything."""
+FOR_ALL = {"results.atomic"}
+"""Modules that any package which writes files may import."""
+
+
+def _committed() -> list[Path]:
+    """Files of the repository, or everything there is where git cannot tell."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def _python_files() -> list[Path]:
+    return sorted(SERVING.rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    """Modules of serving that a file imports anywhere, without the leading ``serving.``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return {name.removeprefix("serving.") for name in found if name.startswith("serving.")}
+
+
+def _copy(folder: Path) -> Path:
+    """What of a clone the simulator needs."""
+    for part in ("serving", "configs", "workloads", "profiler"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def _python(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, encoding="utf-8", check=False
+    )
+
+
+def test_the_documented_command_runs_verbatim_in_a_clone(tmp_path: Path) -> None:
+    clone = _copy(tmp_path)
+    done = _python(shlex.split(DOCUMENTED.replace("\\\n", ""))[1:], clone)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(re.findall(HEARTBEAT, done.stdout, re.MULTILINE)) > 10
+    assert len((clone / "outputs/fp8_kv_run.csv").read_text().splitlines()) == 301
+
+
+def test_without_a_bundle_the_documented_command_names_the_folder_and_the_remedy(tmp_path: Path) -> None:
+    clone = _copy(tmp_path)
+    done = _python(shlex.split(DOCUMENTED.replace("\\\n", "").replace("bfloat16", "int8"))[1:], clone)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "FileNotFoundError: profiler/perf/RTXPRO6000/meta-llama/Llama-3.1-8B/int8-kvfp8/ does not exist\n"
+    )
+    assert "servesim profile meta-llama/Llama-3.1-8B --hardware RTXPRO6000" in done.stderr
+    assert done.stdout == ""
+    assert list(clone.glob("outputs/*")) == []
+
+
+def test_the_readme_shows_the_documented_command() -> None:
+    assert DOCUMENTED in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_sets_up_in_two_commands() -> None:
+    (block,) = [
+        block
+        for block in refresh.blocks((ROOT / "README.md").read_text(encoding="utf-8").splitlines())
+        if "setup" in block.words
+    ]
+    first, second = (command.text for command in refresh.commands(block))
+    assert first.startswith("python3 -m venv ")
+    assert first.endswith("servesim compare")
+    assert "pytest" in second
+
+
+@pytest.mark.parametrize("arguments", [["-m", "serving", "--help"], ["-c", "import serving"]])
+def test_help_and_import_load_nothing_heavy(arguments: list[str]) -> None:
+    done = _python(["-X", "importtime", *arguments], ROOT)
+    assert done.returncode == 0
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "serving" in loaded
+    assert loaded & {"numpy", "rich", "pydantic", "pandas", "pyarrow", "matplotlib", "yaml"} == set()
+
+
+def test_every_folder_and_file_of_the_package_says_what_it_is_for() -> None:
+    folders = {path.parent for path in _python_files()}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+    silent = [
+        path.relative_to(ROOT).as_posix()
+        for path in _python_files()
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) and path.name != "_version.py"
+    ]
+    assert silent == []
+
+
+def test_no_package_imports_one_above_it() -> None:
+    wrong = []
+    for path in _python_files():
+        package = path.relative_to(SERVING).with_suffix("").parts[0]
+        if package in ("cli", "__init__", "__main__"):
+            continue
+        for name in sorted(_imports(path) - FOR_ALL):
+            imported = name.partition(".")[0]
+            if imported not in {package, *MAY_IMPORT.get(package, set())}:
+                wrong.append(f"{path.relative_to(ROOT)} imports serving.{name}")
+    assert wrong == []
+
+
+def test_the_order_of_the_packages_has_no_circle() -> None:
+    done: set[str] = set()
+    left = dict(MAY_IMPORT)
+    while left:
+        ready = {name for name, imports in left.items() if imports <= done}
+        assert ready, f"circle among {sorted(left)}"
+        done |= ready
+        left = {name: imports for name, imports in left.items() if name not in ready}
+
+
+def test_latency_knows_no_request() -> None:
+    assert all(
+        "workload" not in name for path in (SERVING / "latency").rglob("*.py") for name in _imports(path)
+    )
+
+
+def test_no_file_names_a_machine_or_how_it_came_to_be() -> None:
+    # put together from parts, so that this file is not found itself
+    places = "|".join(("/" + "work", "/" + "root", "/" + "tmp", "/" + "Users"))
+    words = "|".join(("proto" + "type", "issue " + "#?[0-9]", "brief" + r"\.md"))
+    forbidden = re.compile(rf"(?<![\w.$*-])(?:{places})/|\b(?:{words})", re.IGNORECASE)
+    found = []
+    for path in _committed():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if (hit := forbidden.search(line)) and path.name != "LICENSE":
+                found.append(f"{path.relative_to(ROOT)}:{number}: {hit[0]}")
+    assert found == []
+
+
+def test_no_large_file_is_committed() -> None:
+    sizes = {path: path.stat().st_size for path in _committed()}
+    assert {path.name: size for path, size in sizes.items() if size > 3_000_000} == {}
+    assert sum(sizes.values()) < 40_000_000
