@@ -210,12 +210,14 @@ def notes(by_llama: EngineSpec, by_dense: EngineSpec) -> list[str]:
         "are.",
         "- Kernel times alone are too short for a step with a prefill chunk, by milliseconds that hardly "
         "depend on the model: Qwen3-32B runs twice as many blocks, of about the same size a rank, and yet "
-        "asks for nearly the same constant. That is time of the host, which no bundle holds, and why the "
-        "uncalibrated Llama run is further off than the published figure. Constants taken from either run "
-        "bring the other below the published errors.",
-        "- The recorded `cluster.json` was written for a simulator on ASTRA-sim, which counts 2³⁰ bytes in a "
-        "GB of bandwidth: its 16 is 17.18 × 10⁹ bytes/s (`--link-unit GiB`). The rows marked 10⁹ read it as "
-        "configs of ours are read.",
+        "asks for nearly the same constant. It behaves like time of the host, which no bundle holds; its "
+        "source was not found. It is why the uncalibrated Llama run is further off than the published "
+        "figure. "
+        "Constants taken from either run bring the other below the published errors.",
+        "- The recorded `cluster.json` says `link_bw` 16. All-reduces on that machine took 40 µs + bytes / "
+        "16.9·10⁹ per second, which 16 comes near if it counts 2³⁰ bytes (17.18·10⁹, `--link-unit GiB`), as "
+        "the "
+        "rows here read it. The rows marked 10⁹ read it as configs of ours are read.",
     ]
 
 

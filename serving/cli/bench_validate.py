@@ -67,8 +67,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--link-unit",
         choices=("GB", "GiB"),
         default="GB",
-        help="link_bw of the cluster config counts 10^9 (GB) or 2^30 (GiB) bytes per second; the latter in "
-        "configs written for ASTRA-sim (default: GB)",
+        help="link_bw of the cluster config counts 10^9 (GB) or 2^30 (GiB) bytes per second (default: GB)",
     )
     wanted = ["npu_memory_utilization", "cudagraph", *per_instance_fields()]
     add_options(parser, only=wanted)
