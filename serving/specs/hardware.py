@@ -82,6 +82,8 @@ class RooflineSpec(Spec):
     product_stream: Share | None = None
     """Matrix products: share of the memory bandwidth at which weights arrive."""
     decode_start_us: StartUs | None = None
+    decode_block_us: StartUs | None = None
+    """Decode attention: for every KV head of every sequence, on top of its bytes."""
     decode_stream: Share | None = None
     """Decode attention: share of the memory bandwidth at which 16-bit KV arrives."""
     decode_stream_8bit: Share | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from serving.errors import InputError
 from serving.specs import paths
-from serving.specs.hardware import EngineSpec, HardwareSpec, load_hardware, resolve_engine
+from serving.specs.hardware import EngineSpec, HardwareSpec, RooflineSpec, load_hardware, resolve_engine
+from serving.specs.validation import validated
 
 
 def test_hardware_without_a_file_is_uncalibrated() -> None:
@@ -30,6 +32,43 @@ def test_the_shipped_gpu_is_uncalibrated_and_names_its_sources() -> None:
 @pytest.mark.parametrize("path", paths.find_all("configs/hardware/*.yaml"), ids=lambda path: path.stem)
 def test_every_shipped_hardware_file_is_good(path) -> None:  # type: ignore[no-untyped-def]
     assert load_hardware(path.stem).name == path.stem
+
+
+def test_every_fact_of_real_hardware_names_its_source() -> None:
+    facts = {"memory_gib", "memory_bandwidth_gbs", "l2_mib", "sm_count", "peak_tflops", "link"}
+    for path in paths.find_all("configs/hardware/*.yaml"):
+        hardware = load_hardware(path.stem)
+        stated = {name for name in facts if getattr(hardware, name)}
+        if hardware.memory_gib is not None and path.stem != "NPU-X":  # NPU-X is invented
+            assert stated - set(hardware.sources) == set(), path.stem
+
+
+def test_ten_measured_gpus_are_described() -> None:
+    described = [load_hardware(path.stem) for path in paths.find_all("configs/hardware/*.yaml")]
+    folders = {hardware.silicon for hardware in described if hardware.silicon}
+    assert folders >= {
+        *("a100_sxm", "b200_sxm", "b300_sxm", "b60", "gb200", "gb300", "h100_sxm", "h200_sxm", "l40s"),
+        "rtx_pro_6000_server",
+    }
+
+
+def test_a_share_is_a_number_or_a_curve() -> None:
+    spec = RooflineSpec.model_validate({"moved_stream": [[1, 0.5], [64, 0.8]], "product_compute": 0.7})
+    assert spec.moved_stream == ((1.0, 0.5), (64.0, 0.8))
+    assert spec.product_compute == 0.7
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"moved_stream": [[1, 0.5], [64, 8]]}, r"moved_stream\[1\]\[1\]: 8 is not allowed; must be <= 2"),
+        ({"moved_stream": "fast"}, 'moved_stream: "fast" is not allowed; must be a number'),
+        ({"moved_strem": 0.5}, "moved_strem: unknown key; did you mean 'moved_stream'?"),
+    ],
+)
+def test_a_wrong_share_is_refused_with_its_place(stated: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        validated(RooflineSpec, stated, "x.yaml")
 
 
 def test_an_instance_overrides_only_what_it_states() -> None:

@@ -1,0 +1,185 @@
+"""How far the roofline source is off, on GPUs that were measured: its section of benchmarks/RESULTS.md.
+
+    python benchmarks/roofline_error.py          needs: pip install 'servesim[silicon]'
+    python benchmarks/roofline_error.py --print  leaves the file alone
+
+Every GPU is predicted three times: with the constants fitted to itself, with the medians of all others
+(leave-one-GPU-out), and with the medians of those of other generations, since a B300 is nearly a B200. What
+it is compared with are the kernel times of the silicon source, at the shapes of every shipped model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from roofline_samples import FAMILIES, log_errors, measured_hardware, samples_of
+
+from serving.errors import ServingError
+from serving.latency.bundle import Bundle
+from serving.latency.stage import whole_model
+from serving.latency.step_terms import stage_terms
+from serving.latency.step_timer import StepTimer
+from serving.profiler.bundle_writer import BundleContent, write_bundle
+from serving.profiler.job import ProfileJob
+from serving.profiler.roofline.build import build_bundle
+from serving.profiler.roofline.efficiency import efficiency_of, typical, with_overrides
+from serving.profiler.roofline.formulas import accelerator
+from serving.profiler.silicon import build as silicon
+from serving.specs.architecture import load_architecture
+from serving.specs.hardware import EngineSpec
+from serving.specs.model import load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from serving.profiler.roofline.efficiency import Efficiency
+    from serving.specs.hardware import HardwareSpec
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+BEGIN, END = "<!-- roofline:begin -->", "<!-- roofline:end -->"
+GENERATIONS = (
+    {"h100_sxm", "h200_sxm"},
+    {"b200_sxm", "b300_sxm", "gb200", "gb300", "rtx_pro_6000_server"},
+    {"l40s"},
+    {"a100_sxm"},
+    {"b60"},
+)
+STEP_MODELS = (("meta-llama/Llama-3.1-8B", 1), ("Qwen/Qwen3-32B", 2))
+VARIANTS = (("bfloat16", "auto"), ("bfloat16", "fp8"), ("fp8", "fp8"))
+DECODES = [(n, kv) for n in (1, 8, 32, 128) for kv in (256, 1024, 4096, 8192)]
+CHUNKS = [(c, h) for c in (128, 512, 1024, 2048) for h in (0, 2048)]
+MIXED = [(c, n, kv) for c in (128, 512, 1900) for n in (8, 32, 128) for kv in (256, 1024, 4096)]
+
+
+def candidates(hardware: HardwareSpec) -> dict[str, Efficiency]:
+    """The three sets of constants a GPU is predicted with."""
+    generation = next(folders for folders in GENERATIONS if hardware.silicon in folders)
+    return {
+        "own fit": efficiency_of(hardware),
+        "GPU left out": with_overrides(typical({str(hardware.silicon)}), hardware.roofline),
+        "generation left out": with_overrides(typical(generation), hardware.roofline),
+    }
+
+
+def sizes(log_error: np.ndarray) -> str:
+    """``median / P95`` of relative errors in %."""
+    relative = np.abs(np.exp(log_error) - 1.0) * 100
+    return f"{np.median(relative):.0f} / {np.percentile(relative, 95):.0f}"
+
+
+def kernel_tables(gpus: list[HardwareSpec]) -> Iterable[str]:
+    """One table per set of constants: GPUs by kernel families."""
+    samples = {gpu.name: samples_of(gpu) for gpu in gpus}
+    for title in candidates(gpus[0]):
+        rows = []
+        for gpu in gpus:
+            acc = accelerator(gpu, candidates(gpu)[title])
+            by_family = [[some for some in samples[gpu.name] if some.family == family] for family in FAMILIES]
+            rows.append([gpu.name, *(sizes(log_errors(own, acc)) if own else "–" for own in by_family)])
+        yield from ["", f"Kernels, {title} (median / P95 of the relative error, %):", ""]
+        yield from markdown(["GPU", "products", "decode", "prefill", "experts", "all-reduce"], rows)
+
+
+def step_table(gpus: list[HardwareSpec], folder: Path) -> Iterable[str]:
+    """Whole steps against the silicon source's bundles."""
+    kinds = ("decode", "prefill", "mixed")
+    names = list(candidates(gpus[0]))
+    rows = []
+    for gpu in gpus:
+        found: dict[tuple[str, str], list[np.ndarray]] = {}
+        for name, tp in STEP_MODELS:
+            for variant in VARIANTS:
+                model = load_model(name)
+                job = ProfileJob(model, load_architecture(model.model_type), gpu, *variant, (tp,))
+                try:
+                    truth = step_us(silicon.build_bundle(job), job, folder / "silicon")
+                except ServingError:
+                    continue
+                for title, efficiency in candidates(gpu).items():
+                    ours = step_us(build_bundle(job, efficiency), job, folder / title)
+                    for kind in kinds:
+                        found.setdefault((title, kind), []).append(np.log(ours[kind] / truth[kind]))
+        cells = [sizes(np.concatenate(found[title, kind])) for title in names for kind in kinds]
+        rows.append([gpu.name, *cells])
+    header = ["GPU", *(f"{title}: {kind}" for title in names for kind in kinds)]
+    yield from ["", "Whole steps, kernels only (median / P95 of the relative error, %):", ""]
+    yield from markdown(header, rows)
+
+
+def step_us(content: BundleContent, job: ProfileJob, folder: Path) -> dict[str, np.ndarray]:
+    """Times of the stated steps by kind, without collectives, padding and skew."""
+    write_bundle(folder, content)
+    bundle = Bundle(folder, job.hardware.name, job.model.name, job.variant, content.meta)
+    tables = replace(bundle.tables(job.tp_degrees[0]), skew=None)
+    terms = stage_terms(job.architecture, whole_model(job.model), tables)
+    timer = StepTimer(bundle, tables, job.model.num_hidden_layers, terms, EngineSpec(cudagraph=False))
+    return {
+        "decode": np.array([timer.decode_ns(n, n * kv, kv, kv) for n, kv in DECODES]) / 1e3,
+        "prefill": np.array([timer.mixed_ns([chunk], 0, 0, 0, 0) for chunk in CHUNKS]) / 1e3,
+        "mixed": np.array([timer.mixed_ns([(c, 0)], n, n * kv, kv, kv) for c, n, kv in MIXED]) / 1e3,
+    }
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def section() -> str:
+    """The text between the marks."""
+    gpus = measured_hardware()
+    lines = [
+        "The roofline source (`--source roofline`) against the kernel times of the silicon source, at the "
+        "shapes of every shipped model, TP 1 to 8, bf16 and fp8. Its constants are fitted to each measured "
+        "GPU by `benchmarks/fit_roofline.py`; hardware nobody measured gets their medians, so *left out* "
+        "is what to expect there. Made by `python benchmarks/roofline_error.py`.",
+        *kernel_tables(gpus),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        lines += step_table(gpus, Path(folder))
+    models = ", ".join(f"{name} at TP {tp}" for name, tp in STEP_MODELS)
+    lines += [
+        "",
+        f"Steps: {models}, in bf16, bf16-kvfp8 and fp8-kvfp8 as far as measured; "
+        f"{len(DECODES)} of decodes alone (1–128 sequences, 256–8192 tokens), {len(CHUNKS)} of one chunk "
+        f"(128–2048 tokens, history 0 and 2048) and {len(MIXED)} of both. Where bf16 decodes run in "
+        "FlashAttention-2 they share one launch with a chunk, at a price that the silicon source models and "
+        "the roofline does not.",
+    ]
+    return "\n".join(lines)
+
+
+def write_section(text: str) -> None:
+    """Put the section between its marks in RESULTS.md; the rest of the file stays."""
+    from serving.results.atomic import atomic_write
+
+    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
+    if BEGIN not in old or END not in old:
+        old = f"{old.rstrip()}\n\n## Roofline: leaving one GPU out\n\n{BEGIN}\n{END}\n"
+    head, _, rest = old.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    with atomic_write(RESULTS, "w") as handle:
+        handle.write(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--print", action="store_true", help="print the section instead of writing it")
+    asked = parser.parse_args()
+    text = section()
+    if asked.print:
+        print(text)
+    else:
+        write_section(text)
+
+
+if __name__ == "__main__":
+    main()

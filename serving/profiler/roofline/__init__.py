@@ -1,0 +1,1 @@
+"""Profile bundles computed from an accelerator's peak rates, for hardware that nobody measured."""

@@ -1,0 +1,1 @@
+"""The ``vllm`` source: layers timed inside a real vLLM engine with dummy weights."""

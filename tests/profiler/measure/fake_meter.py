@@ -1,0 +1,84 @@
+"""A meter whose clock is a formula: every time can be worked out by hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from serving.profiler.job import ProfileJob
+from serving.profiler.measure.grid import SweepGrid
+from serving.specs.architecture import load_architecture
+from serving.specs.hardware import HardwareSpec
+from serving.specs.model import load_model
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from serving.profiler.measure.meter import AttentionBatch
+
+GRID = SweepGrid(
+    64, 8, 256, token_factor=4.0, chunk_factor=4.0, decode_factor=4.0, kv_factor=4.0, skew_factor=8.0
+)
+"""A sweep of a few dozen shots."""
+
+
+class PulledPlug(BaseException):
+    """Stands for the signal that ends a process."""
+
+
+def job(
+    model: str = "servesim/tiny-llama", dtype: str = "bfloat16", kv: str = "auto", tp: tuple[int, ...] = (1,)
+) -> ProfileJob:
+    """A job of a shipped tiny model."""
+    spec = load_model(model)
+    architecture = load_architecture(spec.model_type)
+    return ProfileJob(spec, architecture, HardwareSpec(name="Fake"), dtype, kv, tp, 64, 8, 256)
+
+
+class FakeMeter:
+    """Dense layers take 1 µs a token, attention 1 ns a token of KV plus 10 ns a token of the longest."""
+
+    def __init__(
+        self, *, stop_after: int | None = None, capacity: int = 1 << 40, device: str = "fake device"
+    ) -> None:
+        """``stop_after``: shots until the plug is pulled."""
+        self.shots = 0
+        self.ranks: list[int] = []
+        self._stop_after, self._capacity, self._device = stop_after, capacity, device
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        return {"source": "torch", "gpu": self._device}
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        return {"clock": "a formula"}
+
+    def start_rank(self, tp: int) -> None:
+        self.ranks.append(tp)
+
+    def kv_capacity_tokens(self) -> int:
+        return self._capacity
+
+    def layers_us(self, layers: Sequence[str], tokens: int) -> dict[str, float]:
+        self._count()
+        return dict.fromkeys(layers, 1.0 * tokens)
+
+    def heads_us(self, layers: Sequence[str], sequences: int) -> dict[str, float]:
+        self._count()
+        return dict.fromkeys(layers, 2.0 * sequences)
+
+    def attention_us(self, batch: AttentionBatch) -> float:
+        self._count()
+        return 1.0 + 0.001 * batch.kv_tokens + 0.01 * batch.longest
+
+    def experts_us(self, tokens: int, activated: int) -> float:
+        self._count()
+        return 10.0 * activated + tokens
+
+    def close(self) -> None:
+        pass
+
+    def _count(self) -> None:
+        if self.shots == self._stop_after:
+            raise PulledPlug
+        self.shots += 1

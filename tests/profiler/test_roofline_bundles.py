@@ -1,0 +1,136 @@
+"""Bundles computed from peak rates: complete, loadable, and true to what the model is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from serving.errors import InputError, NotSupportedError
+from serving.latency.bundle import load_bundle
+from serving.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
+from serving.profiler.roofline.build import build_bundle
+from serving.profiler.roofline.layers import BY_NAME, layer_kind
+from serving.profiler.shapes import block_windows
+from serving.specs.architecture import LayerEntry, load_architecture
+from serving.specs.model import known_models, load_model
+from tests.profiler.roofline_toy import PERFECT, TOY_HARDWARE, job
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Key = tuple[int, int, int, int]
+
+
+def attention(content: BundleContent, tp: int = 1) -> dict[Key, float]:
+    return {row[:4]: row[4] for row in content.tables[tp, "attention.csv"]}
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_every_shipped_model_gets_a_bundle_with_all_its_layers(name: str) -> None:
+    model = load_model(name)
+    content = build_bundle(job(model))
+    architecture = load_architecture(model.model_type)
+    assert {row[0] for row in content.tables[1, "dense.csv"]} == set(architecture.catalog.dense)
+    assert {row[0] for row in content.tables[1, "per_sequence.csv"]} == set(architecture.catalog.per_sequence)
+    assert ((1, "moe.csv") in content.tables) == model.is_moe
+    assert all(row[-1] > 0 for rows in content.tables.values() for row in rows)
+
+
+def test_the_same_job_gives_the_same_bytes() -> None:
+    assert bundle_files(build_bundle(job())) == bundle_files(build_bundle(job()))
+
+
+def test_a_written_bundle_loads_and_says_that_nothing_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = job(tp_degrees=(1, 2), kv_cache_dtype="fp8")
+    write_bundle(tmp_path / "profiler/perf/Toy" / asked.model.name / asked.variant, build_bundle(asked))
+    bundle = load_bundle("Toy", asked.model.name, "bf16-kvfp8")
+    assert "nothing measured" in bundle.describe()
+    assert bundle.limits.max_num_batched_tokens == 64
+    assert bundle.tables(2).collective("all_reduce", 2) is not None
+    assert bundle.collectives_link == "nvlink"
+
+
+def test_halving_the_heads_halves_a_long_decodes_stream() -> None:
+    content = build_bundle(job(tp_degrees=(1, 2)), PERFECT)
+    one, two = (attention(content, tp)[0, 0, 16, 1024] - PERFECT.decode_start_us for tp in (1, 2))
+    assert two == pytest.approx(one / 2)
+
+
+def test_a_mixed_step_is_its_prefill_and_its_decodes() -> None:
+    rows = attention(build_bundle(job()))
+    assert rows[64, 0, 16, 1024] == pytest.approx(rows[64, 0, 0, 0] + rows[0, 0, 16, 1024])
+
+
+def test_sliding_blocks_make_the_average_block_cheaper() -> None:
+    full = load_model("meta-llama/Llama-3.1-8B")
+    kinds = ("full_attention", "sliding_attention") * 16
+    sliding = full.model_copy(update={"sliding_window": 256, "layer_types": kinds})
+    assert block_windows(full) == [(None, 1.0)]
+    assert block_windows(sliding) == [(None, 0.5), (256, 0.5)]
+    whole, half = (attention(build_bundle(job(model), PERFECT)) for model in (full, sliding))
+    start = PERFECT.decode_start_us
+    seen = (0.5 * 1025 + 0.5 * 256) / 1025
+    assert half[0, 0, 16, 1024] - start == pytest.approx((whole[0, 0, 16, 1024] - start) * seen)
+    assert half[0, 0, 16, 128] == pytest.approx(whole[0, 0, 16, 128])
+    assert (0, 0, 16, 256) in half  # the table has a point where the time bends
+
+
+def test_slow_links_are_left_to_the_cluster_file() -> None:
+    slow = TOY_HARDWARE.model_copy(
+        update={"link": TOY_HARDWARE.link.model_copy(update={"bandwidth_gbs": 32.0})}
+    )  # type: ignore[union-attr]
+    assert (2, "comm.csv") not in build_bundle(job(hardware=slow, tp_degrees=(2,))).tables
+    assert (2, "comm.csv") not in build_bundle(job(collectives="none", tp_degrees=(2,))).tables
+    asked = build_bundle(job(hardware=slow, collectives="measured", tp_degrees=(2,)))
+    assert asked.meta["collectives"] == {"link": "pcie"}
+
+
+def test_expert_slices_shrink_with_the_degree() -> None:
+    content = build_bundle(job("Qwen/Qwen3-30B-A3B-Instruct-2507", tp_degrees=(1, 2)), PERFECT)
+    one, two = ({row[:2]: row[2] for row in content.tables[tp, "moe.csv"]} for tp in (1, 2))
+    assert two[64, 128] == pytest.approx(one[64, 128] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind"),
+    [
+        ({"class": "GemmaRMSNorm"}, "norm"),
+        ({"class": "LlamaRotaryEmbedding"}, "rotary"),
+        ({"class": "VocabParallelEmbedding"}, "embedding"),
+        ({"class": "RowParallelLinear", "within": "FalconAttention"}, "o_proj"),
+        ({"class": "RowParallelLinear", "within": "FalconMLP"}, "down_proj"),
+        ({"class": "ColumnParallelLinear", "within": "Starcoder2MLP"}, "up_proj"),
+        ({"class": "GeluAndMul"}, "activation"),
+        ({"class": "NewGELU"}, "plain_activation"),
+    ],
+)
+def test_a_layer_of_any_name_is_known_by_its_class(entry: dict[str, str], kind: str) -> None:
+    assert layer_kind("some_layer", LayerEntry.model_validate(entry), "x.yaml") == kind
+
+
+def test_usual_names_need_no_class() -> None:
+    assert all(
+        layer_kind(name, LayerEntry.model_validate({"class": "Any"}), "x.yaml") == kind
+        for name, kind in BY_NAME.items()
+    )
+
+
+def test_a_layer_of_no_known_kind_is_refused_by_name() -> None:
+    entry = LayerEntry.model_validate({"class": "Mamba2Mixer"})
+    with pytest.raises(NotSupportedError, match=r"x.yaml: catalog: layer 'mixer' of class Mamba2Mixer"):
+        layer_kind("mixer", entry, "x.yaml")
+
+
+def test_latent_attention_is_refused() -> None:
+    model = load_model("meta-llama/Llama-3.1-8B").model_copy(update={"kv_lora_rank": 512})
+    with pytest.raises(NotSupportedError, match="latent attention"):
+        build_bundle(job(model))
+
+
+def test_heads_that_cannot_be_split_are_refused() -> None:
+    with pytest.raises(InputError, match="cannot be split over tp 3"):
+        build_bundle(job(tp_degrees=(3,)))
