@@ -35,6 +35,8 @@ class Batch:
     """Requests preempted while the step was scheduled."""
     hit_tokens: int = 0
     lookup_tokens: int = 0
+    recalls: list[int] = field(default_factory=list)
+    """Bytes that each request admitted in this step needs from the lower tier before the step can run."""
     entries: list[tuple[int, int]] | None = None
     """(request, tokens) of everything in the step, kept only when the engine is traced."""
 

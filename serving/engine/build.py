@@ -11,16 +11,17 @@ from serving.engine.decode_set import DecodeSet
 from serving.engine.experts import expert_routing
 from serving.engine.hand_over import HandOver, Routes
 from serving.engine.instance import Instance
+from serving.engine.lower_tiers import LowerTiers
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.simulation import Simulation
 from serving.engine.step_loop import SingleTimes, StepLoop
+from serving.engine.transfers import Transfers
 from serving.errors import InputError
 from serving.latency.bundle import range_warnings
 from serving.latency.step_timers import StepTimers
 from serving.latency.wave_timer import build_wave_timer
 from serving.memory.kv_cache import KvCache
 from serving.memory.sizing import kv_cache_capacity
-from serving.network.links import Links
 from serving.results.records import InstanceLog
 from serving.specs.cluster_checks import check_cluster
 from serving.specs.options import resolve
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from serving.specs.model import ModelSpec
     from serving.specs.options import InstanceOptions, RuntimeOptions
     from serving.workload.request import Workload
+
+_ONE_FOR_ALL = ("async_scheduling", "enable_block_copy")
+"""Options that a lock-step group has one of: they say how waves follow each other and what layers share."""
 
 
 def run(
@@ -58,21 +62,18 @@ def build_simulation(cluster: ClusterSpec, workload: Workload, options: RuntimeO
     """
     check_requested_models(cluster, workload)
     builder = Builder(cluster, workload, options)
-    loops = [builder.loop(group) for group in lockstep_groups(cluster)]
-    hand_over = builder.hand_over()
+    loops = [builder.loop(group) for group in builder.lockstep_groups()]
     for warning in builder.warnings:
         logging.getLogger("serving").warning("%s", warning)
     return Simulation(
-        loops, workload, options, lane_times=builder.lane_times, hand_over=hand_over, route=builder.routes
+        loops,
+        workload,
+        options,
+        lane_times=builder.lane_times,
+        transfers=builder.transfers,
+        hand_over=builder.hand_over,
+        route=builder.routes,
     )
-
-
-def lockstep_groups(cluster: ClusterSpec) -> list[list[int]]:
-    """Indices of the instances that go in lock-step: a data-parallel group, or one instance by itself."""
-    groups: dict[str | int, list[int]] = {}
-    for index, (_, spec) in enumerate(cluster.instances):
-        groups.setdefault(index if spec.dp_group is None else spec.dp_group, []).append(index)
-    return list(groups.values())
 
 
 class Builder:
@@ -84,6 +85,13 @@ class Builder:
         self._timers = StepTimers(cluster)
         self._tables = BlockTables(workload)
         self._options = options
+        self._tiers = LowerTiers(cluster, options)
+        separate = any(spec.pd_type for _, spec in self._placed)
+        self.transfers = Transfers() if separate or options.prefix_storage else None
+        """Moves KV between instances and from lower tiers; None where nothing of the kind happens."""
+        self.hand_over: HandOver | None = None
+        if separate and self.transfers:
+            self.hand_over = HandOver(self.transfers, self._models)
         self.lane_times: list[array[int]] = []
         """Token times of the pipelines; see :class:`serving.results.records.RunLog`."""
         self.warnings: dict[str, None] = {}
@@ -94,15 +102,22 @@ class Builder:
         """The ways that KV takes between instances."""
         return Routes(self._timers.topology)
 
-    def hand_over(self) -> HandOver | None:
-        """What moves KV from prefill to decode instances; None in a cluster without them."""
-        if any(spec.pd_type for _, spec in self._placed):
-            return HandOver(Links(), self._models)
-        return None
+    def lockstep_groups(self) -> list[list[int]]:
+        """Indices of the instances that go in lock-step.
+
+        Those are the members of a data-parallel group with expert layers, which exchange tokens in every step.
+        Without expert layers nothing ties them together, and vLLM (0.24) lets them run on their own.
+        """
+        groups: dict[str | int, list[int]] = {}
+        for index, (_, spec) in enumerate(self._placed):
+            tied = spec.dp_group is not None and self._models[spec.model_name].is_moe
+            groups.setdefault(f"group {spec.dp_group}" if tied else index, []).append(index)
+        return list(groups.values())
 
     def loop(self, group: list[int]) -> StepLoop:
         """The loop that runs the instances of ``group``."""
         members = [self._instance(index) for index in group]
+        check_agreement(members)
         first = members[0].log
         stages = first.spec.pp_size
         depth = stages if stages > 1 else 2 if first.options.async_scheduling else 1
@@ -131,13 +146,31 @@ class Builder:
         self.warnings.update(dict.fromkeys(warnings_about(bundle, model, options)))
         capacity = kv_cache_capacity(model, spec, options, f"instance {index}")
         log = InstanceLog(index, node, spec, options, capacity, bundle.describe())
-        cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching)
+        tier = self._tiers.tier(index, node, spec, model, options)
+        cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching, tier)
         new_lane = None
         if spec.pp_size > 1:
             new_lane = lane_maker(options.block_size, self.lane_times, len(self._placed))
         scheduler = Scheduler(limits_of(options, self._options.skip_prefill), cache, new_lane)
         scheduler.traced = spec.pd_type == "prefill"
-        return Instance(log, scheduler, self._tables)
+        member = Instance(log, scheduler, self._tables)
+        member.recall_route = self._tiers.route(node)
+        return member
+
+
+def check_agreement(members: list[Instance]) -> None:
+    """Raise InputError if instances that go in lock-step want to be run in different ways."""
+    first = members[0].log
+    for name in _ONE_FOR_ALL:
+        wanted = getattr(first.options, name)
+        for member in members[1:]:
+            own = getattr(member.log.options, name)
+            if own != wanted:
+                raise InputError(
+                    f"instance {member.log.index}: {name} {str(own).lower()} is not allowed; must be "
+                    f"{str(wanted).lower()} as in instance {first.index}, the same dp_group "
+                    f"'{first.spec.dp_group}'"
+                )
 
 
 def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -> list[str]:

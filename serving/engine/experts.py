@@ -16,11 +16,11 @@ no say in it.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from serving.engine.own_policy import load_own_policy
 from serving.errors import InputError
 from serving.latency.expert_stage import ExpertLoads
 from serving.latency.moe import expected_distinct_experts
@@ -232,24 +232,9 @@ def expert_routing(policy: str, model: ModelSpec, ranks: int, seed: int) -> Expe
     if policy == "ZIPF":
         places = np.arange(1, experts + 1, dtype=np.float64)
         return Drawn(1.0 / places**_ZIPF_EXPONENT, k, ranks, seed, shuffled=True)
-    return Custom(policy, _load_policy(policy), experts, k, ranks, seed)
-
-
-def _load_policy(name: str) -> ExpertPolicy:
-    module_name, _, attribute = name.removeprefix("CUSTOM:").partition(":")
-    try:
-        policy: ExpertPolicy = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"--expert-routing-policy: {name} cannot be loaded ({error}); must be BALANCED, RR, RAND, ZIPF "
-            "or module:callable of an importable module"
-        ) from error
-    if not callable(policy):
-        raise InputError(
-            f"--expert-routing-policy: {name} is not callable; must be a function of (tokens, layer, "
-            "experts, experts_per_token, rng)"
-        )
-    return policy
+    arguments = "tokens, layer, experts, experts_per_token, rng"
+    own = load_own_policy(policy, "--expert-routing-policy", "BALANCED, RR, RAND, ZIPF", arguments)
+    return Custom(policy, own, experts, k, ranks, seed)
 
 
 def _generator(seed: int, wave: int, layer: int) -> np.random.Generator:

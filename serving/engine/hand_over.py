@@ -10,33 +10,21 @@ as vLLM does, and so produces the first token that the user sees.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from functools import partial
 from typing import TYPE_CHECKING
 
-from serving.engine.arrivals import NEVER
+from serving.engine.transfers import Route
 from serving.memory.sizing import kv_bytes_per_token
 from serving.network.links import Port
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from serving.engine.batch import Batch
     from serving.engine.instance import Instance
     from serving.engine.request_state import RequestState
     from serving.engine.router import Candidate
-    from serving.network.links import Links
+    from serving.engine.transfers import Transfers
     from serving.network.topology import Topology
     from serving.specs.model import ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """How the KV of one instance's prompts reaches another instance."""
-
-    ports: Sequence[Port]
-    latency_ns: int
-    bandwidth_gbs: float
-    """Of the slowest port, unshared."""
 
 
 class Routes:
@@ -81,26 +69,12 @@ class Journey:
 class HandOver:
     """The requests between prefill and decode, and the transfers of their KV."""
 
-    def __init__(self, links: Links, models: dict[str, ModelSpec]) -> None:
-        self._links = links
+    def __init__(self, transfers: Transfers, models: dict[str, ModelSpec]) -> None:
+        self.arrived: list[Journey] = []
+        """Requests whose KV has arrived whole since the owner last emptied this list."""
+        self._transfers = transfers
         self._models = models
         self._journeys: dict[int, Journey] = {}
-        self._to_open: list[tuple[int, int, int, int, int]] = []
-        """(first byte, serial, request, bytes, earliest end) of transfers whose step has been scheduled."""
-        self._flows: dict[int, int] = {}
-        """Transfer → request."""
-        self._serial = 0
-
-    @property
-    def next_ns(self) -> int:
-        """When a transfer starts or ends next."""
-        starts = self._to_open[0][0] if self._to_open else NEVER
-        return min(starts, self._links.next_ns)
-
-    @property
-    def requests(self) -> list[int]:
-        """Requests that are not at their decode instance yet."""
-        return sorted(self._journeys)
 
     def send(self, journey: Journey) -> None:
         """Follow a request from now on."""
@@ -109,7 +83,7 @@ class HandOver:
         self._journeys[journey.state.request.index] = journey
 
     def step_scheduled(self, member: Instance, batch: Batch, start_ns: int) -> None:
-        """Note the transfers of what a prefill instance computes in a step from ``start_ns`` on."""
+        """Plan the transfers of what a prefill instance computes in a step from ``start_ns`` on."""
         spec, options = member.log.spec, member.log.options
         model = self._models[spec.model_name]
         for request, _ in batch.entries or ():
@@ -119,12 +93,11 @@ class HandOver:
             journey.sent_tokens += tokens
             ranks = min(spec.tp_size, journey.target.log.spec.tp_size)
             size = tokens * kv_bytes_per_token(model, options.kv_dtype, ranks)
-            last_layer = size / model.num_hidden_layers / journey.route.bandwidth_gbs
-            earliest = batch.end_ns + max(journey.route.latency_ns + round(last_layer), 1)
-            first_byte_ns = start_ns + journey.route.latency_ns
-            heappush(self._to_open, (first_byte_ns, self._serial, request, size, earliest))
-            self._serial += 1
+            route = journey.route
+            last_layer = size / model.num_hidden_layers / route.bandwidth_gbs
+            earliest = batch.end_ns + max(route.latency_ns + round(last_layer), 1)
             journey.pending += 1
+            self._transfers.plan(start_ns, size, route, partial(self._transfer_ended, journey), earliest)
 
     def computed(self, state: RequestState) -> bool:
         """Tell that a prompt has been computed; False if the request stays where it is."""
@@ -134,24 +107,12 @@ class HandOver:
         journey.computed = True
         return True
 
-    def advance(self, now_ns: int) -> list[Journey]:
-        """Start and end the transfers due at ``now_ns``; returns the requests whose KV has arrived whole."""
-        arrived = []
-        for flow in self._links.advance(now_ns):
-            request = self._flows.pop(flow)
-            journey = self._journeys[request]
-            journey.pending -= 1
-            if journey.pending == 0 and journey.computed:
-                arrived.append(self._arrive(request))
-        while self._to_open and self._to_open[0][0] <= now_ns:
-            _, serial, request, size, earliest = heappop(self._to_open)
-            self._flows[serial] = request
-            ports = self._journeys[request].route.ports
-            self._links.open(serial, size, ports, now_ns, earliest)
-        return arrived
-
-    def _arrive(self, request: int) -> Journey:
-        journey = self._journeys.pop(request)
+    def _transfer_ended(self, journey: Journey, now_ns: int) -> None:
+        journey.pending -= 1
+        if journey.pending or not journey.computed:
+            return
+        del self._journeys[journey.state.request.index]
         journey.decode.on_the_way -= 1
         journey.prefill.scheduler.release(journey.state)
-        return journey
+        journey.prefill.loop.wake(now_ns)
+        self.arrived.append(journey)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from serving.engine.block_tables import BlockTables
     from serving.engine.scheduler import Scheduler
     from serving.engine.step_loop import StepLoop
+    from serving.engine.transfers import Route
     from serving.results.records import InstanceLog
     from serving.workload.request import Request
 
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
 class Instance:
     """A scheduler with the requests handed to it. When its steps run is up to its :class:`StepLoop`."""
 
-    __slots__ = ("_inbox", "_preempted", "log", "loop", "scheduled", "scheduler", "tables", "trace")
+    __slots__ = (
+        "_inbox",
+        "_preempted",
+        "log",
+        "loop",
+        "recall_route",
+        "scheduled",
+        "scheduler",
+        "tables",
+        "trace",
+    )
 
     loop: StepLoop
 
@@ -33,6 +44,8 @@ class Instance:
         self.trace: Callable[[Batch, int, int], None] | None = None
         """Debugging hook: called after every step with its batch, its start in ns and the number of free
         blocks."""
+        self.recall_route: Route | None = None
+        """The way from the lower tier of its prefix cache."""
         self.scheduled: Callable[[Instance, Batch, int], None] | None = None
         """Called with every step that was scheduled: the instance, the batch and its start in ns."""
         self._inbox: list[RequestState] = []
@@ -91,6 +104,12 @@ class Instance:
         steps.preempted.append(self._preempted)
         steps.hit_tokens.append(batch.hit_tokens)
         steps.lookup_tokens.append(batch.lookup_tokens)
+        tier = scheduler.kv.tier
+        if tier is None:
+            steps.tier_bytes.append(0)
+        else:
+            steps.tier_bytes.append(sum(batch.recalls) + tier.written_bytes)
+            tier.written_bytes = 0
         self._preempted = 0
         if batch.lane is not None:
             batch.lane.token_times.append(batch.end_ns)

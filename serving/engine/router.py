@@ -2,17 +2,18 @@
 
 A policy is a callable ``policy(request, candidates) -> candidate``: it gets the request and what can be known
 of the instances that may take it, in order of their index, and returns one of them. ``module:callable`` names
-a policy of the user's own with that signature. A candidate has ``index``, ``num_waiting``, ``num_running``
-and ``cached_tokens(request)``.
+a policy of the user's own with that signature; a class is called without arguments first, once for every run
+and side (prefill and decode), so that its objects can remember things. A candidate has ``index``,
+``num_waiting``, ``num_running``, ``load`` and ``cached_tokens(request)``.
 """
 
 from __future__ import annotations
 
-import importlib
 import random
 from typing import TYPE_CHECKING
 
 from serving.engine.arrivals import NEVER
+from serving.engine.own_policy import load_own_policy
 from serving.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Candidate:
         self._seen: tuple[int, int] | None = None if live else (0, 0)
         self._npus = instance.log.spec.num_npus
         self.index = instance.log.index
+        """Number of the instance in the cluster."""
         self.on_the_way = 0
         """Requests whose prompt is being computed elsewhere and that will be decoded here."""
 
@@ -68,7 +70,7 @@ class Candidate:
         self._seen = self._instance.counts()
 
     def expect_one(self) -> None:
-        """Count a request that was sent there since the last refresh."""
+        """Count a request that is queued there since the last refresh; live counts have it already."""
         if self._seen is not None:
             self._seen = self._seen[0] + 1, self._seen[1]
 
@@ -103,9 +105,7 @@ class Router:
         candidates = [self._candidates[index] for index in allowed]
         if role not in self._policies:
             self._policies[role] = load_policy(self._policy, self._seed + len(self._policies))
-        chosen = candidates[0] if len(candidates) == 1 else self._policies[role](request, candidates)
-        chosen.expect_one()
-        return chosen
+        return candidates[0] if len(candidates) == 1 else self._policies[role](request, candidates)
 
 
 def least_loaded(request: Request, candidates: Sequence[Candidate]) -> Candidate:
@@ -161,16 +161,22 @@ def load_policy(name: str, seed: int) -> Policy:
         return SeededRandom(seed)
     if name == "PREFIX":
         return longest_prefix
-    module_name, _, attribute = name.removeprefix("CUSTOM:").partition(":")
-    try:
-        policy: Policy = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"--request-routing-policy: {name} cannot be loaded ({error}); must be LOAD, RR, RAND, PREFIX or "
-            "module:callable of an importable module"
-        ) from error
-    if not callable(policy):
-        raise InputError(
-            f"--request-routing-policy: {name} is not callable; must be a function of (request, candidates)"
-        )
-    return policy
+    own = load_own_policy(name, "--request-routing-policy", "LOAD, RR, RAND, PREFIX", "request, candidates")
+    return _Checked(name, own)
+
+
+class _Checked:
+    """A policy of the user's own, whose answers are looked at."""
+
+    def __init__(self, name: str, policy: Policy) -> None:
+        self._name = name
+        self._policy = policy
+
+    def __call__(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        chosen = self._policy(request, candidates)
+        if not any(chosen is candidate for candidate in candidates):
+            raise InputError(
+                f"--request-routing-policy: {self._name} returned {chosen!r} for request {request.index}; "
+                f"must be one of the {len(candidates)} candidates it is given"
+            )
+        return chosen

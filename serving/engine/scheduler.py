@@ -221,7 +221,7 @@ class Scheduler:
                 if state in decodes.sharing:
                     self._publish(state, computed)
                 continue
-            kv.register_shared(table, reach)
+            kv.computed(table, reach)
             left -= tokens
             batch.add_request(tokens, computed)
             if batch.entries is not None:
@@ -306,7 +306,12 @@ class Scheduler:
             known, table, record = state.known, state.table, state.record
             hits = [] if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
             hit_tokens = len(hits) * kv.block_size
-            done = known - 1 if limits.skip_prefill or state.kv_arrived else hit_tokens
+            recall_bytes = 0
+            if limits.skip_prefill or state.kv_arrived:
+                done = known - 1
+            else:
+                done = kv.recallable_tokens(table, known, hit_tokens)
+                recall_bytes = kv.recall_bytes(hit_tokens, done)
             tokens = self._capped(known - done)
             if tokens > left and not limits.chunked_prefill:
                 return
@@ -320,18 +325,21 @@ class Scheduler:
                 return
             waiting.popleft()
             kv.admit(table, hits, done + tokens)
-            kv.register_shared(table, done + tokens)
+            kv.computed(table, done + tokens)
             state.order = self._admissions
             self._admissions += 1
             self.running.append(state)
             if record.scheduled_ns < 0:
                 record.scheduled_ns = now_ns
                 record.npu_hit = hit_tokens
+                record.storage_hit = done - hit_tokens if recall_bytes else 0
             elif not state.kv_arrived:
                 record.recomputed_tokens += state.computed - done
             if not state.kv_arrived:
-                batch.hit_tokens += hit_tokens
+                batch.hit_tokens += done if recall_bytes else hit_tokens
                 batch.lookup_tokens += known
+            if recall_bytes:
+                batch.recalls.append(recall_bytes)
             batch.add_request(tokens, done)
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))
@@ -351,9 +359,10 @@ class Scheduler:
         for state in batch.finishing:
             if state.phase is Phase.WAITING:  # preempted while its last token was in flight
                 self.waiting.remove(state)
+                state.keeps_blocks = False  # they went when it was preempted
             else:
                 self.running.remove(state)
-                self.kv.register_shared(state.table, state.total_tokens - 1)
+                self.kv.computed(state.table, state.total_tokens - 1)
                 if state.keeps_blocks:
                     self.held += 1
                 else:
@@ -366,10 +375,11 @@ class Scheduler:
             self._bring_back(batch, batch.lane)
 
     def release(self, state: RequestState) -> None:
-        """Give back the blocks of a finished request that kept them."""
-        self.held -= 1
-        self.kv.free(state.table, state.total_tokens - 1)
-        self._frees += 1
+        """Give back the blocks of a finished request, if it kept them."""
+        if state.keeps_blocks:
+            self.held -= 1
+            self.kv.free(state.table, state.total_tokens - 1)
+            self._frees += 1
 
     # ------------------------------------------------------------------ pipelines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import partial
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
     from array import array
     from collections.abc import Callable
 
-    from serving.engine.hand_over import Route
     from serving.engine.instance import Instance
     from serving.engine.request_state import RequestState
     from serving.engine.step_loop import StepLoop
+    from serving.engine.transfers import Route, Transfers
     from serving.specs.options import RuntimeOptions
     from serving.workload.request import Request, Workload
 
@@ -46,6 +47,7 @@ class Simulation:
         options: RuntimeOptions,
         *,
         lane_times: list[array[int]] | None = None,
+        transfers: Transfers | None = None,
         hand_over: HandOver | None = None,
         route: Callable[[Instance, Instance], Route] | None = None,
     ) -> None:
@@ -55,6 +57,7 @@ class Simulation:
             workload: what arrives.
             options: those that concern the run as a whole.
             lane_times: where pipelines note the times of their tokens; see :class:`RunLog`.
+            transfers: bytes on the move, where KV travels between instances or from lower tiers.
             hand_over: moves KV from prefill to decode instances, where there are any.
             route: the way from one instance to another; goes with ``hand_over``.
         """
@@ -76,6 +79,7 @@ class Simulation:
         self._sticky = options.sticky_sessions
         self._taken_by: dict[int, int] = {}
         """Request → index of the instance that took it in, where sessions stay."""
+        self._transfers = transfers
         self._hand_over = hand_over
         self._route = route
         for instance in self.instances:
@@ -88,9 +92,9 @@ class Simulation:
             side = self._backs if instance.log.spec.pd_type == "decode" else self._fronts
             for model in (_ANY_MODEL, instance.log.spec.model_name):
                 side[model].append(instance.log.index)
-        self._loop_of = {
-            member.log.index: index for index, loop in enumerate(loops) for member in loop.members
-        }
+        for index, loop in enumerate(loops):
+            loop.transfers = transfers
+            loop.woken = partial(self._plan, index)
         self._agenda: list[tuple[int, int]] = []
         """(time, loop) of every loop that will act; entries whose time has changed are void."""
 
@@ -110,7 +114,7 @@ class Simulation:
             while agenda and loops[agenda[0][1]].next_ns != agenda[0][0]:
                 heappop(agenda)
             acts_ns = agenda[0][0] if agenda else NEVER
-            moves_ns = self._hand_over.next_ns if self._hand_over else NEVER
+            moves_ns = self._transfers.next_ns if self._transfers else NEVER
             now = min(arrivals.next_ns, acts_ns, moves_ns)
             if now == NEVER:
                 break
@@ -119,9 +123,8 @@ class Simulation:
             if observer and now > observe_ns:
                 observer.advance(now, self.log)
                 observe_ns = observer.next_ns
-            if moves_ns <= now and self._hand_over:
-                for journey in self._hand_over.advance(now):
-                    self._arrive_at_decode(journey, now)
+            if moves_ns <= now:
+                self._move(now)
             elif arrivals.next_ns <= now:
                 self._arrive()
             else:
@@ -136,12 +139,12 @@ class Simulation:
 
     def _act(self, index: int, observe_ns: int, moves_ns: int) -> None:
         loop = self.loops[index]
-        feedback = self._arrivals.feedback or self._hand_over is not None
+        feedback = self._arrivals.feedback or self._transfers is not None
         horizon = min(self._arrivals.next_ns, observe_ns + 1, self._router.next_ns, moves_ns)
         if feedback and self._agenda:
             # another instance may end a request, and so release one, at its next step end
             horizon = min(horizon, self._agenda[0][0])
-        if self._hand_over:
+        if self._transfers:
             horizon = min(horizon, loop.next_ns + 1)  # one action at a time: its transfers must be placed
         loop.run(horizon, feedback)
         self._plan(index)
@@ -165,23 +168,38 @@ class Simulation:
         request = self._workload.requests[index]
         model = request.model or _ANY_MODEL
         fronts, backs = self._fronts[model], self._backs[model]
-        if self._sticky and request.predecessor >= 0:
-            fronts = [self._taken_by[request.predecessor]]
-        instance = self.instances[self._router.choose(request, fronts).index]
+        if self._sticky:
+            fronts = self._last_of_session(request, fronts) or fronts
+        front = self._router.choose(request, fronts)
+        instance = self.instances[front.index]
         if self._sticky:
             self._taken_by[index] = instance.log.index
         if instance.log.spec.pd_type == "prefill":
-            self._send_through(request, instance, backs, now)
+            if self._send_through(request, instance, backs, now):
+                front.expect_one()
             return
         reason = why_impossible(request, instance)
         if reason:
             self._reject(index, instance.log.index, now, reason)
             return
+        front.expect_one()
         instance.submit(instance.new_state(request, now), now)
-        self._plan(self._loop_of[instance.log.index])
 
-    def _send_through(self, request: Request, prefill: Instance, backs: list[int], now: int) -> None:
-        """Hand a request to a prefill instance, with the decode instance it will go on to."""
+    def _last_of_session(self, request: Request, fronts: list[int]) -> list[int]:
+        """The one of ``fronts`` that took the latest request of the same session; empty if none did.
+
+        A session may ask for several models, and not every instance serves the one asked for now.
+        """
+        before = request.predecessor
+        while before >= 0:
+            if self._taken_by[before] in fronts:
+                return [self._taken_by[before]]
+            before = self._workload.requests[before].predecessor
+        return []
+
+    def _send_through(self, request: Request, prefill: Instance, backs: list[int], now: int) -> bool:
+        """Hand a request to a prefill instance, with the decode instance it will go on to; False if it is
+        rejected."""
         assert self._hand_over is not None
         assert self._route is not None
         model = prefill.log.spec.model_name
@@ -191,12 +209,21 @@ class Simulation:
         reason = why_impossible(request, prefill, 1) or why_impossible(request, target)
         if reason:
             self._reject(request.index, prefill.log.index, now, reason)
-            return
+            return False
         state = prefill.new_state(request, now)
         state.total_tokens = request.input_tokens + 1
         self._hand_over.send(Journey(state, prefill, decode, target, self._route(prefill, target)))
         prefill.submit(state, now)
-        self._plan(self._loop_of[prefill.log.index])
+        return True
+
+    def _move(self, now: int) -> None:
+        """Let transfers start and end; KV that has arrived brings its request along."""
+        assert self._transfers is not None
+        self._transfers.advance(now)
+        if self._hand_over:
+            for journey in self._hand_over.arrived:
+                self._arrive_at_decode(journey, now)
+            self._hand_over.arrived.clear()
 
     def _arrive_at_decode(self, journey: Journey, now: int) -> None:
         target, record = journey.target, journey.state.record
@@ -205,10 +232,8 @@ class Simulation:
         state = target.new_state(journey.state.request, now)
         state.record = record
         state.kv_arrived = True
+        journey.decode.expect_one()
         target.submit(state, now)
-        journey.prefill.loop.wake(now)
-        for instance in (target, journey.prefill):
-            self._plan(self._loop_of[instance.log.index])
 
     def _end(self, state: RequestState) -> None:
         record = state.record

@@ -18,13 +18,14 @@ from serving.engine.batch import Batch
 from serving.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
     from serving.engine.instance import Instance
     from serving.engine.noise import StepNoise
     from serving.engine.request_state import RequestState
+    from serving.engine.transfers import Transfers
 
 _MIN_JUMP = 12  # steps; below this, stepping one by one is cheaper than a vectorised jump
 _MAX_JUMP = 8192
@@ -110,14 +111,28 @@ class StepLoop:
         self._quiet: StepTimes | None = times.steps if jump and isinstance(times, SingleTimes) else None
         self.noise = noise
         """Makes every step a little faster or slower."""
+        self.transfers: Transfers | None = None
+        """Brings KV from lower tiers; needed if a member's prefix cache has one."""
+        self.woken: Callable[[], None] | None = None
+        """Called when :attr:`next_ns` has changed from outside :meth:`run`."""
+        self._gated: Wave | None = None
+        """The wave that waits for KV from a lower tier; nothing is scheduled behind it meanwhile."""
+        self._gate_ns = 0
+        """When the gated wave would have started."""
+        self._reads_left = 0
         self._launched = 0
         self._in_flight: deque[Wave] = deque()
         self._stage_free_ns = [0] * stages
 
     def wake(self, arrival_ns: int) -> None:
         """Act at ``arrival_ns`` unless something is in flight."""
-        if not self._in_flight:
-            self.next_ns = min(self.next_ns, arrival_ns)
+        if not self._in_flight and arrival_ns < self.next_ns:
+            self.next_ns = arrival_ns
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.woken:
+            self.woken()
 
     def run(self, horizon_ns: int, one_finish: bool) -> None:
         """Run from :attr:`next_ns` until the next action would be at ``horizon_ns`` or later.
@@ -136,14 +151,17 @@ class StepLoop:
             for member in members:
                 member.take_in(now)
             released = one_finish and self.finished  # what that releases may arrive within a jump
-            if self._quiet and not released and len(in_flight) == self._depth - 1:
+            if self._quiet and not released and not self._gated and len(in_flight) == self._depth - 1:
                 self._jump_ahead(self._quiet, now, horizon_ns)
-            while len(in_flight) < self._depth and self._launch(now):
+            while not self._gated and len(in_flight) < self._depth and self._launch(now):
                 pass
             if not in_flight:
                 for member in members:
                     if member.scheduler.waiting and not member.scheduler.held:
                         raise RunError(member.stuck_message())
+                self.next_ns = NEVER
+                return
+            if in_flight[0] is self._gated:
                 self.next_ns = NEVER
                 return
             self.next_ns = now = in_flight[0].end_ns
@@ -162,23 +180,53 @@ class StepLoop:
             ]
         if not any(batches):
             return False
-        free = self._stage_free_ns
-        start = time = max(free[0], now_ns)
-        for stage, (compute, hand_over) in enumerate(self.times.stages_ns(batches)):
+        wave = Wave(batches, NEVER)
+        in_flight.append(wave)
+        start = max(self._stage_free_ns[0], now_ns)
+        if any(batch.recalls for batch in batches if batch is not None):
+            self._recall(wave, start)
+        else:
+            self._start(wave, start, start)
+        return True
+
+    def _recall(self, wave: Wave, start_ns: int) -> None:
+        """Let a wave wait for the KV its members need from a lower tier; reads begin when it would start."""
+        assert self.transfers is not None
+        self._gated, self._gate_ns = wave, start_ns
+        for member, batch in zip(self.members, wave.batches, strict=True):
+            for size in batch.recalls if batch is not None else ():
+                assert member.recall_route is not None
+                self._reads_left += 1
+                self.transfers.plan(start_ns, size, member.recall_route, self._read)
+
+    def _read(self, now_ns: int) -> None:
+        """One read from a lower tier has ended; after the last one the wave starts."""
+        self._reads_left -= 1
+        if self._reads_left == 0:
+            assert self._gated is not None
+            wave, self._gated = self._gated, None
+            self._start(wave, self._gate_ns, now_ns)
+            self.next_ns = self._in_flight[0].end_ns
+            self._tell()
+
+    def _start(self, wave: Wave, since_ns: int, compute_ns: int) -> None:
+        """Put a wave on the NPUs: it has been theirs since ``since_ns`` and computes from ``compute_ns``
+        on."""
+        free, time = self._stage_free_ns, compute_ns
+        for stage, (compute, hand_over) in enumerate(self.times.stages_ns(wave.batches)):
             if self.noise:
                 compute = self.noise.step_ns(self._launched, compute)
             time = max(time, free[stage]) + compute
             free[stage] = time
             time += hand_over
-        for member, batch in zip(self.members, batches, strict=True):
+        for member, batch in zip(self.members, wave.batches, strict=True):
             if batch is not None:
                 batch.end_ns = time
-                member.note_step(batch, start)
+                member.note_step(batch, since_ns)
                 if member.scheduled:
-                    member.scheduled(member, batch, start)
-        in_flight.append(Wave(batches, time))
+                    member.scheduled(member, batch, since_ns)
+        wave.end_ns = time
         self._launched += 1
-        return True
 
     def _complete(self, wave: Wave) -> None:
         for member, batch in zip(self.members, wave.batches, strict=True):

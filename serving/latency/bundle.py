@@ -12,6 +12,7 @@ import numpy as np
 
 from serving.errors import InputError, MissingFileError
 from serving.latency.bundle_csv import read_labelled, read_numbers, refuse_repeats
+from serving.latency.missing import made_for
 from serving.latency.moe import MoeTable
 from serving.latency.skew_csv import read_skew
 from serving.latency.tables import Curve, Surface, densify
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from serving.latency.skew import SkewTable
 
 UNLIMITED = 2**31 - 1  # what max_num_seqs 0 stands for
+LINKS = ("pcie", "nvlink")
 ATTENTION_AXES = ("prefill_chunk", "n_decode", "kv_prefill", "kv_decode")
 """Nesting order of the attention lookup, outermost first."""
 
@@ -94,6 +96,20 @@ class Bundle:
             *(_positive(engine, key, self.folder) for key in ("max_num_batched_tokens", "max_num_seqs"))
         )
 
+    @property
+    def collectives_link(self) -> str | None:
+        """What comm.csv was measured over, ``pcie`` or ``nvlink``; None: meta.yaml does not say.
+
+        Peers reach each other over PCIe as well or as badly as their machine lets them, over NVLink alike in
+        every machine.
+        """
+        path = self.folder / "meta.yaml"
+        link = _mapping(self.meta, "collectives", path).get("link")
+        if link not in (None, *LINKS):
+            allowed = ", ".join(LINKS)
+            raise InputError(f"{path}: collectives.link: {link!r} is not allowed; must be one of {allowed}")
+        return link
+
     def tables(self, tp: int) -> RankTables:
         """The tables of ``tp<N>``; read on first use.
 
@@ -101,9 +117,20 @@ class Bundle:
             MissingFileError: the degree or one of its files is not there; InputError: a file is malformed.
         """
         if tp not in self._tables:
-            folder = find_tp_folder(self.folder, self.hardware, self.model, self.variant, tp)
-            self._tables[tp] = self._read(folder, tp)
+            try:
+                folder = find_tp_folder(self.folder, self.hardware, self.model, self.variant, tp)
+                self._tables[tp] = self._read(folder, tp)
+            except MissingFileError as missing:
+                if self.meta.get("source") != "silicon":
+                    raise  # a degree made from other measurements has no place beside measured ones
+                made = made_for(self.hardware, self.model, self.variant, tp, missing)
+                self._tables[tp] = self._beside(made)._read(made / f"tp{tp}", tp)
         return self._tables[tp]
+
+    def _beside(self, folder: Path) -> Bundle:
+        """The bundle of the same name in another place."""
+        meta = read_yaml_object(folder / "meta.yaml")
+        return Bundle(folder, self.hardware, self.model, self.variant, meta)
 
     def whole_experts(self) -> MoeTable:
         """The expert layer of ranks that hold whole experts, as expert parallelism has them: ``tp1/moe.csv``.
@@ -173,7 +200,10 @@ def load_bundle(hardware: str, model: str, variant: str, tp: int = 1) -> Bundle:
     Raises:
         MissingFileError: there is no such folder; InputError: its meta.yaml is missing or malformed.
     """
-    folder = find_variant(hardware, model, variant, tp)
+    try:
+        folder = find_variant(hardware, model, variant, tp)
+    except MissingFileError as missing:
+        folder = made_for(hardware, model, variant, tp, missing)
     meta = folder / "meta.yaml"
     if not meta.is_file():
         raise MissingFileError(

@@ -54,6 +54,9 @@ def explain(
             )
     mean = kv_sum // n if n else 0
     costs += _chunk_rows(timer, chunks, n, mean) if chunks else [_decode_row(timer, n, mean)]
+    if chunks and timer.waits_for_longest and n > 1 and (tail_us := timer.tail_us(n, mean, kv_max)):
+        origin = f"half of what a single decode of {kv_max} takes longer than one of the mean, {mean}"
+        costs.append(LayerCost("attention: longest decode", timer.blocks, tail_us, origin))
     skew_us, alpha = _skew(timer, chunks, n, mean, kv_min, kv_max)
     if skew_us:
         origin = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from serving.latency.bundle import load_bundle
@@ -16,7 +17,7 @@ from serving.specs.hardware import load_hardware, resolve_engine
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from serving.latency.bundle import Bundle
+    from serving.latency.bundle import Bundle, RankTables
     from serving.latency.stage import Stage
     from serving.specs.architecture import Architecture
     from serving.specs.cluster import ClusterSpec, InstanceSpec
@@ -33,6 +34,7 @@ class StepTimers:
 
     def __init__(self, cluster: ClusterSpec) -> None:
         self.topology = Topology.of(cluster)
+        self._collectives = cluster.collectives
         self._timers: dict[Hashable, StepTimer] = {}
         self._bundles: dict[Hashable, Bundle] = {}
         self._architectures: dict[str, Architecture] = {}
@@ -69,8 +71,9 @@ class StepTimers:
             tp = instance.tp_size
             bundle = self.bundle(instance, model, options)
             architecture = self._architecture(model.model_type)
-            terms = stage_terms(architecture, stage, bundle.tables(tp), tp, self.topology.tp, experts=experts)
-            self._timers[key] = StepTimer(bundle, bundle.tables(tp), stage.num_blocks, terms, engine, limit)
+            tables = self._tables(bundle, tp)
+            terms = stage_terms(architecture, stage, tables, tp, self.topology.tp, experts=experts)
+            self._timers[key] = StepTimer(bundle, tables, stage.num_blocks, terms, engine, limit)
         return self._timers[key]
 
     def bundle(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Bundle:
@@ -79,6 +82,13 @@ class StepTimers:
         if key not in self._bundles:
             self._bundles[key] = load_bundle(*key, instance.tp_size)
         return self._bundles[key]
+
+    def _tables(self, bundle: Bundle, tp: int) -> RankTables:
+        """The bundle's tables; without its measured collectives where the cluster's links decide."""
+        tables, wanted = bundle.tables(tp), self._collectives
+        if wanted == "links" or (wanted == "auto" and bundle.collectives_link == "pcie"):
+            return replace(tables, collectives={})
+        return tables
 
     def _architecture(self, model_type: str) -> Architecture:
         if model_type not in self._architectures:

@@ -122,7 +122,7 @@ def heartbeat_line(instance: InstanceLog, before: int, after: int, elapsed_ns: i
     decode = sum(steps.decode_tokens[before:after]) * SECOND / elapsed_ns
     batch = steps.running[after - 1] if after else 0
     used = steps.kv_blocks_used[after - 1] if after else 0
-    memory = capacity.weight_bytes + used * capacity.bytes_per_block
+    memory = capacity.weight_bytes + used * capacity.npu_bytes_per_block
     return (
         f"[INFO] step={after} batch={batch} prompt_t={si(prompt)} tok/s decode_t={si(decode)} tok/s "
         f"npu_mem={memory / GIB:.1f} GB"

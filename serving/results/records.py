@@ -35,6 +35,7 @@ class StepLog:
         "preempted",  # requests preempted while the step was scheduled
         "hit_tokens",  # prompt tokens found in the prefix cache by requests admitted in this step
         "lookup_tokens",  # tokens looked up in the prefix cache by requests admitted in this step
+        "tier_bytes",  # bytes read from and written to the lower tier of the prefix cache
     )
     __slots__ = COLUMNS
 
@@ -52,6 +53,7 @@ class StepLog:
     preempted: array[int]
     hit_tokens: array[int]
     lookup_tokens: array[int]
+    tier_bytes: array[int]
 
     def __len__(self) -> int:
         return len(self.start_ns)

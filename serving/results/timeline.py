@@ -64,7 +64,7 @@ def _steps(instance: InstanceLog) -> Iterator[dict[str, Any]]:
     columns = [getattr(instance.steps, name) for name in instance.steps.COLUMNS]
     last_counts = None
     for step, row in enumerate(zip(*columns, strict=True)):
-        start, end, prefill, decodes, running, waiting, used, preempted, hit, _ = row
+        start, end, prefill, decodes, running, waiting, used, preempted, hit, *_ = row
         yield {
             "ph": "X",
             "name": "prefill + decode" if prefill and decodes else "prefill" if prefill else "decode",

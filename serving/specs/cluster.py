@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
 
+from serving.errors import InputError
 from serving.specs import paths
 from serving.specs.base import BandwidthGbs, Count, LatencyNs, SizeGb, Spec, Unit, list_as_tuple
-from serving.specs.hardware import EngineSpec
+from serving.specs.hardware import EngineSpec, HardwareSpec, load_hardware
 from serving.specs.options import (
     AsyncScheduling,
     BlockSize,
@@ -25,12 +26,13 @@ from serving.specs.options import (
     MaxNumBatchedTokens,
     MaxNumSeqs,
     ReserveFullIsl,
+    RuntimeOptions,
     WeightDtype,
 )
 from serving.specs.placement import PlacementSpec
 from serving.specs.power import PowerSpec
 from serving.specs.reading import read_json_object
-from serving.specs.validation import nearest, validated
+from serving.specs.validation import hint, nearest, validated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -259,3 +261,75 @@ def load_cluster(source: str | os.PathLike[str] | Mapping[str, Any]) -> ClusterS
     cluster._source = name
     check_structure(cluster)
     return cluster
+
+
+def cluster_of(options: RuntimeOptions) -> ClusterSpec:
+    """The cluster that the options name, on the hardware, model and degree they name.
+
+    Raises:
+        InputError: as :func:`load_cluster` and :func:`with_hardware`.
+    """
+    return with_options(load_cluster(options.cluster_config), options)
+
+
+def with_options(cluster: ClusterSpec, options: RuntimeOptions) -> ClusterSpec:
+    """:func:`with_hardware` for what ``--hardware``, ``--model`` and ``--tp`` say."""
+    return with_hardware(cluster, options.hardware, options.model, options.tp)
+
+
+def with_hardware(
+    cluster: ClusterSpec, hardware: str | None = None, model: str | None = None, tp: int | None = None
+) -> ClusterSpec:
+    """The cluster with all its instances on other hardware, with another model or degree; None: as it is.
+
+    Memory and links are those of ``configs/hardware/<hardware>.yaml``. What an instance says of its former
+    hardware goes: a number of KV blocks, engine constants. Doing it twice is doing it once.
+
+    Raises:
+        InputError: there is no such hardware, its file says nothing of its memory, or the result is no valid
+            cluster.
+    """
+    from serving.specs.cluster_checks import check_structure
+
+    spec = None if hardware is None else _known_hardware(hardware)
+    moved = {instance.hardware for _, instance in cluster.instances} - {hardware} if spec else set()
+    nodes = [
+        node.model_copy(
+            update={"instances": tuple(_moved(instance, spec, model, tp) for instance in node.instances)}
+        )
+        for node in cluster.nodes
+    ]
+    changes: dict[str, Any] = {"nodes": tuple(nodes)}
+    if spec is not None and moved and spec.link is not None:
+        # latency_us is what two ranks' all-reduce of next to nothing takes: two passes of one hop.
+        changes |= {"link_bw": spec.link.bandwidth_gbs, "link_latency": spec.link.latency_us * 1e3 / 2}
+    changed = cluster.model_copy(update=changes)
+    changed._source = cluster.source
+    check_structure(changed)
+    return changed
+
+
+def _known_hardware(name: str) -> HardwareSpec:
+    spec = load_hardware(name)
+    if spec.memory_gib is None or spec.memory_bandwidth_gbs is None:
+        known = [path.stem for path in paths.find_all("configs/hardware/*.yaml")]
+        if name not in known:
+            raise InputError(f"--hardware: {name} is not known; {hint(name, known)}")
+        missing = "memory_gib" if spec.memory_gib is None else "memory_bandwidth_gbs"
+        raise InputError(f"configs/hardware/{name}.yaml: {missing}: is missing; --hardware goes by it")
+    return spec
+
+
+def _moved(
+    instance: InstanceSpec, spec: HardwareSpec | None, model: str | None, tp: int | None
+) -> InstanceSpec:
+    changes: dict[str, Any] = {}
+    if spec is not None and spec.name != instance.hardware:
+        memory = {"mem_size": spec.memory_gib, "mem_bw": spec.memory_bandwidth_gbs, "reserve": None}
+        npu_mem = instance.npu_mem.model_copy(update=memory)
+        changes |= {"hardware": spec.name, "npu_mem": npu_mem, "num_gpu_blocks": None, "engine": None}
+    if model is not None and model != instance.model_name:
+        changes |= {"model_name": model, "num_gpu_blocks": None}
+    if tp is not None and tp != instance.tp_size:
+        changes |= {"tp_size": tp, "num_npus": tp * instance.pp_size, "num_gpu_blocks": None}
+    return instance.model_copy(update=changes)

@@ -151,6 +151,25 @@ class RuntimeOptions(Spec):
     dataset: Annotated[FilePath, Flag("workload; its format is found by content", _INPUT, "PATH")] = (
         "workloads/example_trace.jsonl"
     )
+    hardware: Annotated[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)] | None,
+        Flag(
+            "run every instance on this accelerator: bundles, memory and links as configs/hardware has them",
+            _INPUT,
+            "NAME",
+            default_text="as in the cluster config",
+        ),
+    ] = None
+    model: Annotated[
+        Annotated[str, Field(min_length=1, max_length=1000)] | None,
+        Flag("every instance serves this model", _INPUT, "NAME", default_text="as in the cluster config"),
+    ] = None
+    tp: Annotated[
+        Annotated[int, Field(ge=1, le=65536)] | None,
+        Flag(
+            "tensor-parallel degree of every instance", _INPUT, "N", default_text="as in the cluster config"
+        ),
+    ] = None
     num_reqs: Annotated[
         Limit, Flag("entries of the workload to load; a session is one", _INPUT, default_text="0 = all")
     ] = 0
@@ -228,6 +247,14 @@ class RuntimeOptions(Spec):
         ),
     ] = None
     seed: Annotated[int, Field(ge=0, le=2**63 - 1), Flag("of every random choice", _RUN)] = 42
+    auto_profile: Annotated[
+        bool,
+        Flag(
+            "make a profile bundle that is missing from public kernel measurements, where the silicon extra "
+            "is installed, and keep it in the user's data folder",
+            _RUN,
+        ),
+    ] = True
     cudagraph: Annotated[bool, Flag("pad small steps to the size of a captured CUDA graph", _RUN)] = True
     stepped: Annotated[
         bool, Flag("debugging: run every step on its own instead of jumping over many", _RUN)

@@ -16,10 +16,7 @@ if TYPE_CHECKING:
     from serving.specs.options import RuntimeOptions
 
 # Option -> the one value that works.
-_FIXED = {
-    "enable_prefix_sharing": False,
-    "prefix_storage": None,
-}
+_FIXED: dict[str, object] = {}
 _FIXED_PER_INSTANCE = {
     "enable_local_offloading": False,
     "enable_attn_offloading": False,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from serving.engine.batch import Batch
+    from serving.engine.transfers import Route
+    from serving.memory.tier import LowerTier
     from serving.results.records import RunLog
 
 
@@ -121,6 +123,8 @@ def small_member(
     lanes: list[array[int]] | None = None,
     instances: int = 1,
     pd_type: str | None = None,
+    tier: LowerTier | None = None,
+    recall_route: Route | None = None,
     **limits: Any,
 ) -> Instance:
     """An instance that no loop runs yet; ``lanes`` where it is in a pipeline."""
@@ -142,9 +146,11 @@ def small_member(
     log.spec.pd_type = pd_type  # type: ignore[misc, assignment]
     new_lane = None if lanes is None else lane_maker(block_size, lanes, instances)
     scheduler = Scheduler(
-        SchedulerLimits(max_num_seqs, budget, **limits), KvCache(blocks, block_size, caching), new_lane
+        SchedulerLimits(max_num_seqs, budget, **limits), KvCache(blocks, block_size, caching, tier), new_lane
     )
-    return Instance(log, scheduler, tables or BlockTables(workload))
+    member = Instance(log, scheduler, tables or BlockTables(workload))
+    member.recall_route = recall_route
+    return member
 
 
 def run_small(workload: Workload, *, max_concurrency: int = 0, **how: Any) -> RunLog:

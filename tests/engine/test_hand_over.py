@@ -16,7 +16,7 @@ from serving.engine.block_tables import BlockTables
 from serving.engine.hand_over import HandOver, Routes
 from serving.engine.simulation import Simulation
 from serving.engine.step_loop import SingleTimes, StepLoop
-from serving.network.links import Links
+from serving.engine.transfers import Transfers
 from serving.specs.options import RuntimeOptions
 from tests.engine.small_engine import LinearTimes, requests, small_member
 from tests.engine.test_properties import workloads
@@ -53,8 +53,12 @@ def run_split(
     link = SimpleNamespace(bandwidth_gbs=bandwidth, latency_ns=latency)
     far = SimpleNamespace(bandwidth_gbs=bandwidth / 2, latency_ns=latency * 3)
     routes = Routes(cast("Any", SimpleNamespace(dp=link, nodes=far)))
-    hand_over = HandOver(Links(), {"org/tiny": cast("Any", MODEL)})
-    log = Simulation(loops, workload, RuntimeOptions(), hand_over=hand_over, route=routes).run()
+    transfers = Transfers()
+    hand_over = HandOver(transfers, {"org/tiny": cast("Any", MODEL)})
+    run = Simulation(
+        loops, workload, RuntimeOptions(), transfers=transfers, hand_over=hand_over, route=routes
+    )
+    log = run.run()
     for member in members:
         member.scheduler.kv.pool.check_integrity()
         assert member.scheduler.kv.pool.num_used == 0

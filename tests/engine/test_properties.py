@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 @st.composite
-def workloads(draw: st.DrawFn, most: int = 14) -> Workload:
+def workloads(draw: st.DrawFn, most: int = 14, longest: int = 300) -> Workload:
     """Flat requests and sessions, some with ids that share prefixes."""
     made: list[Request] = []
     for index in range(draw(st.integers(1, most))):
         prompt = draw(st.integers(1, 60))
-        output = draw(st.integers(1, draw(st.sampled_from([3, 40, 300]))))
+        output = draw(st.integers(1, draw(st.sampled_from([3, 40, longest]))))
         request = Request(index, prompt, output, draw(st.integers(0, 40_000)))
         if draw(st.booleans()):
             group = draw(st.integers(0, 2))

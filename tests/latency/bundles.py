@@ -190,7 +190,10 @@ def slow_lookup(rows: Rows, query: tuple[float, ...]) -> float:
 def cluster_links(**links: float) -> SimpleNamespace:
     """As much of a cluster as the timer looks at."""
     return SimpleNamespace(
-        link_bandwidths_gbs=(links["bw"],), link_latencies_ns=(links["latency"],), link_wirings=("ring",)
+        link_bandwidths_gbs=(links["bw"],),
+        link_latencies_ns=(links["latency"],),
+        link_wirings=("ring",),
+        collectives="auto",
     )
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from serving.engine.batch import Batch
+from serving.engine.experts import expert_routing
 from serving.latency.bundle import load_bundle, range_warnings
 from serving.latency.stage import whole_model
 from serving.latency.step_terms import stage_terms
 from serving.latency.step_timer import StepTimer
+from serving.latency.step_timers import StepTimers
+from serving.latency.wave_timer import build_wave_timer
 from serving.network.topology import Dimension
 from serving.specs.architecture import load_architecture
 from serving.specs.hardware import EngineSpec
@@ -114,3 +119,46 @@ def test_a_breakdown_of_a_real_step_adds_up() -> None:
         assert sum(c.total_us for c in timer.explain(*step)) * 1000 == pytest.approx(
             timer.mixed_ns(*step), abs=0.6
         )
+
+
+def test_a_wave_of_two_members_on_measured_points_is_the_sum_of_its_rows(perf: Path) -> None:
+    """Two members of 64 and 128 decodes, all of 1024 tokens, with 64 experts each."""
+    folder = perf / MOE / "bf16" / "tp1"
+    model = load_model(recorded_path("model", f"{MOE}.json"))
+    links: Any = SimpleNamespace(
+        link_bandwidths_gbs=(16,),
+        link_latencies_ns=(20_000,),
+        link_wirings=("ring",),
+        collectives="auto",
+    )
+    spec: Any = SimpleNamespace(hardware="RTXPRO6000", tp_size=1, pp_size=1, ep_size=2, engine=EngineSpec())
+    spec.moe_backend = "allgather_reducescatter"
+    options: Any = SimpleNamespace(
+        variant="bf16", cudagraph=True, enable_block_copy=True, max_num_seqs=128, max_num_batched_tokens=2048
+    )
+    routing = expert_routing("BALANCED", model, 2, seed=42)
+    timer = build_wave_timer([(0, spec)] * 2, model, [options] * 2, StepTimers(links), routing)
+
+    def row(file: str, *start: object) -> float:
+        (found,) = [r for r in rows_of(folder / file) if tuple(r.values())[:-1] == tuple(map(str, start))]
+        return float(found["time_us"])
+
+    per_block = {"layernorm": 2, "qkv_proj": 1, "qk_norm": 1, "rotary_emb": 1, "o_proj": 1}
+    block = sum(n * row("dense.csv", layer, 128) for layer, n in per_block.items())
+    block += row("attention.csv", 0, 0, 128, 1024)
+    experts = row("moe.csv", 128, 64)  # 256 tokens touch all 64 experts of a rank, but for 4e-6 of one
+    exchange = 3 * 20.0 + 128 * (2 * 2048 + 128) * 2 / 2 / 16 / 1000
+    us = 48 * (block + experts + exchange) + sum(
+        row(file, layer, 128)
+        for file, layer in (
+            ("dense.csv", "embedding"),
+            ("dense.csv", "final_layernorm"),
+            ("per_sequence.csv", "lm_head"),
+            ("per_sequence.csv", "sampler"),
+        )
+    )
+    few, many = Batch(0), Batch(0)
+    few.add_decodes(64, 64 * 1024, 1024, 1024)
+    many.add_decodes(128, 128 * 1024, 1024, 1024)
+    ((compute, _),) = timer.stages_ns([few, many])
+    assert compute == pytest.approx(us * 1000, rel=1e-6)

@@ -114,6 +114,36 @@ def test_skew_in_mixed_steps_can_be_switched_off(root: Path) -> None:
     assert without.mixed_ns(*step) == Toy().timer(root).mixed_ns(*step)
 
 
+def test_a_mixed_step_waits_half_of_what_its_longest_decode_takes_longer(root: Path) -> None:
+    plain = EngineSpec(cudagraph=False, skew_in_mixed_steps=False)
+    tail = EngineSpec(cudagraph=False, skew_in_mixed_steps=False, tail_in_mixed_steps=True)
+    without, with_tail = Toy(skew=ALPHAS).timer(root, engine=plain), Toy(skew=ALPHAS).timer(root, engine=tail)
+    # A single decode of 256 tokens takes (256 - 136) / 32 µs longer than one of 136; two blocks.
+    step = ([(16, 0)], 4, 4 * 136, 16, 256)
+    assert with_tail.mixed_ns(*step) - without.mixed_ns(*step) == 0.5 * 120 / 32 * 2 * 1000
+    # Steps of decodes alone, of one decode and of equal ones know no tail.
+    assert with_tail.decode_ns(4, 4 * 136, 16, 256) == without.decode_ns(4, 4 * 136, 16, 256)
+    for equal in (([(16, 0)], 4, 4 * 136, 136, 136), ([(16, 0)], 1, 136, 136, 136)):
+        assert with_tail.mixed_ns(*equal) == without.mixed_ns(*equal)
+    assert sum(cost.total_us for cost in with_tail.explain(*step)) * 1000 == with_tail.mixed_ns(*step)
+    assert "attention: longest decode" in [cost.layer for cost in with_tail.explain(*step)]
+
+
+def test_the_skew_fit_wins_over_the_tail(root: Path) -> None:
+    both = EngineSpec(cudagraph=False, tail_in_mixed_steps=True)
+    step = ([(16, 0)], 4, 4 * 136, 16, 256)
+    expected = Toy(skew=ALPHAS).timer(root).mixed_ns(*step)
+    assert Toy(skew=ALPHAS).timer(root, engine=both).mixed_ns(*step) == expected
+
+
+def test_the_tail_never_exceeds_decodes_that_are_all_the_longest(root: Path) -> None:
+    toy = Toy()
+    toy.attention[16, 4, 0, 256] = toy.attention[16, 4, 0, 16]
+    engine = EngineSpec(cudagraph=False, skew_in_mixed_steps=False, tail_in_mixed_steps=True)
+    timer = toy.timer(root, engine=engine)
+    assert timer.mixed_ns([(16, 0)], 4, 4 * 136, 16, 256) == timer.mixed_ns([(16, 0)], 4, 4 * 136, 136, 136)
+
+
 def test_a_wild_fit_never_makes_a_step_faster_than_its_shortest_decode(root: Path) -> None:
     wild = [(chunk, "n<=8", "sr<=50%", "kvB>100", "kp=0", -735.0) for chunk in (0, 16)]
     timer = Toy(skew=wild).timer(root)
@@ -329,9 +359,7 @@ def test_the_timer_of_an_instance_finds_its_parts(root: Path) -> None:
 
     expected = Toy(tp=2).timer(root, engine=EngineSpec(decode_step_overhead_us=5))
     instance = SimpleNamespace(hardware="Toy", tp_size=2, engine=EngineSpec(decode_step_overhead_us=5))
-    options = SimpleNamespace(
-        variant="bf16", cudagraph=True, max_num_seqs=256, max_num_batched_tokens=2048
-    )
+    options = SimpleNamespace(variant="bf16", cudagraph=True, max_num_seqs=256, max_num_batched_tokens=2048)
     timer = build_step_timer(instance, toy_model(), options, cluster_links(bw=1.0, latency=1000.0))  # type: ignore[arg-type]
     assert timer.mixed_ns([(20, 0)], 4, 800, 100, 400) == expected.mixed_ns([(20, 0)], 4, 800, 100, 400)
     assert timer.bundle.variant == "bf16"

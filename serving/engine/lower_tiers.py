@@ -1,0 +1,86 @@
+"""Which instances share which lower tier of the prefix cache, and over what it is read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from serving.engine.transfers import Route
+from serving.errors import InputError
+from serving.memory.sizing import GIB, kv_bytes_per_token
+from serving.memory.tier import LowerTier, TierPool
+from serving.network.links import Port
+
+if TYPE_CHECKING:
+    from serving.specs.cluster import ClusterSpec, InstanceSpec
+    from serving.specs.model import ModelSpec
+    from serving.specs.options import InstanceOptions, RuntimeOptions
+
+
+class LowerTiers:
+    """The pools of a cluster.
+
+    A pool is an instance's own share of its node's memory, or with prefix sharing one for the whole node. CPU
+    memory is the node's; CXL memory is the cluster's, split evenly over the nodes, with chunks striped over
+    its devices. Whoever reads shares the memory's bandwidth.
+    """
+
+    def __init__(self, cluster: ClusterSpec, options: RuntimeOptions) -> None:
+        """
+        Raises:
+            InputError: CXL is asked for and the cluster has none, sharing is asked for without a tier, or the
+                prefix cache is off.
+        """
+        self._cluster = cluster
+        self._storage = options.prefix_storage
+        self._sharing = options.enable_prefix_sharing
+        self._pools: dict[tuple[int, int], TierPool] = {}
+        self._namespaces: dict[tuple[str, str, int], int] = {}
+        if self._storage == "CXL" and cluster.cxl_mem is None:
+            raise InputError(
+                f"--prefix-storage CXL: {cluster.source} has no cxl_mem; describe it there, or use CPU"
+            )
+        if self._sharing and self._storage is None:
+            raise InputError(
+                "--enable-prefix-sharing: there is no lower tier to share; give --prefix-storage CPU or CXL"
+            )
+
+    def tier(
+        self, index: int, node: int, spec: InstanceSpec, model: ModelSpec, options: InstanceOptions
+    ) -> LowerTier | None:
+        """The lower tier of an instance's prefix cache, None without one."""
+        if self._storage is None:
+            return None
+        if not options.enable_prefix_caching:
+            raise InputError(
+                f"--prefix-storage {self._storage}: instance {index} has prefix caching off; leave one of "
+                "them out"
+            )
+        instances = self._cluster.nodes[node].num_instances
+        key = (node, -1 if self._sharing else index)
+        if key not in self._pools:
+            size = self._node_bytes(node)
+            self._pools[key] = TierPool(size if self._sharing else size // instances)
+        kind = (spec.model_name, options.kv_dtype, options.block_size)
+        namespace = self._namespaces.setdefault(kind, len(self._namespaces))
+        per_npu = kv_bytes_per_token(model, options.kv_dtype, spec.tp_size, spec.pp_size)
+        return LowerTier(self._pools[key], namespace, options.block_size, per_npu * spec.num_npus)
+
+    def route(self, node: int) -> Route | None:
+        """The way from the lower tier to the instances of a node, None without one."""
+        if self._storage is None:
+            return None
+        cxl = self._cluster.cxl_mem
+        if self._storage == "CXL" and cxl is not None:
+            port = Port("CXL memory", cxl.mem_bw * cxl.num_devices)
+            latency = cxl.mem_latency
+        else:
+            memory = self._cluster.nodes[node].cpu_mem
+            port = Port(f"CPU memory of node {node}", memory.mem_bw)
+            latency = memory.mem_latency
+        return Route((port,), round(latency), port.bandwidth_gbs)
+
+    def _node_bytes(self, node: int) -> int:
+        cxl = self._cluster.cxl_mem
+        if self._storage == "CXL" and cxl is not None:
+            return int(cxl.mem_size * GIB) * cxl.num_devices // self._cluster.num_nodes
+        return int(self._cluster.nodes[node].cpu_mem.mem_size * GIB)

@@ -1,0 +1,51 @@
+"""What happens when a run asks for a bundle, or a degree of one, that is not there.
+
+Nothing, unless a maker was put in place: the packages below know no source of kernel times, so that whoever
+starts a run says who makes bundles for it.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
+
+from serving.errors import MissingFileError, ServingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    Maker = Callable[[str, str, str, int], Path | None]
+    """(hardware, model, variant, tp) -> folder of a bundle with this degree; None: it makes none of these."""
+
+_maker: ContextVar[Maker | None] = ContextVar("maker", default=None)
+
+
+@contextmanager
+def missing_bundles_from(maker: Maker | None) -> Iterator[None]:
+    """Inside the block, bundles that are not there are those that ``maker`` makes; None: an error again."""
+    token = _maker.set(maker)
+    try:
+        yield
+    finally:
+        _maker.reset(token)
+
+
+def made_for(hardware: str, model: str, variant: str, tp: int, missing: MissingFileError) -> Path:
+    """The folder of a bundle made for this degree.
+
+    Raises:
+        MissingFileError: ``missing`` itself when nobody makes such bundles; with the reason added when
+            making it failed.
+    """
+    maker = _maker.get()
+    if maker is None:
+        raise missing
+    try:
+        folder = maker(hardware, model, variant, tp)
+    except ServingError as error:
+        raise MissingFileError(f"{missing}\nIt was not made on demand: {error}") from None
+    if folder is None:
+        raise missing
+    return folder

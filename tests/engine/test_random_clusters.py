@@ -1,0 +1,197 @@
+"""What holds for every legal cluster of up to six instances and every workload: nothing is lost, it ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serving.api import load_cluster
+from serving.engine.build import build_simulation
+from serving.errors import RunError
+from serving.specs.options import RuntimeOptions
+from serving.specs.unsupported import refuse_unsupported
+from tests.engine.test_properties import everything, workloads
+from tests.engine.toy_world import DENSE, EXPERTS, MOE, toy_cluster, toy_instance, toy_world
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from serving.engine.simulation import Simulation
+    from serving.results.records import RunLog
+    from serving.specs.cluster import ClusterSpec
+    from serving.workload.request import Workload
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with toy_world(tmp_path_factory.mktemp("toys")):
+        yield
+
+
+engine_options = st.fixed_dictionaries(
+    {
+        "num_gpu_blocks": st.integers(25, 140),
+        "block_size": st.sampled_from([4, 16]),
+        "max_num_seqs": st.integers(1, 8),
+        "max_num_batched_tokens": st.sampled_from([5, 64, 500]),
+        "long_prefill_token_threshold": st.sampled_from([0, 0, 9]),
+        "reserve_full_isl": st.booleans(),
+        "enable_prefix_caching": st.booleans(),
+        "kv_cache_dtype": st.sampled_from(["auto", "fp8"]),
+        "dtype": st.sampled_from([None, "fp8"]),
+    }
+)
+
+
+@st.composite
+def units(draw: st.DrawFn, model: str, role: str | None, room: int, number: int) -> list[dict[str, Any]]:
+    """One instance, or the members of a data-parallel group."""
+    members = draw(st.integers(1, min(room, 3)))
+    tp, pp = draw(st.sampled_from([1, 2])), draw(st.integers(1, 3))
+    shape: dict[str, Any] = {"tp_size": tp, "pp_size": pp, "pd_type": role}
+    if model == MOE:
+        legal = [
+            ep
+            for ep in range(1, EXPERTS + 1)
+            if EXPERTS % ep == 0 and (tp % ep == 0 or (ep % tp == 0 and members % (ep // tp) == 0))
+        ]
+        shape["ep_size"] = draw(st.sampled_from(legal))
+        shape["moe_backend"] = draw(st.sampled_from(["allgather_reducescatter", "all_to_all"]))
+    if members > 1 or draw(st.booleans()):
+        shape["dp_group"] = f"group {number}"
+    shape["async_scheduling"] = draw(st.booleans())
+    shape["enable_block_copy"] = draw(st.booleans())
+    return [toy_instance(model, **shape, **draw(engine_options)) for _ in range(members)]
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> ClusterSpec:
+    """Up to six instances of one or two models on one or two nodes."""
+    models = draw(st.sampled_from([[DENSE], [MOE], [DENSE, MOE]]))
+    instances: list[dict[str, Any]] = []
+    for number, model in enumerate(models):
+        room = 6 - len(instances) if number == len(models) - 1 else 3
+        roles: list[str | None] = draw(st.sampled_from([[None], ["prefill", "decode"]]))
+        rest = draw(st.lists(st.sampled_from(roles), max_size=2))
+        for turn, role in enumerate([*roles, *rest]):
+            still = max(len(roles) - turn - 1, 0)
+            if room - still > 0:
+                unit = draw(units(model, role, room - still, len(instances)))
+                instances += unit
+                room -= len(unit)
+    instances = draw(st.permutations(instances))
+    cut = draw(st.integers(0, len(instances)))
+    nodes = [part for part in (instances[:cut], instances[cut:]) if part]
+    links = {
+        "link_bw": draw(st.sampled_from([0.01, 1, [100, 50, 25, 10]])),
+        "link_latency": draw(st.sampled_from([0, 1000, [1, 20, 300, 4000]])),
+        "link_topology": draw(st.sampled_from(["ring", "switch", ["fully_connected", "ring"]])),
+    }
+    return load_cluster(toy_cluster(*nodes, **links))
+
+
+options = st.builds(
+    RuntimeOptions,
+    request_routing_policy=st.sampled_from(["LOAD", "RR", "RAND", "PREFIX"]),
+    expert_routing_policy=st.sampled_from(["BALANCED", "RR", "RAND", "ZIPF"]),
+    router_refresh=st.sampled_from([0.0, 0.0, 0.0001, 0.1]),
+    sticky_sessions=st.booleans(),
+    max_concurrency=st.sampled_from([0, 0, 1, 3]),
+    skip_prefill=st.sampled_from([False, False, False, True]),
+    cudagraph=st.booleans(),
+)
+
+
+def with_models(workload: Workload, cluster: ClusterSpec, asked: list[int]) -> Workload:
+    """Some requests ask for a model of the cluster."""
+    names = [None, *sorted({spec.model_name for _, spec in cluster.instances})]
+    for request, choice in zip(workload, asked, strict=False):
+        request.model = names[choice % len(names)]
+    return workload
+
+
+def bounded(simulation: Simulation, workload: Workload) -> RunLog:
+    """Run, but not for ever: a loop that acts without anything getting done fails the test.
+
+    A step computes a token at least, and every request can be preempted only for the sake of another that
+    goes on, so a run needs far fewer actions than requests times tokens.
+    """
+    most = 50 * sum(r.input_tokens + r.output_tokens for r in workload) + 1000 * len(workload)
+    acted = 0
+    act = simulation._act
+
+    def count(*arguments: int) -> None:
+        nonlocal acted
+        acted += 1
+        assert acted < most, "the run does not come to an end"
+        act(*arguments)
+
+    simulation._act = count  # type: ignore[method-assign]
+    return simulation.run()
+
+
+def check_cluster_run(simulation: Simulation, log: RunLog, workload: Workload) -> None:
+    """Every request ended once with all its tokens, in order; no block is held."""
+    assert sorted(r.request for r in (*log.requests, *log.rejected)) == list(range(len(workload)))
+    assert all(rejected.reason for rejected in log.rejected)
+    tracks = log.tracks()
+    for record in log.requests:
+        request = workload.requests[record.request]
+        first, second = (log.instances[i].spec for i in (record.instance, record.decode_instance))
+        assert request.model in (None, first.model_name)
+        assert first.model_name == second.model_name
+        assert (first.pd_type, second.pd_type) in ((None, None), ("prefill", "decode"))
+        times = [int(t) for track, a, b in record.token_steps for t in tracks[track][a : b + 1]]
+        assert len(times) == request.output_tokens
+        assert times == sorted(set(times))
+        assert (record.first_token_ns, record.end_ns) == (times[0], times[-1])
+        assert record.arrival_ns <= record.queued_ns <= record.scheduled_ns < record.first_token_ns
+    for instance in simulation.instances:
+        pool, scheduler, steps = instance.scheduler.kv.pool, instance.scheduler, instance.log.steps
+        pool.check_integrity()
+        assert pool.num_used == scheduler.held == len(scheduler.running) == len(scheduler.waiting) == 0
+        assert scheduler.decodes.count == 0
+        assert (steps.column("kv_blocks_used") <= pool.usable).all()
+        assert (steps.column("running") <= instance.log.options.max_num_seqs).all()
+        assert (
+            steps.column("prefill_tokens") + steps.column("decode_tokens")
+            <= instance.log.options.max_num_batched_tokens
+        ).all()
+        starts, ends = steps.column("start_ns"), steps.column("end_ns")
+        assert (starts < ends).all()
+        assert (np.diff(starts) >= 0).all()
+        assert (np.diff(ends) >= 0).all()
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(clusters(), workloads(longest=60), options, st.lists(st.integers(0, 2), max_size=14))
+def test_nothing_is_lost_and_every_run_ends_and_repeats(
+    cluster: ClusterSpec, workload: Workload, chosen: RuntimeOptions, asked: list[int]
+) -> None:
+    refuse_unsupported(cluster, chosen)
+    workload = with_models(workload, cluster, asked)
+    simulation = build_simulation(cluster, workload, chosen)
+    log = bounded(simulation, workload)
+    check_cluster_run(simulation, log, workload)
+    again = build_simulation(cluster, workload, chosen.replace(stepped=True)).run()
+    assert everything(again) == everything(log)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(clusters(), workloads(longest=60), options)
+def test_without_chunked_prefill_a_run_ends_or_names_who_is_stuck(
+    cluster: ClusterSpec, workload: Workload, chosen: RuntimeOptions
+) -> None:
+    chosen = chosen.replace(enable_chunked_prefill=False)
+    simulation = build_simulation(cluster, workload, chosen)
+    try:
+        log = bounded(simulation, workload)
+    except RunError as error:
+        assert "cannot go on: requests " in str(error)
+        assert "chunked prefill off" in str(error)
+    else:
+        check_cluster_run(simulation, log, workload)

@@ -1,0 +1,93 @@
+"""A folder with two tiny models and their kernel times, and clusters that run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from tests.latency.bundles import HARDWARE, MODEL, VARIANT, Toy, toy_architecture
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+DENSE, MOE = MODEL, "org/toy-moe"
+LAYERS, EXPERTS = 5, 4
+KV_BYTES_PER_TOKEN = 2 * LAYERS * 2 * 4 * 2
+"""Both sides, layers, KV heads, their size, bytes."""
+
+
+@contextmanager
+def toy_world(root: Path) -> Iterator[Path]:
+    """Make ``root`` such a folder and the working directory."""
+    experts = {(t, a): 3.0 + t / 4 + a for t in (1, 64) for a in (1, 4)}
+    for tp in (1, 2):
+        folder = Toy(tp=tp, moe=experts, meta={"source": "roofline", "gpu": f"{HARDWARE} GPU"}).write(root)
+    for variant in ("bf16-kvfp8", "fp8", "fp8-kvfp8"):
+        shutil.copytree(folder, folder.parent / variant)
+    shutil.copytree(folder.parent, root / "profiler" / "perf" / HARDWARE / MOE)
+    toy_architecture(root)
+    config: dict[str, Any] = {
+        "model_type": "toy",
+        "hidden_size": 16,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 64,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "bfloat16",
+    }
+    experts_too = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    for name, more in ((DENSE, {}), (MOE, experts_too)):
+        path = root / "configs" / "model" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**config, **more}), encoding="utf-8")
+    before = os.getcwd()
+    os.chdir(root)
+    try:
+        yield root
+    finally:
+        os.chdir(before)
+
+
+def toy_instance(model: str = DENSE, **keys: Any) -> dict[str, Any]:
+    """An instance of the cluster config; 1,000 usable blocks unless ``num_gpu_blocks`` says otherwise."""
+    tp, pp = keys.pop("tp_size", 1), keys.pop("pp_size", 1)
+    return {
+        "model_name": model,
+        "hardware": HARDWARE,
+        "npu_mem": {"mem_size": 1, "mem_bw": 1000, "mem_latency": 0, "reserve": 0},
+        "num_npus": tp * pp,
+        "tp_size": tp,
+        "pp_size": pp,
+        "pd_type": None,
+        "num_gpu_blocks": 1001,
+        **keys,
+    }
+
+
+def toy_cluster(*nodes: list[dict[str, Any]], **keys: Any) -> dict[str, Any]:
+    """A cluster config of nodes, each a list of instances."""
+    cpu = {"mem_size": 1, "mem_bw": 100, "mem_latency": 0}
+    described = [
+        {"num_instances": len(instances), "cpu_mem": cpu, "instances": instances} for instances in nodes
+    ]
+    return {"num_nodes": len(nodes), "link_bw": 1, "link_latency": 1000, "nodes": described, **keys}
+
+
+__all__ = [
+    "DENSE",
+    "EXPERTS",
+    "HARDWARE",
+    "KV_BYTES_PER_TOKEN",
+    "LAYERS",
+    "MOE",
+    "VARIANT",
+    "toy_cluster",
+    "toy_instance",
+    "toy_world",
+]
