@@ -1,0 +1,100 @@
+"""Saying before a run what there is for it: bundles, their reach, and ways to make others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from serving.profiler.bundle_writer import write_bundle
+from serving.profiler.roofline.build import build_bundle
+from serving.profiler.support import LETTERS, answer, profile_command, way
+from serving.specs.hardware import HardwareSpec
+from tests.profiler.roofline_toy import TOY_HARDWARE, job
+
+ASKED = {"tokens": 128, "sequences": 16, "decode KV": 4096}
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(folder: Path, **changes: object) -> None:
+    asked = job(**changes)
+    write_bundle(folder / "profiler/perf/Toy" / asked.model.name / asked.variant, build_bundle(asked))
+
+
+def test_without_a_bundle_a_hardware_file_is_enough_to_make_one() -> None:
+    told = answer(job(), ASKED)
+    assert told.bundle is None
+    assert told.letter == "r"
+    silicon, roofline = told.ways
+    assert (silicon.possible, roofline.possible) == (False, True)
+    assert "nobody published kernel measurements" in silicon.about
+    assert (
+        "--hardware Toy --source roofline --dtype bfloat16 --kv-cache-dtype auto --tp 1" in roofline.command
+    )
+
+
+def test_without_anything_nothing_can_be_made_and_the_missing_fact_is_named() -> None:
+    told = answer(job(hardware=HardwareSpec(name="Blank")), ASKED)
+    assert told.letter == "-"
+    assert "configs/hardware/Blank.yaml: memory_bandwidth_gbs: is missing" in told.ways[1].about
+
+
+def test_a_bundle_is_described_with_its_reach_and_what_lies_beyond(working_folder: Path) -> None:
+    write(working_folder, tp_degrees=(1, 2))
+    told = answer(job(), ASKED, ways=False)
+    assert told.letter == "R"
+    assert told.ways == []
+    found = told.bundle
+    assert found is not None
+    assert (found.place, found.source, found.degrees) == ("here", "roofline", [1, 2])
+    assert found.ranges["tokens"] == (1, 64)
+    assert found.ranges["decode KV"] == (16, 1024)
+    assert found.extrapolated == ["tokens 65 to 128", "decode KV 1025 to 4096"]
+    assert "nothing measured" in (found.confidence or "")
+
+
+def test_a_bundle_without_the_degree_asked_for_is_a_problem_with_a_way_out(working_folder: Path) -> None:
+    write(working_folder, tp_degrees=(1,))
+    told = answer(job(tp_degrees=(4,)), ASKED, ways=False)
+    assert told.bundle is not None
+    assert "tp4/ does not exist" in (told.problem or "")
+    assert told.letter == "r"
+
+
+def test_a_damaged_bundle_is_a_problem_and_no_crash(working_folder: Path) -> None:
+    write(working_folder)
+    (path,) = working_folder.rglob("attention.csv")
+    path.write_text("nonsense\n")
+    told = answer(job(), ASKED)
+    assert "attention.csv" in (told.problem or "")
+
+
+def test_a_shape_that_a_source_refuses_says_why() -> None:
+    told = way(job(tp_degrees=(3,)), "roofline")
+    assert not told.possible
+    assert "cannot be split over tp 3" in told.about
+
+
+def test_the_shipped_bundles_are_called_shipped() -> None:
+    shipped = job(hardware=replace_name("RTXPRO6000"))
+    found = answer(shipped, {}, ways=False).bundle
+    assert found is not None
+    assert (found.place, LETTERS[found.source]) == ("shipped", "S")
+
+
+def replace_name(name: str) -> HardwareSpec:
+    return TOY_HARDWARE.model_copy(update={"name": name})
+
+
+def test_the_command_repeats_the_question() -> None:
+    asked = replace(job(), dtype="fp8", kv_cache_dtype="fp8", tp_degrees=(2,))
+    assert profile_command(asked, "silicon") == (
+        "servesim profile meta-llama/Llama-3.1-8B --hardware Toy --source silicon "
+        "--dtype fp8 --kv-cache-dtype fp8 --tp 2"
+    )
