@@ -98,18 +98,13 @@ class StageReads:
         us = {name: float(term.us(counts)[0]) for name, term in self._terms.items()}
         own = [us.get(layer.name, 0.0) for layer in self._layers]
         if reduce_us := us.get(_ALL_REDUCE):
-            seen = self._attention.tolist()
-            blocks = seen[-1]
-            starts = [index for index, layer in enumerate(self._layers) if layer.kv_place is not None]
-            per_block = len(self._layers_of_blocks()) // blocks
-            first = self._layers_of_blocks()[0]
-            for block, start in enumerate(starts):
-                own[start + 1] += reduce_us
-                own[first + (block + 1) * per_block - 1] += reduce_us
+            following = [*(layer.block for layer in self._layers[1:]), None]
+            for index, layer in enumerate(self._layers):
+                if layer.kv_place is not None:
+                    own[index + 1] += reduce_us
+                if layer.block is not None and layer.block != following[index]:
+                    own[index] += reduce_us
         return np.cumsum(own) * 1000.0
-
-    def _layers_of_blocks(self) -> list[int]:
-        return [index for index, layer in enumerate(self._layers) if layer.block is not None]
 
     def _head_ns(self, sequences: int) -> NDArray[np.float64]:
         """The same, of the output heads alone."""

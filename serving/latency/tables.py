@@ -42,7 +42,7 @@ def describe_lookup(points: Ints, query: float, unit: str) -> str:
     """How the value at ``query`` comes about, for people."""
     first, last = int(points[0]), int(points[-1])
     if query in points:
-        return f"measured at {query:g} {unit}"
+        return f"profiled at {query:g} {unit}"
     if len(points) == 1 or query < first:
         return (
             f"held at {first} {unit}, the only row"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from serving.errors import MissingFileError
 from serving.specs import paths
 from serving.specs.dtypes import WEIGHT_DTYPES, short_dtype
+from serving.specs.hardware import load_hardware
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,10 +55,14 @@ def find_tp_folder(folder: Path, hardware: str, model: str, variant: str, tp: in
 
 
 def profile_command(hardware: str, model: str, variant: str, *degrees: int) -> str:
-    """The command line that produces a bundle from public kernel measurements."""
+    """The command line that produces a bundle: from public kernel measurements, or from peak rates if the
+    hardware's file names none."""
     dtype, kv_cache_dtype = variant_dtypes(variant)
+    measured = load_hardware(hardware).silicon or not paths.find_all(
+        f"configs/hardware/{escape(hardware)}.yaml"
+    )
     return (
-        f"servesim profile {model} --hardware {hardware} --source silicon "
+        f"servesim profile {model} --hardware {hardware} --source {'silicon' if measured else 'roofline'} "
         f"--dtype {dtype} --kv-cache-dtype {kv_cache_dtype} --tp {','.join(map(str, degrees))}"
     )
 

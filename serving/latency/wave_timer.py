@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from serving.latency.expert_stage import ExpertRouting
+    from serving.latency.offload_timer import Offload, OffloadTimer
     from serving.latency.stage import Stage
     from serving.latency.step_timer import StepTimer
     from serving.latency.step_timers import StepTimers
@@ -55,13 +56,16 @@ class BatchShape(Protocol):
     def kv_min(self) -> int: ...
     @property
     def kv_max(self) -> int: ...
+    @property
+    def kv_lengths(self) -> Sequence[int] | None: ...
 
 
 class WaveStage:
     """One pipeline stage of all members.
 
     ``timers``: of every member's stage. ``experts``: None, or one for every run of consecutive members that
-    share experts, all of the same length.
+    share experts, all of the same length. ``offloads``: None, or for every member what its blocks take where
+    weights, KV cache or attention are elsewhere.
     """
 
     def __init__(
@@ -70,8 +74,10 @@ class WaveStage:
         timers: Sequence[StepTimer],
         experts: Sequence[ExpertStage] | None,
         link: Dimension,
+        offloads: Sequence[OffloadTimer | None] | None = None,
     ) -> None:
         self._stage = stage
+        self._offloads = offloads or [None] * len(timers)
         self._experts = experts
         width = len(timers) // len(experts) if experts else 1
         self._teams = [
@@ -89,10 +95,12 @@ class WaveStage:
             for member, timer in zip(members, timers, strict=True):
                 batch, count = batches[member], tokens[member]
                 once = max(once, timer.once.ns(count))
-                ns = timer.in_blocks.ns(count)
+                offload = self._offloads[member]
+                ns = timer.in_blocks.ns(count) if offload is None else offload.blocks_ns(batch, count)
                 if batch is not None:
                     chunks, n = batch.chunks, batch.num_decodes
-                    ns += timer.attention_ns(chunks, n, batch.kv_sum, batch.kv_min, batch.kv_max)
+                    if offload is None:
+                        ns += timer.attention_ns(chunks, n, batch.kv_sum, batch.kv_min, batch.kv_max)
                     head = max(head, timer.sequences_ns(n + len(chunks)))
                     if self._stage.is_first:
                         overhead = max(overhead, timer.overhead_ns(bool(chunks)))
@@ -167,6 +175,7 @@ def build_wave_timer(
     options: Sequence[InstanceOptions],
     timers: StepTimers,
     routing: ExpertRouting | None = None,
+    offloads: Sequence[Offload | None] | None = None,
 ) -> WaveTimer:
     """The timer of a data-parallel group, or of one instance with pipeline stages or expert parallelism.
 
@@ -177,6 +186,7 @@ def build_wave_timer(
         options: of every member.
         timers: the cluster's, which also knows its links.
         routing: how tokens choose experts over ``ep_size`` ranks; needed if ``ep_size`` > 1.
+        offloads: of every member what it keeps elsewhere, None if nothing; None: no member does.
 
     Raises:
         InputError: (MissingFileError among them) a bundle does not exist, is malformed, or lacks a layer.
@@ -184,14 +194,22 @@ def build_wave_timer(
     leader = members[0][1]
     shared = leader.ep_size > 1
     stages = []
-    for stage in pipeline_stages(model, leader.pp_size):
+    for index, stage in enumerate(pipeline_stages(model, leader.pp_size)):
         pairs = zip(members, options, strict=True)
         own = [timers.of(spec, model, chosen, stage, experts=not shared) for (_, spec), chosen in pairs]
         experts = None
         if shared:
             assert routing is not None
             experts = _expert_stages(members, stage, options[0], timers, own, routing)
-        stages.append(WaveStage(stage, own, experts, timers.topology.pp))
+        elsewhere = [
+            None
+            if offload is None
+            else offload.timer(index, steps, timers.of(spec, model, chosen, stage), spec, model, chosen)
+            for (_, spec), chosen, steps, offload in zip(
+                members, options, own, offloads or [None] * len(members), strict=True
+            )
+        ]
+        stages.append(WaveStage(stage, own, experts, timers.topology.pp, elsewhere))
     limits = [timer.capture_limit if timer.engine.cudagraph else 0 for timer in own]
     return WaveTimer(stages, min(limits))
 

@@ -35,7 +35,7 @@ def test_the_expert_layer_runs_in_place_of_the_mlp(tmp_path: Path, monkeypatch: 
     # one token: 2 experts, 10 µs; two tokens: 3 of 4 experts, half-way from 12 to 20.
     assert moe.us(np.array([1, 2])).tolist() == [10.0, 16.0]
     assert moe.calls == 2
-    assert moe.origin(2) == "measured at 2 tokens, 3.0 experts in tp1/moe.csv"
+    assert moe.origin(2) == "profiled at 2 tokens, 3.0 experts in tp1/moe.csv"
 
 
 def test_ranks_that_share_experts_do_an_equal_part_of_the_work(
@@ -57,4 +57,4 @@ def test_a_table_measured_with_sliced_experts_is_taken_as_it_is(
     (folder / "tp2" / "moe.csv").write_text("tokens,activated_experts,time_us\n1,1,3.0\n1,4,6.0\n")
     moe = Toy(tp=2).timer(tmp_path, experts=4).token_terms[2]
     assert moe.us(np.array([1])).tolist() == [4.0]
-    assert moe.origin(1) == "measured at 1 tokens, 2.0 experts in tp2/moe.csv"
+    assert moe.origin(1) == "profiled at 1 tokens, 2.0 experts in tp2/moe.csv"

@@ -81,7 +81,7 @@ def test_cutting_a_surface_removes_the_axis() -> None:
 
 def test_a_lookup_says_where_its_number_comes_from() -> None:
     points = np.array([96, 112])
-    assert describe_lookup(points, 96, "tokens") == "measured at 96 tokens"
+    assert describe_lookup(points, 96, "tokens") == "profiled at 96 tokens"
     assert describe_lookup(points, 100, "tokens") == "interpolated between 96 and 112 tokens"
     assert describe_lookup(points, 200, "tokens") == "extrapolated to 200 from 96 and 112 tokens"
     assert describe_lookup(points, 1, "tokens") == "held at 96 tokens, the smallest"
