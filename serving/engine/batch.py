@@ -29,12 +29,16 @@ class Batch:
     kv_sum: int = 0
     kv_min: int = 0
     kv_max: int = 0
+    kv_lengths: list[int] | None = None
+    """KV length of every decode, kept only where each matters on its own."""
     finishing: list[RequestState] = field(default_factory=list)
     """Requests whose last token this step produces."""
     preempted: list[RequestState] = field(default_factory=list)
     """Requests preempted while the step was scheduled."""
     hit_tokens: int = 0
     lookup_tokens: int = 0
+    recalled_tokens: int = 0
+    """Those of ``hit_tokens`` that come from the lower tier."""
     recalls: list[int] = field(default_factory=list)
     """Bytes that each request admitted in this step needs from the lower tier before the step can run."""
     entries: list[tuple[int, int]] | None = None
@@ -51,6 +55,8 @@ class Batch:
             self.chunks.append((tokens, history))
         else:
             self.add_decodes(1, history, history, history)
+            if self.kv_lengths is not None:
+                self.kv_lengths.append(history)
 
     def add_decodes(self, count: int, kv_sum: int, kv_min: int, kv_max: int) -> None:
         """Add ``count`` requests of one token each."""

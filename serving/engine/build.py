@@ -18,11 +18,13 @@ from serving.engine.step_loop import SingleTimes, StepLoop
 from serving.engine.transfers import Transfers
 from serving.errors import InputError
 from serving.latency.bundle import range_warnings
+from serving.latency.offload_timer import Offload
 from serving.latency.step_timers import StepTimers
 from serving.latency.wave_timer import build_wave_timer
 from serving.memory.kv_cache import KvCache
-from serving.memory.sizing import kv_cache_capacity
+from serving.memory.memory_map import MemoryMap
 from serving.results.records import InstanceLog
+from serving.specs.architecture import load_architecture
 from serving.specs.cluster_checks import check_cluster
 from serving.specs.options import resolve
 
@@ -82,10 +84,12 @@ class Builder:
     def __init__(self, cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> None:
         self._placed = cluster.instances
         self._models = check_cluster(cluster)
+        self._resolved = [resolve(options, spec, self._models[spec.model_name]) for _, spec in self._placed]
+        self._memories = MemoryMap(cluster, self._models, self._resolved)
         self._timers = StepTimers(cluster)
         self._tables = BlockTables(workload)
         self._options = options
-        self._tiers = LowerTiers(cluster, options)
+        self._tiers = LowerTiers(cluster, options, self._memories)
         separate = any(spec.pd_type for _, spec in self._placed)
         self.transfers = Transfers() if separate or options.prefix_storage else None
         """Moves KV between instances and from lower tiers; None where nothing of the kind happens."""
@@ -127,7 +131,8 @@ class Builder:
     def _times(self, members: list[Instance]) -> WaveTimes:
         log = members[0].log
         spec, model = log.spec, self._models[log.spec.model_name]
-        if len(members) == spec.pp_size == spec.ep_size == 1:
+        offloads = [self._offload(member) for member in members]
+        if len(members) == spec.pp_size == spec.ep_size == 1 and not any(offloads):
             return SingleTimes(self._timers.of(spec, model, log.options))
         routing = None
         if spec.ep_size > 1:
@@ -135,24 +140,43 @@ class Builder:
             routing = expert_routing(policy, model, spec.ep_size, self._options.seed)
         placed = [self._placed[member.log.index] for member in members]
         return build_wave_timer(
-            placed, model, [member.log.options for member in members], self._timers, routing
+            placed, model, [member.log.options for member in members], self._timers, routing, offloads
+        )
+
+    def _offload(self, member: Instance) -> Offload | None:
+        """What an instance keeps elsewhere or lets memory compute, None if nothing."""
+        log = member.log
+        resident = self._memories.resident(log.index)
+        if resident is None:
+            return None
+        model = self._models[log.spec.model_name]
+        return Offload.of(
+            resident,
+            self._memories.ports(log.index),
+            self._memories.channels(log.index) if resident.pim else 0,
+            log.spec,
+            model,
+            log.options,
+            load_architecture(model.model_type),
         )
 
     def _instance(self, index: int) -> Instance:
         node, spec = self._placed[index]
         model = self._models[spec.model_name]
-        options = resolve(self._options, spec, model)
+        options = self._resolved[index]
         bundle = self._timers.bundle(spec, model, options)
         self.warnings.update(dict.fromkeys(warnings_about(bundle, model, options)))
-        capacity = kv_cache_capacity(model, spec, options, f"instance {index}")
+        capacity = self._memories.capacity(index)
         log = InstanceLog(index, node, spec, options, capacity, bundle.describe())
         tier = self._tiers.tier(index, node, spec, model, options)
+        log.tier = self._tiers.memory(index)
         cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching, tier)
         new_lane = None
         if spec.pp_size > 1:
             new_lane = lane_maker(options.block_size, self.lane_times, len(self._placed))
         scheduler = Scheduler(limits_of(options, self._options.skip_prefill), cache, new_lane)
         scheduler.traced = spec.pd_type == "prefill"
+        scheduler.lists_lengths = options.enable_attn_offloading
         member = Instance(log, scheduler, self._tables)
         member.recall_route = self._tiers.route(node)
         return member

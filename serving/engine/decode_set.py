@@ -109,6 +109,10 @@ class DecodeSet:
         tick, bases = self.tick, self._bases
         return self._sum + self.count * tick, bases[0] + tick, bases[-1] + tick
 
+    def each_length(self) -> list[int]:
+        """KV length of every request before the present tick, rising."""
+        return [base + self.tick for base in self._bases]
+
     @property
     def next_end(self) -> int:
         """The tick at which the next request ends; there is at least one."""

@@ -104,12 +104,10 @@ class Instance:
         steps.preempted.append(self._preempted)
         steps.hit_tokens.append(batch.hit_tokens)
         steps.lookup_tokens.append(batch.lookup_tokens)
-        tier = scheduler.kv.tier
-        if tier is None:
-            steps.tier_bytes.append(0)
-        else:
-            steps.tier_bytes.append(sum(batch.recalls) + tier.written_bytes)
-            tier.written_bytes = 0
+        recalled_bytes = sum(batch.recalls)
+        steps.recalled_tokens.append(batch.recalled_tokens)
+        steps.recalled_bytes.append(recalled_bytes)
+        steps.tier_bytes.append(recalled_bytes + self._written_bytes())
         self._preempted = 0
         if batch.lane is not None:
             batch.lane.token_times.append(batch.end_ns)
@@ -117,9 +115,18 @@ class Instance:
     def finish(self, batch: Batch) -> list[RequestState]:
         """Commit a step that has ended; returns the requests that it finished."""
         self.scheduler.finish(batch)
+        self.log.steps.tier_bytes[batch.step] += self._written_bytes()  # what ended requests leave behind
         if self.trace:
             self.trace(batch, self.log.steps.start_ns[batch.step], self.scheduler.kv.pool.num_free)
         return batch.finishing
+
+    def _written_bytes(self) -> int:
+        """Bytes written to the lower tier since the last call."""
+        tier = self.scheduler.kv.tier
+        if tier is None:
+            return 0
+        written, tier.written_bytes = tier.written_bytes, 0
+        return written
 
     def stuck_message(self) -> str:
         """Why nothing can go on although requests wait."""

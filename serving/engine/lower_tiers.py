@@ -9,8 +9,10 @@ from serving.errors import InputError
 from serving.memory.sizing import GIB, kv_bytes_per_token
 from serving.memory.tier import LowerTier, TierPool
 from serving.network.links import Port
+from serving.results.records import TierMemory
 
 if TYPE_CHECKING:
+    from serving.memory.memory_map import MemoryMap
     from serving.specs.cluster import ClusterSpec, InstanceSpec
     from serving.specs.model import ModelSpec
     from serving.specs.options import InstanceOptions, RuntimeOptions
@@ -24,16 +26,26 @@ class LowerTiers:
     its devices. Whoever reads shares the memory's bandwidth.
     """
 
-    def __init__(self, cluster: ClusterSpec, options: RuntimeOptions) -> None:
+    def __init__(
+        self, cluster: ClusterSpec, options: RuntimeOptions, memories: MemoryMap | None = None
+    ) -> None:
         """
+        Args:
+            cluster: whose memories they are.
+            options: which memory, and whether it is shared.
+            memories: weights that lie in the same memories; None: none do.
+
         Raises:
             InputError: CXL is asked for and the cluster has none, sharing is asked for without a tier, or the
                 prefix cache is off.
         """
         self._cluster = cluster
+        self._memories = memories
         self._storage = options.prefix_storage
         self._sharing = options.enable_prefix_sharing
         self._pools: dict[tuple[int, int], TierPool] = {}
+        self._memories_of: dict[int, TierMemory] = {}
+        """Instance -> what is written down about its tier."""
         self._namespaces: dict[tuple[str, str, int], int] = {}
         if self._storage == "CXL" and cluster.cxl_mem is None:
             raise InputError(
@@ -63,7 +75,24 @@ class LowerTiers:
         kind = (spec.model_name, options.kv_dtype, options.block_size)
         namespace = self._namespaces.setdefault(kind, len(self._namespaces))
         per_npu = kv_bytes_per_token(model, options.kv_dtype, spec.tp_size, spec.pp_size)
-        return LowerTier(self._pools[key], namespace, options.block_size, per_npu * spec.num_npus)
+        pool = self._pools[key]
+        tier = LowerTier(pool, namespace, options.block_size, per_npu * spec.num_npus)
+        route = self.route(node)
+        assert route is not None
+        self._memories_of[index] = TierMemory(
+            storage=self._storage,
+            pool=list(self._pools).index(key),
+            capacity_bytes=pool.capacity_bytes,
+            chunk_tokens=tier.chunk_tokens,
+            chunk_bytes=tier.chunk_bytes,
+            bandwidth_gbs=route.bandwidth_gbs,
+            latency_ns=route.latency_ns,
+        )
+        return tier
+
+    def memory(self, index: int) -> TierMemory | None:
+        """What to write down about the tier of an instance that :meth:`tier` was asked for."""
+        return self._memories_of.get(index)
 
     def route(self, node: int) -> Route | None:
         """The way from the lower tier to the instances of a node, None without one."""
@@ -80,7 +109,21 @@ class LowerTiers:
         return Route((port,), round(latency), port.bandwidth_gbs)
 
     def _node_bytes(self, node: int) -> int:
+        """What weights leave of the memory that a node keeps its chunks in."""
         cxl = self._cluster.cxl_mem
         if self._storage == "CXL" and cxl is not None:
-            return int(cxl.mem_size * GIB) * cxl.num_devices // self._cluster.num_nodes
-        return int(self._cluster.nodes[node].cpu_mem.mem_size * GIB)
+            total = sum(
+                int(cxl.mem_size * GIB) - self._taken("cxl", device) for device in range(cxl.num_devices)
+            )
+            return total // self._cluster.num_nodes
+        return int(self._cluster.nodes[node].cpu_mem.mem_size * GIB) - self._taken("cpu", node)
+
+    def _taken(self, kind: str, number: int) -> int:
+        if self._memories is None:
+            return 0
+        if self._memories.keeps_kv((kind, number)):
+            raise InputError(
+                f"--prefix-storage {self._storage}: placement or PIM keeps whole KV caches in the same "
+                "memory, which leaves no room for a lower tier; choose another memory for one of them"
+            )
+        return self._memories.weight_bytes((kind, number))

@@ -10,6 +10,7 @@ and side (prefill and decode), so that its objects can remember things. A candid
 from __future__ import annotations
 
 import random
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from serving.engine.arrivals import NEVER
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _WAITING_WEIGHT = 4
 """A waiting request counts as much as four running ones, as in vLLM's load balancer."""
+
+_load_of = attrgetter("load")
 
 _MOST_LOAD_FOR_PREFIX = 2.0
 """PREFIX leaves the instance with the longest prefix when it has more than this times the average load."""
@@ -58,7 +61,8 @@ class Candidate:
     @property
     def load(self) -> float:
         """vLLM's measure of how busy an instance is, per NPU."""
-        waiting, running = self._seen or self._instance.counts()
+        seen = self._seen
+        waiting, running = self._instance.counts() if seen is None else seen
         return (_WAITING_WEIGHT * (waiting + self.on_the_way) + running) / self._npus
 
     def cached_tokens(self, request: Request) -> int:
@@ -111,8 +115,7 @@ class Router:
 def least_loaded(request: Request, candidates: Sequence[Candidate]) -> Candidate:
     """LOAD: the instance with the least load, the first of equals."""
     del request
-    loads = [candidate.load for candidate in candidates]
-    return candidates[loads.index(min(loads))]
+    return min(candidates, key=_load_of)
 
 
 class RoundRobin:

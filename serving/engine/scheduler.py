@@ -54,6 +54,7 @@ class Scheduler:
         "held",
         "kv",
         "limits",
+        "lists_lengths",
         "new_lane",
         "prefilling",
         "running",
@@ -84,6 +85,8 @@ class Scheduler:
         """Finished requests that keep their blocks for now."""
         self.traced = False
         """Whether batches list their requests one by one (:attr:`Batch.entries`)."""
+        self.lists_lengths = False
+        """Whether batches list the KV lengths of their decodes (:attr:`Batch.kv_lengths`)."""
         self._admissions = 0
         self._frees = 0
         self._blocked_at: tuple[int, int] | None = None
@@ -105,10 +108,14 @@ class Scheduler:
         batch = Batch(step)
         if self.traced:
             batch.entries = []
+        if self.lists_lengths:
+            batch.kv_lengths = []
         decodes = self.decodes
         left, completed, stalled = self._serve_running(batch, in_flight)
         if decodes.count:
             batch.add_decodes(decodes.count, *decodes.lengths())
+            if batch.kv_lengths is not None:
+                batch.kv_lengths += decodes.each_length()
             if batch.entries is not None:
                 ready = (s for s in self.running if s.phase is Phase.DECODE and s.home is decodes)
                 batch.entries += [(state.request.index, 1) for state in ready]
@@ -340,6 +347,7 @@ class Scheduler:
                 batch.lookup_tokens += known
             if recall_bytes:
                 batch.recalls.append(recall_bytes)
+                batch.recalled_tokens += done - hit_tokens
             batch.add_request(tokens, done)
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))

@@ -80,6 +80,8 @@ class Simulation:
         self._taken_by: dict[int, int] = {}
         """Request → index of the instance that took it in, where sessions stay."""
         self._transfers = transfers
+        self._feedback = self._arrivals.feedback or transfers is not None
+        """Whether what one instance does can concern another, or the arrivals, at once."""
         self._hand_over = hand_over
         self._route = route
         for instance in self.instances:
@@ -109,13 +111,15 @@ class Simulation:
             RunError: requests are left that can never be served.
         """
         arrivals, agenda, loops, router = self._arrivals, self._agenda, self.loops, self._router
+        transfers = self._transfers
         observe_ns = observer.next_ns if observer else NEVER
         while True:
             while agenda and loops[agenda[0][1]].next_ns != agenda[0][0]:
                 heappop(agenda)
             acts_ns = agenda[0][0] if agenda else NEVER
-            moves_ns = self._transfers.next_ns if self._transfers else NEVER
-            now = min(arrivals.next_ns, acts_ns, moves_ns)
+            moves_ns = transfers.next_ns if transfers else NEVER
+            arrives_ns = arrivals.next_ns
+            now = min(arrives_ns, acts_ns, moves_ns)
             if now == NEVER:
                 break
             if now >= router.next_ns:
@@ -125,10 +129,10 @@ class Simulation:
                 observe_ns = observer.next_ns
             if moves_ns <= now:
                 self._move(now)
-            elif arrivals.next_ns <= now:
+            elif arrives_ns <= now:
                 self._arrive()
             else:
-                self._act(heappop(agenda)[1], observe_ns, moves_ns)
+                self._act(heappop(agenda)[1], min(arrives_ns, observe_ns + 1, router.next_ns, moves_ns))
         self._check_all_ended()
         self.log.end_ns = max((record.end_ns for record in self.log.requests), default=0)
         self.log.requests.sort(key=lambda record: record.request)
@@ -137,10 +141,10 @@ class Simulation:
             observer.advance(self.log.end_ns, self.log)
         return self.log
 
-    def _act(self, index: int, observe_ns: int, moves_ns: int) -> None:
+    def _act(self, index: int, horizon: int) -> None:
+        """Run a loop until ``horizon`` or as long as nothing that others do can concern it."""
         loop = self.loops[index]
-        feedback = self._arrivals.feedback or self._transfers is not None
-        horizon = min(self._arrivals.next_ns, observe_ns + 1, self._router.next_ns, moves_ns)
+        feedback = self._feedback
         if feedback and self._agenda:
             # another instance may end a request, and so release one, at its next step end
             horizon = min(horizon, self._agenda[0][0])
@@ -148,10 +152,11 @@ class Simulation:
             horizon = min(horizon, loop.next_ns + 1)  # one action at a time: its transfers must be placed
         loop.run(horizon, feedback)
         self._plan(index)
-        for state in loop.finished:
-            if not (self._hand_over and self._hand_over.computed(state)):
-                self._end(state)
-        loop.finished.clear()
+        if loop.finished:
+            for state in loop.finished:
+                if not (self._hand_over and self._hand_over.computed(state)):
+                    self._end(state)
+            loop.finished.clear()
 
     def _plan(self, index: int) -> None:
         """Put the next action of a loop on the agenda."""

@@ -237,15 +237,15 @@ class StepLoop:
 
     def _jump_ahead(self, times: StepTimes, now_ns: int, horizon_ns: int) -> None:
         """Do many steps at once while nothing but decoding goes on, with the same outcome as one by one."""
-        (member,), in_flight = self.members, self._in_flight
+        member, in_flight = self.members[0], self._in_flight
         scheduler, steps = member.scheduler, member.log.steps
-        if any(batch is None or batch.finishing for wave in in_flight for batch in wave.batches):
-            return
         most = _MAX_JUMP
         if horizon_ns < NEVER and len(steps):
             last_ns = steps.end_ns[-1] - steps.start_ns[-1]
             most = min(most, (horizon_ns - now_ns) // max(last_ns, 1) + 2)
         if most < _MIN_JUMP:
+            return
+        if any(batch is None or batch.finishing for wave in in_flight for batch in wave.batches):
             return
         count = scheduler.quiet_ticks(most)
         if count < _MIN_JUMP:

@@ -1,10 +1,11 @@
 """How long a step waits for weights and KV cache that it reads from memories outside of its NPUs.
 
-Every memory delivers what a step reads from it in the order in which layers run, one read after the other, from the
-step's start on; different memories work at the same time. A read takes ``latency + bytes / bandwidth``. A layer
-works while its weights stream in, and ends when it has computed and they have arrived: it takes as long as the
-slower of its computation and what is left of its reads. So with c_k the time that layers 1 to k compute and R_k the
-time at which a memory has delivered layer k's bytes, the step takes longer than it computes by
+Every memory delivers what a step reads from it in the order in which layers run, one read after the other,
+from the step's start on; different memories work at the same time. A read takes ``latency + bytes /
+bandwidth``. A layer works while its weights stream in, and ends when it has computed and they have arrived:
+it takes as long as the slower of its computation and what is left of its reads. So with c_k the time that
+layers 1 to k compute and R_k the time at which a memory has delivered layer k's bytes, the step takes longer
+than it computes by
 
     max(0, max over k and memories of R_k - c_k)
 """
@@ -36,8 +37,8 @@ _MOST_KEPT = 4096
 class StageReads:
     """The reads of one pipeline stage of one instance.
 
-    ``layers``: in running order. ``terms``: what they compute. ``ports``: of every place. ``kv_layer_bytes``: KV of one
-    token in one block on one rank. ``local``: weights on the NPU are read again, too.
+    ``layers``: in running order. ``terms``: what they compute. ``ports``: of every place. ``kv_layer_bytes``:
+    KV of one token in one block on one rank. ``local``: weights on the NPU are read again, too.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class StageReads:
         ]
         self._kept: dict[int, tuple[NDArray[np.float64], list[NDArray[np.float64]]]] = {}
 
-    def wait_ns(self, tokens: int, sequences: int, attention_ns: float, kv_tokens: Mapping[str, int]) -> float:
+    def wait_ns(
+        self, tokens: int, sequences: int, attention_ns: float, kv_tokens: Mapping[str, int]
+    ) -> float:
         """Time that a step takes longer than it computes.
 
         Args:
@@ -76,7 +79,10 @@ class StageReads:
         if tokens not in self._kept:
             if len(self._kept) >= _MOST_KEPT:
                 self._kept.clear()
-            self._kept[tokens] = self._computed_ns(tokens), [queue.weights_ns(tokens) for queue in self._queues]
+            self._kept[tokens] = (
+                self._computed_ns(tokens),
+                [queue.weights_ns(tokens) for queue in self._queues],
+            )
         computed, arrivals = self._kept[tokens]
         if blocks := int(self._attention[-1]):
             computed = computed + self._attention * (attention_ns / blocks)
@@ -135,10 +141,12 @@ class _Queue:
         ]
         self.layers = np.flatnonzero([one or other for one, other in zip(kv, weights, strict=True)])
         """Indices of the layers that read from it."""
-        mine = [(layers[k], weights[k]) for k in self.layers]
+        mine = [(layers[k], weights[k]) for k in self.layers.tolist()]
 
         def column(name: str) -> NDArray[np.float64]:
-            return np.array([getattr(layer, name) * ranks if reads else 0 for layer, reads in mine], dtype=float)
+            return np.array(
+                [getattr(layer, name) * ranks if reads else 0 for layer, reads in mine], dtype=float
+            )
 
         self._bytes, self._expert_bytes = column("read_bytes"), column("expert_bytes")
         self._bytes_per_token = column("bytes_per_token")

@@ -1,4 +1,4 @@
-"""What the transformer blocks of a stage take when weights or KV are elsewhere, or attention is computed in memory."""
+"""What transformer blocks take when weights or KV are elsewhere, or attention is computed in memory."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class OffloadTimer:
     def _pim_attention_ns(
         self, pim: PimAttention, chunks: Sequence[tuple[int, int]], kv_lengths: Sequence[int], dense: float
     ) -> float:
-        """What attention adds to the ``dense`` layers of the whole batch; less than 0 if halves gain that much."""
+        """What attention adds to the ``dense`` layers of the batch; below 0 if halves gain that much."""
         if self._interleaved and kv_lengths and len(chunks) + len(kv_lengths) > 1:
             parts = [
                 self._half(pim, part.chunks, part.kv_lengths) for part in halves(chunks, kv_lengths, pim)
@@ -139,7 +139,7 @@ class OffloadTimer:
         return self._steps.attention_ns(chunks, 0, 0, 0, 0) if chunks else 0.0
 
     def _dense_parts(self, tokens: int) -> tuple[float, float]:
-        """ns of one block before and after attention for so many tokens; of the mean block where they differ."""
+        """ns of one block before and after attention for so many tokens, of the mean block."""
         if tokens not in self._parts_of_tokens:
             padded = self._steps.padded(np.array([tokens]))
             us = {term.name: float(term.us(padded)[0]) for term in self._steps.terms.blocks}

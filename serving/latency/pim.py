@@ -26,8 +26,8 @@ class PimAttention:
 
     A decode with L tokens of KV takes ``(slope · gqa · L + intercept · kv_scale) / split`` on one channel:
 
-    - ``gqa`` = query heads × head size, over the reference's 32 × 128. A channel passes over the KV of a group once
-      for every query head in it, so the time per token goes with query heads, not KV heads.
+    - ``gqa`` = query heads × head size, over the reference's 32 × 128. A channel passes over the KV of a
+      group once for every query head in it, so the time per token goes with query heads, not KV heads.
     - ``kv_scale`` = KV heads × head size × bytes of the KV dtype, over the reference's 8 × 128 × 2.
     - ``split`` = tensor-parallel ranks: each has its own heads, on its own channels.
     """
@@ -83,8 +83,8 @@ def halves(
 ) -> tuple[Half, Half]:
     """A batch in two parts of equal work.
 
-    Decodes go by their time in memory, longest first to the part that has less; then chunks by their tokens, to the
-    part that has fewer. The first part wins a draw.
+    Decodes go by their time in memory, longest first to the part that has less; then chunks by their tokens,
+    to the part that has fewer. The first part wins a draw.
     """
     parts, work, tokens = (Half([], []), Half([], [])), [0.0, 0.0], [0, 0]
     for length in sorted(kv_lengths, reverse=True):
@@ -115,8 +115,8 @@ class HalfTimes(NamedTuple):
 def interleaved_ns(parts: Sequence[HalfTimes], blocks: int) -> float:
     """``blocks`` blocks of a batch whose parts take turns on the NPU and in memory.
 
-    The NPU works on the parts in order; while one is in memory it goes on with the next. A part goes on to its next
-    layers when its attention is done and the NPU is free.
+    The NPU works on the parts in order; while one is in memory it goes on with the next. A part goes on to
+    its next layers when its attention is done and the NPU is free.
     """
     npu = memory = 0.0
     ready = [0.0] * len(parts)

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serving.errors import InputError
-from serving.memory.placement import CPU, NPU, PIM, Holding, check_placement, holdings, placed_stages, uses_placement
+from serving.memory.placement import (
+    CPU,
+    NPU,
+    PIM,
+    Holding,
+    check_placement,
+    holdings,
+    placed_stages,
+    uses_placement,
+)
 from serving.memory.sizing import GIB, Outside, kv_cache_capacity
 from serving.specs.architecture import load_architecture
 from serving.specs.pim import load_pim
@@ -16,7 +25,7 @@ if TYPE_CHECKING:
 
     from serving.memory.placement import PlacedLayer
     from serving.memory.sizing import KvCapacity
-    from serving.specs.cluster import ClusterSpec, InstanceSpec
+    from serving.specs.cluster import ClusterSpec
     from serving.specs.model import ModelSpec
     from serving.specs.options import InstanceOptions
     from serving.specs.pim import PimSpec
@@ -44,9 +53,9 @@ class Resident:
 class MemoryMap:
     """The memories of a cluster and who keeps what in them.
 
-    CPU memory, PIM included, is its node's; CXL devices are the cluster's. Weights take what they need; what they
-    leave is split evenly among the instances that keep KV there. Instances that read from the same memory have
-    equal shares of its bandwidth, whether the others read at that moment or not.
+    CPU memory, PIM included, is its node's; CXL devices are the cluster's. Weights take what they need; what
+    they leave is split evenly among the instances that keep KV there. Instances that read from the same
+    memory have equal shares of its bandwidth, whether the others read at that moment or not.
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class MemoryMap:
         self._check_weights()
 
     def resident(self, index: int) -> Resident | None:
-        """What there is to know about an instance with placement or offloading; None: everything is as usual."""
+        """An instance with placement or offloading; None: everything is as usual."""
         return self._residents.get(index)
 
     def capacity(self, index: int) -> KvCapacity:
@@ -126,15 +135,19 @@ class MemoryMap:
         ranks = spec.num_npus
         if count // sharers < ranks:
             raise InputError(
-                f"nodes[{node}].cpu_mem: {memory.mem_size:g} GB of {memory.pim_config} are {count} channels of "
-                f"{resident.pim.dram.capacity_gb:g} GB, too few for {sharers} instances of {ranks} NPUs; enlarge "
-                "mem_size"
+                f"nodes[{node}].cpu_mem: {memory.mem_size:g} GB of {memory.pim_config} are {count} channels "
+                f"of {resident.pim.dram.capacity_gb:g} GB, too few for {sharers} instances of {ranks} NPUs; "
+                "enlarge mem_size"
             )
         return count // sharers
 
     def weight_bytes(self, key: tuple[str, int]) -> int:
         """Weights of all instances in one memory: ``(cpu, node)`` or ``(cxl, device)``."""
         return sum(weights for _, weights, _ in self._tenants(key))
+
+    def keeps_kv(self, key: tuple[str, int]) -> bool:
+        """Whether an instance has its KV cache, or that of some blocks, in a memory."""
+        return any(kv for _, _, kv in self._tenants(key))
 
     def _resident(self, index: int) -> Resident:
         node, spec = self._placed[index]
@@ -150,6 +163,12 @@ class MemoryMap:
                     f"nodes[{node}].cpu_mem.pim_config to a device of configs/pim"
                 )
             pim = load_pim(name)
+            for rule, places in spec.placement.rules if spec.placement else ():
+                if (places.kv_loc or NPU).startswith("cxl"):
+                    raise InputError(
+                        f"instance {index}: placement.{rule}.kv_loc: '{places.kv_loc}' is not allowed with "
+                        "--enable-attn-offloading, which keeps the KV cache in PIM memory; leave it out"
+                    )
         stages = placed_stages(spec, model, options, architecture)
         return Resident(stages, *holdings(stages, spec, model, options), pim)
 
@@ -191,6 +210,6 @@ class MemoryMap:
                     f"instance {index} {weights} bytes" for index, weights, _ in self._tenants(key) if weights
                 )
                 raise InputError(
-                    f"{self._cluster.source}: placement puts {needed} bytes of weights in the {name}, which has "
-                    f"{total} bytes ({parts}); place some of them elsewhere or enlarge mem_size"
+                    f"{self._cluster.source}: placement puts {needed} bytes of weights in the {name}, which "
+                    f"has {total} bytes ({parts}); place some of them elsewhere or enlarge mem_size"
                 )

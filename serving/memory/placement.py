@@ -1,8 +1,8 @@
 """Which layer's weights and which block's KV cache lie in which memory, and how many bytes that is.
 
-A place is ``npu`` (each rank's own memory), ``cpu`` (memory of the node), ``cxl:<device>`` or ``pim`` (memory of
-the node that computes attention; it is there when attention is offloaded). Bytes are of one rank unless said
-otherwise.
+A place is ``npu`` (each rank's own memory), ``cpu`` (memory of the node), ``cxl:<device>`` or ``pim`` (memory
+of the node that computes attention; it is there when attention is offloaded). Bytes are of one rank unless
+said otherwise.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serving.errors import InputError, NotSupportedError
+from serving.errors import InputError
 from serving.memory.sizing import attention_params, kv_bytes_per_token, stage_layers
 from serving.specs.dtypes import dtype_bytes
 from serving.specs.validation import hint
@@ -40,15 +40,15 @@ class PlacedLayer:
     """Of all experts together; a step reads those that its tokens choose."""
     bytes_per_token: int = 0
     """Of its weights, read for every token of a step: rows of the embedding."""
+    block: int | None = None
+    """The transformer block it belongs to."""
     kv_place: str | None = None
     """Where the KV cache of its block is, for attention layers."""
 
 
 def uses_placement(instance: InstanceSpec, options: InstanceOptions) -> bool:
     """Whether an instance keeps or reads anything but in the ordinary way."""
-    return (
-        instance.placement is not None or options.enable_local_offloading or options.enable_attn_offloading
-    )
+    return instance.placement is not None or options.enable_local_offloading or options.enable_attn_offloading
 
 
 def rule_for(instance: InstanceSpec, layer: str, block: int | None) -> tuple[str, str]:
@@ -71,7 +71,7 @@ def rule_for(instance: InstanceSpec, layer: str, block: int | None) -> tuple[str
 
 
 def check_placement(instance: InstanceSpec, architecture: Architecture, where: str) -> None:
-    """Raise InputError for rules about layers that the model does not have, and about evicted KV."""
+    """Raise InputError for rules about layers that the model does not have."""
     if instance.placement is None:
         return
     kinds = architecture.catalog
@@ -81,12 +81,6 @@ def check_placement(instance: InstanceSpec, architecture: Architecture, where: s
             raise InputError(
                 f"{where}.placement.layers.{layer}: {architecture.model_type} has no such layer; "
                 f"{hint(layer, known)}"
-            )
-    for rule, places in instance.placement.rules:
-        if (places.kv_evict_loc or NPU) != NPU:
-            raise NotSupportedError(
-                f"{where}.placement.{rule}.kv_evict_loc: '{places.kv_evict_loc}' is not supported yet; leave it "
-                "out or npu: the KV cache of a preempted request is dropped and computed again, as vLLM does"
             )
 
 
@@ -150,11 +144,11 @@ def _block(
         if options.enable_attn_offloading:
             kv_place = PIM
         if name == architecture.attention_layer:
-            layers.append(PlacedLayer(name, place, size, size, kv_place=kv_place))
+            layers.append(PlacedLayer(name, place, size, size, block=block, kv_place=kv_place))
         elif name in architecture.catalog.moe:
-            layers.append(PlacedLayer(name, place, size + experts, size, experts))
+            layers.append(PlacedLayer(name, place, size + experts, size, experts, block=block))
         else:
-            layers.append(PlacedLayer(name, place, size, size))
+            layers.append(PlacedLayer(name, place, size, size, block=block))
     return layers
 
 
@@ -163,8 +157,8 @@ def block_weights(
 ) -> tuple[list[int], int]:
     """Bytes of each layer of one block on one rank, and apart from them of all its experts.
 
-    The sum is that of the memory plan (:mod:`serving.memory.sizing`). Weights of a layer that the architecture
-    file does not name on its own count to the largest that it names.
+    The sum is that of the memory plan (:mod:`serving.memory.sizing`). Weights of a layer that the
+    architecture file does not name on its own count to the largest that it names.
     """
     size = dtype_bytes(dtype)
     plain, hidden = max(size, _HALF), model.hidden_size
@@ -172,7 +166,9 @@ def block_weights(
     parts = {"o_proj": out, "qkv_proj": attention_params(model, tp) * size - out}
     experts = 0
     if has_experts:
-        experts = 3 * hidden * model.moe_intermediate_size * model.num_experts * size // (ep if ep > 1 else tp)
+        experts = (
+            3 * hidden * model.moe_intermediate_size * model.num_experts * size // (ep if ep > 1 else tp)
+        )
         parts["moe"] = hidden * model.num_experts * plain
     else:
         mlp = hidden * model.intermediate_size * size

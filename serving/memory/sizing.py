@@ -47,10 +47,10 @@ class Outside:
     def no_room(self, block_size: int) -> str:
         """That not even two blocks fit, with the figures."""
         return (
-            f"no room for the KV cache in {self.place}: of {self.total_bytes} bytes, {self.room_bytes} are left "
-            f"to this instance beside weights and other instances, for blocks of "
-            f"{self.kv_bytes_per_token * block_size} bytes (2 are needed at least); choose a larger memory or "
-            "another kv_loc"
+            f"no room for the KV cache in {self.place}: of {self.total_bytes} bytes, {self.room_bytes} are "
+            "left to this instance beside weights and other instances, for blocks of "
+            f"{self.kv_bytes_per_token * block_size} bytes (2 are needed at least); choose a larger memory "
+            "or another kv_loc"
         )
 
 
@@ -221,7 +221,8 @@ def kv_cache_capacity(
     for memory in outside:
         if memory.kv_bytes_per_token and memory.blocks(options.block_size) < 2:
             raise InputError(f"{where}: {memory.no_room(options.block_size)}")
-    if num_blocks < 2:
+    homeless = left < 0 and instance.num_gpu_blocks is None  # the KV cache may lie elsewhere altogether
+    if num_blocks < 2 or homeless:
         raise InputError(
             f"{where}: no room for the KV cache: of {budget / GIB:.2f} GiB, weights take {weights / GIB:.2f} "
             f"GiB and activations and libraries {(activations + non_torch) / GIB:.2f} GiB, which leaves "

@@ -13,6 +13,7 @@ from serving.specs.options import UNLIMITED, InstanceOptions, RuntimeOptions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from serving.memory.sizing import KvCapacity, Outside
     from serving.results.records import InstanceLog
     from serving.workload.request import Workload
 
@@ -188,4 +189,13 @@ def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> lis
         f"activations {gib(capacity.activation_bytes)}, other {gib(capacity.non_torch_bytes)} GiB"
     )
     lines.append(f"  {kv_cache_line(instance)}")
+    lines += [f"  {_outside_line(place, capacity)}" for place in capacity.outside]
     return lines
+
+
+def _outside_line(memory: Outside, capacity: KvCapacity) -> str:
+    """What an instance keeps in a memory that is not its NPUs'."""
+    parts = [f"weights {gib(memory.weight_bytes)}"] if memory.weight_bytes else []
+    if memory.kv_bytes_per_token:
+        parts.append(f"KV cache {gib(memory.kv_bytes_per_token * capacity.tokens)}")
+    return f"{memory.place:<10}{', '.join(parts)} of {gib(memory.total_bytes)} GiB"

@@ -35,7 +35,9 @@ class StepLog:
         "preempted",  # requests preempted while the step was scheduled
         "hit_tokens",  # prompt tokens found in the prefix cache by requests admitted in this step
         "lookup_tokens",  # tokens looked up in the prefix cache by requests admitted in this step
-        "tier_bytes",  # bytes read from and written to the lower tier of the prefix cache
+        "recalled_tokens",  # those of hit_tokens that were read from the lower tier of the prefix cache
+        "recalled_bytes",  # bytes read for them
+        "tier_bytes",  # bytes read from and written to the lower tier
     )
     __slots__ = COLUMNS
 
@@ -53,6 +55,8 @@ class StepLog:
     preempted: array[int]
     hit_tokens: array[int]
     lookup_tokens: array[int]
+    recalled_tokens: array[int]
+    recalled_bytes: array[int]
     tier_bytes: array[int]
 
     def __len__(self) -> int:
@@ -102,6 +106,27 @@ class RejectedRequest:
     reason: str
 
 
+@dataclass(slots=True, frozen=True)
+class TierMemory:
+    """The lower tier of an instance's prefix cache."""
+
+    storage: str
+    """``CPU`` or ``CXL``."""
+    pool: int
+    """Instances with the same number share their chunks and the capacity."""
+    capacity_bytes: int
+    chunk_tokens: int
+    chunk_bytes: int
+    bandwidth_gbs: float
+    """What all that read from the memory have together."""
+    latency_ns: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that fit, in whole chunks."""
+        return self.capacity_bytes // self.chunk_bytes * self.chunk_tokens
+
+
 @dataclass(slots=True)
 class InstanceLog:
     """Everything recorded about one instance."""
@@ -114,6 +139,8 @@ class InstanceLog:
     bundle_source: str
     """One line: where the kernel times come from."""
     steps: StepLog = field(default_factory=StepLog)
+    tier: TierMemory | None = None
+    """Where its prefix cache keeps what the NPUs overwrite; None: nowhere."""
 
 
 @dataclass(slots=True)

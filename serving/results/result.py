@@ -126,7 +126,8 @@ class Result:
         ``instance``, ``step``, ``start_ns``, ``end_ns``, ``prefill_tokens`` (tokens of chunks),
         ``decode_tokens`` (sequences with one token), ``running``, ``waiting``, ``kv_blocks_used``,
         ``preempted``, ``hit_tokens`` and ``lookup_tokens`` (prompt tokens found and looked up in the prefix
-        cache by the requests it admitted).
+        cache by the requests it admitted), ``recalled_tokens`` (those found that came from the lower tier),
+        ``recalled_bytes`` (read for them), ``tier_bytes`` (read from and written to the tier).
         """
         return steps_array(self.instances)
 

@@ -111,6 +111,14 @@ def _instance_entry(instance: InstanceLog) -> dict[str, Any]:
         "bundle": _portable(instance.bundle_source),
         "options": options,
         "weight_bytes": instance.capacity.weight_bytes,
+        "outside": [
+            {
+                "place": memory.place,
+                "weight_bytes": memory.weight_bytes,
+                "kv_bytes": memory.kv_bytes_per_token * instance.capacity.tokens,
+            }
+            for memory in instance.capacity.outside
+        ],
         "kv_cache": _kv_cache(instance),
         "steps": len(steps),
         "peak_batch": max(steps.running, default=0),

@@ -69,7 +69,8 @@ def load_pim(name: str) -> PimSpec:
     except MissingFileError:
         known = [found.stem for found in paths.find_all("configs/pim/*.ini")]
         raise MissingFileError(
-            f"configs/pim/{name}.ini: no such device; {hint(name, known)}. A new device needs nothing but such a file"
+            f"configs/pim/{name}.ini: no such device; {hint(name, known)} "
+            "(a new device needs nothing but such a file)"
         ) from None
     return read_pim(path)
 

@@ -13,7 +13,6 @@ from serving.api import load_cluster
 from serving.engine.build import build_simulation
 from serving.errors import RunError
 from serving.specs.options import RuntimeOptions
-from serving.specs.unsupported import refuse_unsupported
 from tests.engine.test_properties import everything, workloads
 from tests.engine.toy_world import DENSE, EXPERTS, MOE, toy_cluster, toy_instance, toy_world
 
@@ -69,7 +68,7 @@ def units(draw: st.DrawFn, model: str, role: str | None, room: int, number: int)
 
 
 @st.composite
-def clusters(draw: st.DrawFn) -> ClusterSpec:
+def clusters(draw: st.DrawFn) -> dict[str, Any]:
     """Up to six instances of one or two models on one or two nodes."""
     models = draw(st.sampled_from([[DENSE], [MOE], [DENSE, MOE]]))
     instances: list[dict[str, Any]] = []
@@ -91,7 +90,7 @@ def clusters(draw: st.DrawFn) -> ClusterSpec:
         "link_latency": draw(st.sampled_from([0, 1000, [1, 20, 300, 4000]])),
         "link_topology": draw(st.sampled_from(["ring", "switch", ["fully_connected", "ring"]])),
     }
-    return load_cluster(toy_cluster(*nodes, **links))
+    return toy_cluster(*nodes, **links)
 
 
 options = st.builds(
@@ -100,10 +99,24 @@ options = st.builds(
     expert_routing_policy=st.sampled_from(["BALANCED", "RR", "RAND", "ZIPF"]),
     router_refresh=st.sampled_from([0.0, 0.0, 0.0001, 0.1]),
     sticky_sessions=st.booleans(),
+    prefix_storage=st.sampled_from([None, None, "CPU"]),
     max_concurrency=st.sampled_from([0, 0, 1, 3]),
     skip_prefill=st.sampled_from([False, False, False, True]),
     cudagraph=st.booleans(),
 )
+
+
+@st.composite
+def setups(draw: st.DrawFn) -> tuple[ClusterSpec, RuntimeOptions]:
+    """A cluster and options that go with it."""
+    described, chosen = draw(clusters()), draw(options)
+    if chosen.prefix_storage:
+        chosen = chosen.replace(enable_prefix_sharing=draw(st.booleans()))
+        for node in described["nodes"]:
+            node["cpu_mem"]["mem_size"] = draw(st.sampled_from([0.0005, 1]))
+            for instance in node["instances"]:
+                instance["enable_prefix_caching"] = True
+    return load_cluster(described), chosen
 
 
 def with_models(workload: Workload, cluster: ClusterSpec, asked: list[int]) -> Workload:
@@ -168,11 +181,11 @@ def check_cluster_run(simulation: Simulation, log: RunLog, workload: Workload) -
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(clusters(), workloads(longest=60), options, st.lists(st.integers(0, 2), max_size=14))
+@given(setups(), workloads(longest=60), st.lists(st.integers(0, 2), max_size=14))
 def test_nothing_is_lost_and_every_run_ends_and_repeats(
-    cluster: ClusterSpec, workload: Workload, chosen: RuntimeOptions, asked: list[int]
+    setup: tuple[ClusterSpec, RuntimeOptions], workload: Workload, asked: list[int]
 ) -> None:
-    refuse_unsupported(cluster, chosen)
+    cluster, chosen = setup
     workload = with_models(workload, cluster, asked)
     simulation = build_simulation(cluster, workload, chosen)
     log = bounded(simulation, workload)
@@ -182,11 +195,11 @@ def test_nothing_is_lost_and_every_run_ends_and_repeats(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(clusters(), workloads(longest=60), options)
+@given(setups(), workloads(longest=60))
 def test_without_chunked_prefill_a_run_ends_or_names_who_is_stuck(
-    cluster: ClusterSpec, workload: Workload, chosen: RuntimeOptions
+    setup: tuple[ClusterSpec, RuntimeOptions], workload: Workload
 ) -> None:
-    chosen = chosen.replace(enable_chunked_prefill=False)
+    cluster, chosen = setup[0], setup[1].replace(enable_chunked_prefill=False)
     simulation = build_simulation(cluster, workload, chosen)
     try:
         log = bounded(simulation, workload)

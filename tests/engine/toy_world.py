@@ -72,9 +72,13 @@ def toy_instance(model: str = DENSE, **keys: Any) -> dict[str, Any]:
 
 def toy_cluster(*nodes: list[dict[str, Any]], **keys: Any) -> dict[str, Any]:
     """A cluster config of nodes, each a list of instances."""
-    cpu = {"mem_size": 1, "mem_bw": 100, "mem_latency": 0}
     described = [
-        {"num_instances": len(instances), "cpu_mem": cpu, "instances": instances} for instances in nodes
+        {
+            "num_instances": len(instances),
+            "cpu_mem": {"mem_size": 1, "mem_bw": 100, "mem_latency": 0},
+            "instances": instances,
+        }
+        for instances in nodes
     ]
     return {"num_nodes": len(nodes), "link_bw": 1, "link_latency": 1000, "nodes": described, **keys}
 

@@ -1,0 +1,67 @@
+"""``--hardware``, ``--model`` and ``--tp`` rewrite the instances of any cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from serving.errors import InputError
+from serving.specs.cluster import ClusterSpec, load_cluster, with_hardware, with_options
+from serving.specs.hardware import load_hardware
+from serving.specs.options import RuntimeOptions
+
+TP2 = "configs/cluster/single_node_tp2.json"
+
+
+def _moved(**changes: object) -> ClusterSpec:
+    return with_hardware(load_cluster(TP2), **changes)  # type: ignore[arg-type]
+
+
+def test_memory_and_links_are_those_of_the_hardware_file() -> None:
+    moved, h100 = _moved(hardware="H100"), load_hardware("H100")
+    ((_, instance),) = moved.instances
+    assert instance.hardware == "H100"
+    assert (instance.npu_mem.mem_size, instance.npu_mem.mem_bw) == (79.6, 3350)
+    assert instance.npu_mem.mem_latency == 0  # what the file does not say stays
+    assert h100.link is not None
+    assert moved.link_bw == h100.link.bandwidth_gbs
+    # an empty all-reduce of two ranks, two passes of one hop, takes the file's latency
+    assert moved.link_latency == h100.link.latency_us * 1000 / 2
+
+
+def test_doing_it_twice_is_doing_it_once() -> None:
+    once = _moved(hardware="H200", model="meta-llama/Llama-3.1-70B", tp=4)
+    assert with_hardware(once, "H200", "meta-llama/Llama-3.1-70B", 4) == once
+
+
+def test_a_cluster_already_on_the_hardware_keeps_its_own_figures() -> None:
+    assert _moved(hardware="RTXPRO6000") == load_cluster(TP2)
+    assert _moved() == load_cluster(TP2)
+
+
+def test_the_degree_decides_the_number_of_npus() -> None:
+    ((_, instance),) = _moved(tp=8).instances
+    assert (instance.tp_size, instance.num_npus, instance.pp_size) == (8, 8, 1)
+
+
+def test_what_an_instance_says_of_its_former_hardware_goes() -> None:
+    cluster = load_cluster(TP2)
+    ((_, instance),) = cluster.instances
+    own = instance.model_copy(update={"num_gpu_blocks": 100, "block_size": 32})
+    node = cluster.nodes[0].model_copy(update={"instances": (own,)})
+    ((_, moved),) = with_hardware(cluster.model_copy(update={"nodes": (node,)}), "H100").instances
+    assert moved.num_gpu_blocks is None
+    assert moved.block_size == 32
+
+
+def test_the_flags_say_the_same() -> None:
+    options = RuntimeOptions(hardware="B200", model="Qwen/Qwen3-8B", tp=1)
+    assert with_options(load_cluster(TP2), options) == _moved(hardware="B200", model="Qwen/Qwen3-8B", tp=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("H1000", r"--hardware: H1000 is not known; did you mean 'H100'\?"), ("zzz", "known: .*H100")],
+)
+def test_unknown_hardware_is_refused_with_the_nearest(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _moved(hardware=name)
