@@ -11,10 +11,18 @@ from itertools import product
 from serving.__main__ import main
 
 # One process for all: bundles that share an attention shape share its rows.
-MODELS = ("meta-llama/Llama-3.1-8B", "Qwen/Qwen3-32B", "Qwen/Qwen3-30B-A3B-Instruct-2507")
-LIMITS = ["--max-num-batched-tokens", "8192", "--max-num-seqs", "1024", "--max-kv", "131072"]
-for model, dtype, kv_cache_dtype in product(MODELS, ("bfloat16", "fp8"), ("auto", "fp8")):
-    options = ["--dtype", dtype, "--kv-cache-dtype", kv_cache_dtype, "--tp", "1,2,4,8", "--output-root", sys.argv[1]]
-    if status := main(["profile", model, "--hardware", "RTXPRO6000", "--source", "silicon", *options, *LIMITS]):
-        sys.exit(status)
+LLAMA, LARGE = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"
+ALL = tuple(product(("bfloat16", "fp8"), ("auto", "fp8")))
+SHIPPED = [
+    *(("RTXPRO6000", model, "1,2,4,8", ALL) for model in (LLAMA, "Qwen/Qwen3-32B", "Qwen/Qwen3-30B-A3B-Instruct-2507")),
+    *((hardware, LLAMA, "1,2", ALL) for hardware in ("H100", "H200", "B200", "L40S")),
+    ("A100", LLAMA, "1,2", (("bfloat16", "auto"),)),  # nothing else was measured there
+    *((hardware, LARGE, "2,4,8", ALL) for hardware in ("H100", "H200")),
+]
+LIMITS = ["--max-num-batched-tokens", "8192", "--max-num-seqs", "1024", "--max-kv", "131072", "--force"]
+for hardware, model, degrees, variants in SHIPPED:
+    for dtype, kv_cache_dtype in variants:
+        options = ["--dtype", dtype, "--kv-cache-dtype", kv_cache_dtype, "--tp", degrees, "--output-root", sys.argv[1]]
+        if status := main(["profile", model, "--hardware", hardware, "--source", "silicon", *options, *LIMITS]):
+            sys.exit(status)
 EOF

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import InputError
-from serving.specs.cluster import ClusterSpec, load_cluster
+from serving.specs.cluster import ClusterSpec, load_cluster, with_options
 from serving.specs.options import RuntimeOptions, refuse_unsupported
 from serving.specs.validation import validated
 from serving.workload.formats import load_workload
@@ -72,6 +72,7 @@ def simulate(
     if chosen.ensemble:
         raise InputError("ensemble: simulate is a single run; serving.ensemble(...) makes several")
     spec = cluster if isinstance(cluster, ClusterSpec) else load_cluster(cluster or chosen.cluster_config)
+    spec = with_options(spec, chosen)
     refuse_unsupported(spec, chosen)
     if isinstance(workload, Workload):
         late = [name for name in _LOADING if name in flags]

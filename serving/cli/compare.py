@@ -76,6 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run every option set and print the table; returns the exit status."""
     from serving.cli.messages import set_up_messages
+    from serving.cli.on_demand import bundles_on_demand
     from serving.cli.screen import say
     from serving.explore.compare import compare
     from serving.explore.show import comparison_text, show_comparison
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
             check_writable(path, flag)
     if args.json == args.csv == "-":
         raise InputError("--json and --csv: only one of them can be printed; give the other a path")
-    comparison = compare(sets=sets, options=options, before_run=_tell if sys.stderr.isatty() else None)
+    with bundles_on_demand(options.auto_profile):
+        comparison = compare(sets=sets, options=options, before_run=_tell if sys.stderr.isatty() else None)
     _save(comparison, args.json, args.csv)
     if args.json == "-":
         say(comparison.json_text().rstrip("\n"))

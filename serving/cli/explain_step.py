@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from serving.latency.explain import LayerCost
 
 _HELP = "what one step costs, layer by layer, and where the numbers come from"
-_FLAGS = ("cluster_config", "dtype", "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "cudagraph")
+_FLAGS = (
+    *("cluster_config", "hardware", "model", "tp", "dtype", "kv_cache_dtype"),
+    *("max_num_seqs", "max_num_batched_tokens", "cudagraph", "auto_profile"),
+)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,9 +41,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
+    from serving.cli.on_demand import bundles_on_demand
     from serving.latency.bundle import range_warnings
     from serving.latency.step_timer import build_step_timer
-    from serving.specs.cluster import load_cluster
+    from serving.memory.placement import uses_placement
+    from serving.specs.cluster import cluster_of
     from serving.specs.model import load_model
     from serving.specs.options import from_namespace, resolve
 
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     if not chunks and not args.decodes:
         raise InputError("the step is empty; give --chunks 512@0, --decodes 32 --kv 1000, or both")
     options = from_namespace(args)
-    cluster = load_cluster(options.cluster_config)
+    cluster = cluster_of(options)
     if not 0 <= args.instance < len(cluster.instances):
         raise InputError(
             f"--instance: {args.instance} is not allowed; must be 0 to {len(cluster.instances) - 1}"
@@ -57,7 +62,13 @@ def run(args: argparse.Namespace) -> int:
     _, instance = cluster.instances[args.instance]
     model = load_model(instance.model_name)
     resolved = resolve(options, instance, model)
-    timer = build_step_timer(instance, model, resolved, cluster)
+    if uses_placement(instance, resolved):
+        raise InputError(
+            f"{cluster.source}: instance {args.instance} keeps or computes something outside of its NPUs, which "
+            "explain-step does not take apart; leave out placement and offloading to see the NPUs' part"
+        )
+    with bundles_on_demand(options.auto_profile):
+        timer = build_step_timer(instance, model, resolved, cluster)
     tokens = args.decodes + sum(c for c, _ in chunks)
     sequences = args.decodes + len(chunks)
     print(f"{model.name} on {instance.hardware}, tp {instance.tp_size}: {timer.bundle.describe()}")

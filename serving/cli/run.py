@@ -30,19 +30,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, simulate, print, save; returns the exit status."""
+    from serving.cli.on_demand import bundles_on_demand
+    from serving.specs.options import from_namespace
+
+    started_s = time.perf_counter()
+    options = with_run_id(from_namespace(args))
+    with bundles_on_demand(options.auto_profile):
+        return simulate_and_save(options, started_s)
+
+
+def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
+    """The run itself; ``started_s`` is where its wall time counts from."""
     from serving import api
     from serving.cli.messages import set_up_messages
     from serving.cli.screen import RunScreen, say
     from serving.explore.ensemble import check_ensemble, ensemble_text
     from serving.results.closing import closing
-    from serving.specs.cluster import load_cluster
-    from serving.specs.options import from_namespace
+    from serving.specs.cluster import cluster_of
 
-    started_s = time.perf_counter()
-    options = with_run_id(from_namespace(args))
     set_up_messages(options.log_level)
     check_ensemble(options)
-    cluster = load_cluster(options.cluster_config)
+    cluster = cluster_of(options)
     workload = api.read_workload(options)
     check_outputs(options)
     screen = RunScreen(options, workload, cluster)

@@ -14,6 +14,9 @@ HISTORY = (0, 2048, 16384, 131072)
 """Histories of a chunk: its cost is close to linear in them, so a few points carry it."""
 MAX_DECODE_TOKENS = 1 << 23
 """KV tokens that all decodes of a step may have together: beyond, time is proportional to them."""
+UNSAMPLED = (2,)
+"""Numbers of decodes without samples beside chunks: time is close to linear around them."""
+SHORT_TOKENS = 256
 CHUNK_TOLERANCE = 0.02
 MOST_CHUNKS = 26
 STAIR_TOKENS = 2048
@@ -87,10 +90,16 @@ class AttentionGrid:
         feasible = [kv for kv in self.lengths if kv * decodes <= self.max_tokens]
         return max(feasible, self.lengths[:6], key=len)
 
+    def _beside_chunks(self, decodes: int) -> list[int]:
+        """The lengths that are sampled beside chunks, where short ones hardly tell."""
+        lengths = self.lengths_for(decodes)
+        return [kv for kv in lengths if kv in (lengths[0], lengths[-1]) or kv >= SHORT_TOKENS]
+
     def rows(self) -> list[tuple[int, int, int, int]]:
         """Every (prefill_chunk, kv_prefill, n_decode, kv_decode) of the table, sorted."""
         decodes = [(n, kv) for n in self.decodes for kv in self.lengths_for(n)]
         rows = [(0, 0, n, kv) for n, kv in decodes]
+        decodes = [(n, kv) for n in self.decodes if n not in UNSAMPLED for kv in self._beside_chunks(n)]
         for chunk in self.chunks:
             for history in self.histories:
                 rows.append((chunk, history, 0, 0))

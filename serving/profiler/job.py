@@ -27,7 +27,11 @@ class ProfileJob:
     max_num_seqs: int = 256
     max_kv: int = 131072
     collectives: str = "auto"
-    """Whether comm.csv is made: measured, none, or auto: where links are part of the product (NVLink)."""
+    """Whether comm.csv is made: none, measured, or auto, which leaves it to the source."""
+    fp8_scaling: str = "tensor"
+    """Scales of fp8 weights: one per ``tensor`` (or channel), or one per ``block`` of 128 x 128."""
+    expert_load: str = "balanced"
+    """How evenly the gate spreads tokens: balanced, power_law_1.01 or power_law_1.2."""
 
     @property
     def variant(self) -> str:

@@ -52,3 +52,10 @@ def rank_shapes(model: ModelSpec, tp: int) -> RankShapes:
         vocab=model.vocab_size // tp,
         full_vocab=model.vocab_size,
     )
+
+
+def block_windows(model: ModelSpec) -> list[tuple[int | None, float]]:
+    """Attention windows of a model's blocks (None: the whole context), each with its share of them."""
+    sliding = model.num_sliding_layers / model.num_hidden_layers
+    kinds = [(None, 1.0 - sliding), (model.sliding_window, sliding)]
+    return [(window, share) for window, share in kinds if share]

@@ -17,7 +17,7 @@ MOE = MODELS[2]
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("model", DENSE)
-@pytest.mark.parametrize(("kind", "median", "p95"), [("decode", 3, 8), ("prefill", 6, 8), ("mixed", 6, 17)])
+@pytest.mark.parametrize(("kind", "median", "p95"), [("decode", 2, 6), ("prefill", 6, 8), ("mixed", 4, 9)])
 def test_whole_steps_of_dense_models_match_a_measured_profile(
     model: str, tp: int, kind: str, median: float, p95: float
 ) -> None:
@@ -27,7 +27,7 @@ def test_whole_steps_of_dense_models_match_a_measured_profile(
     assert np.percentile(error, 95) < p95
 
 
-@pytest.mark.parametrize(("kind", "median", "p95"), [("decode", 3, 10), ("prefill", 3, 6), ("mixed", 4, 16)])
+@pytest.mark.parametrize(("kind", "median", "p95"), [("decode", 3, 10), ("prefill", 3, 6), ("mixed", 2, 6)])
 def test_whole_steps_of_a_moe_model_match_a_measured_profile(kind: str, median: float, p95: float) -> None:
     """A single decode is left out: the profile read the same few experts again and again, from L2."""
     measured = step_timer(recorded_path("perf"), MOE, 1)

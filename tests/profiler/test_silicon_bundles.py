@@ -74,16 +74,39 @@ def test_every_shipped_variant_is_complete(model: str, variant: str) -> None:
     assert meta["data_licence"] == "Apache-2.0"
     assert meta["tp_degrees"] == [1, 2, 4, 8]
     assert meta["skew_fit"]["enabled"] is not variant.endswith("kvfp8")
+    assert meta["collectives"] == {"link": "pcie"}  # so that the cluster's links decide
     for tp in meta["tp_degrees"]:
         names = {path.name for path in (folder / f"tp{tp}").iterdir()}
         assert {"dense.csv", "per_sequence.csv", "attention.csv"} <= names
         assert ("moe.csv" in names) == (model == MOE)
-        assert "comm.csv" not in names  # over PCIe, the cluster file knows better
+        assert ("comm.csv" in names) == (tp > 1)
         assert ("skew_fit.csv" in names) == meta["skew_fit"]["enabled"]
 
 
 def test_all_shipped_bundles_together_stay_small() -> None:
-    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 25e6
+    assert sum(path.stat().st_size for path in SHIPPED.parent.rglob("*") if path.is_file()) < 60e6
+
+
+@pytest.mark.parametrize(
+    ("hardware", "model", "variants", "degrees"),
+    [
+        *((hardware, MODELS[0], VARIANTS, [1, 2]) for hardware in ("H100", "H200", "B200", "L40S")),
+        ("A100", MODELS[0], ("bf16",), [1, 2]),
+        *((hardware, "meta-llama/Llama-3.1-70B", VARIANTS, [2, 4, 8]) for hardware in ("H100", "H200")),
+    ],
+)
+def test_popular_accelerators_come_with_bundles(
+    hardware: str, model: str, variants: tuple[str, ...], degrees: list[int]
+) -> None:
+    for variant in variants:
+        folder = SHIPPED.parent / hardware / model / variant
+        meta = yaml.safe_load((folder / "meta.yaml").read_text(encoding="utf-8"))
+        assert meta["tp_degrees"] == degrees
+        assert meta["collectives"] == {"link": "pcie" if hardware == "L40S" else "nvlink"}
+        for tp in degrees:
+            names = {path.name for path in (folder / f"tp{tp}").iterdir()}
+            assert {"dense.csv", "per_sequence.csv", "attention.csv"} <= names
+            assert ("comm.csv" in names) == (tp > 1)
 
 
 @needs_silicon
@@ -110,7 +133,7 @@ def test_linear_interpolation_between_grid_points_stays_true(kv_dtype: str) -> N
 
     decodes = error_percent([(0, 0, between(1, 1024), between(16, 8192)) for _ in range(300)])
     assert np.median(decodes) < 1.0
-    assert np.percentile(decodes, 95) < 2.0
+    assert np.percentile(decodes, 95) < 2.5
     prefills = error_percent([(between(16, 8192), between(1, 65536), 0, 0) for _ in range(300)])
     assert np.median(prefills) < 1.0
     assert np.percentile(prefills, 95) < 8.0
@@ -128,7 +151,7 @@ def test_a_bundle_replaces_the_old_one_whole(tmp_path: Path) -> None:
 
 
 def test_without_the_extra_the_command_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import importlib.metadata as metadata
 
@@ -136,7 +159,7 @@ def test_without_the_extra_the_command_says_how_to_get_it(
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("serving.profiler.silicon.tables.importlib.metadata.version", missing)
-    status = main(["profile", MOE, "--hardware", "RTXPRO6000"])
+    status = main(["profile", MOE, "--hardware", "RTXPRO6000", "--output-root", str(tmp_path)])
     assert status == 2
     assert "pip install 'servesim[silicon]'" in capsys.readouterr().err
 
@@ -149,9 +172,25 @@ def test_a_hardware_without_measurements_is_an_error_that_names_the_field() -> N
         silicon_gpu(load_hardware("NoSuchHardware"))
 
 
-def test_a_source_that_is_not_built_yet_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["profile", MOE, "--hardware", "RTXPRO6000", "--source", "roofline"]) == 2
-    assert "not supported yet" in capsys.readouterr().err
+def test_a_bundle_of_another_source_is_not_replaced_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "RTXPRO6000" / MOE / "bf16"
+    (folder / "tp1").mkdir(parents=True)
+    (folder / "meta.yaml").write_text("source: vllm\n")
+    order = ["profile", MOE, "--hardware", "RTXPRO6000", "--output-root", str(tmp_path), "--tp", "1"]
+    assert main(order) == 2
+    assert "it is from source vllm; give --force" in capsys.readouterr().err
+    assert (folder / "meta.yaml").read_text() == "source: vllm\n"
+
+
+def test_a_degree_is_not_lost_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "RTXPRO6000" / MOE / "bf16"
+    (folder / "tp4").mkdir(parents=True)
+    (folder / "meta.yaml").write_text("source: silicon\n")
+    order = ["profile", MOE, "--hardware", "RTXPRO6000", "--output-root", str(tmp_path), "--tp", "1"]
+    assert main(order) == 2
+    assert "tp 4 would be lost" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tp", ["", "0", "1,x", "-2"])
@@ -171,22 +210,19 @@ def test_degrees_are_sorted_and_distinct() -> None:
 def test_models_with_compressed_attention_are_refused() -> None:
     from serving.profiler.silicon.build import build_bundle
 
-    model = SimpleNamespace(name="org/mla", kv_lora_rank=512, sliding_window=None)
+    model = SimpleNamespace(name="org/mla", kv_lora_rank=512)
     job = SimpleNamespace(model=model)
     with pytest.raises(NotSupportedError, match="latent attention"):
         build_bundle(job)  # type: ignore[arg-type]
 
 
 @needs_silicon
-def test_measured_collectives_come_with_nvlink_and_on_request() -> None:
+def test_measured_collectives_say_what_they_were_measured_over() -> None:
     from serving.profiler.silicon import comm
     from serving.profiler.silicon.gpus import silicon_gpu
 
     pcie, nvlink = (silicon_gpu(load_hardware(name)) for name in ("RTXPRO6000", "H100"))
-    assert not comm.wanted(pcie, "auto")
-    assert comm.wanted(pcie, "measured")
-    assert comm.wanted(nvlink, "auto")
-    assert not comm.wanted(nvlink, "none")
+    assert (comm.link_of(pcie), comm.link_of(nvlink)) == ("pcie", "nvlink")
     rows, _ = comm.all_reduce_rows(nvlink)
     assert {row[1] for row in rows} >= {2, 4, 8}
     assert all(row[0] == "all_reduce" and row[3] > 0 for row in rows)

@@ -7,7 +7,8 @@ lack is derived here from how the kernels work:
   charged at the bandwidth that DRAM-resident rows of the same table show;
 - history lengthens every tile of a chunk by the same amount, which the slope of long prefills gives;
 - a mixed batch is one launch under FlashAttention-2 (no split-KV, no packing of grouped heads: its thread
-  blocks are list-scheduled on the SMs) and two launches under FlashInfer and the others.
+  blocks are list-scheduled on the SMs), one launch that does the work of both under FlashAttention-3, and two
+  launches under FlashInfer and the others.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from serving.errors import InputError
+from serving.profiler.silicon.head_shapes import measured_heads, rows_for
 from serving.profiler.silicon.list_schedule import repeated_makespan_us
 from serving.profiler.silicon.tables import read_table
 
@@ -29,8 +31,14 @@ if TYPE_CHECKING:
 
 TILE_ROWS = 64
 """Query rows of one FlashAttention-2 thread block at head sizes up to 128."""
+HIDDEN_WAVES = 5
+"""Waves of decode blocks whose starts show beside the stream of KV; fitted."""
+RETAINED = 0.27
+"""Share of L2 that survives from one replay of a measurement to the next; fitted."""
 EMPTY_BLOCK_US = 0.34
 """SM time of a thread block that finds its sequence has no rows for it."""
+STREAM_SHARE = 0.85
+"""Share of the nominal bandwidth that decodes reach where no row of the shape was read from DRAM."""
 WARM_BYTES = 4.0
 """Rows whose KV is at least this many times L2 are certainly read from DRAM."""
 
@@ -50,13 +58,12 @@ class AttentionShape:
         return sequences * tokens * self.kv_heads * self.head_dim * 2.0 * element
 
     def select(self, table: KernelTable) -> KernelTable:
-        return table.where(
-            num_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            window_size=0,
-            kv_cache_dtype=self.kv_dtype,
-        )
+        """The rows measured with exactly this shape."""
+        return self.select_any_heads(table).where(num_heads=self.heads, num_key_value_heads=self.kv_heads)
+
+    def select_any_heads(self, table: KernelTable) -> KernelTable:
+        """The rows of this head size and KV dtype."""
+        return table.where(head_dim=self.head_dim, window_size=0, kv_cache_dtype=self.kv_dtype)
 
 
 @dataclass(slots=True)
@@ -66,7 +73,10 @@ class AttentionTimes:
     gpu: Gpu
     shape: AttentionShape
     generation: KernelTable
+    """Rows of this shape alone, as those of ``context``."""
     context: KernelTable
+    derived_heads: str = ""
+    """How the rows came from those of other head counts; empty when they were measured."""
     decode_kernels: list[str] = field(init=False)
     prefill_kernels: list[str] = field(init=False)
     bandwidth_bytes_s: float = field(init=False)
@@ -83,8 +93,8 @@ class AttentionTimes:
 
     def __post_init__(self) -> None:
         self._decode_cache = {}
-        self._read_generation(self.shape.select(self.generation))
-        self._read_context(self.shape.select(self.context))
+        self._read_generation(self.generation)
+        self._read_context(self.context)
 
     # ---------------------------------------------------------------- what the tables say
 
@@ -96,11 +106,11 @@ class AttentionTimes:
         at = np.searchsorted(self._sizes, sizes), np.searchsorted(self._lengths, lengths)
         self._grid[at] = rows.latency_us
         kv_bytes = self.shape.kv_bytes(1, 1) * np.outer(self._sizes, self._lengths)
-        streaming = np.isfinite(self._grid) & (kv_bytes >= WARM_BYTES * self.gpu.l2_bytes)
+        known = np.isfinite(self._grid) & np.isfinite(self._grid[:, [0]])
+        streaming = known & (kv_bytes >= WARM_BYTES * self.gpu.l2_bytes)
         if not streaming.any():
-            raise InputError(
-                f"the generation table of {self.gpu.folder} has no row beyond L2 for {self.shape}"
-            )
+            self.bandwidth_bytes_s = STREAM_SHARE * self.gpu.bandwidth_bytes_s
+            return
         beyond_start = self._grid - self._grid[:, [0]]
         self.bandwidth_bytes_s = float(np.median(kv_bytes[streaming] / beyond_start[streaming]) * 1e6)
 
@@ -153,6 +163,11 @@ class AttentionTimes:
         """
         return any("flash_attn" in kernel and "fa3" not in kernel for kernel in self.decode_kernels)
 
+    @property
+    def shared_launch(self) -> bool:
+        """Whether they share one FlashAttention-3 launch, which splits KV and packs heads for decodes too."""
+        return any("fa3" in kernel for kernel in self.decode_kernels)
+
     # ---------------------------------------------------------------- decodes
 
     def _at_size(self, column: int, size: int) -> float:
@@ -177,8 +192,20 @@ class AttentionTimes:
         key = (sequences, kv)
         if key not in self._decode_cache:
             cold = self._cold_decode_us(sequences, kv + 1)
-            self._decode_cache[key] = max(self.measured_us(sequences, kv + 1), cold)
+            measured = self.measured_us(sequences, kv + 1)
+            self._decode_cache[key] = max(measured, cold) + self._retained_us(sequences, kv + 1)
         return self._decode_cache[key]
+
+    def _retained_us(self, sequences: int, length: int) -> float:
+        """Reading what a replayed measurement still found in L2, however much it read.
+
+        A share of L2 once blocks keep all SMs busy and the KV has outgrown it; fitted to layerwise
+        measurements of decodes on one GPU, where it is 10 % of the time at twice L2 and 1 % at thirty times.
+        """
+        outgrown = self.shape.kv_bytes(sequences, length) / self.gpu.l2_bytes - 0.6
+        waves = sequences * self.shape.kv_heads / self.gpu.sm_count
+        retained = RETAINED * self.gpu.l2_bytes * (1.0 - math.exp(-waves))
+        return min(1.0, max(0.0, outgrown)) * retained / self.bandwidth_bytes_s * 1e6
 
     def _cold_decode_us(self, sequences: int, length: int) -> float:
         """The decodes with none of their KV in L2.
@@ -186,7 +213,8 @@ class AttentionTimes:
         Work on the chip (measured where KV fits half of L2, proportional beyond) and the stream from DRAM
         overlap imperfectly, ``hypot(chip, stream)``, until the stream is all that counts at four times L2.
         """
-        start = self.measured_us(sequences, 2)
+        first = min(sequences, HIDDEN_WAVES * self.gpu.sm_count // self.shape.kv_heads)
+        start = self.measured_us(first, 2)  # later waves start while earlier ones stream
         kv_bytes = self.shape.kv_bytes(sequences, length)
         streamed = kv_bytes / self.bandwidth_bytes_s * 1e6
         warm_length = int(length * min(1.0, 0.5 * self.gpu.l2_bytes / kv_bytes))
@@ -217,7 +245,16 @@ class AttentionTimes:
         packed_rows = math.ceil(chunk * group / 128) * 128 / group
         computed = self.prompt_us(chunk) + self.pair_us * packed_rows * history
         streamed = self.base_us + shape.kv_bytes(1, chunk + history) / self.bandwidth_bytes_s * 1e6
-        return max(computed, streamed)
+        single = self.decode_us(1, history) if history else 0.0  # a chunk takes no less than its first token
+        return max(computed, streamed, single)
+
+    def history_error(self, chunk: int = 2048, prompt: int = 16384) -> float:
+        """How much longer (0.1 = 10 %) a measured prompt takes in chunks with history than in one piece.
+
+        A few per cent are the launches; the rest is the error of the history rule on full chunks.
+        """
+        pieces = sum(self.prefill_us(chunk, history) for history in range(0, prompt, chunk))
+        return (pieces - self.base_us * (prompt // chunk - 1)) / self.prompt_us(prompt) - 1.0
 
     # ---------------------------------------------------------------- both at once
 
@@ -228,7 +265,8 @@ class AttentionTimes:
         if chunk == 0:
             return self.decode_us(sequences, kv)
         if not self.single_launch:
-            return self.prefill_us(chunk, history) + self.decode_us(sequences, kv)
+            both = self.prefill_us(chunk, history) + self.decode_us(sequences, kv)
+            return both - min(self.base_us, self.decode_us(1, 1)) if self.shared_launch else both
         first_block_us = min(self.base_us, self.tile_start_us)  # already in the base
         joint = self.base_us - first_block_us + self._joint_launch_us(chunk, history, sequences, kv)
         return max(joint, self.prefill_us(chunk, history))
@@ -241,24 +279,25 @@ class AttentionTimes:
         blocks = [self.tile_start_us + self.tile_token_us * tokens for tokens in attended]
         busy = repeated_makespan_us(blocks, shape.heads, self.gpu.sm_count)
         empty = shape.heads * sequences * (tiles - 1) * EMPTY_BLOCK_US / self.gpu.sm_count
-        streamed = (
-            shape.kv_bytes(sequences, kv + 1) * self._rereads(sequences, kv) / self.bandwidth_bytes_s * 1e6
-        )
-        return float(
-            np.cbrt((busy + empty) ** 3 + streamed**3)
-        )  # a smooth maximum: they overlap, but not perfectly
-
-    def _rereads(self, sequences: int, kv: int) -> float:
-        """How often grouped heads read the same KV from DRAM once one KV head of all decodes outgrows L2."""
-        shape, sms = self.shape, self.gpu.sm_count
-        in_flight = shape.kv_bytes(sequences, kv + 1) / shape.kv_heads
-        if in_flight <= 0.75 * self.gpu.l2_bytes:
-            return 1.0
+        streamed = shape.kv_bytes(sequences, kv + 1) / self.bandwidth_bytes_s * 1e6
+        outgrown = self._outgrown(sequences, kv)
+        # The first of the heads that share KV waits for DRAM; half of it hides behind blocks of the next.
+        waiting = 0.5 * max(0.0, streamed - shape.kv_heads * blocks[-1]) * (1.0 - outgrown)
         group = shape.heads // shape.kv_heads
-        fractional = group / max(1.0, min(sms / sequences, group))
-        whole = group / max(1, min(group, sms // sequences))
-        outgrown = min(1.0, (in_flight / self.gpu.l2_bytes - 0.75) / 0.75)
-        return 1.0 + (math.sqrt(fractional * whole) - 1.0) * outgrown
+        rereads = 1.0 + (group - 1) * min(1.0, sequences / self.gpu.sm_count) * outgrown
+        # a smooth maximum: arithmetic and stream overlap, but not perfectly
+        return float(((busy + empty + waiting) ** 4 + (rereads * streamed) ** 4) ** 0.25)
+
+    def _outgrown(self, sequences: int, kv: int) -> float:
+        """How far the KV in flight has outgrown L2, from 0 (the heads that share it find it there) to 1.
+
+        Decodes of consecutive heads are ``sequences`` blocks apart, so that this share of an SM's worth of
+        blocks runs in different waves and reads the same KV again. In flight is the geometric mean of one KV
+        head of all decodes and of one decode per SM. The bounds were fitted to layerwise measurements.
+        """
+        token_bytes = self.shape.kv_bytes(1, kv + 1) / self.shape.kv_heads
+        in_flight = math.sqrt(sequences * self.gpu.sm_count) * token_bytes / self.gpu.l2_bytes
+        return min(1.0, max(0.0, (in_flight - 0.6) / (1.7 - 0.6)))
 
 
 def _tile_tokens(prompt: int) -> int:
@@ -267,17 +306,28 @@ def _tile_tokens(prompt: int) -> int:
 
 
 def attention_times(gpu: Gpu, shape: AttentionShape) -> AttentionTimes:
-    """Times for ``shape`` on ``gpu``; InputError naming the measured shapes when it was not measured."""
+    """Times for ``shape`` on ``gpu``, derived from those of other head counts where it was not measured.
+
+    Raises:
+        InputError: no measured shapes lead to this one, or the GPU was not measured with such a KV cache.
+    """
     generation = read_table(gpu.folder, "attention", "generation_attention_perf")
     context = read_table(gpu.folder, "attention", "context_attention_perf")
-    if not len(shape.select(generation)) or not len(shape.select(context)):
-        same = generation.where(head_dim=shape.head_dim, kv_cache_dtype=shape.kv_dtype, window_size=0)
-        known = sorted(
-            set(zip(same.integers("num_heads"), same.integers("num_key_value_heads"), strict=True))
+    measured_dtypes = generation.values("kv_cache_dtype")
+    if shape.kv_dtype not in measured_dtypes:
+        raise InputError(
+            f"{shape.kv_dtype} KV cache: was not measured on {gpu.folder} (vLLM {generation.version} has no "
+            f"attention kernel for it there); measured: {', '.join(measured_dtypes)}. Use --kv-cache-dtype "
+            "auto, or --source roofline"
         )
-        listed = ", ".join(f"{heads}/{kv_heads}" for heads, kv_heads in known) or "none"
+    decodes, how = rows_for(generation, shape, ("batch_size", "step"))
+    prompts, how_prompts = rows_for(context, shape, ("batch_size", "isl"))
+    if not len(decodes) or not len(prompts):
+        known = measured_heads(shape.select_any_heads(generation))
+        listed = ", ".join(f"{heads}/{kv_heads}" for heads, kv_heads in known) or "none of this head size"
         raise InputError(
             f"attention with {shape.heads} heads, {shape.kv_heads} KV heads of size {shape.head_dim} and "
-            f"{shape.kv_dtype} KV was not measured on {gpu.folder}; measured heads/KV heads: {listed}"
+            f"{shape.kv_dtype} KV was not measured on {gpu.folder}, nor can it be derived from what was; "
+            f"measured heads/KV heads: {listed}"
         )
-    return AttentionTimes(gpu, shape, generation, context)
+    return AttentionTimes(gpu, shape, decodes, prompts, how or how_prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 from serving.errors import NotSupportedError
 from serving.profiler import grids
 from serving.profiler.bundle_writer import BundleContent, Row
-from serving.profiler.shapes import RankShapes, rank_shapes
+from serving.profiler.shapes import RankShapes, block_windows, rank_shapes
 from serving.profiler.silicon import comm
 from serving.profiler.silicon.attention import AttentionShape, AttentionTimes, attention_times
 from serving.profiler.silicon.elementwise import head_norm_us, moved_us
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 
     from serving.profiler.job import ProfileJob
     from serving.profiler.silicon.gemm import GemmTimes
+    from serving.profiler.silicon.moe import MoeTimes
     from serving.profiler.silicon.tables import Gpu
 
+Windows = tuple[tuple[int | None, float], ...]
+"""Attention windows of a model's blocks (None: the whole context), each with its share of them."""
 PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 SAMPLER_START_US = 24.0
 """The sampler is a dozen small kernels (greedy: arg-max over the vocabulary and bookkeeping)."""
@@ -39,10 +43,6 @@ def _refuse_unsupported(job: ProfileJob) -> None:
     if model.kv_lora_rank is not None:
         raise NotSupportedError(
             f"{model.name}: multi-head latent attention is not supported by the silicon source yet"
-        )
-    if model.sliding_window is not None:
-        raise NotSupportedError(
-            f"{model.name}: sliding-window attention is not supported by the silicon source yet"
         )
     for name, dtype in (("--dtype", job.dtype), ("--kv-cache-dtype", job.kv_dtype)):
         if dtype not in ("bfloat16", "float16", "fp8"):
@@ -57,24 +57,52 @@ def _table_dtype(dtype: str) -> str:
     return "fp8" if dtype == "fp8" else "bfloat16"
 
 
+def _weight_dtype(job: ProfileJob) -> str:
+    """Name in the measured tables of products with the job's weights."""
+    return "fp8_block" if job.dtype == "fp8" and job.fp8_scaling == "block" else _table_dtype(job.dtype)
+
+
 @lru_cache(maxsize=4)
 def _gemm(gpu: Gpu, dtype: str) -> GemmTimes:
     return gemm_times(gpu, dtype)
 
 
 @lru_cache(maxsize=32)
+def _attention(gpu: Gpu, shape: AttentionShape) -> AttentionTimes:
+    return attention_times(gpu, shape)
+
+
+@lru_cache(maxsize=32)
 def _attention_rows(
-    gpu: Gpu, shape: AttentionShape, limits: tuple[int, int, int]
+    gpu: Gpu, shape: AttentionShape, limits: tuple[int, int, int], windows: Windows
 ) -> tuple[AttentionTimes, list[Row]]:
-    """Attention does not depend on the weights' dtype, so that variants and models share these rows."""
-    times = attention_times(gpu, shape)
+    """Attention does not depend on the weights' dtype, so that variants and models share these rows.
+
+    A row is the average block's time: blocks with a window read no more than the window's KV.
+    """
+    times = _attention(gpu, shape)
     grid = grids.attention_grid(*limits, lambda chunk: times.prefill_us(chunk, GRID_HISTORY))
-    return times, [(*point, times.mixed_us(*point)) for point in grid.rows()]
+    edges = {window for window, _ in windows if window is not None and 16 < window < limits[2]}
+    if edges:  # the time bends where the window is full
+        lengths, histories = ({*axis, *edges} for axis in (grid.lengths, grid.histories))
+        grid = replace(grid, lengths=sorted(lengths), histories=sorted(histories))
+    if windows == ((None, 1.0),):
+        return times, [(*point, times.mixed_us(*point)) for point in grid.rows()]
+    return times, [(*point, _windowed_us(times, windows, point)) for point in grid.rows()]
+
+
+def _windowed_us(times: AttentionTimes, windows: Windows, point: tuple[int, int, int, int]) -> float:
+    chunk, history, decodes, kv = point
+    total = 0.0
+    for window, share in windows:
+        seen = window or max(history, kv)
+        total += share * times.mixed_us(chunk, min(history, seen), decodes, min(kv, seen))
+    return total
 
 
 @lru_cache(maxsize=32)
 def _skew_rows(gpu: Gpu, shape: AttentionShape, limits: tuple[int, int, int]) -> list[Row]:
-    times, _ = _attention_rows(gpu, shape, limits)
+    times = _attention(gpu, shape)
     return skew_rows(times, limits[0], limits[1]) if times.single_launch else []
 
 
@@ -100,7 +128,7 @@ def _layer_us(
     layer: str, job: ProfileJob, gpu: Gpu, shapes: RankShapes, count: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     if layer in PRODUCTS:
-        return _gemm(gpu, _table_dtype(job.dtype)).time_us(count, *shapes.product(layer))
+        return _gemm(gpu, _weight_dtype(job)).time_us(count, *shapes.product(layer))
     if layer == "lm_head":  # a quantised checkpoint keeps its head in 16 bit
         return _gemm(gpu, "bfloat16").time_us(count, *shapes.product(layer))
     try:
@@ -123,24 +151,16 @@ def _count_rows(
     return rows
 
 
-def _moe_rows(job: ProfileJob, gpu: Gpu, tp: int) -> tuple[list[Row], list[str]]:
+def _moe_rows(job: ProfileJob, gpu: Gpu, tp: int) -> tuple[list[Row], MoeTimes]:
     """Experts on one of ``tp`` ranks without expert parallelism: a slice of each."""
     model = job.model
-    times = moe_times(
-        gpu,
-        _table_dtype(job.dtype),
-        model.hidden_size,
-        model.moe_intermediate_size,
-        model.num_experts,
-        model.num_experts_per_tok,
-        tp,
-    )
+    times = moe_times(gpu, _weight_dtype(job), model, tp, job.expert_load)
     rows: list[Row] = []
     for tokens in grids.doubling(1, job.max_num_batched_tokens):
         most = min(model.num_experts, tokens * model.num_experts_per_tok)
         for activated in grids.doubling(model.num_experts_per_tok, most):
             rows.append((tokens, activated, times.time_us(tokens, activated)))
-    return rows, times.kernels
+    return rows, times
 
 
 def build_bundle(job: ProfileJob) -> BundleContent:
@@ -154,9 +174,11 @@ def build_bundle(job: ProfileJob) -> BundleContent:
     gpu = silicon_gpu(job.hardware)
     catalog = job.architecture.catalog
     limits = (job.max_num_batched_tokens, job.max_num_seqs, job.max_kv)
+    windows = tuple(block_windows(job.model))
     content = BundleContent(meta={})
-    all_reduce, comm_table = comm.all_reduce_rows(gpu) if comm.wanted(gpu, job.collectives) else ([], None)
-    moe_kernels: list[str] = []
+    all_reduce, comm_table = comm.all_reduce_rows(gpu) if job.collectives != "none" else ([], None)
+    experts: list[MoeTimes] = []
+    attention: list[AttentionTimes] = []
     for tp in job.tp_degrees:
         shapes = rank_shapes(job.model, tp)
         tokens, sequences = grids.token_grid(job.max_num_batched_tokens), grids.token_grid(job.max_num_seqs)
@@ -165,13 +187,15 @@ def build_bundle(job: ProfileJob) -> BundleContent:
             list(catalog.per_sequence), sequences, job, gpu, shapes
         )
         shape = AttentionShape(shapes.heads, shapes.kv_heads, shapes.head_dim, _table_dtype(job.kv_dtype))
-        attention, content.tables[tp, "attention.csv"] = _attention_rows(gpu, shape, limits)
+        times, content.tables[tp, "attention.csv"] = _attention_rows(gpu, shape, limits, windows)
+        attention.append(times)
         if skew := _skew_rows(gpu, shape, limits):
             content.tables[tp, "skew_fit.csv"] = skew
         if job.model.is_moe:
-            content.tables[tp, "moe.csv"], moe_kernels = _moe_rows(job, gpu, tp)
+            content.tables[tp, "moe.csv"], slices = _moe_rows(job, gpu, tp)
+            experts.append(slices)
         if peers := [row for row in all_reduce if row[1] == tp]:
             content.tables[tp, "comm.csv"] = list(peers)
-    sources = Sources(_gemm(gpu, _table_dtype(job.dtype)), attention, comm_table, moe_kernels)
+    sources = Sources(_gemm(gpu, _weight_dtype(job)), attention, comm_table, experts)
     content.meta = describe(job, gpu, content, sources)
     return content

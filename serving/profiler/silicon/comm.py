@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from serving.profiler.silicon.tables import Gpu, KernelTable
 
 
-def wanted(gpu: Gpu, collectives: str) -> bool:
-    """Whether measured collectives belong in the bundle.
+def link_of(gpu: Gpu) -> str:
+    """What the GPUs were connected by: ``nvlink``, which comes with the GPUs, or ``pcie``.
 
-    Over PCIe they depend on the machine (an 8 KB all-reduce of two GPUs takes 5 us with peer-to-peer access
-    and 40 us without), which the cluster file describes; NVLink comes with the GPUs.
+    Over PCIe an all-reduce depends on the machine (8 KB between two GPUs takes 5 us with peer-to-peer access
+    and 40 us without), so that a run goes by its cluster's links unless it is told otherwise.
     """
-    return collectives == "measured" or (collectives == "auto" and has_fast_links(gpu.folder))
+    return "nvlink" if has_fast_links(gpu.folder) else "pcie"
 
 
 def all_reduce_rows(gpu: Gpu) -> tuple[list[tuple[str, int, int, float]], KernelTable | None]:

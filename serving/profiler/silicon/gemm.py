@@ -7,6 +7,7 @@ every time is at least the streaming time of the weights from DRAM.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,38 @@ STREAM_START_US = 3.0
 """Ramp-up and drain of a kernel that is bound by reading its weights."""
 STREAM_EFFICIENCY = 0.88
 """Share of the nominal DRAM bandwidth that such a kernel reaches."""
+
+
+Tile = tuple[int, int, float]
+"""Rows and columns of a thread block's tile, and its time relative to its size."""
+SQUARE: tuple[Tile, ...] = ((128, 128, 1.0),)
+WIDE: tuple[Tile, ...] = ((128, 256, 1.0),)
+BEST: tuple[Tile, ...] = ((64, 128, 1.1), (128, 128, 1.0), (128, 256, 0.92), (256, 128, 0.92))
+"""A library that picks the tile with the fewest waves; larger tiles are the more efficient ones."""
+TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("rtx_pro_6000_server", "bfloat16"): BEST,
+    ("rtx_pro_6000_server", "fp8"): SQUARE,
+    ("l40s", "bfloat16"): WIDE,
+    ("a100_sxm", "bfloat16"): WIDE,
+}
+"""Tiles where counting waves of thread blocks tells the width n better than a straight line does.
+
+Chosen by leaving every measured n out once: the median error falls from 5.7 to 3.7 %, 2.5 to 1.5 %, 9.4 to
+6.6 % and 8.0 to 2.5 %. Persistent kernels (Hopper and later) have no waves; a line is best there.
+"""
+WAVES_FROM = 256
+"""Rows from which products run in such tiles."""
+
+
+def waves(tokens: NDArray[np.float64], n: int, tiles: tuple[Tile, ...], sms: int) -> NDArray[np.float64]:
+    """Time of a product of ``n`` columns in units of a full wave of 128 x 128 tiles, by its best tile."""
+    if not tiles:
+        return np.ones(len(tokens))
+    counted = [
+        np.ceil(np.ceil(tokens / rows) * math.ceil(n / columns) / sms) * (rows * columns / 16384 * cost)
+        for rows, columns, cost in tiles
+    ]
+    return np.where(tokens >= WAVES_FROM, np.min(counted, axis=0), 1.0)
 
 
 def tile_edge(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -91,12 +124,22 @@ class GemmTimes:
         return STREAM_START_US + weight_bytes / (STREAM_EFFICIENCY * self.gpu.bandwidth_bytes_s) * 1e6
 
     def time_us(self, tokens: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
-        """Products of ``tokens`` rows: linear between tile edges per (n, k), then bilinear in (n, k)."""
+        """Products of ``tokens`` rows: linear between tile edges per (n, k), then bilinear in (n, k).
+
+        Along n, what is interpolated is the time of a wave of thread blocks where the kernel has them.
+        """
         total = np.zeros(len(tokens), dtype=np.float64)
+        tiles, sms = TILES.get((self.gpu.folder, self.dtype), ()), self.gpu.sm_count
+        edges = tile_edge(tokens).astype(np.float64)
+        own_waves = waves(edges, n, tiles, sms)
         for row, row_weight in _bracket(n, self._n):
+            width = int(self._n[row])
+            full = np.where(edges >= WAVES_FROM, own_waves / waves(edges, width, tiles, sms), 1.0)
+            if tiles and row_weight > 1.0:  # beyond the table the waves alone say how much more there is
+                full = np.where(edges >= WAVES_FROM, full / row_weight, 1.0)
             for column, column_weight in _bracket(k, self._k):
-                measured_us = self._column_us(tokens, int(self._n[row]), int(self._k[column]))
-                total += row_weight * column_weight * measured_us
+                measured_us = self._column_us(tokens, width, int(self._k[column]))
+                total += row_weight * column_weight * full * measured_us
         return LAUNCH_US + np.maximum(total, self.weight_stream_us(n, k))
 
 

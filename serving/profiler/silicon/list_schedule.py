@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import heapq
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+LEVEL_ROUNDS = 12
+"""Blocks an SM runs one after the other until the order of earlier ones no longer shows in the end."""
+
+
 def repeated_makespan_us(durations_us: Sequence[float], repeats: int, sm_count: int) -> float:
-    """Time until the last block ends when ``durations_us`` are launched ``repeats`` times (once a head)."""
-    free_at = [0.0] * sm_count
+    """Time until the last block ends when ``durations_us`` are launched ``repeats`` times (once a head).
+
+    When blocks come to many more than the SMs, only the last repeats are scheduled one by one: the ones
+    before keep all SMs busy alike.
+    """
+    scheduled = min(repeats, math.ceil(LEVEL_ROUNDS * sm_count / len(durations_us)))
+    level_us = (repeats - scheduled) * sum(durations_us) / sm_count
+    free_at = [level_us] * sm_count
     push = heapq.heapreplace
-    for _ in range(repeats):
+    for _ in range(scheduled):
         for duration in durations_us:
             push(free_at, free_at[0] + duration)
     return max(free_at)

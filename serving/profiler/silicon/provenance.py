@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.profiler import grids
 from serving.profiler.shapes import rank_shapes
-from serving.profiler.silicon import tables
+from serving.profiler.silicon import comm, tables
 from serving.profiler.silicon.skew import BUCKET_AXES, skew_summary
 from serving.specs import paths
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from serving.profiler.job import ProfileJob
     from serving.profiler.silicon.attention import AttentionTimes
     from serving.profiler.silicon.gemm import GemmTimes
+    from serving.profiler.silicon.moe import MoeTimes
     from serving.profiler.silicon.tables import Gpu, KernelTable
 
-FA2_MIXED = "derived (one FlashAttention-2 launch, thread blocks list-scheduled on the SMs)"
-TWO_LAUNCHES = "derived (two launches: prefill + decode)"
 CHECKED_GPU = "rtx_pro_6000_server"
+"""The GPU of which independent layerwise measurements exist: fitted to, and compared with."""
 
 
 @dataclass(slots=True)
 class Sources:
-    """The kernel tables a bundle was made from."""
+    """The kernel tables a bundle was made from; attention and experts once per tensor-parallel degree."""
 
     gemm: GemmTimes
-    attention: AttentionTimes
+    attention: list[AttentionTimes]
     comm: KernelTable | None
-    moe_kernels: list[str]
+    experts: list[MoeTimes]
 
 
 def _interpolated(job: ProfileJob, gemm: GemmTimes) -> list[str]:
@@ -49,32 +49,77 @@ def _kernels(sources: Sources) -> dict[str, Any]:
     gemm = sources.gemm.table.where(gemm_dtype=sources.gemm.dtype)
     found: dict[str, Any] = {
         "gemm": gemm.values("kernel_source"),
-        "decode": sources.attention.decode_kernels,
-        "prefill": sources.attention.prefill_kernels,
+        "decode": sources.attention[0].decode_kernels,
+        "prefill": sources.attention[0].prefill_kernels,
     }
-    if sources.moe_kernels:
-        found["moe"] = sources.moe_kernels
+    if sources.experts:
+        found["moe"] = sources.experts[0].kernels
     if sources.comm is not None:
         found["all_reduce"] = sources.comm.values("kernel_source")
     return found
 
 
-def _table_claims(job: ProfileJob, sources: Sources, content: BundleContent) -> dict[str, str]:
+def _history_claim(gpu: Gpu, sources: Sources) -> tuple[str, str]:
+    """How far to trust prefill with history, in a few words and in full."""
+    errors = ", ".join(f"{times.history_error():+.0%}".replace("%", " %") for times in sources.attention)
+    if sources.attention[0].single_launch:
+        how = "derived from the slope of long prompts, tile by tile"
+        if gpu.folder == CHECKED_GPU:
+            return "derived, checked on this GPU", f"{how}; checked against layerwise measurements"
+        return "derived", how
+    how = "derived from the slope of long prompts, never below a decode over the same KV"
+    full = f"{how}; a prompt of 16384 in chunks of 2048 takes {errors} of the measured whole one's time"
+    return "derived, checked against whole prompts", full
+
+
+def _mixed_claim(gpu: Gpu, times: AttentionTimes) -> tuple[str, str]:
+    """How far to trust chunks beside decodes, in a few words and in full."""
+    if times.single_launch:
+        how = "derived: one launch, thread blocks list-scheduled on the SMs"
+        if gpu.folder == CHECKED_GPU:
+            return "derived, fitted on this GPU", f"{how}; re-reads fitted to layerwise measurements"
+        if any("fa2" in kernel for kernel in times.decode_kernels):
+            return "derived, fitted on another GPU", f"{how}; re-reads fitted on {CHECKED_GPU}"
+        return "derived, unvalidated", f"{how}; unvalidated for this kernel"
+    if times.shared_launch:
+        return (
+            "derived, unvalidated",
+            "derived: one launch takes the work of both; unvalidated, an upper bound",
+        )
+    how = "derived: two launches, prefill then decode, as this backend runs them"
+    return "the sum of both launches", how
+
+
+def _table_claims(job: ProfileJob, gpu: Gpu, sources: Sources, content: BundleContent) -> dict[str, str]:
     names = {name for _, name in content.tables}
+    model = job.model
     claims = {
         "dense": "matrix products measured (cold weights), elementwise layers derived from bytes moved",
         "per_sequence": "lm_head measured, sampler derived",
-        "attention decodes": "measured where KV exceeds 4 x L2, else corrected for the measurement's warm L2",
-        "attention prefill": "measured without history; history derived from the slope of long prompts",
-        "attention mixed": FA2_MIXED if sources.attention.single_launch else TWO_LAUNCHES,
+        "attention decodes": "measured, corrected for what the measurement's replays still found in L2 "
+        f"(fitted on {CHECKED_GPU})",
+        "attention prefill": f"measured without history; history {_history_claim(gpu, sources)[1]}",
+        "attention mixed": _mixed_claim(gpu, sources.attention[0])[1],
     }
+    if heads := _derived_heads(sources):
+        claims["attention heads"] = f"derived: {'; '.join(heads)}"
+    if model.num_sliding_layers:
+        claims["attention sliding"] = (
+            f"derived: {model.num_sliding_layers} of {model.num_hidden_layers} blocks read no more than "
+            f"{model.sliding_window} tokens; the table holds the average block"
+        )
     if "moe.csv" in names:
-        claims["moe"] = (
-            "measured with all experts active from 64 tokens; fewer tokens or experts derived from weight "
-            "bytes. tp<N> holds a slice of every expert; with expert parallelism tp1 applies"
+        notes = list(dict.fromkeys(note for times in sources.experts for note in times.notes))
+        claims["moe"] = "; ".join(
+            [
+                "measured with all experts active from 64 tokens",
+                "fewer tokens or experts derived from weight bytes",
+                *(f"derived: {note}" for note in notes),
+                "tp<N> holds a slice of every expert; with expert parallelism tp1 applies",
+            ]
         )
     claims["comm"] = (
-        "all_reduce measured inside CUDA graphs"
+        f"all_reduce measured over {comm.link_of(gpu)}"
         if "comm.csv" in names
         else "none: computed from the cluster's link_bw and link_latency"
     )
@@ -90,13 +135,17 @@ def _table_claims(job: ProfileJob, sources: Sources, content: BundleContent) -> 
     return claims
 
 
+def _derived_heads(sources: Sources) -> list[str]:
+    return [times.derived_heads for times in sources.attention if times.derived_heads]
+
+
 def _confidence(gpu: Gpu, sources: Sources) -> str:
-    decode = sources.attention.decode_kernels
-    if sources.attention.single_launch and gpu.folder == CHECKED_GPU:
-        return "decode measured, history and mixed steps derived and checked on this GPU"
-    if sources.attention.single_launch or not any("trtllm" in kernel or "fa3" in kernel for kernel in decode):
-        return "decode measured, history and mixed steps derived"
-    return "decode measured, history and mixed steps derived, unvalidated for this kernel"
+    """One line for a run's banner."""
+    decode = "derived from other head counts" if _derived_heads(sources) else "measured"
+    history, mixed = _history_claim(gpu, sources)[0], _mixed_claim(gpu, sources.attention[0])[0]
+    if history == mixed:
+        return f"decode {decode}, history and mixed steps {mixed}"
+    return f"decode {decode}, history {history}, mixed steps {mixed}"
 
 
 def _architecture(job: ProfileJob) -> dict[str, str]:
@@ -113,6 +162,19 @@ def _skew(content: BundleContent) -> dict[str, Any]:
     return {"enabled": True, "bucket_axes": BUCKET_AXES, "per_tp": per_tp}
 
 
+def _choices(job: ProfileJob, sources: Sources) -> dict[str, Any]:
+    """Flags of the profile that change its numbers."""
+    chosen: dict[str, Any] = {"fp8_scaling": job.fp8_scaling} if job.dtype == "fp8" else {}
+    return chosen | ({"expert_load": job.expert_load} if sources.experts else {})
+
+
+def _collectives(gpu: Gpu, content: BundleContent) -> dict[str, Any]:
+    """What comm.csv was measured over, by which a run decides whether it goes by it."""
+    if all(name != "comm.csv" for _, name in content.tables):
+        return {}
+    return {"collectives": {"link": comm.link_of(gpu)}}
+
+
 def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources) -> dict[str, Any]:
     """``meta.yaml`` of a bundle; it holds no time of making, so that the same inputs give the same file."""
     first = min(job.tp_degrees)
@@ -124,7 +186,7 @@ def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources
         "data_version": tables.package_version(),
         "data_licence": tables.LICENCE,
         "data_gpu": gpu.folder,
-        "vllm_version": sources.attention.generation.version,
+        "vllm_version": sources.attention[0].generation.version,
         "gpu": job.hardware.gpu or gpu.folder,
         "hardware": job.hardware.name,
         **_architecture(job),
@@ -137,7 +199,8 @@ def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources
             "max_num_seqs": job.max_num_seqs,
         },
         "kernels": _kernels(sources),
-        "tables": _table_claims(job, sources, content),
+        **_choices(job, sources),
+        "tables": _table_claims(job, gpu, sources, content),
         "products_interpolated": _interpolated(job, sources.gemm),
         "attention_grid": {
             "max_kv": job.max_kv,
@@ -147,5 +210,6 @@ def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources
             "kv": sorted({row[3] for row in grid}),
             "max_decode_tokens": grids.MAX_DECODE_TOKENS,
         },
+        **_collectives(gpu, content),
         "skew_fit": _skew(content),
     }

@@ -1,0 +1,20 @@
+"""Bundles that a command makes when its run asks for ones that are not there."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def bundles_on_demand(wanted: bool) -> Iterator[None]:
+    """Inside the block, missing bundles are made where that is possible, each with a line on stderr."""
+    from serving.latency.missing import missing_bundles_from
+    from serving.profiler.on_demand import maker
+
+    with missing_bundles_from(maker(lambda line: print(line, file=sys.stderr), wanted=wanted)):
+        yield
