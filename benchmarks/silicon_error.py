@@ -135,22 +135,23 @@ INTRODUCTION = """\
 Bundles made from public kernel measurements (`servesim profile --source silicon`) against layerwise
 profiles of the same GPU, an RTX PRO 6000, made with another version of vLLM (0.19 against 0.24), in
 bf16. Kernel times only: no collectives, host time or padding on either side; unequal KV lengths of
-decodes by each side's own skew table. Measured by `python benchmarks/silicon_error.py`.
+decodes alone by each side's own skew table. Measured by `python benchmarks/silicon_error.py`.
 
 The steps are all those in which one instance serves 300 ShareGPT requests at 10 req/s, as simulated from
 the layerwise profile. *Sum* is the error of their total time."""
 REMARKS = """\
-- Qwen3-30B-A3B, fewer than 4 sequences: the profile replays the same eight experts and small
-  projections, which stay in the 128 MiB of L2 (it times them faster than DRAM could deliver them). A
-  served model's never do. Such steps read high here, and are left as they are.
+- Qwen3-30B-A3B, fewer than 4 sequences: the profile replays weights that fit the 128 MiB of L2. Of its
+  projections that is certain (2.2 TB/s for one token; the memory gives 1.6 to 1.8), of its experts
+  probable (eight take 50 us, sixteen, which exceed L2, 135 us). A served model reads them from memory, so
+  that such steps read high here, and are left as they are.
 - Qwen3-30B-A3B at TP 2 has no like-for-like reference: its experts were profiled whole, and what stands
   for one of two ranks is the time of half the tokens.
 - Llama-3.1-8B at TP 2: half of the decodes' error is one product (14336 x 4096, at 64 to 128 tokens),
   which the public table does not hold and a line between its neighbours puts 10 % too low.
 - Eight constants were fitted to these same profiles: four of steps that mix prefill and decode, four of
-  what a replayed decode still finds in L2. So the table says how well the derivation describes this
-  GPU, and not how well it would predict another. Everything else follows from the public tables, the
-  GPU's data sheet, and how the kernels hand out their thread blocks.
+  what a replayed decode still finds in L2; starts and efficiencies of products, experts and elementwise
+  layers were set on them before. So the table says how well the derivation describes this GPU, and not
+  how well it would predict another.
 - Rows marked *skew tables* charge unequal KV lengths in mixed steps by each side's own skew table, as an
   uncalibrated run does; the others by the wait for the longest decode, as a calibrated run does. The
   skew tables of the two sides disagree about mixed steps."""

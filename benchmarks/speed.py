@@ -1,7 +1,8 @@
 """Measures the simulator itself: CPU seconds and peak memory of whole processes.
 
-    python benchmarks/speed.py            every run, and the section of benchmarks/RESULTS.md
-    python benchmarks/speed.py --quick    without the long ones, printed only
+    python benchmarks/speed.py               every run, and the sections of benchmarks/RESULTS.md
+    python benchmarks/speed.py --clusters    those of many instances only
+    python benchmarks/speed.py --quick       without the long ones, printed only
 
 A run is ``python -m serving`` from start to exit: imports, loading, simulation, files. Its CPU time (user and
 system, of all threads) and peak resident memory are what the operating system counted for the process. CPU
@@ -40,6 +41,9 @@ RECORDINGS = {
 }
 """Title -> (folder of the run, workload)."""
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
+CLUSTER = ROOT / "configs" / "cluster" / "single_node_single_instance.json"
+CLUSTER_RUNS = ((1, 20_000), (4, 20_000), (16, 20_000), (64, 20_000), (64, 50_000), (64, 100_000))
+"""(instances, requests); every instance gets ten requests a second."""
 _MB = 1e6
 
 
@@ -130,7 +134,7 @@ def simulation(
 def synthetic(folder: Path, requests: int, *, tokens: int = 512, rate: str = "10") -> list[str]:
     """Flags for a workload of requests with ``tokens`` out (and 512 in) at ``rate`` a second; makes the
     file."""
-    path = folder / f"{requests}-{tokens}.jsonl"
+    path = folder / f"{requests}-{tokens}-{rate}.jsonl"
     if not path.exists():
         shape = [
             "--num-reqs",
@@ -252,6 +256,57 @@ def measure(folder: Path, *, quick: bool) -> str:
     return section(startup, start, runs, pairs, grown)
 
 
+def many_instances(folder: Path, *, quick: bool) -> str:
+    """Clusters of up to 64 instances, ten requests a second for each; the section as Markdown."""
+    runs = []
+    for instances, requests in CLUSTER_RUNS:
+        if quick and requests > 20_000:
+            continue
+        config = json.loads(CLUSTER.read_text(encoding="utf-8"))
+        node = config["nodes"][0]
+        node["num_instances"], node["instances"] = instances, node["instances"] * instances
+        path = folder / f"{instances}-instances.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        flags = [*synthetic(folder, requests, tokens=128, rate=str(10 * instances)), "--no-itl"]
+        arguments = [*flags, "--cluster-config", str(path), "--output", "requests.csv"]
+        title = f"{instances} instances, {requests:,} requests"
+        few = [*arguments, "--num-reqs", "1"]
+        start = simulation(f"{title}, the first only", few, folder, 1 if quick else 3).measure()
+        run = simulation(title, arguments, folder, 1 if quick else 3).measure()
+        runs.append((instances, start, run))
+    return "\n\n".join(
+        [
+            paragraph(
+                "The same on clusters: instances of Llama-3.1-8B behind one router (LOAD, live counts), 512 "
+                "in / 128 out, 10 req/s for each instance, per-request file without inter-token latencies. "
+                "µs a step and bytes a request are what a run takes beyond one of its first request alone, "
+                "reading the workload and writing the file included."
+            ),
+            cluster_table(runs),
+        ]
+    )
+
+
+def cluster_table(runs: Sequence[tuple[int, Run, Run]]) -> str:
+    """Table of (instances, a run of one request, the run)."""
+    rows = []
+    for instances, start, run in runs:
+        requests, steps = int(run.summary["completed"]), int(run.summary["steps"])
+        rows.append(
+            [
+                f"{instances}",
+                f"{requests:,}",
+                f"{steps:,}",
+                f"{run.cpu_s:.2f}",
+                f"{(run.cpu_s - start.cpu_s) / steps * 1e6:.1f}",
+                f"{run.peak_bytes / _MB:.0f}",
+                f"{(run.peak_bytes - start.peak_bytes) / requests:,.0f}",
+            ]
+        )
+    titles = ["instances", "requests", "steps", "CPU s", "µs a step", "peak MB", "bytes a request"]
+    return table(titles, rows)
+
+
 def stepped_pairs(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
     """Each run and the same taken step by step."""
     return [
@@ -317,14 +372,17 @@ def main() -> int:
     """Measure, and write the section unless it was a quick look."""
     parser = argparse.ArgumentParser(description="CPU seconds and peak memory of whole runs.")
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs; only print")
+    parser.add_argument("--clusters", action="store_true", help="the runs of many instances only")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="servesim-speed-") as name:
-        text = measure(Path(name), quick=args.quick)
-    if args.quick:
-        print(f"\n{text}")
-    else:
-        write_section(RESULTS, "speed", text)
-        print(f"written: {RESULTS.relative_to(ROOT)}")
+    sections = {"speed": measure, "clusters": many_instances}
+    for name in ["clusters"] if args.clusters else sections:
+        with tempfile.TemporaryDirectory(prefix="servesim-speed-") as folder:
+            text = sections[name](Path(folder), quick=args.quick)
+        if args.quick:
+            print(f"\n{text}")
+        else:
+            write_section(RESULTS, name, text)
+            print(f"written: {RESULTS.relative_to(ROOT)}")
     return 0
 
 

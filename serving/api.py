@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.errors import InputError
 from serving.specs.cluster import ClusterSpec, load_cluster, with_options
-from serving.specs.options import RuntimeOptions, refuse_unsupported
+from serving.specs.options import RuntimeOptions
 from serving.specs.validation import validated
 from serving.workload.formats import load_workload
 from serving.workload.request import Workload
@@ -73,7 +73,6 @@ def simulate(
         raise InputError("ensemble: simulate is a single run; serving.ensemble(...) makes several")
     spec = cluster if isinstance(cluster, ClusterSpec) else load_cluster(cluster or chosen.cluster_config)
     spec = with_options(spec, chosen)
-    refuse_unsupported(spec, chosen)
     if isinstance(workload, Workload):
         late = [name for name in _LOADING if name in flags]
         if late:

@@ -16,15 +16,16 @@ class RunError(ServingError):
 class InputError(ServingError, ValueError):
     """Something the user gave is wrong (exit status 2).
 
-    The message is complete in itself: where (file, line or field path), what was found, what is allowed, and the
-    way out.
+    The message is complete in itself: where (file, line or field path), what was found, what is allowed, and
+    the way out.
     """
 
     exit_status = 2
 
 
 class MissingFileError(InputError, FileNotFoundError):
-    """A file or folder the run needs is not there; shown to the user as ``FileNotFoundError`` (exit status 2)."""
+    """A file or folder the run needs is not there; shown to the user as ``FileNotFoundError`` (exit status
+    2)."""
 
     def __str__(self) -> str:  # OSError would print an errno tuple
         return str(self.args[0]) if self.args else ""

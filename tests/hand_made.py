@@ -58,7 +58,14 @@ def instance_options(**changes: Any) -> InstanceOptions:
 
 def instance(index: int = 0, **changes: Any) -> InstanceLog:
     spec: Any = SimpleNamespace(
-        model_name="org/tiny", hardware="NPU1", num_npus=1, tp_size=1, pp_size=1, pd_type=None
+        model_name="org/tiny",
+        hardware="NPU1",
+        num_npus=1,
+        tp_size=1,
+        pp_size=1,
+        pd_type=None,
+        ep_size=1,
+        dp_group=None,
     )
     values: dict[str, Any] = {
         "node": 0,

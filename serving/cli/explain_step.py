@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolve(options, instance, model)
     if uses_placement(instance, resolved):
         raise InputError(
-            f"{cluster.source}: instance {args.instance} keeps or computes something outside of its NPUs, which "
-            "explain-step does not take apart; leave out placement and offloading to see the NPUs' part"
+            f"{cluster.source}: instance {args.instance} keeps or computes something outside of its NPUs, "
+            "which explain-step does not take apart; leave out placement and offloading to see the NPUs' "
+            "part"
         )
     with bundles_on_demand(options.auto_profile):
         timer = build_step_timer(instance, model, resolved, cluster)

@@ -23,6 +23,7 @@ from serving.latency.step_timers import StepTimers
 from serving.latency.wave_timer import build_wave_timer
 from serving.memory.kv_cache import KvCache
 from serving.memory.memory_map import MemoryMap
+from serving.memory.placement import NPU, evict_place
 from serving.results.records import InstanceLog
 from serving.specs.architecture import load_architecture
 from serving.specs.cluster_checks import check_cluster
@@ -91,7 +92,8 @@ class Builder:
         self._options = options
         self._tiers = LowerTiers(cluster, options, self._memories)
         separate = any(spec.pd_type for _, spec in self._placed)
-        self.transfers = Transfers() if separate or options.prefix_storage else None
+        evicting = any(evict_place(spec, "placement") != NPU for _, spec in self._placed)
+        self.transfers = Transfers() if separate or evicting or options.prefix_storage else None
         """Moves KV between instances and from lower tiers; None where nothing of the kind happens."""
         self.hand_over: HandOver | None = None
         if separate and self.transfers:
@@ -109,8 +111,8 @@ class Builder:
     def lockstep_groups(self) -> list[list[int]]:
         """Indices of the instances that go in lock-step.
 
-        Those are the members of a data-parallel group with expert layers, which exchange tokens in every step.
-        Without expert layers nothing ties them together, and vLLM (0.24) lets them run on their own.
+        Those are the members of a data-parallel group with expert layers, which exchange tokens in every
+        step. Without expert layers nothing ties them together, and vLLM (0.24) lets them run on their own.
         """
         groups: dict[str | int, list[int]] = {}
         for index, (_, spec) in enumerate(self._placed):
@@ -178,7 +180,7 @@ class Builder:
         scheduler.traced = spec.pd_type == "prefill"
         scheduler.lists_lengths = options.enable_attn_offloading
         member = Instance(log, scheduler, self._tables)
-        member.recall_route = self._tiers.route(node)
+        member.recall_route = self._tiers.route(index)
         return member
 
 

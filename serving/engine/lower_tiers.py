@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING
 
 from serving.engine.transfers import Route
 from serving.errors import InputError
+from serving.memory.placement import NPU, evict_place
 from serving.memory.sizing import GIB, kv_bytes_per_token
 from serving.memory.tier import LowerTier, TierPool
 from serving.network.links import Port
 from serving.results.records import TierMemory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from serving.memory.memory_map import MemoryMap
     from serving.specs.cluster import ClusterSpec, InstanceSpec
     from serving.specs.model import ModelSpec
@@ -43,7 +46,8 @@ class LowerTiers:
         self._memories = memories
         self._storage = options.prefix_storage
         self._sharing = options.enable_prefix_sharing
-        self._pools: dict[tuple[int, int], TierPool] = {}
+        self._pools: dict[tuple[str, int, int], TierPool] = {}
+        self._routes: dict[int, Route] = {}
         self._memories_of: dict[int, TierMemory] = {}
         """Instance -> what is written down about its tier."""
         self._namespaces: dict[tuple[str, str, int], int] = {}
@@ -60,28 +64,29 @@ class LowerTiers:
         self, index: int, node: int, spec: InstanceSpec, model: ModelSpec, options: InstanceOptions
     ) -> LowerTier | None:
         """The lower tier of an instance's prefix cache, None without one."""
-        if self._storage is None:
+        storage = self._storage_of(index, spec)
+        if storage is None:
             return None
         if not options.enable_prefix_caching:
             raise InputError(
-                f"--prefix-storage {self._storage}: instance {index} has prefix caching off; leave one of "
+                f"instance {index}: its prefix cache has a lower tier ({storage}) but is off; leave one of "
                 "them out"
             )
         instances = self._cluster.nodes[node].num_instances
-        key = (node, -1 if self._sharing else index)
+        key = (storage, node, -1 if self._sharing else index)
         if key not in self._pools:
-            size = self._node_bytes(node)
+            size = self._node_bytes(storage, node)
             self._pools[key] = TierPool(size if self._sharing else size // instances)
         kind = (spec.model_name, options.kv_dtype, options.block_size)
         namespace = self._namespaces.setdefault(kind, len(self._namespaces))
         per_npu = kv_bytes_per_token(model, options.kv_dtype, spec.tp_size, spec.pp_size)
         pool = self._pools[key]
         tier = LowerTier(pool, namespace, options.block_size, per_npu * spec.num_npus)
-        route = self.route(node)
-        assert route is not None
+        self._routes[index] = route = self._route(storage, node)
         self._memories_of[index] = TierMemory(
-            storage=self._storage,
+            storage=storage,
             pool=list(self._pools).index(key),
+            shared=self._sharing,
             capacity_bytes=pool.capacity_bytes,
             chunk_tokens=tier.chunk_tokens,
             chunk_bytes=tier.chunk_bytes,
@@ -94,13 +99,20 @@ class LowerTiers:
         """What to write down about the tier of an instance that :meth:`tier` was asked for."""
         return self._memories_of.get(index)
 
-    def route(self, node: int) -> Route | None:
-        """The way from the lower tier to the instances of a node, None without one."""
-        if self._storage is None:
-            return None
+    def route(self, index: int) -> Route | None:
+        """The way from the lower tier of an instance that :meth:`tier` was asked for, None without one."""
+        return self._routes.get(index)
+
+    def _storage_of(self, index: int, spec: InstanceSpec) -> str | None:
+        """``CPU``, ``CXL`` (all devices) or ``CXL:<device>``; what placement says wins over the flag."""
+        place = evict_place(spec, f"instance {index}")
+        return self._storage if place == NPU else place.upper()
+
+    def _route(self, storage: str, node: int) -> Route:
         cxl = self._cluster.cxl_mem
-        if self._storage == "CXL" and cxl is not None:
-            port = Port("CXL memory", cxl.mem_bw * cxl.num_devices)
+        if storage != "CPU" and cxl is not None:
+            devices = self._devices(storage)
+            port = Port("CXL memory" if storage == "CXL" else storage, cxl.mem_bw * len(devices))
             latency = cxl.mem_latency
         else:
             memory = self._cluster.nodes[node].cpu_mem
@@ -108,13 +120,18 @@ class LowerTiers:
             latency = memory.mem_latency
         return Route((port,), round(latency), port.bandwidth_gbs)
 
-    def _node_bytes(self, node: int) -> int:
+    def _devices(self, storage: str) -> Sequence[int]:
+        """The CXL devices that hold the chunks."""
+        assert self._cluster.cxl_mem is not None
+        _, _, device = storage.partition(":")
+        return [int(device)] if device else range(self._cluster.cxl_mem.num_devices)
+
+    def _node_bytes(self, storage: str, node: int) -> int:
         """What weights leave of the memory that a node keeps its chunks in."""
         cxl = self._cluster.cxl_mem
-        if self._storage == "CXL" and cxl is not None:
-            total = sum(
-                int(cxl.mem_size * GIB) - self._taken("cxl", device) for device in range(cxl.num_devices)
-            )
+        if storage != "CPU" and cxl is not None:
+            size = int(cxl.mem_size * GIB)
+            total = sum(size - self._taken("cxl", device) for device in self._devices(storage))
             return total // self._cluster.num_nodes
         return int(self._cluster.nodes[node].cpu_mem.mem_size * GIB) - self._taken("cpu", node)
 
@@ -123,7 +140,7 @@ class LowerTiers:
             return 0
         if self._memories.keeps_kv((kind, number)):
             raise InputError(
-                f"--prefix-storage {self._storage}: placement or PIM keeps whole KV caches in the same "
-                "memory, which leaves no room for a lower tier; choose another memory for one of them"
+                "a lower tier of the prefix cache (--prefix-storage, kv_evict_loc) and placement or PIM want "
+                "the same memory, where whole KV caches leave no room; choose another memory for one of them"
             )
         return self._memories.weight_bytes((kind, number))

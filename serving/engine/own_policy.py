@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import InputError
@@ -34,8 +34,8 @@ def load_own_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
             policy = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{flag}: {name} cannot be loaded ({error}); must be {built_in} or module:callable of a module in "
-            "the working directory or installed"
+            f"{flag}: {name} cannot be loaded ({error}); must be {built_in} or module:callable of a module "
+            "in the working directory or installed"
         ) from error
     if isinstance(policy, type):
         try:
@@ -52,7 +52,7 @@ def load_own_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
 @contextmanager
 def _working_directory_importable() -> Iterator[None]:
     """As under ``python -m``, also when a console script runs."""
-    here = os.getcwd()
+    here = str(Path.cwd())
     if here in sys.path or "" in sys.path:
         yield
         return

@@ -11,6 +11,7 @@ from serving.api import read_workload, simulate, with_flags
 from serving.errors import InputError
 from serving.explore.verdict import verdict
 from serving.results.atomic import atomic_write
+from serving.results.units import GIB
 from serving.specs.cluster import ClusterSpec, load_cluster
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def _rows(summaries: Sequence[dict[str, Any]]) -> list[Row]:
         "kv_cache_peak_percent",
         lambda s: round(s["kv_cache"]["peak"] * 100, 4),
     )
+    _add_prefix_cache(add, [summary["prefix_cache"] for summary in summaries])
     add("scheduling", "peak batch", "requests", "peak_batch", total("peak_batch"))
     add("scheduling", "preemptions", "", "preemptions", total("preemptions"))
     add("scheduling", "recomputed", "tokens", "recomputed_tokens", total("recomputed_tokens"))
@@ -228,6 +230,32 @@ def _rows(summaries: Sequence[dict[str, Any]]) -> list[Row]:
     for title, unit, key, name in _ENERGIES:
         add("energy", title, unit, key, energy(name))
     return rows
+
+
+def _add_prefix_cache(add: Callable[..., None], caches: Sequence[dict[str, Any]]) -> None:
+    """Rows about the prefix cache where any run found something, those of a lower tier where any has one."""
+
+    def percent(name: str) -> Callable[[dict[str, Any]], float]:
+        return lambda summary: round(summary["prefix_cache"][name] * 100, 4)
+
+    section = "prefix cache"
+    if any(cache["hit_tokens"] for cache in caches):
+        add(section, "prefix hits, NPU", "%", "npu_hit_percent", percent("npu_hit_rate"))
+    if any(cache["storage"] for cache in caches):
+        add(section, "prefix hits, tier", "%", "storage_hit_percent", percent("storage_hit_rate"))
+        add(
+            section, "tier capacity", "tokens", "storage_tokens", lambda s: _storage_tokens(s["prefix_cache"])
+        )
+        add(section, "read from tier", "GiB", "storage_read_gib", _gib("storage_read_bytes"))
+        add(section, "written to tier", "GiB", "storage_written_gib", _gib("storage_written_bytes"))
+
+
+def _storage_tokens(cache: dict[str, Any]) -> int:
+    return sum(pool["tokens"] for pool in cache["storage_pools"])
+
+
+def _gib(name: str) -> Callable[[dict[str, Any]], float]:
+    return lambda summary: round(summary["prefix_cache"][name] / GIB, 6)
 
 
 def _uniform(summary: dict[str, Any], name: str) -> bool:

@@ -22,7 +22,8 @@ def verdict(base_name: str, base: Result, name: str, other: Result) -> str:
     """One short paragraph on what ``other`` did compared with ``base``."""
     if not option_differences(base, other):
         return f"{name} resolves to the same options as {base_name} on every instance, so nothing can change."
-    sentences = [f"{name} {_outcome(base, other)}", _why_memory(base, other), _why_kernels(base, other)]
+    reasons = [_why_memory(base, other), _why_prefix_cache(base, other), _why_kernels(base, other)]
+    sentences = [f"{name} {_outcome(base, other)}", *reasons]
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -94,6 +95,21 @@ def _why_memory(base: Result, other: Result) -> str:
         return f"{capacity}; its size was not a limit before ({peak}), but is now: {_kv_words(now)}."
     instead = f"; requests waited for {was.other}" if was.other else ""
     return f"{capacity}, but its size was no limit ({peak}){instead}."
+
+
+def _why_prefix_cache(base: Result, other: Result) -> str:
+    """How much less, or more, of the prompts had to be computed."""
+    before, after = base.summary["prefix_cache"], other.summary["prefix_cache"]
+    if abs(after["hit_rate"] - before["hit_rate"]) * 100 < NOTICEABLE_PERCENT:
+        return ""
+    return (
+        f"Of the prompt tokens {_hit_words(after)} came from the prefix cache, before {_hit_words(before)}."
+    )
+
+
+def _hit_words(cache: dict[str, Any]) -> str:
+    tier = f" ({cache['storage_hit_rate']:.0%} from the {cache['storage']} tier)" if cache["storage"] else ""
+    return f"{cache['hit_rate']:.0%}{tier}"
 
 
 def _kv_words(found: Limits) -> str:

@@ -70,6 +70,24 @@ def rule_for(instance: InstanceSpec, layer: str, block: int | None) -> tuple[str
     return places["weights"], places["kv_loc"]
 
 
+def evict_place(instance: InstanceSpec, where: str) -> str:
+    """Where an instance's placement sends KV that its NPUs evict; ``npu`` means that it is dropped.
+
+    Raises:
+        InputError: the rules name several places; a chunk of KV, over all blocks, is kept in one memory.
+    """
+    if instance.placement is None:
+        return NPU
+    named = {rule: spec.kv_evict_loc for rule, spec in instance.placement.rules if spec.kv_evict_loc}
+    if len(set(named.values())) > 1:
+        rule, place = next(item for item in reversed(named.items()))
+        raise InputError(
+            f"{where}.placement.{rule}.kv_evict_loc: {place!r} is not what another rule says; evicted KV is "
+            "kept whole in one memory, so name it once, in default"
+        )
+    return next(iter(named.values()), NPU)
+
+
 def check_placement(instance: InstanceSpec, architecture: Architecture, where: str) -> None:
     """Raise InputError for rules about layers that the model does not have."""
     if instance.placement is None:

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from serving._version import __version__
+from serving.results.prefix_cache import tier_line
 from serving.results.units import gib, seconds
 from serving.specs.dtypes import short_dtype
 from serving.specs.options import UNLIMITED, InstanceOptions, RuntimeOptions
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from serving.memory.sizing import KvCapacity, Outside
     from serving.results.records import InstanceLog
+    from serving.specs.cluster import InstanceSpec
     from serving.workload.request import Workload
 
 _LINE = 100
@@ -159,7 +161,8 @@ def _alike(instances: Sequence[InstanceLog]) -> list[list[InstanceLog]]:
     """Instances in groups that need to be described only once, in order of first appearance."""
     groups: dict[str, list[InstanceLog]] = {}
     for instance in instances:
-        key = repr((instance.spec, instance.options, instance.capacity, instance.bundle_source))
+        tier = tier_line(instance.tier) if instance.tier else ""
+        key = repr((instance.spec, instance.options, instance.capacity, instance.bundle_source, tier))
         groups.setdefault(key, []).append(instance)
     return list(groups.values())
 
@@ -175,11 +178,20 @@ def _index_ranges(indices: Sequence[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
+def _shape(spec: InstanceSpec) -> list[str]:
+    """How an instance is spread over NPUs and what part it has: ``tp 2``, ``pp 2``, ``decode``."""
+    shape = [f"tp {spec.tp_size}"]
+    shape += [f"pp {spec.pp_size}"] if spec.pp_size > 1 else []
+    shape += [f"ep {spec.ep_size}"] if spec.ep_size > 1 else []
+    shape += [f"dp_group {spec.dp_group}"] if spec.dp_group is not None else []
+    return [*shape, spec.pd_type] if spec.pd_type else shape
+
+
 def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> list[str]:
     instance = group[0]
     spec, capacity = instance.spec, instance.capacity
     name = f"instance{'s' if len(group) > 1 else ''} {_index_ranges([member.index for member in group])}"
-    lines = [f"{name}: {spec.model_name} on {spec.num_npus} x {spec.hardware} (tp {spec.tp_size})"]
+    lines = [f"{name}: {spec.model_name} on {spec.num_npus} x {spec.hardware} ({', '.join(_shape(spec))})"]
     own = {key: value for key, value in _options_of(instance.options).items() if key not in common}
     if own:
         lines += _wrapped("  options   ", [_option(key, value) for key, value in own.items()])
@@ -189,6 +201,8 @@ def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> lis
         f"activations {gib(capacity.activation_bytes)}, other {gib(capacity.non_torch_bytes)} GiB"
     )
     lines.append(f"  {kv_cache_line(instance)}")
+    if instance.tier:
+        lines.append(f"  {tier_line(instance.tier)}")
     lines += [f"  {_outside_line(place, capacity)}" for place in capacity.outside]
     return lines
 

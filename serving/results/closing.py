@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from serving.results.energy import energy_line
+from serving.results.prefix_cache import prefix_cache_lines
 from serving.results.saturation import saturation_line
 from serving.results.table import Table
 from serving.results.units import digits
@@ -73,12 +74,9 @@ def _totals(summary: dict[str, Any]) -> list[str]:
 
 
 def _memory(summary: dict[str, Any]) -> list[str]:
-    prefix = summary["prefix_cache"]
-    tiers = f", {prefix['storage_hit_tokens']} from the lower tier" if prefix["storage_hit_tokens"] else ""
     return [
         f"KV cache       peak {summary['kv_cache']['peak']:.1%}, peak batch {summary['peak_batch']}",
         f"preemptions    {summary['preemptions']}, {summary['recomputed_tokens']} tokens recomputed",
-        f"prefix cache   {prefix['hit_tokens']} of {prefix['lookup_tokens']} prompt tokens found "
-        f"({prefix['hit_rate']:.1%}){tiers}",
+        *prefix_cache_lines(summary["prefix_cache"]),
         f"energy         {energy_line(summary['energy'])}",
     ]

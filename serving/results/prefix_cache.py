@@ -61,11 +61,11 @@ def prefix_cache_lines(entry: dict[str, Any]) -> list[str]:
     return lines
 
 
-def tier_line(tier: TierMemory, sharing: bool) -> str:
+def tier_line(tier: TierMemory) -> str:
     """The banner's line about the lower tier of one instance."""
     return (
         f"{tier.storage} tier: {tier.tokens} tokens / {tier.capacity_bytes // tier.chunk_bytes} chunks of "
-        f"{tier.chunk_tokens} ({tier.capacity_bytes / GIB:.2f} GiB{', shared' if sharing else ''}), "
+        f"{tier.chunk_tokens} ({tier.capacity_bytes / GIB:.2f} GiB{', shared by the node' if tier.shared else ''}), "
         f"read at {tier.bandwidth_gbs:g} GB/s after {tier.latency_ns} ns"
     )
 

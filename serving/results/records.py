@@ -113,7 +113,9 @@ class TierMemory:
     storage: str
     """``CPU`` or ``CXL``."""
     pool: int
-    """Instances with the same number share their chunks and the capacity."""
+    """Instances with the same number use the same chunks and the same capacity."""
+    shared: bool
+    """Whether the pool is for all instances of the node."""
     capacity_bytes: int
     chunk_tokens: int
     chunk_bytes: int

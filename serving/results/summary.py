@@ -12,6 +12,7 @@ import numpy as np
 from serving._version import __version__
 from serving.results.atomic import atomic_write
 from serving.results.energy import energy_entry
+from serving.results.prefix_cache import prefix_cache_entry
 from serving.results.saturation import saturation_entry
 from serving.results.stats import Distribution, describe
 from serving.results.units import MS, SECOND
@@ -120,6 +121,7 @@ def _instance_entry(instance: InstanceLog) -> dict[str, Any]:
             for memory in instance.capacity.outside
         ],
         "kv_cache": _kv_cache(instance),
+        "prefix_cache": prefix_cache_entry([instance]),
         "steps": len(steps),
         "peak_batch": max(steps.running, default=0),
         "preemptions": sum(steps.preempted),
@@ -136,18 +138,6 @@ def _kv_cache_totals(result: Result) -> dict[str, Any]:
         "blocks": sum(entry["blocks"] for entry in per_instance),
         "bytes_per_block": sizes.pop() if len(sizes) == 1 else None,
         "peak": max((entry["peak"] for entry in per_instance), default=0.0),
-    }
-
-
-def _prefix_cache(result: Result) -> dict[str, Any]:
-    looked_up = sum(sum(instance.steps.lookup_tokens) for instance in result.instances)
-    found = sum(sum(instance.steps.hit_tokens) for instance in result.instances)
-    return {
-        "lookup_tokens": looked_up,
-        "hit_tokens": found,
-        "hit_rate": round(found / looked_up, 6) if looked_up else 0.0,
-        "npu_hit_tokens": int(result.requests["npu_hit"].sum()),
-        "storage_hit_tokens": int(result.requests["storage_hit"].sum()),
     }
 
 
@@ -188,7 +178,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "steps": sum(len(instance.steps) for instance in result.instances),
         "preemptions": int(rows["preemptions"].sum()),
         "recomputed_tokens": sum(record.recomputed_tokens for record in result.records),
-        "prefix_cache": _prefix_cache(result),
+        "prefix_cache": prefix_cache_entry(result.instances),
         "saturation": saturation_entry(result),
         "energy": energy_entry(result),
         "skipped_lines": result.workload.skipped,

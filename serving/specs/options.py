@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Collection
 
-    from serving.specs.cluster import ClusterSpec, InstanceSpec
+    from serving.specs.cluster import InstanceSpec
     from serving.specs.model import ModelSpec
 
 UNLIMITED = 2**31 - 1
@@ -422,10 +422,3 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         max_model_len=model.max_position_embeddings,
         cudagraph=options.cudagraph,
     )
-
-
-def refuse_unsupported(cluster: ClusterSpec, options: RuntimeOptions) -> None:
-    """See :func:`serving.specs.unsupported.refuse_unsupported`."""
-    from serving.specs.unsupported import refuse_unsupported as refuse
-
-    refuse(cluster, options)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from serving.api import load_cluster, simulate
+from serving.api import simulate
 from serving.errors import InputError, MissingFileError
+from serving.specs.cluster import load_cluster
 from serving.specs.options import RuntimeOptions, per_instance_fields
 from serving.workload.request import Request, Workload
 from tests.engine.toy_world import DENSE, KV_BYTES_PER_TOKEN, MOE, toy_cluster, toy_instance, toy_world
@@ -26,7 +27,7 @@ SHIPPED = sorted(p for p in (ROOT / "configs/cluster").glob("*.json") if p.name 
 MS = 1_000_000
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def toys(tmp_path: Path) -> Iterator[Path]:
     with toy_world(tmp_path):
         yield tmp_path
@@ -121,7 +122,7 @@ def test_every_shipped_config_is_explained() -> None:
 # ------------------------------------------------------------------ several models
 
 
-def test_requests_go_to_the_instances_of_the_model_they_ask_for(toys: Path) -> None:
+def test_requests_go_to_the_instances_of_the_model_they_ask_for() -> None:
     cluster = toy_cluster([toy_instance(), toy_instance(MOE), toy_instance()])
     requests = [Request(i, 50, 5, i * MS // 10, model=(DENSE, MOE)[i % 2]) for i in range(10)]
     instances = simulate(cluster, Workload(requests, "mixed")).requests["instance_id"]
@@ -129,7 +130,7 @@ def test_requests_go_to_the_instances_of_the_model_they_ask_for(toys: Path) -> N
     assert set(instances[::2].tolist()) == {0, 2}
 
 
-def test_a_request_that_asks_for_no_model_goes_to_any(toys: Path) -> None:
+def test_a_request_that_asks_for_no_model_goes_to_any() -> None:
     cluster = toy_cluster([toy_instance(), toy_instance(MOE)])
     requests = [Request(i, 50, 5, 0) for i in range(4)]
     assert simulate(cluster, Workload(requests, "any")).requests["instance_id"].tolist() == [0, 1, 0, 1]
@@ -152,7 +153,7 @@ def test_the_model_stands_in_the_workload_file(toys: Path) -> None:
     assert result.requests["instance_id"].tolist() == [1, 1, 0]
 
 
-def test_a_model_that_nobody_serves_is_told_before_the_run(toys: Path) -> None:
+def test_a_model_that_nobody_serves_is_told_before_the_run() -> None:
     requests = [Request(0, 20, 2, 0), Request(1, 20, 2, 0, model="org/other")]
     with pytest.raises(InputError) as error:
         simulate(toy_cluster([toy_instance(), toy_instance(MOE)]), Workload(requests, "mine"))
@@ -161,7 +162,7 @@ def test_a_model_that_nobody_serves_is_told_before_the_run(toys: Path) -> None:
     )
 
 
-def test_each_model_has_its_own_prefill_and_decode_instances(toys: Path) -> None:
+def test_each_model_has_its_own_prefill_and_decode_instances() -> None:
     sides = ("prefill", "decode")
     cluster = toy_cluster([toy_instance(model, pd_type=side) for model in (DENSE, MOE) for side in sides])
     requests = [Request(i, 50, 5, 0, model=(MOE, None)[i % 2]) for i in range(6)]
@@ -187,7 +188,7 @@ def conversation(turns: int = 3, session: int = 0, first: int = 0, arrival_ns: i
     return made
 
 
-def test_a_session_finds_its_prompts_on_the_prefill_side(toys: Path) -> None:
+def test_a_session_finds_its_prompts_on_the_prefill_side() -> None:
     cluster = toy_cluster([toy_instance(pd_type="prefill"), toy_instance(pd_type="decode")])
     result = simulate(cluster, Workload(conversation(), "session"), block_size=8)
     # What the prefill instance has computed is the prompts: 40, then 104 of the 168 tokens. Answers are
@@ -198,13 +199,13 @@ def test_a_session_finds_its_prompts_on_the_prefill_side(toys: Path) -> None:
     assert (result.requests["arrival"][1:] == result.requests["end_time"][:-1] + MS).all()
 
 
-def test_without_separate_sides_a_session_finds_its_answers_too(toys: Path) -> None:
+def test_without_separate_sides_a_session_finds_its_answers_too() -> None:
     result = simulate(toy_cluster([toy_instance()]), Workload(conversation(), "session"), block_size=8)
     # The last token of an answer has no KV yet, so of 64 and 128 known tokens 63 and 127 are computed.
     assert result.requests["npu_hit"].tolist() == [0, 56, 120]
 
 
-def test_sticky_sessions_stay_and_free_ones_take_turns(toys: Path) -> None:
+def test_sticky_sessions_stay_and_free_ones_take_turns() -> None:
     cluster = toy_cluster([toy_instance() for _ in range(3)])
     workload = Workload([*conversation(), *conversation(session=1, first=3, arrival_ns=10)], "sessions")
     free = simulate(cluster, workload, request_routing_policy="RR")
@@ -214,7 +215,7 @@ def test_sticky_sessions_stay_and_free_ones_take_turns(toys: Path) -> None:
     assert stay.requests["npu_hit"].sum() > free.requests["npu_hit"].sum()
 
 
-def test_a_sticky_session_that_changes_its_model_comes_back_to_the_same_instance(toys: Path) -> None:
+def test_a_sticky_session_that_changes_its_model_comes_back_to_the_same_instance() -> None:
     cluster = toy_cluster([toy_instance(), toy_instance(), toy_instance(MOE)])
     session = conversation(turns=4)
     for request, model in zip(session, (DENSE, MOE, DENSE, MOE), strict=True):
@@ -226,7 +227,7 @@ def test_a_sticky_session_that_changes_its_model_comes_back_to_the_same_instance
 
 # ------------------------------------------------------------------ options per instance
 
-ALL_14 = {
+ALL_14: dict[str, tuple[Any, Any]] = {
     "dtype": ("fp8", "fp8"),
     "kv_cache_dtype": ("fp8", "fp8"),
     "block_size": (32, 32),
@@ -251,12 +252,12 @@ def test_the_table_has_all_options_of_an_instance() -> None:
 
 
 @pytest.mark.parametrize("name", ALL_14)
-def test_an_instance_may_differ_in_every_option(toys: Path, name: str) -> None:
+def test_an_instance_may_differ_in_every_option(name: str) -> None:
     said, runs_with = ALL_14[name]
     cluster = toy_cluster([toy_instance(), toy_instance(**{name: said})])
     requests = [Request(i, 300, 20, 0) for i in range(6)]
     flag = not said if isinstance(said, bool) and name in WORKS_BOTH_WAYS else None
-    flags = {} if flag is None else {name: flag}
+    flags: dict[str, Any] = {} if flag is None else {name: flag}
     result = simulate(cluster, Workload(requests, "w"), **flags)
     default = {**RuntimeOptions().model_dump(), "dtype": "bfloat16", **flags}[name]
     first, second = (getattr(instance.options, name) for instance in result.instances)
@@ -268,7 +269,7 @@ def test_an_instance_may_differ_in_every_option(toys: Path, name: str) -> None:
 WORKS_BOTH_WAYS = {name for name in ALL_14 if not name.endswith(("offloading", "interleaving"))}
 
 
-def test_kv_dtypes_and_block_sizes_differ_by_instance_in_effect(toys: Path) -> None:
+def test_kv_dtypes_and_block_sizes_differ_by_instance_in_effect() -> None:
     def instance(**own: Any) -> dict[str, Any]:
         return {**toy_instance(**own), "num_gpu_blocks": None}
 
@@ -297,7 +298,7 @@ def first_token_ns(prefill: dict[str, Any], decode: dict[str, Any], nodes: int =
     return int(result.requests["TTFT"][0])
 
 
-def test_the_kv_of_a_prompt_takes_its_bytes_over_the_link(toys: Path) -> None:
+def test_the_kv_of_a_prompt_takes_its_bytes_over_the_link() -> None:
     alone = simulate(toy_cluster([toy_instance()]), Workload([Request(0, 1, 2, 0)], "one"))
     one_token_step = int(alone.requests["TTFT"][0])
     kv_bytes = 100 * KV_BYTES_PER_TOKEN
@@ -306,7 +307,7 @@ def test_the_kv_of_a_prompt_takes_its_bytes_over_the_link(toys: Path) -> None:
     assert one_token_step <= waited < 2 * one_token_step
 
 
-def test_fp8_on_the_prefill_side_halves_the_transfer(toys: Path) -> None:
+def test_fp8_on_the_prefill_side_halves_the_transfer() -> None:
     # The toy's kernels are the same in every variant, so that nothing but the bytes differs.
     both = {"kv_cache_dtype": "fp8"}
     halved = 100 * KV_BYTES_PER_TOKEN // 2 * 1000
@@ -315,7 +316,7 @@ def test_fp8_on_the_prefill_side_halves_the_transfer(toys: Path) -> None:
     assert first_token_ns({}, {}) - first_token_ns({}, both) == 0
 
 
-def test_two_ranks_on_both_sides_move_half_each_and_on_one_side_do_not_help(toys: Path) -> None:
+def test_two_ranks_on_both_sides_move_half_each_and_on_one_side_do_not_help() -> None:
     kv_ns = 100 * KV_BYTES_PER_TOKEN * 1000
     single, double = {"tp_size": 1}, {"tp_size": 2}
     decode_step = {tp: first_token_ns(single, {"tp_size": tp}) - kv_ns for tp in (1, 2)}
@@ -323,14 +324,16 @@ def test_two_ranks_on_both_sides_move_half_each_and_on_one_side_do_not_help(toys
     assert first_token_ns(double, single) == kv_ns + decode_step[1]
 
 
-def test_between_nodes_the_slower_uplink_counts(toys: Path) -> None:
+def test_between_nodes_the_slower_uplink_counts() -> None:
     kv_ns = 100 * KV_BYTES_PER_TOKEN * 1000
     assert first_token_ns({}, {}, nodes=2) - first_token_ns({}, {}) == 3 * kv_ns
 
 
 @pytest.mark.parametrize("sides", [(1, 3), (3, 1), (2, 2)])
-def test_any_number_of_prefill_and_decode_instances(toys: Path, sides: tuple[int, int]) -> None:
-    prefill = [toy_instance(pd_type="prefill", tp_size=2, dtype="fp8", block_size=16) for _ in range(sides[0])]
+def test_any_number_of_prefill_and_decode_instances(sides: tuple[int, int]) -> None:
+    prefill = [
+        toy_instance(pd_type="prefill", tp_size=2, dtype="fp8", block_size=16) for _ in range(sides[0])
+    ]
     decode = [toy_instance(pd_type="decode", pp_size=2, block_size=4) for _ in range(sides[1])]
     workload = Workload([Request(i, 90 + i, 10, i * MS // 5) for i in range(30)], "w")
     result = simulate(toy_cluster(prefill, decode), workload)
@@ -339,7 +342,7 @@ def test_any_number_of_prefill_and_decode_instances(toys: Path, sides: tuple[int
     assert set(result.requests["decode_instance"].tolist()) == set(range(sides[0], sum(sides)))
 
 
-def test_groups_in_lock_step_may_be_the_sides(toys: Path) -> None:
+def test_groups_in_lock_step_may_be_the_sides() -> None:
     shape: dict[str, Any] = {"model": MOE, "ep_size": 2}
     prefill = [toy_instance(**shape, pd_type="prefill", dp_group="p") for _ in range(2)]
     decode = [toy_instance(**shape, pd_type="decode", dp_group="d") for _ in range(2)]
@@ -383,9 +386,7 @@ MOE_MEMBER = {"model": MOE, "dp_group": "A"}
         ),
     ],
 )
-def test_a_cluster_that_cannot_be_is_told(
-    toys: Path, instances: list[dict[str, Any]], complaint: str
-) -> None:
+def test_a_cluster_that_cannot_be_is_told(instances: list[dict[str, Any]], complaint: str) -> None:
     cluster = toy_cluster([toy_instance(**keys) for keys in instances])
     with pytest.raises(InputError, match=complaint):
         simulate(cluster, Workload([Request(0, 20, 2, 0)], "w"))

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serving.api import load_cluster, simulate
+from serving.api import simulate
 from serving.engine.build import build_simulation
 from serving.engine.hand_over import HandOver
 from serving.engine.step_loop import StepLoop
 from serving.errors import RunError
+from serving.specs.cluster import load_cluster
 from serving.specs.options import RuntimeOptions
 from serving.workload.request import Request, Workload
 from tests.engine.toy_world import MOE, toy_cluster, toy_instance, toy_world

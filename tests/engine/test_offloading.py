@@ -10,7 +10,7 @@ import pytest
 
 from serving.api import load_cluster, simulate
 from serving.engine.build import build_simulation
-from serving.errors import InputError, NotSupportedError
+from serving.errors import InputError
 from serving.specs.options import RuntimeOptions
 from serving.workload.request import Request, Workload
 from tests.engine.test_random_clusters import check_cluster_run
@@ -218,14 +218,17 @@ def test_the_lower_tier_has_what_weights_leave() -> None:
     weights = toy_cluster([toy_instance(placement={"default": {"weights": "cpu"}})])
     assert run(weights, [Request(0, 20, 3, 0)], prefix_storage="CPU").end_ns
     kv = toy_cluster([toy_instance(placement={"default": {"kv_loc": "cpu"}})])
-    with pytest.raises(InputError, match="leaves no room for a lower tier"):
+    with pytest.raises(InputError, match="where whole KV caches leave no room"):
         run(kv, [Request(0, 20, 3, 0)], prefix_storage="CPU")
 
 
-def test_where_evicted_kv_goes_is_refused_not_ignored() -> None:
+def test_evicted_kv_goes_where_placement_says() -> None:
     cluster = toy_cluster([toy_instance(placement={"default": {"kv_evict_loc": "cpu"}})])
-    with pytest.raises(NotSupportedError, match=r"default\.kv_evict_loc: 'cpu' is not supported yet"):
-        simulate(cluster, Workload([Request(0, 20, 3, 0)], "w"))
+    result = simulate(cluster, Workload([Request(0, 600, 3, 0)], "w"))
+    tier = result.instances[0].tier
+    assert tier is not None
+    assert tier.storage == "CPU"
+    assert sum(result.instances[0].steps.tier_bytes) == 2 * tier.chunk_bytes
 
 
 def test_what_lies_elsewhere_is_shown_and_summarised() -> None:

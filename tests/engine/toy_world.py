@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from tests.latency.bundles import HARDWARE, MODEL, VARIANT, Toy, toy_architecture
@@ -23,7 +22,7 @@ KV_BYTES_PER_TOKEN = 2 * LAYERS * 2 * 4 * 2
 @contextmanager
 def toy_world(root: Path) -> Iterator[Path]:
     """Make ``root`` such a folder and the working directory."""
-    experts = {(t, a): 3.0 + t / 4 + a for t in (1, 64) for a in (1, 4)}
+    experts: dict[tuple[int, ...], float] = {(t, a): 3.0 + t / 4 + a for t in (1, 64) for a in (1, 4)}
     for tp in (1, 2):
         folder = Toy(tp=tp, moe=experts, meta={"source": "roofline", "gpu": f"{HARDWARE} GPU"}).write(root)
     for variant in ("bf16-kvfp8", "fp8", "fp8-kvfp8"):
@@ -46,12 +45,8 @@ def toy_world(root: Path) -> Iterator[Path]:
         path = root / "configs" / "model" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**config, **more}), encoding="utf-8")
-    before = os.getcwd()
-    os.chdir(root)
-    try:
+    with chdir(root):
         yield root
-    finally:
-        os.chdir(before)
 
 
 def toy_instance(model: str = DENSE, **keys: Any) -> dict[str, Any]:

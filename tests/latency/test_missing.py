@@ -49,14 +49,16 @@ def test_nothing_is_made_beside_what_was_measured(root: Path) -> None:
         bundle.tables(4)
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("maker", [None, lambda *_: None])
-def test_without_a_maker_the_documented_error_stands(root: Path, maker: object) -> None:
+def test_without_a_maker_the_documented_error_stands(maker: object) -> None:
     with missing_bundles_from(maker), pytest.raises(MissingFileError) as caught:  # type: ignore[arg-type]
         load_bundle(HARDWARE, MODEL, VARIANT)
     assert str(caught.value).endswith("--tp 1")
 
 
-def test_why_it_was_not_made_is_told(root: Path) -> None:
+@pytest.mark.usefixtures("root")
+def test_why_it_was_not_made_is_told() -> None:
     def refuse(*_: object) -> Path:
         raise InputError("no such kernel")
 

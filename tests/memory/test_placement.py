@@ -8,7 +8,7 @@ import pytest
 
 from serving.errors import InputError
 from serving.memory.memory_map import MemoryMap
-from serving.memory.placement import block_weights, rule_for
+from serving.memory.placement import block_weights, evict_place, rule_for
 from serving.memory.sizing import GIB, block_weight_bytes, kv_cache_capacity, weight_bytes_per_npu
 from serving.specs.architecture import load_architecture
 from serving.specs.cluster import load_cluster
@@ -209,3 +209,18 @@ def test_kv_placed_elsewhere_and_in_pim_is_told() -> None:
     both = instance(enable_attn_offloading=True, placement={"default": {"kv_loc": "cxl:0"}})
     with pytest.raises(InputError, match="keeps the KV cache in PIM memory"):
         memory_map({**pim_node(64, both), "cxl_mem": CXL})
+
+
+def test_evicted_kv_goes_to_one_place() -> None:
+    [(_, plain)] = load_cluster(cluster()).instances
+    assert evict_place(plain, "here") == "npu"
+    placed = instance(placement={"default": {"kv_evict_loc": "cpu"}})
+    [(_, spec)] = load_cluster(cluster(placed)).instances
+    assert evict_place(spec, "here") == "cpu"
+
+
+def test_evicted_kv_cannot_be_scattered() -> None:
+    rules = {"default": {"kv_evict_loc": "cpu"}, "blocks": [{"blocks": "0-3", "kv_evict_loc": "npu"}]}
+    [(_, spec)] = load_cluster(cluster(instance(placement=rules))).instances
+    with pytest.raises(InputError, match=r"kv_evict_loc: .npu. is not what another rule says"):
+        evict_place(spec, "here")

@@ -41,8 +41,9 @@ def test_without_the_measurements_nobody_makes_bundles(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("hardware", "variant"), [("MI300X", "bf16"), ("H100", "int8"), ("H100", "bf16-kvint8"), ("none", "bf16")]
 )
+@pytest.mark.usefixtures("home")
 def test_what_was_not_measured_is_left_to_the_documented_error(
-    home: Path, monkeypatch: pytest.MonkeyPatch, hardware: str, variant: str
+    monkeypatch: pytest.MonkeyPatch, hardware: str, variant: str
 ) -> None:
     monkeypatch.setattr(on_demand, "_installed", lambda: True)
     make = on_demand.maker(print)
@@ -67,7 +68,8 @@ def test_a_degree_is_made_once_beside_those_made_before(home: Path) -> None:
 
 
 @needs_silicon
-def test_experts_come_whole_as_well(home: Path) -> None:
+@pytest.mark.usefixtures("home")
+def test_experts_come_whole_as_well() -> None:
     make = on_demand.maker(print)
     assert make is not None
     folder = make("H100", MOE, "bf16", 4)
@@ -76,7 +78,8 @@ def test_experts_come_whole_as_well(home: Path) -> None:
 
 
 @needs_silicon
-def test_an_a100_has_no_fp8_kv_and_says_so(home: Path) -> None:
+@pytest.mark.usefixtures("home")
+def test_an_a100_has_no_fp8_kv_and_says_so() -> None:
     make = on_demand.maker(print)
     assert make is not None
     with pytest.raises(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from serving.errors import NotSupportedError
 from serving.specs.cluster import load_cluster
 from serving.specs.flags import flag_name, flag_of
 from serving.specs.model import load_model
@@ -19,7 +18,6 @@ from serving.specs.options import (
     add_arguments,
     from_namespace,
     per_instance_fields,
-    refuse_unsupported,
     resolve,
 )
 from tests.specs.clusters import cluster, instance, npu_mem
@@ -235,27 +233,3 @@ def test_without_a_dtype_the_model_decides() -> None:
     model = load_model("meta-llama/Llama-3.1-8B").model_copy(update={"torch_dtype": "float16"})
     [(_, spec)] = load_cluster(cluster()).instances
     assert resolve(RuntimeOptions(), spec, model).variant == "fp16"
-
-
-# --- what is not built yet -------------------------------------------------------------------------
-
-
-def test_plain_clusters_are_supported() -> None:
-    two = load_cluster(cluster(instance(), instance(num_npus=2, tp_size=2)))
-    refuse_unsupported(two, RuntimeOptions())
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--prefix-storage", "CPU"], ["--enable-local-offloading"], ["--enable-attn-offloading"]]
-)
-def test_every_flag_is_supported(arguments: list[str]) -> None:
-    refuse_unsupported(load_cluster(cluster()), parsed(*arguments))
-
-
-def test_clusters_of_later_are_refused_not_ignored() -> None:
-    config = cluster(instance(placement={"default": {"weights": "cpu", "kv_evict_loc": "cpu"}}))
-    with pytest.raises(NotSupportedError) as caught:
-        refuse_unsupported(load_cluster(config), RuntimeOptions())
-    where = "cluster: nodes[0].instances[0].placement.default.kv_evict_loc"
-    assert str(caught.value).startswith(f"{where}: 'cpu' is not supported yet")
-    assert caught.value.exit_status == 2
