@@ -342,11 +342,11 @@ class Scheduler:
                 record.storage_hit = done - hit_tokens if recall_bytes else 0
             elif not state.kv_arrived:
                 record.recomputed_tokens += state.computed - done
-            if not state.kv_arrived:
-                batch.hit_tokens += done if recall_bytes else hit_tokens
-                batch.lookup_tokens += known
             if recall_bytes:
                 batch.recalls.append(recall_bytes)
+            if not state.kv_arrived and not record.preemptions:  # as vLLM counts its hit rate
+                batch.hit_tokens += done
+                batch.lookup_tokens += known
                 batch.recalled_tokens += done - hit_tokens
             batch.add_request(tokens, done)
             if batch.entries is not None:

@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
     from serving.results.result import Result
 
+MODEL_COLUMN = "model"
 ITL_COLUMN = "ITL"
 SESSION_COLUMN = "session id"
 COLUMNS = (
-    "instance id", "request id", "input", "output", "arrival", "end_time", "latency", "queuing_delay", "TTFT",
-    "TPOT", ITL_COLUMN, "queued", SESSION_COLUMN, "sub request", "prefix hit", "npu hit", "storage hit",
-    "preemptions", "decode instance",
+    "instance id", "request id", MODEL_COLUMN, "input", "output", "arrival", "end_time", "latency",
+    "queuing_delay", "TTFT", "TPOT", ITL_COLUMN, "queued", SESSION_COLUMN, "sub request", "prefix hit",
+    "npu hit", "storage hit", "preemptions", "decode instance",
 )  # fmt: skip
 """Columns of the file in order; the first twelve are a fixed contract, times are integer ns."""
+
+NUMERIC_COLUMNS = tuple(name for name in COLUMNS if name not in (MODEL_COLUMN, ITL_COLUMN, SESSION_COLUMN))
 
 _PARQUET_ROWS = 4096
 """Requests per Parquet row group: bounds the inter-token latencies held in memory at once."""
@@ -83,22 +86,27 @@ def _csv_text(text: str) -> str:
     return text
 
 
-def _session_ids(result: Result) -> list[str]:
-    return [result.workload.requests[record.request].session_id or "" for record in result.records]
+def text_columns(result: Result) -> dict[str, list[str]]:
+    """The columns of text but ITL: name → a value per finished request, empty where there is none."""
+    models = [instance.spec.model_name for instance in result.instances]
+    requests = result.workload.requests
+    return {
+        MODEL_COLUMN: [models[record.instance] for record in result.records],
+        SESSION_COLUMN: [requests[record.request].session_id or "" for record in result.records],
+    }
 
 
 def _write_csv(result: Result, handle: IO[str], *, itl: bool) -> None:
     handle.write(",".join(COLUMNS) + "\n")
-    numeric = [name for name in COLUMNS if name not in (ITL_COLUMN, SESSION_COLUMN)]
-    split = COLUMNS.index(ITL_COLUMN)
-    middle = COLUMNS.index(SESSION_COLUMN) - 1
-    rows = result.requests[[name.replace(" ", "_") for name in numeric]].tolist()
+    rows = result.requests[[name.replace(" ", "_") for name in NUMERIC_COLUMNS]].tolist()
     gap_text = GapText(result.token_gaps) if itl else None
-    for row, record, session in zip(rows, result.records, _session_ids(result), strict=True):
+    texts = zip(*text_columns(result).values(), strict=True)
+    places = COLUMNS.index(MODEL_COLUMN), COLUMNS.index(ITL_COLUMN), COLUMNS.index(SESSION_COLUMN)
+    for row, record, (model, session) in zip(rows, result.records, texts, strict=True):
         fields = list(map(str, row))
         gaps = f'"{gap_text.of(record)}"' if gap_text is not None else ""
-        fields[middle:middle] = [_csv_text(session)]
-        fields[split:split] = [gaps]
+        for place, text in zip(places, (_csv_text(model), gaps, _csv_text(session)), strict=True):
+            fields.insert(place, text)
         handle.write(",".join(fields) + "\n")
 
 
@@ -115,17 +123,17 @@ def _write_parquet(result: Result, handle: IO[bytes], *, itl: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {ITL_COLUMN: pa.large_list(pa.int64()), SESSION_COLUMN: pa.string()}
+    types = {ITL_COLUMN: pa.large_list(pa.int64()), MODEL_COLUMN: pa.string(), SESSION_COLUMN: pa.string()}
     schema = pa.schema([(name, types.get(name, pa.int64())) for name in COLUMNS])
-    sessions = _session_ids(result)
+    texts = text_columns(result)
     with pq.ParquetWriter(handle, schema, compression="zstd") as writer:
         for start in range(0, max(len(result.requests), 1), _PARQUET_ROWS):
             rows = result.requests[start : start + _PARQUET_ROWS]
             columns = []
             for name in COLUMNS:
-                if name == SESSION_COLUMN:
+                if name in texts:
                     column = pa.array(
-                        [text or None for text in sessions[start : start + _PARQUET_ROWS]], pa.string()
+                        [text or None for text in texts[name][start : start + _PARQUET_ROWS]], pa.string()
                     )
                 elif name != ITL_COLUMN:
                     column = pa.array(np.ascontiguousarray(rows[name.replace(" ", "_")]))

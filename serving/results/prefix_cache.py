@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def prefix_cache_entry(instances: Sequence[InstanceLog]) -> dict[str, Any]:
     """``prefix_cache`` of the summary.
 
-    Everything counts once for every admission: a request that was preempted looks its tokens up again.
+    Tokens count once for every request, as in vLLM: those that a preempted request looks up again do not.
+    Bytes are all that were moved.
     """
 
     def total(name: str) -> int:
@@ -33,7 +34,7 @@ def prefix_cache_entry(instances: Sequence[InstanceLog]) -> dict[str, Any]:
         "hit_rate": rate(found),
         "npu_hit_tokens": found - recalled,
         "npu_hit_rate": rate(found - recalled),
-        "storage": next((instance.tier.storage for instance in instances if instance.tier), None),
+        "storage": " and ".join(sorted({each.tier.storage for each in instances if each.tier})) or None,
         "storage_pools": [
             {"bytes": tier.capacity_bytes, "tokens": tier.tokens} for tier in _pools(instances)
         ],
@@ -63,9 +64,10 @@ def prefix_cache_lines(entry: dict[str, Any]) -> list[str]:
 
 def tier_line(tier: TierMemory) -> str:
     """The banner's line about the lower tier of one instance."""
+    shared = ", shared by the node" if tier.shared else ""
     return (
         f"{tier.storage} tier: {tier.tokens} tokens / {tier.capacity_bytes // tier.chunk_bytes} chunks of "
-        f"{tier.chunk_tokens} ({tier.capacity_bytes / GIB:.2f} GiB{', shared by the node' if tier.shared else ''}), "
+        f"{tier.chunk_tokens} ({tier.capacity_bytes / GIB:.2f} GiB{shared}), "
         f"read at {tier.bandwidth_gbs:g} GB/s after {tier.latency_ns} ns"
     )
 

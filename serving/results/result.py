@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.results.csv import COLUMNS, ITL_COLUMN, SESSION_COLUMN, save_requests
+from serving.results.csv import COLUMNS, NUMERIC_COLUMNS, save_requests, text_columns
 from serving.results.energy import power_series, series_interval_ns
 from serving.results.steps import save_steps, steps_array
 from serving.results.summary import save_summary, summarise
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from serving.specs.options import RuntimeOptions
     from serving.workload.request import Workload
 
-REQUEST_DTYPE = np.dtype(
-    [(name.replace(" ", "_"), np.int64) for name in COLUMNS if name not in (ITL_COLUMN, SESSION_COLUMN)]
-)
+REQUEST_DTYPE = np.dtype([(name.replace(" ", "_"), np.int64) for name in NUMERIC_COLUMNS])
 
 
 class Result:
@@ -166,10 +164,10 @@ class Result:
         import pandas
 
         frame = pandas.DataFrame(self.requests)
-        frame.columns = pandas.Index([name for name in COLUMNS if name not in (ITL_COLUMN, SESSION_COLUMN)])
-        sessions = [self.workload.requests[record.request].session_id for record in self.records]
-        frame.insert(COLUMNS.index(SESSION_COLUMN) - 1, SESSION_COLUMN, sessions)
-        return frame
+        frame.columns = pandas.Index(NUMERIC_COLUMNS)
+        for name, values in text_columns(self).items():
+            frame[name] = [value or None for value in values]
+        return frame[[name for name in COLUMNS if name in frame.columns]]
 
     def save(self, path: str | Path, *, itl: bool = True) -> None:
         """Write the per-request file: Parquet for a path ending in ``.parquet``, CSV otherwise.

@@ -12,6 +12,7 @@ import pytest
 
 from serving.api import simulate
 from serving.errors import InputError, MissingFileError
+from serving.results.banner import banner
 from serving.specs.cluster import load_cluster
 from serving.specs.options import RuntimeOptions, per_instance_fields
 from serving.workload.request import Request, Workload
@@ -390,3 +391,16 @@ def test_a_cluster_that_cannot_be_is_told(instances: list[dict[str, Any]], compl
     cluster = toy_cluster([toy_instance(**keys) for keys in instances])
     with pytest.raises(InputError, match=complaint):
         simulate(cluster, Workload([Request(0, 20, 2, 0)], "w"))
+
+
+def test_the_banner_says_how_an_instance_is_spread_and_what_part_it_has() -> None:
+    sides: list[dict[str, Any]] = [{"pd_type": "prefill", "tp_size": 2}, {"pd_type": "decode", "pp_size": 3}]
+    group = toy_instance(MOE, dp_group="A", ep_size=2)
+    cluster = toy_cluster([*(toy_instance(**side) for side in sides), group, group])
+    result = simulate(cluster, Workload([Request(0, 20, 2, 0)], "w"))
+    text = banner(RuntimeOptions(), result.workload, result.instances)
+    assert re.findall(r"^(instances? .*): .*\((.*)\)$", text, re.MULTILINE) == [
+        ("instance 0", "tp 2, prefill"),
+        ("instance 1", "tp 1, pp 3, decode"),
+        ("instances 2-3", "tp 1, ep 2, dp_group A"),
+    ]

@@ -18,7 +18,7 @@ from serving.power.quantities import AJ
 from serving.results.closing import closing
 from serving.results.energy import MOST_INTERVALS, energy_line, node_meters
 from serving.results.heartbeat import Heartbeat
-from serving.results.records import InstanceLog, RunLog
+from serving.results.records import InstanceLog, RunLog, TierMemory
 from serving.results.result import Result
 from serving.specs.cluster import ClusterSpec, load_cluster
 from serving.specs.options import RuntimeOptions
@@ -124,6 +124,18 @@ def test_a_prefill_instance_sends_its_kv_cache() -> None:
     devices = result.summary["energy"]["per_node"][0]["devices_j"]
     moved_bytes = (1001 + 24) * 65536  # the hand-made instance has an fp8 KV cache
     assert devices["link"] == pytest.approx(8 + moved_bytes * 8 * 1000e-12, abs=1e-6)
+
+
+@pytest.mark.parametrize(("storage", "moved_bytes"), [("CPU", 3_000_000_000), ("CXL", 0)])
+def test_a_lower_tier_in_host_memory_takes_energy_there(storage: str, moved_bytes: int) -> None:
+    result = two_steps(one_node())
+    log = result.instances[0]
+    log.tier = TierMemory(storage, 0, False, 1 << 30, 256, 1 << 20, 256.0, 0)
+    log.steps.tier_bytes[0], log.steps.tier_bytes[1] = 2_000_000_000, 1_000_000_000
+    devices = result.summary["energy"]["per_node"][0]["devices_j"]
+    assert devices["dram"] == pytest.approx(8 * 3 * 4.0 + moved_bytes * 8 * 20e-12, abs=1e-9)
+    halves = [result.power(0.25)["power_w"][4:6].mean(), result.power(0.5)["power_w"][2]]
+    assert halves[0] == pytest.approx(halves[1])
 
 
 def test_an_idle_run_draws_idle_power() -> None:

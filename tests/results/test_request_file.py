@@ -13,7 +13,7 @@ from serving.results import csv as request_file
 from tests.hand_made import two_requests
 
 HEADER = (
-    "instance id,request id,input,output,arrival,end_time,latency,queuing_delay,TTFT,TPOT,ITL,"
+    "instance id,request id,model,input,output,arrival,end_time,latency,queuing_delay,TTFT,TPOT,ITL,"
     "queued,session id,sub request,prefix hit,npu hit,storage hit,preemptions,decode instance"
 )
 
@@ -22,9 +22,9 @@ def test_the_file_is_what_a_pencil_gives(tmp_path: Path) -> None:
     two_requests().save(tmp_path / "run.csv")
     assert (tmp_path / "run.csv").read_text() == (
         HEADER + "\n"
-        '0,0,100,4,1000000,42000000,41000000,1000000,9000000,10666666,"[10000000, 12000000, 10000000]",'
+        '0,0,org/tiny,100,4,1000000,42000000,41000000,1000000,9000000,10666666,"[10000000, 12000000, 10000000]",'
         "1000000,,0,0,0,0,0,0\n"
-        '0,1,50,3,12000000,60000000,48000000,0,8000000,20000000,"[12000000, 28000000]",'
+        '0,1,org/tiny,50,3,12000000,60000000,48000000,0,8000000,20000000,"[12000000, 28000000]",'
         '12000000,"chat, 1",1,32,32,0,1,0\n'
     )
 

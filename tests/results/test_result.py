@@ -59,7 +59,7 @@ def test_the_step_file_has_the_documented_columns(tmp_path: Path) -> None:
 def test_pandas_gets_the_columns_of_the_file() -> None:
     pytest.importorskip("pandas")
     frame = two_requests().to_pandas()
-    assert frame.columns[:3].tolist() == ["instance id", "request id", "input"]
+    assert frame.columns[:3].tolist() == ["instance id", "request id", "model"]
     assert frame["session id"].isna().tolist() == [True, False]
     assert frame["session id"][1] == "chat, 1"
 
