@@ -164,6 +164,7 @@ def run(command: str, folder: Path) -> tuple[int, list[str]]:
     """Exit status and lines printed (both streams, as on a screen) of a command run in ``folder``."""
     environment = {
         **os.environ,
+        "SERVESIM_AUTO_PROFILE": "0",  # whether the measurements are installed must not show
         "PATH": f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
