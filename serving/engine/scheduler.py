@@ -344,7 +344,7 @@ class Scheduler:
                 record.recomputed_tokens += state.computed - done
             if recall_bytes:
                 batch.recalls.append(recall_bytes)
-            if not state.kv_arrived and not record.preemptions:  # as vLLM counts its hit rate
+            if not state.kv_arrived:
                 batch.hit_tokens += done
                 batch.lookup_tokens += known
                 batch.recalled_tokens += done - hit_tokens

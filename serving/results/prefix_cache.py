@@ -9,21 +9,28 @@ from serving.results.units import GIB
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from serving.results.records import InstanceLog, TierMemory
 
 
-def prefix_cache_entry(instances: Sequence[InstanceLog]) -> dict[str, Any]:
+def prefix_cache_entry(instances: Sequence[InstanceLog], rows: NDArray[np.void]) -> dict[str, Any]:
     """``prefix_cache`` of the summary.
 
-    Tokens count once for every request, as in vLLM: those that a preempted request looks up again do not.
-    Bytes are all that were moved.
+    Tokens count once for every request, as in vLLM's hit rate: those that a preempted request looks up again
+    do not. Bytes are all that were moved.
+
+    Args:
+        instances: whose tiers and bytes count.
+        rows: the requests that they took, as in :attr:`serving.results.result.Result.requests`.
     """
 
-    def total(name: str) -> int:
+    def moved(name: str) -> int:
         return sum(sum(getattr(instance.steps, name)) for instance in instances)
 
-    looked_up, found, recalled = total("lookup_tokens"), total("hit_tokens"), total("recalled_tokens")
-    read = total("recalled_bytes")
+    looked_up, found, recalled = (int(rows[name].sum()) for name in ("input", "prefix_hit", "storage_hit"))
+    read = moved("recalled_bytes")
 
     def rate(tokens: int) -> float:
         return round(tokens / looked_up, 6) if looked_up else 0.0
@@ -41,7 +48,7 @@ def prefix_cache_entry(instances: Sequence[InstanceLog]) -> dict[str, Any]:
         "storage_hit_tokens": recalled,
         "storage_hit_rate": rate(recalled),
         "storage_read_bytes": read,
-        "storage_written_bytes": total("tier_bytes") - read,
+        "storage_written_bytes": moved("tier_bytes") - read,
     }
 
 

@@ -20,6 +20,8 @@ from serving.results.units import MS, SECOND
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from serving.results.records import InstanceLog
     from serving.results.result import Result
 
@@ -101,7 +103,7 @@ def _portable(bundle_source: str) -> str:
     return root + rest if root else bundle_source
 
 
-def _instance_entry(instance: InstanceLog) -> dict[str, Any]:
+def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, Any]:
     steps = instance.steps
     options = asdict(instance.options) if is_dataclass(instance.options) else {}
     return {
@@ -121,7 +123,7 @@ def _instance_entry(instance: InstanceLog) -> dict[str, Any]:
             for memory in instance.capacity.outside
         ],
         "kv_cache": _kv_cache(instance),
-        "prefix_cache": prefix_cache_entry([instance]),
+        "prefix_cache": prefix_cache_entry([instance], rows[rows["instance_id"] == instance.index]),
         "steps": len(steps),
         "peak_batch": max(steps.running, default=0),
         "preemptions": sum(steps.preempted),
@@ -178,12 +180,12 @@ def summarise(result: Result) -> dict[str, Any]:
         "steps": sum(len(instance.steps) for instance in result.instances),
         "preemptions": int(rows["preemptions"].sum()),
         "recomputed_tokens": sum(record.recomputed_tokens for record in result.records),
-        "prefix_cache": prefix_cache_entry(result.instances),
+        "prefix_cache": prefix_cache_entry(result.instances, rows),
         "saturation": saturation_entry(result),
         "energy": energy_entry(result),
         "skipped_lines": result.workload.skipped,
         "options": _options(result),
-        "instances": [_instance_entry(instance) for instance in result.instances],
+        "instances": [_instance_entry(instance, rows) for instance in result.instances],
         "bundle": sorted({_portable(instance.bundle_source) for instance in result.instances}),
         "versions": {"servesim": __version__},
     }

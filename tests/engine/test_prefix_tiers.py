@@ -115,8 +115,11 @@ def check(result: Result) -> None:
     assert (steps["recalled_tokens"] <= steps["hit_tokens"]).all()
     assert (steps["recalled_bytes"] <= steps["tier_bytes"]).all()
     assert cache["npu_hit_tokens"] + cache["storage_hit_tokens"] == cache["hit_tokens"]
+    assert cache["storage_hit_tokens"] == rows["storage_hit"].sum()
     if not rows["preemptions"].any():
-        assert cache["storage_hit_tokens"] == rows["storage_hit"].sum()
+        assert cache["hit_tokens"] == steps["hit_tokens"].sum()
+        assert cache["lookup_tokens"] == steps["lookup_tokens"].sum()
+        assert cache["storage_hit_tokens"] == steps["recalled_tokens"].sum()
     assert cache["storage_written_bytes"] == sum(pool.written for pool in CheckedPool.made)
     CheckedPool.made.clear()
 

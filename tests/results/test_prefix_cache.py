@@ -20,13 +20,16 @@ def with_tier(storage: str = "CPU", shared: bool = False) -> Result:
     (log,) = result.instances
     log.tier = TierMemory(storage, 0, shared, 10 * GIB, 256, GIB, 60.0, 250)
     step = list(log.steps.hit_tokens).index(32)
+    second = result.records[1]
+    second.npu_hit, second.storage_hit = 12, 20
     log.steps.recalled_tokens[step], log.steps.recalled_bytes[step] = 20, 3 * GIB
     log.steps.tier_bytes[step] = 4 * GIB
     return result
 
 
 def test_hits_are_counted_per_tier() -> None:
-    assert prefix_cache_entry(with_tier().instances) == {
+    result = with_tier()
+    assert prefix_cache_entry(result.instances, result.requests) == {
         "lookup_tokens": 150,
         "hit_tokens": 32,
         "hit_rate": 0.213333,
@@ -42,11 +45,12 @@ def test_hits_are_counted_per_tier() -> None:
 
 
 def test_a_pool_that_instances_share_is_counted_once() -> None:
-    (one,) = with_tier(shared=True).instances
+    result = with_tier(shared=True)
+    (one,) = result.instances
     (two,) = with_tier(shared=True).instances
-    assert len(prefix_cache_entry([one, two])["storage_pools"]) == 1
+    assert len(prefix_cache_entry([one, two], result.requests)["storage_pools"]) == 1
     two.tier = TierMemory("CXL", 1, True, 5 * GIB, 256, GIB, 60.0, 250)
-    entry = prefix_cache_entry([one, two])
+    entry = prefix_cache_entry([one, two], result.requests)
     assert [pool["tokens"] for pool in entry["storage_pools"]] == [2560, 1280]
     assert entry["storage"] == "CPU and CXL"
 

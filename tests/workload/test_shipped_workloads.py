@@ -57,8 +57,7 @@ def test_the_sessions_come_back_for_more_than_a_16_bit_kv_cache_holds() -> None:
     last_turns = {request.session_id: request for request in workload}
     assert len(last_turns) == 200
     assert sum(request.input_tokens + request.output_tokens for request in last_turns.values()) > 2 * capacity
-    ideal = sum(16 * len(ids) for ids in block_ids(workload, 16).ids)
-    found = result.requests["prefix_hit"].sum()
-    assert found < 0.7 * ideal
     with_tier = serving.simulate(workload=workload, kv_cache_dtype="auto", prefix_storage="CPU")
-    assert with_tier.requests["prefix_hit"].sum() > 0.95 * ideal
+    found, found_with_tier = (int(each.requests["prefix_hit"].sum()) for each in (result, with_tier))
+    assert found < 0.7 * found_with_tier
+    assert with_tier.requests["storage_hit"].sum() > 0.3 * found_with_tier
