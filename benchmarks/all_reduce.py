@@ -59,10 +59,11 @@ def lines() -> list[str]:
 def main() -> None:
     """Replace the section of RESULTS.md."""
     note = (
-        "Measured time of an all-reduce at the payload nearest to each column, and the ring formula's error with "
-        "the link of the hardware file, which is the datasheet's. For large payloads the measured ones reach 20 to "
-        "40 % of that bandwidth: a cluster config does well to state an effective `link_bw`. Where a bundle has the "
-        "table measured over NVLink, a run uses it instead. Made by `python benchmarks/all_reduce.py`."
+        "Measured time of an all-reduce at the payload nearest to each column, and the ring formula's error "
+        "with the link of the hardware file, which is the datasheet's. For large payloads the measured ones "
+        "reach 20 to 40 % of that bandwidth: a cluster config does well to state an effective `link_bw`. "
+        "Where a bundle has the table measured over NVLink, a run uses it instead. Made by `python "
+        "benchmarks/all_reduce.py`."
     )
     text = "\n".join([note, "", *lines()])
     content = RESULTS.read_text(encoding="utf-8")
