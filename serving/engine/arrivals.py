@@ -7,11 +7,10 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
+from serving.network.links import NEVER as NEVER
+
 if TYPE_CHECKING:
     from serving.workload.request import Workload
-
-NEVER = 1 << 62
-"""A time after every other, in ns."""
 
 
 class Arrivals:

@@ -54,15 +54,16 @@ def find_tp_folder(folder: Path, hardware: str, model: str, variant: str, tp: in
     )
 
 
-def profile_command(hardware: str, model: str, variant: str, *degrees: int) -> str:
-    """The command line that produces a bundle: from public kernel measurements, or from peak rates if the
-    hardware's file names none."""
+def profile_command(hardware: str, model: str, variant: str, *degrees: int, source: str | None = None) -> str:
+    """The command line that produces a bundle: from ``source``, by default public kernel measurements, or
+    peak
+    rates if the hardware's file names no measurements."""
     dtype, kv_cache_dtype = variant_dtypes(variant)
-    measured = load_hardware(hardware).silicon or not paths.find_all(
-        f"configs/hardware/{escape(hardware)}.yaml"
-    )
+    if source is None:
+        known = paths.find_all(f"configs/hardware/{escape(hardware)}.yaml")
+        source = "roofline" if known and not load_hardware(hardware).silicon else "silicon"
     return (
-        f"servesim profile {model} --hardware {hardware} --source {'silicon' if measured else 'roofline'} "
+        f"servesim profile {model} --hardware {hardware} --source {source} "
         f"--dtype {dtype} --kv-cache-dtype {kv_cache_dtype} --tp {','.join(map(str, degrees))}"
     )
 

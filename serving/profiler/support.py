@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.errors import MissingFileError, ServingError
 from serving.latency.bundle import load_bundle
+from serving.latency.variant import profile_command
 from serving.profiler.job import ProfileJob
 from serving.specs import paths
 from serving.specs.dtypes import variant_name
@@ -170,13 +171,13 @@ def way(job: ProfileJob, source: str) -> Way:
     """Whether a computing source can make the bundle: it is asked to make a very small one."""
     if source == "silicon" and job.hardware.silicon is None:
         about = "nobody published kernel measurements of this hardware"
-        return Way(source, False, about, profile_command(job, source))
+        return Way(source, False, about, command_for(job, source))
     small = replace(job, max_num_batched_tokens=PROBE, max_num_seqs=PROBE, max_kv=PROBE)
     try:
         content = _build(small, source)
     except ServingError as error:
-        return Way(source, False, str(error).splitlines()[0], profile_command(job, source))
-    return Way(source, True, str(content.meta["confidence"]), profile_command(job, source))
+        return Way(source, False, str(error).splitlines()[0], command_for(job, source))
+    return Way(source, True, str(content.meta["confidence"]), command_for(job, source))
 
 
 def _build(job: ProfileJob, source: str) -> BundleContent:
@@ -189,12 +190,9 @@ def _build(job: ProfileJob, source: str) -> BundleContent:
     return from_roofline(job)
 
 
-def profile_command(job: ProfileJob, source: str) -> str:
+def command_for(job: ProfileJob, source: str) -> str:
     """The command line that makes the bundle."""
-    return (
-        f"servesim profile {job.model.name} --hardware {job.hardware.name} --source {source} "
-        f"--dtype {job.dtype} --kv-cache-dtype {job.kv_cache_dtype} --tp {job.tp_degrees[0]}"
-    )
+    return profile_command(job.hardware.name, job.model.name, job.variant, job.tp_degrees[0], source=source)
 
 
 def variant_letters() -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from serving.profiler.bundle_writer import write_bundle
 from serving.profiler.roofline.build import build_bundle
-from serving.profiler.support import LETTERS, answer, profile_command, way
+from serving.profiler.support import LETTERS, answer, command_for, way
 from serving.specs.hardware import HardwareSpec
 from tests.profiler.roofline_toy import TOY_HARDWARE, job
 
@@ -94,7 +94,7 @@ def replace_name(name: str) -> HardwareSpec:
 
 def test_the_command_repeats_the_question() -> None:
     asked = replace(job(), dtype="fp8", kv_cache_dtype="fp8", tp_degrees=(2,))
-    assert profile_command(asked, "silicon") == (
+    assert command_for(asked, "silicon") == (
         "servesim profile meta-llama/Llama-3.1-8B --hardware Toy --source silicon "
         "--dtype fp8 --kv-cache-dtype fp8 --tp 2"
     )

@@ -90,7 +90,7 @@ def test_the_summary_file_is_the_same_bytes_every_time(tmp_path: Path) -> None:
 
 def test_the_summary_names_bundles_without_the_machines_folders() -> None:
     result = two_requests()
-    result.log.instances[0].bundle_source = "/home/me/profiler/perf/NPU1/org/tiny/bf16 (source silicon)"
+    result.log.instances[0].bundle_source = "/elsewhere/profiler/perf/NPU1/org/tiny/bf16 (source silicon)"
     assert result.summary["bundle"] == ["profiler/perf/NPU1/org/tiny/bf16 (source silicon)"]
 
 
