@@ -73,6 +73,7 @@ def instance(index: int = 0, **changes: Any) -> InstanceLog:
         "options": instance_options(),
         "capacity": capacity(),
         "bundle_source": "measured by hand",
+        "host": "no host",
     }
     return InstanceLog(index=index, **{**values, **changes})
 

@@ -45,14 +45,12 @@ class Calibration:
 def calibrate(run: RecordedRun, anchor: str = "queued", *, tail: bool = True) -> Calibration:
     """Fit the host constants on a recorded run.
 
-    Unequal lengths in mixed steps cost what the tail says: the skew fit jumps there (by half a millisecond a
-    block where the greatest KV length passes a bucket's bound), and the constants would follow it.
-    ``tail=False`` makes them cost nothing.
+    Unequal lengths in mixed steps cost what the tail says; ``tail=False`` makes them cost nothing.
 
     Raises:
         InputError: the recording or what it is run with does not fit.
     """
-    from serving.specs.hardware import EngineSpec
+    from serving.specs.hardware import NO_HOST_TIME, EngineSpec
 
     simulations = 0
 
@@ -61,7 +59,6 @@ def calibrate(run: RecordedRun, anchor: str = "queued", *, tail: bool = True) ->
         return EngineSpec(
             prefill_step_overhead_us=prefill_us,
             decode_step_overhead_us=decode_us,
-            skew_in_mixed_steps=False,
             tail_in_mixed_steps=tail,
         )
 
@@ -71,7 +68,7 @@ def calibrate(run: RecordedRun, anchor: str = "queued", *, tail: bool = True) ->
         agreement = run.simulate(anchor, engine_of(constants))
         return [agreement.error(metric) for metric in METRICS]
 
-    before = run.simulate(anchor)
+    before = run.simulate(anchor, NO_HOST_TIME)
     centre, spacing = np.array(_FIRST_SPACING_US), np.array(_FIRST_SPACING_US)
     for _ in range(_MOST_ROUNDS):
         # The constants are never negative, so near zero the nine points are not centred.

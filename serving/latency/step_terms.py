@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from serving.specs.model import ModelSpec
 
 ACTIVATION_BYTES = 2  # hidden states travel between ranks in 16 bit, whatever the weights are
+TILE_ROWS = 16
+"""Rows that a tensor core multiplies at a time; no matrix product takes fewer (NVIDIA PTX ISA, ``mma``)."""
 _ALL_REDUCE = "all_reduce"
 
 
@@ -63,6 +65,38 @@ class LayerTerm:
 
     def origin(self, count: int) -> str:
         return f"{describe_lookup(self.curve.points, count, self.unit)} in {self.source}"
+
+
+@dataclass(slots=True, frozen=True)
+class ProductTerm:
+    """A matrix product over tokens: it computes whole tiles of rows, so its time rises in steps.
+
+    The measured curve has a step between two of its points; a line through them would give the first rows of
+    a new tile nearly the time of the old one.
+    """
+
+    layer: LayerTerm
+
+    @property
+    def name(self) -> str:
+        return self.layer.name
+
+    @property
+    def calls(self) -> int:
+        return self.layer.calls
+
+    def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self.layer.us(product_rows(counts))
+
+    def origin(self, count: int) -> str:
+        rows = int(product_rows(np.array([count]))[0])
+        whole = f", tiles of {TILE_ROWS} rows" if rows != count else ""
+        return f"{self.layer.origin(rows)}{whole}"
+
+
+def product_rows(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows that a matrix product computes for ``tokens``: whole tiles; up to a single tile, as measured."""
+    return np.where(tokens > TILE_ROWS, -(-tokens // TILE_ROWS) * TILE_ROWS, tokens)
 
 
 @dataclass(slots=True, frozen=True)
@@ -231,7 +265,8 @@ def _token_term(
 ) -> Term:
     if architecture.kind(layer) != "moe":
         source = f"{tables.folder.name}/dense.csv"
-        return LayerTerm(layer, calls, tables.layer("dense", layer), "tokens", source)
+        term = LayerTerm(layer, calls, tables.layer("dense", layer), "tokens", source)
+        return ProductTerm(term) if architecture.is_product(layer) else term
     if tables.moe is None:
         raise InputError(
             f"{tables.folder / 'moe.csv'}: no such file, nor one in tp1: layer {layer} of the architecture "

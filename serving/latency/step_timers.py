@@ -12,7 +12,7 @@ from serving.latency.step_terms import stage_terms
 from serving.latency.step_timer import StepTimer
 from serving.network.topology import Topology
 from serving.specs.architecture import load_architecture
-from serving.specs.hardware import load_hardware, resolve_engine
+from serving.specs.hardware import describe_host, load_hardware, resolve_engine
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from serving.latency.stage import Stage
     from serving.specs.architecture import Architecture
     from serving.specs.cluster import ClusterSpec, InstanceSpec
-    from serving.specs.hardware import EngineSpec
+    from serving.specs.hardware import EngineSpec, HardwareSpec
     from serving.specs.model import ModelSpec
     from serving.specs.options import InstanceOptions
 
@@ -39,6 +39,7 @@ class StepTimers:
         self._bundles: dict[Hashable, Bundle] = {}
         self._architectures: dict[str, Architecture] = {}
         self._engines: dict[Hashable, EngineSpec] = {}
+        self._hardware: dict[str, HardwareSpec] = {}
 
     def of(
         self,
@@ -83,6 +84,10 @@ class StepTimers:
             self._bundles[key] = load_bundle(*key, instance.tp_size)
         return self._bundles[key]
 
+    def host(self, instance: InstanceSpec, options: InstanceOptions) -> str:
+        """One line: the host time of an instance's steps, and whose it is."""
+        return describe_host(self._facts(instance.hardware), self._engine(instance, options))
+
     def _tables(self, bundle: Bundle, tp: int) -> RankTables:
         """The bundle's tables; without its measured collectives where the cluster's links decide."""
         tables, wanted = bundle.tables(tp), self._collectives
@@ -99,6 +104,11 @@ class StepTimers:
         stated = instance.engine and (instance.engine, frozenset(instance.engine.model_fields_set))
         key = (instance.hardware, stated, options.cudagraph)
         if key not in self._engines:
-            hardware = load_hardware(instance.hardware)
+            hardware = self._facts(instance.hardware)
             self._engines[key] = resolve_engine(hardware, instance.engine, cudagraph=options.cudagraph)
         return self._engines[key]
+
+    def _facts(self, hardware: str) -> HardwareSpec:
+        if hardware not in self._hardware:
+            self._hardware[hardware] = load_hardware(hardware)
+        return self._hardware[hardware]

@@ -196,6 +196,7 @@ def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> lis
     if own:
         lines += _wrapped("  options   ", [_option(key, value) for key, value in own.items()])
     lines.append(f"  kernels   {instance.options.variant}: {instance.bundle_source}")
+    lines.append(f"  host      {instance.host}")
     lines.append(
         f"  memory    {gib(capacity.total_bytes)} GiB per NPU: weights {gib(capacity.weight_bytes)}, "
         f"activations {gib(capacity.activation_bytes)}, other {gib(capacity.non_torch_bytes)} GiB"

@@ -140,6 +140,8 @@ class InstanceLog:
     capacity: KvCapacity
     bundle_source: str
     """One line: where the kernel times come from."""
+    host: str
+    """One line: what its host adds to them."""
     steps: StepLog = field(default_factory=StepLog)
     tier: TierMemory | None = None
     """Where its prefix cache keeps what the NPUs overwrite; None: nowhere."""

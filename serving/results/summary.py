@@ -112,6 +112,7 @@ def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, 
         "model": instance.spec.model_name,
         "hardware": instance.spec.hardware,
         "bundle": _portable(instance.bundle_source),
+        "host": instance.host,
         "options": options,
         "weight_bytes": instance.capacity.weight_bytes,
         "outside": [

@@ -40,22 +40,29 @@ size's logarithm, outside it stays.
 class EngineSpec(Spec):
     """Host time that does not hide behind the accelerator, and how the engine launches its work.
 
-    The constants belong to one machine and are never carried to another. The defaults are those of a machine
-    nobody calibrated; a calibrated one sets the overheads and has the tail instead of skew in mixed steps.
+    The overheads belong to one machine; a hardware file that sets them says under ``calibration`` whose they
+    are. Without one they are 0, and predictions lean to the fast side.
     """
 
     prefill_step_overhead_us: OverheadUs = 0.0
     """Added to every step with a prefill chunk."""
     decode_step_overhead_us: OverheadUs = 0.0
     """Added to every step of decodes alone."""
-    skew_in_mixed_steps: bool = True
-    """Whether decodes of unequal length cost extra in steps that also prefill, by the bundle's skew fit."""
-    tail_in_mixed_steps: bool = False
-    """Whether such steps wait for their longest decode instead; without effect beside the skew fit."""
+    skew_in_mixed_steps: bool = False
+    """Whether decodes of unequal length cost extra in steps that also prefill, by the bundle's skew fit.
+
+    Off: the fit's buckets jump by tens of milliseconds a step, which recorded steps do not.
+    """
+    tail_in_mixed_steps: bool = True
+    """Whether such steps wait for their longest decode; without effect beside the skew fit."""
     cudagraph: bool = True
     """Whether small steps are padded to the size of a captured graph."""
     chunked_attention: bool = True
     """Whether every prefill chunk of a step is looked up on its own, instead of their sum."""
+
+
+NO_HOST_TIME = EngineSpec(prefill_step_overhead_us=0.0, decode_step_overhead_us=0.0)
+"""Kernels alone, whatever a hardware file says of its host."""
 
 
 class LinkSpec(Spec):
@@ -171,3 +178,17 @@ def resolve_engine(
         stated = {name: getattr(override, name) for name in override.model_fields_set}
         engine = engine.model_copy(update=stated)
     return engine if cudagraph else engine.model_copy(update={"cudagraph": False})
+
+
+def describe_host(hardware: HardwareSpec, engine: EngineSpec) -> str:
+    """One line: the host time of ``engine``, and whose it is: the hardware file's, if it says the same."""
+    prefill_us, decode_us = engine.prefill_step_overhead_us, engine.decode_step_overhead_us
+    if not prefill_us and not decode_us:
+        return "no time beside the kernels: no machine is calibrated, so predictions lean to the fast side"
+    times = f"{prefill_us / 1000:g} ms a step that prefills, {decode_us / 1000:g} ms a step of decodes"
+    own = hardware.engine
+    if (prefill_us, decode_us) != (own.prefill_step_overhead_us, own.decode_step_overhead_us):
+        return f"{times}, as the cluster config says"
+    if hardware.calibration is None:
+        return f"{times}, as the hardware file says"
+    return f"{times}, fitted on the {hardware.calibration.machine}"

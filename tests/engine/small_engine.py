@@ -142,6 +142,7 @@ def small_member(
         options,
         capacity(num_blocks=blocks, block_size=block_size),
         "linear times",
+        "no host",
     )
     log.spec.pd_type = pd_type  # type: ignore[misc, assignment]
     new_lane = None if lanes is None else lane_maker(block_size, lanes, instances)

@@ -67,6 +67,8 @@ class Toy:
     skew: list[tuple[int, str, str, str, str, float]] | None = None
     meta: dict[str, Any] = field(default_factory=lambda: {"source": "roofline", "gpu": "Toy GPU"})
     tp: int = 1
+    products: tuple[str, ...] = ()
+    """Dense layers that the architecture calls linear."""
 
     def write(self, root: Path) -> Path:
         """Write the bundle below ``root``; returns the variant folder."""
@@ -114,7 +116,8 @@ class Toy:
         tables = bundle.tables(self.tp)
         model = toy_model(experts)
         link = Dimension("tp", "ring", 1.0, 1000.0)
-        terms = stage_terms(toy_architecture(root), whole_model(model), tables, self.tp, link)
+        architecture = toy_architecture(root, self.products)
+        terms = stage_terms(architecture, whole_model(model), tables, self.tp, link)
         engine = engine or EngineSpec(cudagraph=False)
         return StepTimer(bundle, tables, model.num_hidden_layers, terms, engine)
 
@@ -136,8 +139,9 @@ def toy_model(experts: int = 0) -> ModelSpec:
     return model_from_config(config, MODEL, "toy.json")
 
 
-def toy_architecture(root: Path) -> Architecture:
-    """Three dense layers a block (o_proj last of two before the MLP), or two and an expert layer."""
+def toy_architecture(root: Path, products: tuple[str, ...] = ()) -> Architecture:
+    """Three dense layers a block (o_proj last of two before the MLP), or two and an expert layer; those in
+    ``products`` are matrix products, the others nothing in particular."""
     path = root / "profiler" / "models" / "toy.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     layers = (*BLOCK_LAYERS, "embedding", "final_layernorm")
@@ -154,7 +158,7 @@ def toy_architecture(root: Path) -> Architecture:
                     "head": ["final_layernorm", "lm_head"],
                 },
                 "catalog": {
-                    "dense": {layer: {"class": "X"} for layer in layers},
+                    "dense": {layer: {"class": "XLinear" if layer in products else "X"} for layer in layers},
                     "per_sequence": {"lm_head": {"class": "X"}},
                     "attention": {"attention": {"class": "X"}},
                     "moe": {"moe": {"class": "X"}},

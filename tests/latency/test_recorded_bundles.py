@@ -19,7 +19,7 @@ from serving.latency.step_timers import StepTimers
 from serving.latency.wave_timer import build_wave_timer
 from serving.network.topology import Dimension
 from serving.specs.architecture import load_architecture
-from serving.specs.hardware import EngineSpec
+from serving.specs.hardware import NO_HOST_TIME, EngineSpec
 from serving.specs.model import load_model
 from tests.latency.bundles import slow_lookup
 from tests.recorded import recorded_path
@@ -131,7 +131,7 @@ def test_a_wave_of_two_members_on_measured_points_is_the_sum_of_its_rows(perf: P
         link_wirings=("ring",),
         collectives="auto",
     )
-    spec: Any = SimpleNamespace(hardware="RTXPRO6000", tp_size=1, pp_size=1, ep_size=2, engine=EngineSpec())
+    spec: Any = SimpleNamespace(hardware="RTXPRO6000", tp_size=1, pp_size=1, ep_size=2, engine=NO_HOST_TIME)
     spec.moe_backend = "allgather_reducescatter"
     options: Any = SimpleNamespace(
         variant="bf16", cudagraph=True, enable_block_copy=True, max_num_seqs=128, max_num_batched_tokens=2048

@@ -125,6 +125,7 @@ def build_loop(
         options=cast("Any", SimpleNamespace(**asdict(settings))),
         capacity=cast("Any", capacity),
         bundle_source="formula",
+        host="in the formula",
     )
     depth = 2 if settings.async_scheduling else 1
     member = Instance(log, scheduler, BlockTables(workload))

@@ -6,7 +6,15 @@ import pytest
 
 from serving.errors import InputError
 from serving.specs import paths
-from serving.specs.hardware import EngineSpec, HardwareSpec, RooflineSpec, load_hardware, resolve_engine
+from serving.specs.hardware import (
+    NO_HOST_TIME,
+    EngineSpec,
+    HardwareSpec,
+    RooflineSpec,
+    describe_host,
+    load_hardware,
+    resolve_engine,
+)
 from serving.specs.validation import validated
 
 
@@ -15,16 +23,45 @@ def test_hardware_without_a_file_is_uncalibrated() -> None:
     assert load_hardware("NPU-nobody-knows").engine == EngineSpec()
 
 
-def test_the_uncalibrated_engine_has_no_host_time_and_full_skew() -> None:
+def test_the_uncalibrated_engine_has_no_host_time() -> None:
     engine = EngineSpec()
     assert (engine.prefill_step_overhead_us, engine.decode_step_overhead_us) == (0.0, 0.0)
-    assert engine.skew_in_mixed_steps
+    assert engine.tail_in_mixed_steps
+    assert not engine.skew_in_mixed_steps
     assert engine.cudagraph
 
 
-def test_the_shipped_gpu_is_uncalibrated_and_names_its_sources() -> None:
+def test_only_a_machine_that_was_recorded_ships_with_host_time() -> None:
+    timed = {
+        path.stem: load_hardware(path.stem)
+        for path in paths.find_all("configs/hardware/*.yaml")
+        if load_hardware(path.stem).engine != EngineSpec()
+    }
+    assert set(timed) == {"RTXPRO6000"}
+    calibration = timed["RTXPRO6000"].calibration
+    assert calibration is not None
+    assert calibration.machine in describe_host(timed["RTXPRO6000"], timed["RTXPRO6000"].engine)
+
+
+@pytest.mark.parametrize(
+    ("engine", "told"),
+    [
+        (NO_HOST_TIME, "no time beside the kernels"),
+        (
+            EngineSpec(prefill_step_overhead_us=1500),
+            "1.5 ms a step that prefills, 0.08 ms a step of decodes,",
+        ),
+    ],
+)
+def test_the_line_about_the_host_tells_whose_time_it_is(engine: EngineSpec, told: str) -> None:
     gpu = load_hardware("RTXPRO6000")
-    assert gpu.engine == EngineSpec()
+    used = resolve_engine(gpu, engine)
+    assert told in describe_host(gpu, used)
+    assert "fitted" not in describe_host(gpu, used)
+
+
+def test_the_shipped_gpu_names_its_sources() -> None:
+    gpu = load_hardware("RTXPRO6000")
     assert (gpu.sm_count, gpu.l2_mib, gpu.memory_bandwidth_gbs) == (188, 128, 1597)
     assert {"memory_gib", "memory_bandwidth_gbs", "l2_mib", "sm_count", "peak_tflops"} <= set(gpu.sources)
 
