@@ -159,7 +159,8 @@ def test_tokens_that_come_together_are_counted_if_the_server_counts(
         for row in rows():
             stamps = row["token_ts"]
             assert len(stamps) == 9
-            assert [stamps.count(stamp) for stamp in sorted(set(stamps))] == [4, 4, 1]
+            # Chunks of 4, 4 and 1; a busy machine may read two at once, but never a part of one.
+            assert {stamps.index(stamp) for stamp in stamps} <= {0, 4, 8}
         assert "chunks" not in capsys.readouterr().out
         assert main([*command(server, "--server", "openai"), "--output", "other"]) == 0
     assert "2 answers came in chunks of several tokens" in capsys.readouterr().out
