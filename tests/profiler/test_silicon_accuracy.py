@@ -7,12 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import silicon_error
 from tests.profiler.whole_steps import HARDWARE, MODELS, STEPS, errors_percent, step_timer
 from tests.recorded import recorded_path
 
 SHIPPED = Path(__file__).resolve().parents[2] / "profiler" / "perf"
 DENSE = MODELS[:2]
 MOE = MODELS[2]
+
+
+@pytest.mark.parametrize(("model", "tp"), [*((model, tp) for model in DENSE for tp in (1, 2)), (MOE, 1)])
+def test_the_steps_of_a_served_workload_are_within_a_few_per_cent(model: str, tp: int) -> None:
+    """The stated set of benchmarks/silicon_error.py: 2.5 % in the median, 10 % in 19 of 20 steps."""
+    measured_root = recorded_path("perf")
+    steps = silicon_error.served_steps(model, tp)
+    ours, measured = (
+        silicon_error.times_ns(silicon_error.timer(root, model, tp, silicon_error.WAITING), steps)
+        for root in (SHIPPED, measured_root)
+    )
+    error = np.abs(ours / measured - 1.0)[silicon_error.stated(model, steps)] * 100
+    assert np.median(error) < 2.5
+    assert np.percentile(error, 95) < 10
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -37,17 +52,20 @@ def test_whole_steps_of_a_moe_model_match_a_measured_profile(kind: str, median: 
     assert np.percentile(error, 95) < p95
 
 
-def test_the_predicted_skew_of_large_batches_is_that_of_the_measured_fit() -> None:
+@pytest.mark.parametrize(("tp", "sizes"), [(1, ("n<=64", "n<=128", "n<=256")), (2, ("n<=128", "n<=256"))])
+def test_the_predicted_skew_of_large_batches_is_that_of_the_measured_fit(
+    tp: int, sizes: tuple[str, ...]
+) -> None:
     """α of decodes alone in the buckets that serving visits: 64 to 256 decodes, mean near the shortest."""
     pairs = []
     for folder in (SHIPPED, recorded_path("perf")):
-        path = folder / HARDWARE / MODELS[0] / "bf16" / "tp1" / "skew_fit.csv"
+        path = folder / HARDWARE / MODELS[0] / "bf16" / f"tp{tp}" / "skew_fit.csv"
         rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
         pairs.append({tuple(row[:5]): float(row[5]) for row in rows})
     ours, measured = pairs
     keys = [
         ("0", n, rate, kv, "kp=0")
-        for n in ("n<=64", "n<=128", "n<=256")
+        for n in sizes
         for rate in ("sr<=5%", "sr<=15%", "sr<=40%")
         for kv in ("kvB<=1k", "kvB<=4k", "kvB<=16k")
     ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 
@@ -11,6 +14,9 @@ from serving.profiler.silicon.gemm import LAUNCH_US, GemmTimes, tile_edge
 from serving.profiler.silicon.moe import ROUTER_US, START_US, MoeTimes
 from serving.profiler.silicon.skew import SkewModel, num_splits, unequal_lengths
 from tests.profiler.silicon_data import TOY, table, toy_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def test_products_fill_tiles_of_32_rows_to_256_and_of_128_beyond() -> None:
@@ -38,9 +44,33 @@ def test_a_product_beyond_the_table_is_proportional() -> None:
     assert _gemm().time_us(np.array([1024]), 400, 20)[0] - LAUNCH_US == pytest.approx(4 * base)
 
 
+def _streaming(small_share: float) -> GemmTimes:
+    """Weights of 1024 x 1024, six times in an L2 of 16 MB, at a share of their time from DRAM, and larger."""
+    rows = [
+        {"gemm_dtype": "bfloat16", "m": m, "n": n, "k": 1024, "us": _from_dram_us(n) * share}
+        for n, share in ((1024, small_share), (2048, 1.0), (3072, 1.0))
+        for m in (1, 16)
+    ]
+    return GemmTimes(replace(TOY, l2_bytes=16e6), "bfloat16", table("gemm_perf", rows))
+
+
+def _from_dram_us(n: int) -> float:
+    return 2.0 + n * 1024 * 2 / 0.8e6  # 2 us and 0.8 TB/s
+
+
 def test_weights_always_come_from_dram() -> None:
-    times = _gemm(us=0.001).time_us(np.array([1]), 200, 20)
-    assert times[0] == pytest.approx(LAUNCH_US + 3.0 + 200 * 20 * 2 / (0.88 * 1e12) * 1e6)
+    times = _streaming(0.4)
+    assert times.warm
+    for n in (1024, 2048, 3072):
+        assert times.time_us(np.array([1]), n, 1024)[0] == pytest.approx(LAUNCH_US + _from_dram_us(n))
+
+
+def test_a_table_without_a_jump_at_a_sixth_of_l2_is_taken_as_measured() -> None:
+    times = _streaming(0.95)
+    assert not times.warm
+    assert times.time_us(np.array([1]), 1024, 1024)[0] == pytest.approx(
+        LAUNCH_US + 0.95 * _from_dram_us(1024)
+    )
 
 
 def test_a_dtype_without_rows_names_those_that_were_measured() -> None:
@@ -146,6 +176,19 @@ def test_equal_lengths_cost_no_skew_and_unequal_ones_less_than_all_at_the_longes
     assert 0.0 <= alone < 0.5
     assert batches == 4
     assert model.alone_us([700] * 9) == model.alone_us([700] * 9)
+
+
+def test_unequal_lengths_are_priced_at_the_sizes_between_which_a_run_interpolates() -> None:
+    """And at no other, whose equal lengths may fill their waves worse than those of the table do."""
+    sizes = set()
+
+    class Noted(SkewModel):
+        def alone_us(self, lengths: Sequence[int]) -> float:
+            sizes.add(len(lengths))
+            return super().alone_us(lengths)
+
+    Noted(toy_attention(), token_us=0.02).alpha(0, 0, 64, 0.27, 8192)
+    assert sizes == {64}
 
 
 def test_split_decodes_have_no_skew() -> None:

@@ -42,7 +42,9 @@ _LONGEST = {"kvB<=1k": 512, "kvB<=4k": 2048, "kvB<=16k": 8192, "kvB>16k": 32768}
 _HISTORIES = {"kp=0": 0, "kp<=2k": 1024, "kp>2k": 8192}
 _CHUNKS = (128, 512, 2048)
 _SPREADS = (1 / 16, 1 / 3)
-"""Shortest over longest sequence of the two batches that every bucket is averaged over."""
+"""Shortest over longest sequence of the batches that every bucket is averaged over."""
+_ORDERS = 2
+"""Random orders of each of them: who is started last decides how long the end of a launch drags on."""
 
 BUCKET_AXES: dict[str, Any] = {
     "n_bins": [0, *_DECODES, 1000000],
@@ -130,25 +132,26 @@ class SkewModel:
     def alpha(self, chunk: int, history: int, decodes: int, rate: float, longest: int) -> tuple[float, int]:
         """Weighted least-squares α over the batches of one bucket, and how many they are.
 
-        Kept within [0, 1]: beyond are only batches of equal length that happen to fill their waves badly.
+        All are of the bucket's greatest size, which is one that attention.csv holds: α is what unequal
+        lengths add to a line between its rows, and not to another size's equal lengths, which may fill their
+        waves worse or better than the rows on both sides do. Kept within [0, 1].
         """
         launch: Callable[[Sequence[int]], float] = self.alone_us
         if chunk:
             launch = lambda lengths: self.beside_us(chunk, history, lengths)  # noqa: E731
         elif num_splits(decodes * self.times.shape.kv_heads, self.times.gpu.sm_count, longest) > 1:
             return 0.0, 0
-        sizes = [decodes] if decodes <= 2 else [decodes, 3 * decodes // 4]
+        greatest_us = launch([longest] * decodes)
         gained = weight = 0.0
-        for size in sizes:
-            greatest_us = launch([longest] * size)
-            for seed, spread in enumerate(_SPREADS):
-                lengths = unequal_lengths(size, rate, longest, spread, seed)
-                mean_us = launch([round(sum(lengths) / size)] * size)
+        for spread in _SPREADS:
+            for seed in range(_ORDERS):
+                lengths = unequal_lengths(decodes, rate, longest, spread, seed)
+                mean_us = launch([round(sum(lengths) / decodes)] * decodes)
                 gap = greatest_us - mean_us
                 gained += (launch(lengths) - mean_us) * gap
                 weight += gap * gap
         alpha = gained / weight if weight else 0.0
-        return min(1.0, max(0.0, alpha)), len(sizes) * len(_SPREADS)
+        return min(1.0, max(0.0, alpha)), len(_SPREADS) * _ORDERS
 
 
 def skew_rows(times: AttentionTimes, max_chunk: int, max_seqs: int) -> list[Row]:
