@@ -32,7 +32,7 @@ def test_the_steps_of_a_served_workload_are_within_a_few_per_cent(model: str, tp
 
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("model", DENSE)
-@pytest.mark.parametrize(("kind", "median", "p95"), [("decode", 2, 6), ("prefill", 6, 8), ("mixed", 4, 9)])
+@pytest.mark.parametrize(("kind", "median", "p95"), [("decode", 2, 6), ("prefill", 6, 8), ("mixed", 5, 9)])
 def test_whole_steps_of_dense_models_match_a_measured_profile(
     model: str, tp: int, kind: str, median: float, p95: float
 ) -> None:

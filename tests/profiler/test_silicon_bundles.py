@@ -217,6 +217,20 @@ def test_models_with_compressed_attention_are_refused() -> None:
 
 
 @needs_silicon
+def test_block_scaled_products_say_that_they_read_slow(tmp_path: Path) -> None:
+    claims = {}
+    for scaling in ("tensor", "block"):
+        folder = tmp_path / scaling
+        command = "profile meta-llama/Llama-3.1-8B --hardware H100 --source silicon --tp 1 --dtype fp8"
+        assert main([*command.split(), "--fp8-scaling", scaling, "--output-root", str(folder)]) == 0
+        (meta,) = folder.rglob("meta.yaml")
+        claims[scaling] = yaml.safe_load(meta.read_text(encoding="utf-8"))
+    assert "read slow" not in str(claims["tensor"])
+    assert claims["block"]["confidence"].startswith("products read slow")
+    assert "56 us that even the smallest took" in claims["block"]["tables"]["dense"]
+
+
+@needs_silicon
 def test_measured_collectives_say_what_they_were_measured_over() -> None:
     from serving.profiler.silicon import comm
     from serving.profiler.silicon.gpus import silicon_gpu

@@ -209,6 +209,11 @@ class GemmTimes:
         return LAUNCH_US + total
 
 
+def smallest_us(times: GemmTimes) -> float:
+    """What the table's quickest product took, in us: of a kernel, a few; more is the measuring program's own."""
+    return float(times.table.where(gemm_dtype=times.dtype).latency_us.min())
+
+
 def gemm_times(gpu: Gpu, dtype: str) -> GemmTimes:
     """Products in ``dtype`` (bfloat16, fp8, fp8_block, nvfp4) on ``gpu``."""
     return GemmTimes(gpu, dtype, read_table(gpu.folder, "gemm", "gemm_perf"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from serving.profiler import grids
 from serving.profiler.shapes import rank_shapes
 from serving.profiler.silicon import comm, tables
+from serving.profiler.silicon.gemm import smallest_us
 from serving.profiler.silicon.skew import BUCKET_AXES, skew_summary
 from serving.specs import paths
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from serving.profiler.silicon.moe import MoeTimes
     from serving.profiler.silicon.tables import Gpu, KernelTable
 
+SLOW_US = 20.0
+"""A table whose quickest product took longer measured more than kernels."""
 CHECKED_GPU = "rtx_pro_6000_server"
 """The GPU of which independent layerwise measurements exist: fitted to, and compared with."""
 
@@ -93,8 +96,10 @@ def _mixed_claim(gpu: Gpu, times: AttentionTimes) -> tuple[str, str]:
 def _table_claims(job: ProfileJob, gpu: Gpu, sources: Sources, content: BundleContent) -> dict[str, str]:
     names = {name for _, name in content.tables}
     model = job.model
+    slow = _slow_products(sources)
     claims = {
-        "dense": "matrix products measured (cold weights), elementwise layers derived from bytes moved",
+        "dense": f"matrix products measured ({slow or 'cold weights'}), elementwise layers derived from bytes "
+        "moved",
         "per_sequence": "lm_head measured, sampler derived",
         "attention decodes": "measured, corrected for what the measurement's replays still found in L2 "
         f"(fitted on {CHECKED_GPU})",
@@ -139,8 +144,24 @@ def _derived_heads(sources: Sources) -> list[str]:
     return [times.derived_heads for times in sources.attention if times.derived_heads]
 
 
+def _slow_products(sources: Sources) -> str:
+    """What is wrong with the table of matrix products, empty if nothing.
+
+    Some were measured together with the program that launches the kernels, tens to hundreds of microseconds
+    for each product, where a kernel of the smallest takes 4 to 8.
+    """
+    us = smallest_us(sources.gemm)
+    return f"with the {us:.0f} us that even the smallest took, so all read slow" if us > SLOW_US else ""
+
+
 def _confidence(gpu: Gpu, sources: Sources) -> str:
     """One line for a run's banner."""
+    if _slow_products(sources):
+        return f"products read slow, {_of_attention(gpu, sources)}"
+    return _of_attention(gpu, sources)
+
+
+def _of_attention(gpu: Gpu, sources: Sources) -> str:
     decode = "derived from other head counts" if _derived_heads(sources) else "measured"
     history, mixed = _history_claim(gpu, sources)[0], _mixed_claim(gpu, sources.attention[0])[0]
     if history == mixed:
