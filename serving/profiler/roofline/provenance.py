@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from serving.profiler.provenance import attention_axes, profiled
+from serving.profiler.roofline import DERIVATION
 from serving.profiler.roofline.efficiency import LAUNCH_US, fits
 
 FAST_LINK_GBS = 100.0
@@ -32,6 +33,7 @@ def describe(job: ProfileJob, acc: Accelerator, content: BundleContent) -> dict[
     fitted = fits()
     return {
         "source": "roofline",
+        "derivation": DERIVATION,
         "confidence": confidence(job),
         "gpu": job.hardware.gpu or job.hardware.name,
         **profiled(job),

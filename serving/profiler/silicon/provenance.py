@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from serving.profiler.provenance import attention_axes, profiled
 from serving.profiler.shapes import rank_shapes
-from serving.profiler.silicon import comm, tables
+from serving.profiler.silicon import DERIVATION, comm, tables
 from serving.profiler.silicon.skew import BUCKET_AXES, skew_summary
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources
     """``meta.yaml`` of a bundle; it holds no time of making, so that the same inputs give the same file."""
     return {
         "source": "silicon",
+        "derivation": DERIVATION,
         "confidence": _confidence(gpu, sources),
         "data_package": tables.PACKAGE,
         "data_version": tables.package_version(),
