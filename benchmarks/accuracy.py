@@ -22,6 +22,8 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from results_page import write_section  # noqa: E402
+
 from serving.bench.agreement import METRICS, STATISTICS, Agreement  # noqa: E402
 from serving.bench.calibrate import calibrate  # noqa: E402
 from serving.bench.recording import load_recording  # noqa: E402
@@ -35,9 +37,7 @@ if TYPE_CHECKING:
 
     from serving.bench.validate import RecordedRun
 
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 RECORDED = Path(os.environ.get("SERVESIM_RECORDED") or ROOT.parent / "shared" / "data" / "recorded")
-BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 ANCHOR = "queued"
 UNSUPPORTED = "needs data/expert parallelism"
 
@@ -87,7 +87,7 @@ def main() -> int:
     text = section()
     print(text)
     if not args.printed:
-        write_section(text)
+        write_section("accuracy", text)
     return 0
 
 
@@ -276,23 +276,6 @@ def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
     """A table in Markdown."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
-
-
-def write_section(text: str) -> None:
-    """Put the section between its marks in RESULTS.md; the rest of the file stays."""
-    from serving.results.atomic import atomic_write
-
-    old = (
-        RESULTS.read_text(encoding="utf-8")
-        if RESULTS.exists()
-        else f"# Results\n\n## Accuracy\n\n{BEGIN}\n{END}\n"
-    )
-    if BEGIN not in old or END not in old:
-        old = f"{old.rstrip()}\n\n## Accuracy\n\n{BEGIN}\n{END}\n"
-    head, _, rest = old.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    with atomic_write(RESULTS, "w") as handle:
-        handle.write(f"{head}{BEGIN}\n{text}\n{END}{tail}")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from results_page import write_section
+
 from serving.network.collectives import ring_all_reduce_ns
 from serving.specs.hardware import load_hardware
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
-BEGIN, END = "<!-- all-reduce:begin -->", "<!-- all-reduce:end -->"
 TABLES = (
     ("RTXPRO6000", "meta-llama/Llama-3.1-8B", (2, 4, 8)),
     ("L40S", "meta-llama/Llama-3.1-8B", (2,)),
@@ -66,12 +66,7 @@ def main() -> None:
         "benchmarks/all_reduce.py`."
     )
     text = "\n".join([note, "", *lines()])
-    content = RESULTS.read_text(encoding="utf-8")
-    if BEGIN not in content:
-        content = f"{content.rstrip()}\n\n## All-reduce: formula and measurement\n\n{BEGIN}\n{END}\n"
-    before, _, rest = content.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    RESULTS.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    write_section("all-reduce", text)
 
 
 if __name__ == "__main__":

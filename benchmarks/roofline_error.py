@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from results_page import write_section
 from roofline_samples import FAMILIES, log_errors, measured_hardware, samples_of
 
 from serving.errors import ServingError
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from serving.profiler.roofline.efficiency import Efficiency
     from serving.specs.hardware import HardwareSpec
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
-BEGIN, END = "<!-- roofline:begin -->", "<!-- roofline:end -->"
 GENERATIONS = (
     {"h100_sxm", "h200_sxm"},
     {"b200_sxm", "b300_sxm", "gb200", "gb300", "rtx_pro_6000_server"},
@@ -155,19 +154,6 @@ def section() -> str:
     return "\n".join(lines)
 
 
-def write_section(text: str) -> None:
-    """Put the section between its marks in RESULTS.md; the rest of the file stays."""
-    from serving.results.atomic import atomic_write
-
-    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
-    if BEGIN not in old or END not in old:
-        old = f"{old.rstrip()}\n\n## Roofline: leaving one GPU out\n\n{BEGIN}\n{END}\n"
-    head, _, rest = old.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    with atomic_write(RESULTS, "w") as handle:
-        handle.write(f"{head}{BEGIN}\n{text}\n{END}{tail}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,7 +164,7 @@ def main() -> None:
     if asked.print:
         print(text)
     else:
-        write_section(text)
+        write_section("roofline", text)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from results_page import write_section  # noqa: E402
 
 from serving.api import simulate  # noqa: E402
 from serving.latency.bundle import Bundle  # noqa: E402
@@ -41,9 +43,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 RECORDED = Path(os.environ.get("SERVESIM_RECORDED") or ROOT.parent / "shared" / "data" / "recorded")
-BEGIN, END = "<!-- silicon:begin -->", "<!-- silicon:end -->"
 HARDWARE = "RTXPRO6000"
 WORKLOADS = {
     "meta-llama/Llama-3.1-8B": "sharegpt-llama-3.1-8b-300-sps10",
@@ -84,7 +84,7 @@ def main() -> int:
     text = section(args.root)
     print(text)
     if not args.printed:
-        write_section(text)
+        write_section("silicon", text)
     return 0
 
 
@@ -244,18 +244,6 @@ def history_rows() -> Iterator[str]:
             cells.append(f"{times.history_error() * 100:+.0f} %")
             kernels += [kernel.removeprefix("vllm_") for kernel in times.prefill_kernels]
         yield f"| {hardware} | {', '.join(dict.fromkeys(kernels))} | {' | '.join(cells)} |"
-
-
-def write_section(text: str) -> None:
-    """Put the section between its marks, or at the end of the file where there are none yet."""
-    page: Any = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Results\n"
-    if BEGIN not in page:
-        page = f"{page.rstrip()}\n\n## Bundles from public kernel measurements\n\n{BEGIN}\n{END}\n"
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-    temporary.replace(RESULTS)
 
 
 if __name__ == "__main__":

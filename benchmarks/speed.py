@@ -29,11 +29,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from results_page import RESULTS, write_section
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 RECORDED = Path(os.environ.get("SERVESIM_RECORDED") or ROOT.parent / "shared" / "data" / "recorded")
 RECORDINGS = {
     "Llama-3.1-8B, TP 1": ("Llama-3.1-8B", "sharegpt-llama-3.1-8b-300-sps10"),
@@ -357,17 +358,6 @@ def paragraph(text: str) -> str:
     return textwrap.fill(text, 110)
 
 
-def write_section(path: Path, name: str, text: str) -> None:
-    """Replace what stands between the markers of a section; a file without them gets them."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    content = path.read_text(encoding="utf-8")
-    before, _, rest = content.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise SystemExit(f"{path.name}: the markers {begin} and {end} are missing")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
 def main() -> int:
     """Measure, and write the section unless it was a quick look."""
     parser = argparse.ArgumentParser(description="CPU seconds and peak memory of whole runs.")
@@ -381,7 +371,7 @@ def main() -> int:
         if args.quick:
             print(f"\n{text}")
         else:
-            write_section(RESULTS, name, text)
+            write_section(name, text)
             print(f"written: {RESULTS.relative_to(ROOT)}")
     return 0
 

@@ -203,3 +203,15 @@ def test_no_large_file_is_committed() -> None:
     sizes = {path: path.stat().st_size for path in _committed()}
     assert {path.name: size for path, size in sizes.items() if size > 3_000_000} == {}
     assert sum(sizes.values()) < 40_000_000
+
+
+def test_every_benchmark_finds_its_section() -> None:
+    page = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    written = {
+        name
+        for script in (ROOT / "benchmarks").glob("*.py")
+        for name in re.findall(r'write_section\("([a-z-]+)"', script.read_text(encoding="utf-8"))
+    }
+    assert {"accuracy", "silicon"} < written
+    for name in written:
+        assert 0 <= page.find(f"<!-- {name}:begin -->") < page.find(f"<!-- {name}:end -->"), name

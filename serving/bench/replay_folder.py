@@ -20,7 +20,7 @@ import orjson
 
 from serving._version import __version__
 from serving.errors import InputError, RunError
-from serving.results.atomic import atomic_write
+from serving.results.atomic import atomic_write, check_creatable
 
 if TYPE_CHECKING:
     from serving.bench.target import TargetFacts
@@ -87,7 +87,9 @@ class ReplayFolder:
         return {row["request_id"] for row in self.rows}
 
     def open(self) -> None:
-        """Create the folder, or take up what an earlier session left in it.
+        """See that the folder can be created, or take up what an earlier session left in it.
+
+        A new one is made by :meth:`write_meta`, so that a replay that does not begin leaves none.
 
         Raises:
             InputError: it holds something else, or a replay with other arguments.
@@ -101,12 +103,8 @@ class ReplayFolder:
                     f"--output {self.path}: has a requests.jsonl but no meta.json, so it is no replay that "
                     "could go on; give another folder"
                 )
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(
-                    f"--output {self.path}: cannot be created ({error.strerror or error})"
-                ) from None
+            if not self.path.exists():
+                check_creatable(self.path, "--output")
             return
         self._take_up(_read_meta(meta_path))
 

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from serving.specs.paths import bundles_from
 
     if args.plots:
-        from serving.bench.plots import require_matplotlib
+        from serving.results.figures import require_matplotlib
 
         require_matplotlib()
     if args.json:

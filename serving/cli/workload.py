@@ -122,6 +122,11 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--request-rate", type=float, default=None, metavar="R", help="change the arrivals")
     parser.add_argument("--lenient", action="store_true", help="leave bad entries out and count them")
     parser.add_argument("--seed", type=int, default=42, help="for --request-rate (default: 42)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="for a ShareGPT file: a tokenizer.json, or a folder with one (needs 'servesim[tokenizer]')",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -148,7 +153,7 @@ def _convert(args: argparse.Namespace) -> int:
     check_output(args.output)
     workload = _load(args)
     write_jsonl(workload, args.output)
-    skipped = f", {workload.skipped} bad entries left out" if workload.skipped else ""
+    skipped = f", {workload.skipped} entries left out" if workload.skipped else ""
     print(f"{args.output}: {len(workload)} requests{skipped}")
     return 0
 
@@ -178,4 +183,5 @@ def _load(args: argparse.Namespace) -> Any:
         lenient=args.lenient,
         request_rate=args.request_rate,
         seed=args.seed,
+        tokenizer=args.tokenizer,
     )

@@ -92,7 +92,10 @@ class Builder:
         self._options = options
         self._tiers = LowerTiers(cluster, options, self._memories)
         separate = any(spec.pd_type for _, spec in self._placed)
-        evicting = any(evict_place(spec, "placement") != NPU for _, spec in self._placed)
+        evicting = any(
+            evict_place(spec, self._models[spec.model_name], f"instance {index}") != NPU
+            for index, (_, spec) in enumerate(self._placed)
+        )
         self.transfers = Transfers() if separate or evicting or options.prefix_storage else None
         """Moves KV between instances and from lower tiers; None where nothing of the kind happens."""
         self.hand_over: HandOver | None = None

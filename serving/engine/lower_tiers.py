@@ -64,7 +64,7 @@ class LowerTiers:
         self, index: int, node: int, spec: InstanceSpec, model: ModelSpec, options: InstanceOptions
     ) -> LowerTier | None:
         """The lower tier of an instance's prefix cache, None without one."""
-        storage = self._storage_of(index, spec)
+        storage = self._storage_of(index, spec, model)
         if storage is None:
             return None
         if not options.enable_prefix_caching:
@@ -103,9 +103,9 @@ class LowerTiers:
         """The way from the lower tier of an instance that :meth:`tier` was asked for, None without one."""
         return self._routes.get(index)
 
-    def _storage_of(self, index: int, spec: InstanceSpec) -> str | None:
+    def _storage_of(self, index: int, spec: InstanceSpec, model: ModelSpec) -> str | None:
         """``CPU``, ``CXL`` (all devices) or ``CXL:<device>``; what placement says wins over the flag."""
-        place = evict_place(spec, f"instance {index}")
+        place = evict_place(spec, model, f"instance {index}")
         return self._storage if place == NPU else place.upper()
 
     def _route(self, storage: str, node: int) -> Route:

@@ -12,7 +12,7 @@ import numpy as np
 
 from serving.errors import InputError, MissingFileError
 from serving.latency.bundle_csv import read_labelled, read_numbers, refuse_repeats
-from serving.latency.missing import made_for
+from serving.latency.missing import made_for, refreshed
 from serving.latency.moe import MoeTable
 from serving.latency.skew_csv import read_skew
 from serving.latency.tables import Curve, Surface, densify
@@ -201,7 +201,7 @@ def load_bundle(hardware: str, model: str, variant: str, tp: int = 1) -> Bundle:
         MissingFileError: there is no such folder; InputError: its meta.yaml is missing or malformed.
     """
     try:
-        folder = find_variant(hardware, model, variant, tp)
+        folder = refreshed(find_variant(hardware, model, variant, tp), hardware, model, variant)
     except MissingFileError as missing:
         folder = made_for(hardware, model, variant, tp, missing)
     meta = folder / "meta.yaml"

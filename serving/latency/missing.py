@@ -1,7 +1,7 @@
-"""What happens when a run asks for a bundle, or a degree of one, that is not there.
+"""What happens when a run asks for a bundle, or a degree of one, that is not there, or finds an old one.
 
-Nothing, unless a maker was put in place: the packages below know no source of kernel times, so that whoever
-starts a run says who makes bundles for it.
+Nothing, unless a maker or a refresher was put in place: the packages below know no source of kernel times, so
+that whoever starts a run says who makes bundles for it.
 """
 
 from __future__ import annotations
@@ -18,18 +18,31 @@ if TYPE_CHECKING:
 
     Maker = Callable[[str, str, str, int], Path | None]
     """(hardware, model, variant, tp) -> folder of a bundle with this degree; None: it makes none of these."""
+    Refresher = Callable[[Path, str, str, str], None]
+    """(folder, hardware, model, variant): looks at a bundle before it is read, and may replace it there."""
 
 _maker: ContextVar[Maker | None] = ContextVar("maker", default=None)
+_refresher: ContextVar[Refresher | None] = ContextVar("refresher", default=None)
 
 
 @contextmanager
-def missing_bundles_from(maker: Maker | None) -> Iterator[None]:
-    """Inside the block, bundles that are not there are those that ``maker`` makes; None: an error again."""
-    token = _maker.set(maker)
+def missing_bundles_from(maker: Maker | None, refresher: Refresher | None = None) -> Iterator[None]:
+    """Inside the block, bundles that are not there are those that ``maker`` makes, and ``refresher`` sees
+    those that are before they are read; None: an error again, and nothing."""
+    tokens = _maker.set(maker), _refresher.set(refresher)
     try:
         yield
     finally:
-        _maker.reset(token)
+        _maker.reset(tokens[0])
+        _refresher.reset(tokens[1])
+
+
+def refreshed(folder: Path, hardware: str, model: str, variant: str) -> Path:
+    """``folder``, a bundle that was found, once it was seen to."""
+    refresher = _refresher.get()
+    if refresher is not None:
+        refresher(folder, hardware, model, variant)
+    return folder
 
 
 def made_for(hardware: str, model: str, variant: str, tp: int, missing: MissingFileError) -> Path:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from serving.errors import InputError
 from serving.memory.sizing import attention_params, kv_bytes_per_token, stage_layers
+from serving.specs.architecture import load_architecture
 from serving.specs.dtypes import dtype_bytes
 from serving.specs.validation import hint
 
@@ -57,35 +58,43 @@ def rule_for(instance: InstanceSpec, layer: str, block: int | None) -> tuple[str
     The general rule first, then those for the block in the order they are listed, then the layer's; each
     changes only what it names.
     """
+    places = _places(instance, layer, block)
+    return places["weights"], places["kv_loc"]
+
+
+def _places(instance: InstanceSpec, layer: str, block: int | None) -> dict[str, str]:
+    """Key of a rule -> place, for one layer."""
+    places = {"weights": NPU, "kv_loc": NPU, "kv_evict_loc": NPU}
     spec = instance.placement
     if spec is None:
-        return NPU, NPU
+        return places
     rules: list[PlacementRule] = [spec.default]
     rules += [rule for rule in spec.blocks if block is not None and block in rule.block_indices]
     if layer in spec.layers:
         rules.append(spec.layers[layer])
-    places = {"weights": NPU, "kv_loc": NPU}
     for rule in rules:
         places.update(rule.places)
-    return places["weights"], places["kv_loc"]
+    return places
 
 
-def evict_place(instance: InstanceSpec, where: str) -> str:
+def evict_place(instance: InstanceSpec, model: ModelSpec, where: str) -> str:
     """Where an instance's placement sends KV that its NPUs evict; ``npu`` means that it is dropped.
 
     Raises:
-        InputError: the rules name several places; a chunk of KV, over all blocks, is kept in one memory.
+        InputError: it differs by block; a chunk of KV is of use only with all blocks, and kept in one memory.
     """
     if instance.placement is None:
         return NPU
-    named = {rule: spec.kv_evict_loc for rule, spec in instance.placement.rules if spec.kv_evict_loc}
-    if len(set(named.values())) > 1:
-        rule, place = next(item for item in reversed(named.items()))
-        raise InputError(
-            f"{where}.placement.{rule}.kv_evict_loc: {place!r} is not what another rule says; evicted KV is "
-            "kept whole in one memory, so name it once, in default"
-        )
-    return next(iter(named.values()), NPU)
+    layer = load_architecture(model.model_type).attention_layer
+    blocks = range(model.num_hidden_layers)
+    first, *others = (_places(instance, layer, block)["kv_evict_loc"] for block in blocks)
+    for block, place in enumerate(others, 1):
+        if place != first:
+            raise InputError(
+                f"{where}.placement: kv_evict_loc: is {first!r} for block 0 and {place!r} for block {block}; "
+                "evicted KV is kept whole, all blocks in one memory, so name it once, in default"
+            )
+    return first
 
 
 def check_placement(instance: InstanceSpec, architecture: Architecture, where: str) -> None:

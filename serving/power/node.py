@@ -12,7 +12,7 @@ from serving.power.quantities import SECOND_NS, nanowatts, transfer_aj
 if TYPE_CHECKING:
     from serving.specs.power import NpuPower, PowerSpec
 
-DEVICES = ("base", "npu", "cpu", "dram", "link", "nic", "storage", "pim")
+DEVICES = ("base", "npu", "cpu", "dram", "link", "nic", "storage", "pim", "cxl")
 """Kinds of devices, in the order they are shown in."""
 
 
@@ -39,6 +39,8 @@ class NodeActivity:
     """Moved over links between NPUs within the window."""
     dram_bytes: int = 0
     """Moved to and from host memory within the window."""
+    cxl_bytes: int = 0
+    """Moved to and from CXL memory by the node's instances within the window."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,8 +73,8 @@ def node_energy(
     """What a node takes from ``begin_ns`` to ``end_ns``.
 
     NPU: active, standby and idle power for the time spent so. CPU: idle power, and ``util`` of the way to its
-    active power while any NPU computes. DRAM and links: idle power of every DIMM and link plus the energy of
-    the bits moved. PIM: active power while it computes. Base, NICs, storage: constant.
+    active power while any NPU computes. DRAM, CXL memory and links: idle power of every DIMM, device and link
+    plus the energy of the bits moved. PIM: active power while it computes. Base, NICs, storage: constant.
 
     Args:
         power: the node's power section; a device left out takes nothing.
@@ -111,6 +113,9 @@ def node_energy(
     if power.pim is not None:
         active = states(activity.pim, begin_ns, end_ns).active_ns
         devices["pim"] = nanowatts(power.pim.active_power) * active
+    if power.cxl is not None:
+        moved = transfer_aj(activity.cxl_bytes, power.cxl.energy_per_bit)
+        devices["cxl"] = power.cxl.num_devices * nanowatts(power.cxl.idle_power) * elapsed + moved
     return NodeEnergy(devices, npus)
 
 

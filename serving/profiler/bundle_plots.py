@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.errors import InputError
-from serving.results.atomic import atomic_write
+from serving.results.figures import new_figure, require_matplotlib, save_figures
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,26 +22,16 @@ def save_plots(tables: RankTables, title: str, folder: Path) -> list[Path]:
     Raises:
         InputError: matplotlib is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise InputError("--plots: needs matplotlib; install it with  pip install 'servesim[report]'")
+    require_matplotlib()
     figures = {"dense.png": _dense(tables, title), "attention.png": _attention(tables, title)}
     if tables.moe is not None:
         figures["moe.png"] = _moe(tables, title)
-    written = []
-    for name, figure in figures.items():
-        with atomic_write(folder / name) as handle:
-            figure.savefig(handle, format="png", dpi=110, metadata={"Software": None})
-        written.append(folder / name)
-    return written
+    return save_figures(figures, folder)
 
 
 def _figure(panels: int, title: str) -> tuple[Any, Any]:
-    """A figure with panels side by side; no display is asked for, and no global state is touched."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    """A figure with panels side by side."""
+    figure = new_figure(5.2 * panels, 4.2)
     figure.suptitle(title)
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 

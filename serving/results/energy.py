@@ -75,10 +75,11 @@ class InstanceMeter:
             sent += (tokens + self._column("hit_tokens")) * self._kv_bytes_per_token
         return moved_within(spans, sent, begin_ns, end_ns)
 
-    def dram_bytes(self, spans: Spans, begin_ns: int, end_ns: int) -> int:
-        """Moved to and from host memory: what a lower tier of the prefix cache there is read and written."""
+    def tier_bytes(self, spans: Spans, begin_ns: int, end_ns: int, *, cxl: bool) -> int:
+        """Moved to and from CXL or else host memory: what a lower tier of the prefix cache there is read and
+        written."""
         tier = self._log.tier
-        if tier is None or tier.storage != "CPU":
+        if tier is None or tier.storage.startswith("CXL") != cxl:
             return 0
         return moved_within(spans, self._column("tier_bytes"), begin_ns, end_ns)
 
@@ -106,14 +107,15 @@ class NodeMeter:
         assert self.spec.power is not None
         npus: list[NpuActivity] = []
         pim: list[Spans] = []
-        link_bytes = dram_bytes = 0
+        link_bytes = dram_bytes = cxl_bytes = 0
         for instance in self.instances:
             spans = instance.look_at(begin_ns, end_ns)
             npus += instance.npus(spans)
             pim.append(instance.pim(spans))
             link_bytes += instance.link_bytes(spans, begin_ns, end_ns)
-            dram_bytes += instance.dram_bytes(spans, begin_ns, end_ns)
-        activity = NodeActivity(npus, Spans.union(pim), link_bytes, dram_bytes)
+            dram_bytes += instance.tier_bytes(spans, begin_ns, end_ns, cxl=False)
+            cxl_bytes += instance.tier_bytes(spans, begin_ns, end_ns, cxl=True)
+        activity = NodeActivity(npus, Spans.union(pim), link_bytes, dram_bytes, cxl_bytes)
         return node_energy(self.spec.power, self.spec.cpu_mem.mem_size, activity, begin_ns, end_ns)
 
     def mean_w(self, begin_ns: int, end_ns: int) -> float:

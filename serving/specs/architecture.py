@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from serving.errors import InputError, MissingFileError
+from serving.errors import InputError
 from serving.specs import paths
 from serving.specs.base import Spec, list_as_tuple
 from serving.specs.reading import read_yaml_object
-from serving.specs.validation import hint, joined, nearest, validated
+from serving.specs.validation import joined, nearest, validated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,15 +120,8 @@ def load_architecture(model_type: str) -> Architecture:
     Raises:
         InputError: no such architecture, or its file is wrong.
     """
-    try:
-        path = paths.find(f"profiler/models/{model_type}.yaml")
-    except MissingFileError:
-        known = [found.stem for found in paths.find_all("profiler/models/*.yaml")]
-        raise MissingFileError(
-            f"profiler/models/{model_type}.yaml: no such architecture; {hint(model_type, known)}. "
-            "A standard transformer block needs nothing but such a file"
-        ) from None
-    return read_architecture(path)
+    way_out = "A standard transformer block needs nothing but such a file"
+    return read_architecture(paths.find_named("profiler/models/*.yaml", model_type, "architecture", way_out))
 
 
 def read_architecture(path: Path) -> Architecture:

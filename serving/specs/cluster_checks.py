@@ -122,6 +122,7 @@ def _roles(cluster: ClusterSpec) -> Iterator[str]:
 
 def _power(cluster: ClusterSpec) -> Iterator[str]:
     """A power section speaks of the node's own hardware, and nothing draws less when it works."""
+    cxl_left = cluster.cxl_mem.num_devices if cluster.cxl_mem is not None else 0
     for n, node in enumerate(cluster.nodes):
         if node.power is None:
             continue
@@ -134,6 +135,14 @@ def _power(cluster: ClusterSpec) -> Iterator[str]:
             )
         if node.power.pim is not None and node.cpu_mem.pim_config is None:
             yield f"nodes[{n}].power.pim: the node has no PIM; leave it out or set cpu_mem.pim_config"
+        if node.power.cxl is not None:
+            count = node.power.cxl.num_devices
+            if count > cxl_left:
+                yield (
+                    f"nodes[{n}].power.cxl.num_devices: {count} is not allowed; cxl_mem leaves {cxl_left} "
+                    "devices that no node before accounts for"
+                )
+            cxl_left = max(cxl_left - count, 0)
         for hardware, npu in node.power.npu.items():
             where = f"nodes[{n}].power.npu.{hardware}"
             yield from _rising(where, npu, "idle_power", "standby_power", "active_power")

@@ -86,6 +86,22 @@ def find(relative: str | Path, what: str = "file or folder") -> Path:
     raise MissingFileError(f"{relative}: no such {what}; looked in {places}")
 
 
+def find_named(pattern: str, name: str, what: str, way_out: str) -> Path:
+    """The file of ``name``, in whose place ``pattern`` has a star: ``configs/pim/*.ini``.
+
+    Raises:
+        MissingFileError: it is in none of the places; the message says what is and ends in ``way_out``.
+    """
+    relative = pattern.replace("*", name)
+    try:
+        return find(relative)
+    except MissingFileError:
+        from serving.specs.validation import hint
+
+        known = [found.stem for found in find_all(pattern)]
+        raise MissingFileError(f"{relative}: no such {what}; {hint(name, known)}. {way_out}") from None
+
+
 def find_all(relative_glob: str) -> list[Path]:
     """Every file that matches a relative glob, sorted; of those at one relative path, the first root's."""
     found: dict[str, Path] = {}

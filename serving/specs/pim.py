@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from serving.errors import InputError, MissingFileError
+from serving.errors import InputError
 from serving.specs import paths
 from serving.specs.base import Count, LatencyNs, SizeGb, Spec, Unit
 from serving.specs.reading import read_text
-from serving.specs.validation import hint, validated
+from serving.specs.validation import validated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,15 +64,8 @@ def load_pim(name: str) -> PimSpec:
     Raises:
         MissingFileError: there is no such file; InputError: it is wrong.
     """
-    try:
-        path = paths.find(f"configs/pim/{name}.ini")
-    except MissingFileError:
-        known = [found.stem for found in paths.find_all("configs/pim/*.ini")]
-        raise MissingFileError(
-            f"configs/pim/{name}.ini: no such device; {hint(name, known)} "
-            "(a new device needs nothing but such a file)"
-        ) from None
-    return read_pim(path)
+    way_out = "A new device needs nothing but such a file"
+    return read_pim(paths.find_named("configs/pim/*.ini", name, "device", way_out))
 
 
 def read_pim(path: Path) -> PimSpec:

@@ -66,6 +66,14 @@ class PimPower(Spec):
     active_power: Annotated[PowerW, Field(description="W of all channels together while they compute")]
 
 
+class CxlPower(Spec):
+    """Devices of the cluster's ``cxl_mem`` that draw their power from this node."""
+
+    num_devices: Count
+    idle_power: Annotated[PowerW, Field(description="W of one device")]
+    energy_per_bit: Annotated[EnergyPerBitPj, Field(description="pJ per bit moved by the node's instances")]
+
+
 class PowerSpec(Spec):
     """A node's ``power`` section; a device left out draws nothing."""
 
@@ -79,3 +87,5 @@ class PowerSpec(Spec):
     storage: StoragePower | None = None
     pim: PimPower | None = None
     """Needs ``cpu_mem.pim_config``."""
+    cxl: CxlPower | None = None
+    """Needs ``cxl_mem``; over all nodes no more devices than it has."""

@@ -33,10 +33,6 @@ def load_bench_result(
             f"{source}: is not one whole JSON document: {error}; a workload is JSON lines, "
             f"one object a line, or one result of `vllm bench serve` (append mode writes several: split them)"
         ) from None
-    if isinstance(result, list) and b'"conversations"' in document:
-        from serving.workload.formats import sharegpt_error
-
-        raise sharegpt_error(source)
     columns = _columns(source, result)
 
     def requests(row: tuple[Any, ...], index: int) -> list[Request]:

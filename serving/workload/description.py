@@ -84,7 +84,7 @@ def description_text(figures: dict[str, Any]) -> str:
         + (f", {rate:.3f} a second" if rate else ""),
     ]
     if figures["skipped"]:
-        lines.append(f"  skipped           {figures['skipped']:,} bad entries")
+        lines.append(f"  skipped           {figures['skipped']:,} entries left out")
     for key, name in (("input_tokens", "input tokens"), ("output_tokens", "output tokens")):
         found = figures[key]
         spread = "  ".join(f"{label} {found[label]:,}" for label in ("min", "p50", "p90", "p99", "max"))

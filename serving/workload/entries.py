@@ -110,9 +110,10 @@ def collect(
 ) -> Workload:
     """Parse numbered items into a workload, in their order.
 
-    `parse(item, first_index)` gives the requests of one entry or raises EntryError, which becomes an
-    InputError at `source` + `place` + number, or is counted in `Workload.skipped` when `lenient`. At most
-    `num_reqs` entries are taken (0: all); what follows is not even read.
+    `parse(item, first_index)` gives the requests of one entry, none where it is to be left out, or raises
+    EntryError, which becomes an InputError at `source` + `place` + number, or leaves the entry out when
+    `lenient`. What is left out is counted in `Workload.skipped`. At most `num_reqs` entries are taken (0:
+    all); what follows is not even read.
     """
     workload = Workload(source=source)
     requests = workload.requests
@@ -120,7 +121,7 @@ def collect(
     number = 0
     for number, item in items:
         try:
-            requests += parse(item, len(requests))
+            found = parse(item, len(requests))
         except EntryError as error:
             if not lenient:
                 raise InputError(
@@ -128,10 +129,14 @@ def collect(
                 ) from None
             workload.skipped += 1
             continue
+        if not found:
+            workload.skipped += 1
+            continue
+        requests += found
         entries += 1
         if entries == num_reqs:
             break
     if not requests:
-        found = f"all {workload.skipped} entries are bad" if workload.skipped else "holds no request"
-        raise InputError(f"{source}: {found}; a workload needs at least one request")
+        why = f"all {workload.skipped} entries are left out" if workload.skipped else "holds no request"
+        raise InputError(f"{source}: {why}; a workload needs at least one request")
     return workload

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from serving.errors import InputError, NotSupportedError
+from serving.errors import InputError
 from serving.workload.files import numbered_lines, resolve
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KNOWN = (
     "JSON lines of requests and sessions, Mooncake JSON lines, Azure LLM trace CSV, BurstGPT CSV, "
-    "vLLM `bench serve` result JSON"
+    "vLLM `bench serve` result JSON, ShareGPT JSON (by a tokenizer)"
 )
 
 
@@ -29,13 +29,15 @@ def load_workload(
     lenient: bool = False,
     request_rate: float | None = None,
     seed: int = 42,
+    tokenizer: str | Path | None = None,
 ) -> Workload:
     """The workload in the file `path`.
 
     num_reqs: entries to load from the start of the file, 0 for all; a session is one entry. lenient: leave
     bad entries out and count them in `Workload.skipped`, where otherwise the first ends the loading.
     request_rate: entries per second that the arrivals are scaled to, or replaced by where there is no pattern
-    to scale (see `arrivals.change_rate`; `seed` is for that); None: arrivals as they are.
+    to scale (see `arrivals.change_rate`; `seed` is for that); None: arrivals as they are. tokenizer: a
+    `tokenizer.json` or a folder with one, for ShareGPT files, which hold texts.
 
     Raises InputError with file, line and field for anything wrong.
     """
@@ -47,7 +49,7 @@ def load_workload(
         first = next(lines)
     except StopIteration:
         raise InputError(f"{source}: is empty; a workload needs at least one request") from None
-    workload = _load(source, first, lines, num_reqs, lenient)
+    workload = _load(source, first, lines, num_reqs, lenient, tokenizer)
     if request_rate is not None:
         from serving.workload.arrivals import change_rate
 
@@ -56,10 +58,24 @@ def load_workload(
 
 
 def _load(
-    source: str, first: tuple[int, bytes], rest: Iterator[tuple[int, bytes]], num_reqs: int, lenient: bool
+    source: str,
+    first: tuple[int, bytes],
+    rest: Iterator[tuple[int, bytes]],
+    num_reqs: int,
+    lenient: bool,
+    tokenizer: str | Path | None,
 ) -> Workload:
-    lines = chain([first], rest)
-    match detect(first[1]):
+    lines: Iterator[tuple[int, bytes]] = chain([first], rest)
+    kind = detect(first[1])
+    if kind == "list":  # printed over many lines
+        whole = list(lines)
+        kind = "sharegpt" if any(b'"conversations"' in line for _, line in whole) else "json"
+        lines = iter(whole)
+    if tokenizer is not None and kind != "sharegpt":
+        raise InputError(
+            f"--tokenizer {tokenizer}: {source} holds token counts already; only a ShareGPT file needs one"
+        )
+    match kind:
         case "jsonl":
             from serving.workload.jsonl import load_jsonl
 
@@ -77,7 +93,9 @@ def _load(
 
             return load_bench_result(source, lines, num_reqs=num_reqs, lenient=lenient)
         case "sharegpt":
-            raise sharegpt_error(source)
+            from serving.workload.sharegpt import load_sharegpt
+
+            return load_sharegpt(source, lines, tokenizer, num_reqs=num_reqs, lenient=lenient)
         case _:
             raise InputError(
                 f"{source}:{first[0]}: is no known workload format (starts with {first[1][:40]!r}); "
@@ -85,21 +103,14 @@ def _load(
             )
 
 
-def sharegpt_error(source: str) -> NotSupportedError:
-    """Says why a ShareGPT file cannot be a workload."""
-    return NotSupportedError(
-        f"{source}: is a ShareGPT file, which holds texts; counting their tokens needs a tokenizer, and that "
-        f"is not supported yet; give a workload with token counts: {KNOWN}"
-    )
-
-
 def detect(line: bytes) -> str:
-    """The format of a file by its first line: jsonl, mooncake, csv, json (whole), sharegpt or unknown."""
+    """The format of a file by its first line: jsonl, mooncake, csv, json (whole), sharegpt, list (either of
+    the latter two) or unknown."""
     line = line.strip()
     if line.startswith(b"{"):
         return _detect_object(line)
     if line.startswith(b"["):
-        return "sharegpt" if b'"conversations"' in line else "json"
+        return "sharegpt" if b'"conversations"' in line else "list"
     from serving.workload.csv_traces import is_csv_trace
 
     if is_csv_trace(line):

@@ -47,7 +47,7 @@ class Workload:
     source: str = ""
     """File or generator the requests came from, for messages and summaries."""
     skipped: int = 0
-    """Lines left out by lenient loading."""
+    """Entries left out: bad ones by lenient loading, conversations without an answer."""
 
     def __len__(self) -> int:
         return len(self.requests)

@@ -301,7 +301,7 @@ def test_plots_are_png_files(tmp_path: Path) -> None:
 def test_without_matplotlib_plots_are_refused_before_the_run(
     own_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("serving.bench.plots.find_spec", lambda _: None)
+    monkeypatch.setattr("serving.results.figures.find_spec", lambda _: None)
     assert main(["bench", "validate", str(own_run), "--plots", "plots"]) == 2
     captured = capsys.readouterr()
     assert "pip install 'servesim[report]'" in captured.err

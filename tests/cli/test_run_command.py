@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,35 @@ def test_bad_input_is_told_before_the_run(
     assert message in shown.err
     assert "[INFO]" not in shown.out
     assert (tmp_path / "my.jsonl").read_text().startswith("{")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--cluster-config lost.json --output new/dir/x.csv",
+        "--dataset bad.jsonl --output new/x.csv",
+        "--dtype fp16 --output new/x.csv",
+        "--kv-cache-dtype int8 --output a/x.csv --summary b/x.json --timeline c/x.json --steps d/x.csv",
+        "compare --kv-cache-dtype fp8 --json new/x.json",
+        'compare --set "int8: --kv-cache-dtype int8" --json a/x.json --csv b/x.csv',
+        "workload convert bad.jsonl --output new/x.jsonl",
+        "workload synth --input-len nonsense --output new/x.jsonl",
+        "bench validate lost --json new/x.json --plots plots",
+        "bench calibrate lost --output new/x.yaml",
+        "bench replay --dataset good.jsonl --url http://127.0.0.1:9 --output new/recording",
+        "bench record-scheduler --dataset bad.jsonl --num-gpu-blocks 10 --output new/log.jsonl",
+        "profile servesim/tiny-llama --hardware H100 --source roofline --tp 3 --output-root new/perf",
+    ],
+)
+def test_input_that_is_refused_leaves_nothing_behind(command: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"input_toks": 0}\n')
+    (tmp_path / "good.jsonl").write_text('{"input_toks": 10, "output_toks": 2, "arrival_time_ns": 0}\n')
+    try:
+        status = main(shlex.split(command))
+    except SystemExit as ended:  # argparse
+        status = ended.code
+    assert status == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "good.jsonl"]
 
 
 def test_parquet_without_pyarrow_is_told_before_the_run(

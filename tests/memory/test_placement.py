@@ -211,16 +211,35 @@ def test_kv_placed_elsewhere_and_in_pim_is_told() -> None:
         memory_map({**pim_node(64, both), "cxl_mem": CXL})
 
 
-def test_evicted_kv_goes_to_one_place() -> None:
-    [(_, plain)] = load_cluster(cluster()).instances
-    assert evict_place(plain, "here") == "npu"
-    placed = instance(placement={"default": {"kv_evict_loc": "cpu"}})
-    [(_, spec)] = load_cluster(cluster(placed)).instances
-    assert evict_place(spec, "here") == "cpu"
+def _evicted_to(placement: dict[str, Any] | None) -> str:
+    [(_, spec)] = load_cluster(cluster(instance(**({"placement": placement} if placement else {})))).instances
+    eight = load_model(LLAMA).model_copy(update={"num_hidden_layers": 8})
+    return evict_place(spec, eight, "here")
 
 
-def test_evicted_kv_cannot_be_scattered() -> None:
-    rules = {"default": {"kv_evict_loc": "cpu"}, "blocks": [{"blocks": "0-3", "kv_evict_loc": "npu"}]}
-    [(_, spec)] = load_cluster(cluster(instance(placement=rules))).instances
-    with pytest.raises(InputError, match=r"kv_evict_loc: .npu. is not what another rule says"):
-        evict_place(spec, "here")
+@pytest.mark.parametrize(
+    "placement",
+    [
+        {"default": {"kv_evict_loc": "cpu"}},
+        {"blocks": [{"blocks": "0-3", "kv_evict_loc": "cpu"}, {"blocks": "4-7", "kv_evict_loc": "cpu"}]},
+        {"layers": {"attention": {"kv_evict_loc": "cpu"}}},
+        {"default": {"kv_evict_loc": "npu"}, "blocks": [{"blocks": "0-7", "kv_evict_loc": "cpu"}]},
+    ],
+)
+def test_evicted_kv_goes_to_one_place(placement: dict[str, Any]) -> None:
+    assert _evicted_to(placement) == "cpu"
+
+
+def test_evicted_kv_is_dropped_unless_a_rule_keeps_it() -> None:
+    assert _evicted_to(None) == "npu"
+    assert _evicted_to({"layers": {"o_proj": {"kv_evict_loc": "cpu"}}}) == "npu"
+
+
+@pytest.mark.parametrize(
+    ("default", "told"),
+    [({"kv_evict_loc": "cpu"}, "'cpu' for block 0 and 'npu' for block 2"), ({}, "'npu' for block 3")],
+)
+def test_evicted_kv_cannot_be_scattered(default: dict[str, str], told: str) -> None:
+    blocks = {"blocks": "2-3" if default else "0-2", "kv_evict_loc": "npu" if default else "cpu"}
+    with pytest.raises(InputError, match=rf"here\.placement: kv_evict_loc: is .*{told}; evicted KV is kept"):
+        _evicted_to({"default": default, "blocks": [blocks]})

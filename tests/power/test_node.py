@@ -55,6 +55,13 @@ def test_links_draw_idle_power_and_pay_per_bit() -> None:
     assert devices_j(power(link=link), NodeActivity(link_bytes=10**9))["link"] == 4 * 2 * 10 + 0.04
 
 
+def test_cxl_devices_draw_idle_power_and_pay_per_bit() -> None:
+    cxl = {"num_devices": 4, "idle_power": 12, "energy_per_bit": 30}
+    activity = NodeActivity(dram_bytes=10**12, cxl_bytes=10**9)
+    # four devices of 12 W for 10 s; 8e9 bits of 30 pJ are 0.24 J
+    assert devices_j(power(cxl=cxl), activity) == {"base": 0, "cxl": 4 * 12 * 10 + 0.24}
+
+
 def test_pim_draws_power_while_it_computes() -> None:
     activity = NodeActivity(pim=spans((1 * S, 2 * S), (4 * S, 6 * S)))
     assert devices_j(power(pim={"active_power": 7}), activity)["pim"] == 21

@@ -71,9 +71,38 @@ def test_a_path_that_cannot_be_written_is_told_by_name(tmp_path: Path) -> None:
         check_writable(path, "--output")
 
 
-def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "run.csv", "--output")
-    assert list((tmp_path / "new").iterdir()) == []
+@pytest.mark.parametrize("path", ["run.csv", "new/run.csv", "a/b/c/run.csv"])
+def test_checking_leaves_nothing_behind(path: str, tmp_path: Path) -> None:
+    check_writable(tmp_path / path, "--output")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["file/new/run.csv", "new/" + "x" * 300 + "/run.csv", "y" * 300])
+def test_a_path_that_could_not_be_created_is_told_and_leaves_nothing(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output .*: cannot be written"):
+        check_writable(tmp_path / path, "--output")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def _fail_while_writing(path: Path, meanwhile: Path | None = None) -> None:
+    with atomic_write(path):
+        if meanwhile is not None:
+            meanwhile.write_text("")
+        raise ZeroDivisionError
+
+
+def test_a_failure_takes_the_folders_made_for_it_along(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        _fail_while_writing(tmp_path / "old" / "a" / "b" / "run.csv")
+    assert list((tmp_path / "old").iterdir()) == []
+
+
+def test_a_folder_that_somebody_else_uses_meanwhile_stays(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        _fail_while_writing(tmp_path / "a" / "b" / "run.csv", meanwhile=tmp_path / "a" / "other.csv")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other.csv"]
 
 
 def test_a_folder_is_no_output_file(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from serving.results.heartbeat import Heartbeat
 from serving.results.records import InstanceLog, RunLog, TierMemory
 from serving.results.result import Result
 from serving.specs.cluster import ClusterSpec, load_cluster
+from serving.specs.cluster_checks import check_cluster
 from serving.specs.options import RuntimeOptions
 from serving.workload.request import Request, Workload
 from tests.hand_made import MS, add_step, instance_options, record
@@ -126,16 +127,37 @@ def test_a_prefill_instance_sends_its_kv_cache() -> None:
     assert devices["link"] == pytest.approx(8 + moved_bytes * 8 * 1000e-12, abs=1e-6)
 
 
-@pytest.mark.parametrize(("storage", "moved_bytes"), [("CPU", 3_000_000_000), ("CXL", 0)])
-def test_a_lower_tier_in_host_memory_takes_energy_there(storage: str, moved_bytes: int) -> None:
-    result = two_steps(one_node())
+@pytest.mark.parametrize(
+    ("storage", "dram_bytes", "cxl_bytes"),
+    [("CPU", 3_000_000_000, 0), ("CXL", 0, 3_000_000_000), ("CXL:2", 0, 3_000_000_000)],
+)
+def test_a_lower_tier_takes_energy_in_its_memory(storage: str, dram_bytes: int, cxl_bytes: int) -> None:
+    cxl = {"num_devices": 2, "idle_power": 10, "energy_per_bit": 40}
+    memory = {"mem_size": 256, "mem_bw": 60, "mem_latency": 250, "num_devices": 4}
+    result = two_steps(load_cluster(cluster(nodes=[node(power={**POWER, "cxl": cxl})], cxl_mem=memory)))
     log = result.instances[0]
     log.tier = TierMemory(storage, 0, False, 1 << 30, 256, 1 << 20, 256.0, 0)
     log.steps.tier_bytes[0], log.steps.tier_bytes[1] = 2_000_000_000, 1_000_000_000
     devices = result.summary["energy"]["per_node"][0]["devices_j"]
-    assert devices["dram"] == pytest.approx(8 * 3 * 4.0 + moved_bytes * 8 * 20e-12, abs=1e-9)
+    assert devices["dram"] == pytest.approx(8 * 3 * 4.0 + dram_bytes * 8 * 20e-12, abs=1e-9)
+    assert devices["cxl"] == pytest.approx(2 * 10 * 4.0 + cxl_bytes * 8 * 40e-12, abs=1e-9)
     halves = [result.power(0.25)["power_w"][4:6].mean(), result.power(0.5)["power_w"][2]]
     assert halves[0] == pytest.approx(halves[1])
+
+
+@pytest.mark.parametrize(
+    ("counts", "told"), [((3, 2), r"nodes\[1\].* 2 is not .* leaves 1 "), ((5,), "leaves 4 ")]
+)
+def test_a_cxl_device_is_accounted_for_once(counts: tuple[int, ...], told: str) -> None:
+    nodes = [
+        node(power={**POWER, "cxl": {"num_devices": count, "idle_power": 10, "energy_per_bit": 40}})
+        for count in counts
+    ]
+    memory = {"mem_size": 256, "mem_bw": 60, "mem_latency": 250, "num_devices": 4}
+    with pytest.raises(InputError, match=told):
+        check_cluster(load_cluster(cluster(num_nodes=len(nodes), nodes=nodes, cxl_mem=memory)))
+    with pytest.raises(InputError, match="cxl_mem leaves 0 devices"):
+        check_cluster(load_cluster(cluster(num_nodes=len(nodes), nodes=nodes)))
 
 
 def test_an_idle_run_draws_idle_power() -> None:

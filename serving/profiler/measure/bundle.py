@@ -26,6 +26,7 @@ from serving.profiler.measure.work_folder import (
     take_over,
     write_yaml,
 )
+from serving.profiler.provenance import profiled
 from serving.specs.reading import read_yaml_object
 
 if TYPE_CHECKING:
@@ -93,17 +94,15 @@ def measure_bundle(
 def _conditions(job: ProfileJob, meter: Meter) -> dict[str, Any]:
     """What all rows of one bundle have in common."""
     shape = job.model.model_dump_json(exclude={"name"})
+    about = profiled(job)
     return {
         **meter.conditions,
-        "architecture": job.architecture.model_type,
+        "architecture": about["architecture"],
+        # of what the file says, not of its text: a comment does not make rows another measurement's
         "architecture_sha256": _sha256(job.architecture.model_dump_json(by_alias=True)),
         "model_sha256": _sha256(shape),
-        "variant": job.variant,
-        "engine_effective": {
-            "max_num_batched_tokens": job.max_num_batched_tokens,
-            "max_num_seqs": job.max_num_seqs,
-            "block_size": 16,
-        },
+        "variant": about["variant"],
+        "engine_effective": {**about["engine_effective"], "block_size": 16},
     }
 
 
@@ -173,12 +172,10 @@ def _meta(
     return {
         "source": conditions["source"],
         "profiler_version": __version__,
-        "hardware": job.hardware.name,
-        "model": job.model.name,
-        "variant": job.variant,
-        "tp_degrees": degrees(work),
         "profiled_at": started.isoformat(timespec="seconds"),
-        **{name: value for name, value in conditions.items() if name not in ("source", "variant")},
+        **profiled(job),
+        **conditions,
+        "tp_degrees": degrees(work),
         "engine_effective": limits,
         "measured": notes,
         "last_sweep": {

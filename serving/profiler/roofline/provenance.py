@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from serving.profiler import grids
+from serving.profiler.provenance import attention_axes, profiled
+from serving.profiler.roofline import DERIVATION
 from serving.profiler.roofline.efficiency import LAUNCH_US, fits
-from serving.specs import paths
 
 FAST_LINK_GBS = 100.0
 """Above it accelerators have links of their own, the same in every machine; PCIe is not."""
@@ -31,25 +30,13 @@ def confidence(job: ProfileJob) -> str:
 
 def describe(job: ProfileJob, acc: Accelerator, content: BundleContent) -> dict[str, Any]:
     """``meta.yaml`` of a bundle; it holds no time of making, so that the same inputs give the same file."""
-    first = min(job.tp_degrees)
-    grid = content.tables[first, "attention.csv"]
     fitted = fits()
-    architecture = paths.find(f"profiler/models/{job.architecture.model_type}.yaml")
     return {
         "source": "roofline",
+        "derivation": DERIVATION,
         "confidence": confidence(job),
         "gpu": job.hardware.gpu or job.hardware.name,
-        "hardware": job.hardware.name,
-        "architecture": job.architecture.model_type,
-        "architecture_sha256": hashlib.sha256(architecture.read_bytes().replace(b"\r\n", b"\n")).hexdigest(),
-        "model": job.model.name,
-        "variant": job.variant,
-        "kv_dtype": job.kv_dtype,
-        "tp_degrees": list(job.tp_degrees),
-        "engine_effective": {
-            "max_num_batched_tokens": job.max_num_batched_tokens,
-            "max_num_seqs": job.max_num_seqs,
-        },
+        **profiled(job),
         "accelerator": {
             "memory_bandwidth_gbs": job.hardware.memory_bandwidth_gbs,
             "peak_tflops": dict(job.hardware.peak_tflops),
@@ -68,14 +55,7 @@ def describe(job: ProfileJob, acc: Accelerator, content: BundleContent) -> dict[
             "stated_in_hardware_file": sorted(job.hardware.roofline.model_fields_set),
         },
         "tables": _claims(job, content),
-        "attention_grid": {
-            "max_kv": job.max_kv,
-            "chunks": sorted({row[0] for row in grid}),
-            "histories": sorted({row[1] for row in grid}),
-            "n_decode": sorted({row[2] for row in grid}),
-            "kv": sorted({row[3] for row in grid}),
-            "max_decode_tokens": grids.MAX_DECODE_TOKENS,
-        },
+        "attention_grid": attention_axes(job, content),
         **_collectives(job, content),
         "skew_fit": {"enabled": False},
     }

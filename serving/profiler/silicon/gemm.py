@@ -210,7 +210,7 @@ class GemmTimes:
 
 
 def smallest_us(times: GemmTimes) -> float:
-    """What the table's quickest product took, in us: of a kernel, a few; more is the measuring program's own."""
+    """What the table's quickest product took, in us; a kernel takes a few, the rest is the program's own."""
     return float(times.table.where(gemm_dtype=times.dtype).latency_us.min())
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from serving.profiler import grids
+from serving.profiler.provenance import attention_axes, profiled
 from serving.profiler.shapes import rank_shapes
-from serving.profiler.silicon import comm, tables
+from serving.profiler.silicon import DERIVATION, comm, tables
 from serving.profiler.silicon.gemm import smallest_us
 from serving.profiler.silicon.skew import BUCKET_AXES, skew_summary
-from serving.specs import paths
 
 if TYPE_CHECKING:
     from serving.profiler.bundle_writer import BundleContent
@@ -169,12 +167,6 @@ def _of_attention(gpu: Gpu, sources: Sources) -> str:
     return f"decode {decode}, history {history}, mixed steps {mixed}"
 
 
-def _architecture(job: ProfileJob) -> dict[str, str]:
-    path = paths.find(f"profiler/models/{job.architecture.model_type}.yaml")
-    digest = hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
-    return {"architecture": job.architecture.model_type, "architecture_sha256": digest}
-
-
 def _skew(content: BundleContent) -> dict[str, Any]:
     fits = {tp: rows for (tp, name), rows in sorted(content.tables.items()) if name == "skew_fit.csv"}
     if not fits:
@@ -198,10 +190,9 @@ def _collectives(gpu: Gpu, content: BundleContent) -> dict[str, Any]:
 
 def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources) -> dict[str, Any]:
     """``meta.yaml`` of a bundle; it holds no time of making, so that the same inputs give the same file."""
-    first = min(job.tp_degrees)
-    grid = content.tables[first, "attention.csv"]
     return {
         "source": "silicon",
+        "derivation": DERIVATION,
         "confidence": _confidence(gpu, sources),
         "data_package": tables.PACKAGE,
         "data_version": tables.package_version(),
@@ -209,28 +200,12 @@ def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources
         "data_gpu": gpu.folder,
         "vllm_version": sources.attention[0].generation.version,
         "gpu": job.hardware.gpu or gpu.folder,
-        "hardware": job.hardware.name,
-        **_architecture(job),
-        "model": job.model.name,
-        "variant": job.variant,
-        "kv_dtype": job.kv_dtype,
-        "tp_degrees": list(job.tp_degrees),
-        "engine_effective": {
-            "max_num_batched_tokens": job.max_num_batched_tokens,
-            "max_num_seqs": job.max_num_seqs,
-        },
+        **profiled(job),
         "kernels": _kernels(sources),
         **_choices(job, sources),
         "tables": _table_claims(job, gpu, sources, content),
         "products_interpolated": _interpolated(job, sources.gemm),
-        "attention_grid": {
-            "max_kv": job.max_kv,
-            "chunks": sorted({row[0] for row in grid}),
-            "histories": sorted({row[1] for row in grid}),
-            "n_decode": sorted({row[2] for row in grid}),
-            "kv": sorted({row[3] for row in grid}),
-            "max_decode_tokens": grids.MAX_DECODE_TOKENS,
-        },
+        "attention_grid": attention_axes(job, content),
         **_collectives(gpu, content),
         "skew_fit": _skew(content),
     }

@@ -1,0 +1,209 @@
+"""Computed bundles know the revision of their formulas, and old ones are noticed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serving.latency.bundle import load_bundle
+from serving.latency.missing import missing_bundles_from
+from serving.profiler import derivation, on_demand, roofline, silicon
+from serving.profiler.bundle_writer import write_bundle
+from serving.profiler.derivation import outdated
+from serving.profiler.roofline.build import build_bundle
+from serving.specs.reading import read_yaml_object
+from tests.profiler.roofline_toy import PERFECT, job
+from tests.profiler.silicon_data import needs_silicon, toy_attention
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA = "meta-llama/Llama-3.1-8B"
+AGAIN = (
+    "the figures here belong to the revision: where formulas changed, raise DERIVATION and put the new ones"
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's data folder, a place to run in without bundles, and small bundles."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr("serving.specs.paths.user_data_dir", lambda: tmp_path / "home")
+    monkeypatch.delenv(on_demand.SWITCH, raising=False)
+    monkeypatch.setattr(on_demand, "LIMITS", {"max_num_batched_tokens": 64, "max_num_seqs": 16, "max_kv": 64})
+    return tmp_path / "home"
+
+
+def _shipped_like(home: Path, **meta: object) -> Path:
+    """A computed bundle in the user's data folder; a value None takes a key out."""
+    content = build_bundle(job(tp_degrees=(1, 2)), PERFECT)
+    content.meta = {k: v for k, v in (content.meta | meta).items() if v is not None}
+    folder = home / "profiler" / "perf" / "H100" / LLAMA / "bf16"
+    write_bundle(folder, content)
+    return folder
+
+
+def _read(wanted: bool = True) -> tuple[list[str], list[str]]:
+    """What a run that reads the bundle twice is told and warned of."""
+    told: list[str] = []
+    warned: list[str] = []
+    maker = on_demand.maker(told.append, wanted=wanted)
+    with missing_bundles_from(maker, on_demand.refresher(told.append, warned.append, wanted=wanted)):
+        for _ in range(2):
+            load_bundle("H100", LLAMA, "bf16", 1)
+    return told, warned
+
+
+def test_a_change_of_the_roofline_formulas_raises_their_revision() -> None:
+    figures = {
+        ("dense.csv", "act_fn", 1): 2.012288,
+        ("dense.csv", "rotary_emb", 64): 2.1872457,
+        ("per_sequence.csv", "lm_head", 3): 525.77274,
+        ("attention.csv", 0, 0, 1, 64): 10.26624,
+        ("attention.csv", 64, 1024, 16, 1024): 80.620739,
+        ("comm.csv", "all_reduce", 2, 4096): 5.0546133,
+    }
+    content = build_bundle(job(tp_degrees=(2,)), PERFECT)
+    assert content.meta["derivation"] == roofline.DERIVATION
+    rows = {(name, *row[:-1]): row[-1] for (_, name), table in content.tables.items() for row in table}
+    assert {key: rows[key] for key in figures} == pytest.approx(figures, rel=1e-6), AGAIN
+    assert roofline.DERIVATION == 1, AGAIN
+
+
+def test_a_change_of_the_silicon_formulas_raises_their_revision() -> None:
+    figures = {
+        (0, 0, 1, 64): 5.0244523,
+        (0, 0, 16, 1024): 9.4711019,
+        (64, 0, 0, 0): 6.0,
+        (512, 1024, 0, 0): 70.211758,
+        (512, 1024, 8, 2048): 156.87746,
+    }
+    times = toy_attention()
+    assert {point: times.mixed_us(*point) for point in figures} == pytest.approx(figures, rel=1e-6), AGAIN
+    assert silicon.DERIVATION == 1, AGAIN
+
+
+def test_shipped_bundles_are_of_the_current_revision() -> None:
+    metas = sorted((ROOT / "profiler" / "perf").glob("*/*/*/*/meta.yaml"))
+    assert metas
+    for path in metas:
+        meta = read_yaml_object(path)
+        assert meta.get("derivation", derivation.FIRST) == derivation.REVISIONS.get(meta["source"], 1), path
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason"),
+    [
+        ({"source": "vllm"}, None),
+        ({"source": "roofline"}, "its formulas are of revision 1, now 3"),
+        ({"source": "roofline", "derivation": 2}, "its formulas are of revision 2, now 3"),
+        ({"source": "roofline", "derivation": "new"}, "its formulas are of revision new, now 3"),
+        ({"source": "roofline", "derivation": 3}, None),
+        ({"source": "roofline", "derivation": 4}, None),
+        ({"source": "silicon", "derivation": 3, "data_version": "9.9"}, None),
+        (
+            {"source": "silicon", "derivation": 3, "data_version": "9.8"},
+            "it is made from measurements 9.8, now 9.9",
+        ),
+    ],
+)
+def test_what_makes_a_bundle_old(
+    meta: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(derivation, "REVISIONS", {"silicon": 3, "roofline": 3})
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "9.9")
+    assert outdated(meta) == reason
+
+
+def test_without_the_package_its_version_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derivation, "_installed_version", lambda: None)
+    assert outdated({"source": "silicon", "data_version": "0.1"}) is None
+
+
+def test_a_current_bundle_is_read_without_a_word(home: Path) -> None:
+    _shipped_like(home)
+    assert _read() == ([], [])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_old_bundle_that_cannot_be_made_again_is_told_once(
+    wanted: bool, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_demand, "_installed", lambda: not wanted)
+    folder = _shipped_like(home, derivation=0, made_on_demand=True)
+    told, (warning,) = _read(wanted=wanted)
+    assert told == []
+    assert warning == (
+        f"{folder}: this bundle is old: its formulas are of revision 0, now 1; "
+        "servesim[silicon], installed and not switched off, makes it again"
+    )
+
+
+def test_a_bundle_that_the_user_made_is_left_alone_and_told(home: Path) -> None:
+    folder = _shipped_like(home, derivation=0)
+    before = (folder / "meta.yaml").read_bytes()
+    told, (warning,) = _read()
+    assert told == []
+    assert "servesim profile meta-llama/Llama-3.1-8B --hardware H100 --source roofline" in warning
+    assert "--tp 1,2 --output-root" in warning
+    assert (folder / "meta.yaml").read_bytes() == before
+
+
+def test_the_commands_look_at_what_they_read(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from serving.cli.on_demand import bundles_on_demand
+
+    _shipped_like(home, derivation=0)
+    with bundles_on_demand(True):
+        load_bundle("H100", LLAMA, "bf16", 1)
+    assert "this bundle is old: its formulas are of revision 0, now 1" in caplog.text
+
+
+def test_bundles_elsewhere_are_their_owners_business(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _shipped_like(home, derivation=0)
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("serving.specs.paths.user_data_dir", lambda: home / "none")
+    assert _read() == ([], [])
+
+
+@needs_silicon
+def test_an_old_bundle_made_on_demand_is_made_again_with_all_its_degrees(home: Path) -> None:
+    folder = _shipped_like(home, source="silicon", derivation=0, made_on_demand=True)
+    old = (folder / "tp2" / "dense.csv").read_bytes()
+    (line,), warned = _read()
+    assert warned == []
+    assert line.startswith(
+        f"made the profile bundle H100/{LLAMA}/bf16 again, for its formulas are of revision 0, now 1, from "
+    )
+    meta = yaml.safe_load((folder / "meta.yaml").read_text(encoding="utf-8"))
+    assert meta["derivation"] == silicon.DERIVATION
+    assert meta["tp_degrees"] == [1, 2]
+    assert meta["made_on_demand"] is True
+    assert (folder / "tp2" / "dense.csv").read_bytes() != old
+
+
+@needs_silicon
+def test_a_degree_added_to_an_old_bundle_renews_the_others(home: Path) -> None:
+    folder = _shipped_like(home, source="silicon", derivation=0)
+    old = (folder / "tp2" / "dense.csv").read_bytes()
+    make = on_demand.maker(lambda _: None)
+    assert make is not None
+    assert make("H100", LLAMA, "bf16", 4) == folder
+    assert (folder / "tp2" / "dense.csv").read_bytes() != old
+    assert sorted(path.name for path in folder.glob("tp*")) == ["tp1", "tp2", "tp4"]
+
+
+@needs_silicon
+def test_what_is_no_longer_covered_is_kept_and_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serving.errors import InputError
+
+    def refuse(_: object) -> None:
+        raise InputError("not measured any more\nand more lines")
+
+    monkeypatch.setattr("serving.profiler.silicon.build.build_bundle", refuse)
+    _shipped_like(home, source="silicon", derivation=0, made_on_demand=True)
+    told, (warning,) = _read()
+    assert told == []
+    assert warning.endswith("now 1; it was not made again: not measured any more")
