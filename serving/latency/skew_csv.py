@@ -72,7 +72,7 @@ def read_skew(folder: Path, fit: dict[str, Any], tp: int) -> SkewTable | None:
             f"{path}: line {line_of_row(path, row)}: bucket {name!r} is not among the labels "
             f"of skew_fit.bucket_axes in {meta}; profile the bundle again"
         ) from None
-    alpha[(np.searchsorted(chunks, rows[:, 0]), *buckets)] = rows[:, 1]
+    alpha[tuple(np.array([np.searchsorted(chunks, rows[:, 0]), *buckets]))] = rows[:, 1]
     return SkewTable((chunks[:-1].tolist(), *bounds), alpha)
 
 
