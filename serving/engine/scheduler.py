@@ -121,7 +121,8 @@ class Scheduler:
                 batch.entries += [(state.request.index, 1) for state in ready]
             if not in_flight:
                 # the token computed now is known already, so a block it fills can be hashed at once
-                for state in decodes.at_boundary(1) if decodes.sharing else ():
+                sharing = decodes.sharing
+                for state in [s for s in decodes.at_boundary(1) if s in sharing] if sharing else ():
                     self._publish(state, decodes.length(state) + 1)
         if self.waiting and not batch.preempted:
             self._admit(batch, left, now_ns, completed)
@@ -181,9 +182,10 @@ class Scheduler:
     def _grow(self, boundary: Sequence[RequestState]) -> None:
         """One more block for each of these decoding requests, all of whose blocks are full."""
         taken = self.kv.pool.take(len(boundary))
-        for state, block in zip(boundary, taken, strict=True):
+        for state, block in zip(boundary, taken):  # noqa: B905 - of equal length; checking costs
             state.table.blocks.append(block)
-        for state in boundary if self.decodes.sharing else ():
+        sharing = self.decodes.sharing
+        for state in [state for state in boundary if state in sharing] if sharing else ():
             self._publish(state, self.decodes.length(state))
 
     def _publish(self, state: RequestState, tokens: int) -> None:
@@ -419,12 +421,14 @@ class Scheduler:
         to be made visible to other requests.
         """
         decodes = self.decodes
-        if not decodes.count or self.prefilling or decodes.count > self.limits.max_num_batched_tokens:
+        count = decodes.count
+        if not count or self.prefilling or decodes.sharing or count > self.limits.max_num_batched_tokens:
             return 0
         most = min(most, decodes.next_end - decodes.tick)
-        if most <= 0 or decodes.sharing or (self.waiting and not self._is_blocked()):
+        if most <= 0 or (self.waiting and not self._is_blocked()):
             return 0
-        if sum(decodes.blocks_needed(most)) > self.kv.pool.num_free:
+        free = self.kv.pool.num_free
+        if count * self.kv.blocks_for(most) > free and sum(decodes.blocks_needed(most)) > free:
             return 0
         return most
 
