@@ -126,21 +126,21 @@ class Scheduler:
                     self._publish(state, decodes.length(state) + 1)
         if self.waiting and not batch.preempted:
             self._admit(batch, left, now_ns, completed)
-        for state in decodes.advance():
-            state.phase = Phase.DRAINING
-            batch.finishing.append(state)
+        finishing = list(decodes.advance())
         for state in completed:
             if self.new_lane:
                 state.track, state.run_start = decodes.track, len(decodes.token_times)
             else:
                 state.run_start = step
             if state.known + 1 == state.total_tokens:
-                state.phase = Phase.DRAINING
-                batch.finishing.append(state)
+                finishing.append(state)
             else:
                 state.phase = Phase.DECODE
                 decodes.add(state)
-        batch.finishing.sort(key=by_order)
+        if finishing:
+            for state in finishing:
+                state.phase = Phase.DRAINING
+            batch.finishing = sorted(finishing, key=by_order)
         if self.new_lane and not batch.is_empty:
             batch.lane = decodes
             self._lanes.append(batch)
@@ -292,7 +292,7 @@ class Scheduler:
         victim.computed = computed
         victim.record.preemptions += 1
         self.waiting.appendleft(victim)
-        batch.preempted.append(victim)
+        batch.preempted = [*batch.preempted, victim]
 
     # ------------------------------------------------------------------ admission
 
@@ -345,7 +345,7 @@ class Scheduler:
             elif not state.kv_arrived:
                 record.recomputed_tokens += state.computed - done
             if recall_bytes:
-                batch.recalls.append(recall_bytes)
+                batch.recalls = [*batch.recalls, recall_bytes]
             if not state.kv_arrived:
                 batch.hit_tokens += done
                 batch.lookup_tokens += known
@@ -397,7 +397,7 @@ class Scheduler:
         """Keep a preempted request from being admitted until the batch that has its token has ended."""
         for batch in self._lanes:
             if batch.lane is victim.home or victim in batch.finishing:
-                batch.landing.append(victim)
+                batch.landing = [*batch.landing, victim]
                 victim.landing = True
 
     def _bring_back(self, batch: Batch, lane: DecodeSet) -> None:

@@ -187,19 +187,24 @@ class StepLoop:
     def _launch(self, now_ns: int) -> bool:
         """Schedule a wave and put it behind those in flight; False if no member has work."""
         in_flight = self._in_flight
+        batches: Sequence[Batch | None]
         if len(self.members) == 1:
-            batches = [self.members[0].schedule(now_ns, bool(in_flight))]
+            batch = self.members[0].schedule(now_ns, bool(in_flight))
+            if batch is None:
+                return False
+            batches, recalls = (batch,), bool(batch.recalls)
         else:
             batches = [
                 member.schedule(now_ns, any(wave.batches[index] for wave in in_flight))
                 for index, member in enumerate(self.members)
             ]
-        if not any(batches):
-            return False
+            if not any(batches):
+                return False
+            recalls = any(batch.recalls for batch in batches if batch is not None)
         wave = Wave(batches, NEVER)
         in_flight.append(wave)
         start = max(self._stage_free_ns[0], now_ns)
-        if any(batch.recalls for batch in batches if batch is not None):
+        if recalls:
             self._recall(wave, start)
         else:
             self._start(wave, start, start)
@@ -247,7 +252,8 @@ class StepLoop:
     def _complete(self, wave: Wave) -> None:
         for member, batch in zip(self.members, wave.batches, strict=True):
             if batch is not None:
-                self.finished += member.finish(batch)
+                member.finish(batch)
+                self.finished += batch.finishing
 
     # ------------------------------------------------------------------ quiet stretches of a single instance
 
