@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from results_page import write_section
 
 from serving.errors import InputError
 from serving.profiler.silicon.gemm import BEST, STREAM_TOKENS, STREAM_WIDTH, TILES, Tile, gemm_times, waves
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Line = Callable[[Floats, int, Floats], Floats]
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "RESULTS.md"
-BEGIN, END = "<!-- gemm:begin -->", "<!-- gemm:end -->"
 GPUS = ("RTXPRO6000", "L40S", "A100", "H100", "H200", "B200", "B300", "GB200", "GB300", "B60")
 DTYPES = ("bfloat16", "fp8")
 """Block-scaled fp8 is left out: its tables hold 55 to 450 us of something else than the product."""
@@ -268,12 +266,7 @@ def main() -> int:
     """Replace the section of RESULTS.md."""
     text = section()
     print(text)
-    page = RESULTS.read_text(encoding="utf-8")
-    if BEGIN not in page:
-        page = f"{page.rstrip()}\n\n## Matrix products between the measured sizes\n\n{BEGIN}\n{END}\n"
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    RESULTS.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+    write_section("gemm", text)
     return 0
 
 

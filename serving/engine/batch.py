@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from serving.engine.decode_set import DecodeSet
     from serving.engine.request_state import RequestState
 
@@ -20,9 +22,9 @@ class Batch:
     end_ns: int = 0
     lane: DecodeSet | None = None
     """In a pipeline: the decoding requests that travel with this batch."""
-    landing: list[RequestState] = field(default_factory=list)
+    landing: Sequence[RequestState] = ()
     """Requests preempted while this batch, with a token of theirs, was in flight."""
-    chunks: list[tuple[int, int]] = field(default_factory=list)
+    chunks: Sequence[tuple[int, int]] = ()
     """(tokens, history) of every request with more than one scheduled token."""
     num_decodes: int = 0
     """Requests with exactly one scheduled token."""
@@ -31,15 +33,15 @@ class Batch:
     kv_max: int = 0
     kv_lengths: list[int] | None = None
     """KV length of every decode, kept only where each matters on its own."""
-    finishing: list[RequestState] = field(default_factory=list)
+    finishing: Sequence[RequestState] = ()
     """Requests whose last token this step produces."""
-    preempted: list[RequestState] = field(default_factory=list)
+    preempted: Sequence[RequestState] = ()
     """Requests preempted while the step was scheduled."""
     hit_tokens: int = 0
     lookup_tokens: int = 0
     recalled_tokens: int = 0
     """Those of ``hit_tokens`` that come from the lower tier."""
-    recalls: list[int] = field(default_factory=list)
+    recalls: Sequence[int] = ()
     """Bytes that each request admitted in this step needs from the lower tier before the step can run."""
     entries: list[tuple[int, int]] | None = None
     """(request, tokens) of everything in the step, kept only when the engine is traced."""
@@ -52,7 +54,7 @@ class Batch:
     def add_request(self, tokens: int, history: int) -> None:
         """Add ``tokens`` new tokens of a request that has ``history`` computed ones."""
         if tokens > 1:
-            self.chunks.append((tokens, history))
+            self.chunks = [*self.chunks, (tokens, history)]
         else:
             self.add_decodes(1, history, history, history)
             if self.kv_lengths is not None:

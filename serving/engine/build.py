@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from serving.engine.block_tables import BlockTables
 from serving.engine.decode_set import DecodeSet
-from serving.engine.experts import expert_routing
 from serving.engine.hand_over import HandOver, Routes
 from serving.engine.instance import Instance
 from serving.engine.lower_tiers import LowerTiers
@@ -18,9 +17,7 @@ from serving.engine.step_loop import SingleTimes, StepLoop
 from serving.engine.transfers import Transfers
 from serving.errors import InputError
 from serving.latency.bundle import range_warnings
-from serving.latency.offload_timer import Offload
 from serving.latency.step_timers import StepTimers
-from serving.latency.wave_timer import build_wave_timer
 from serving.memory.kv_cache import KvCache
 from serving.memory.memory_map import MemoryMap
 from serving.memory.placement import NPU, evict_place
@@ -35,6 +32,7 @@ if TYPE_CHECKING:
     from serving.engine.simulation import Observer
     from serving.engine.step_loop import WaveTimes
     from serving.latency.bundle import Bundle
+    from serving.latency.offload_timer import Offload
     from serving.results.records import RunLog
     from serving.specs.cluster import ClusterSpec
     from serving.specs.model import ModelSpec
@@ -139,8 +137,12 @@ class Builder:
         offloads = [self._offload(member) for member in members]
         if len(members) == spec.pp_size == spec.ep_size == 1 and not any(offloads):
             return SingleTimes(self._timers.of(spec, model, log.options))
+        from serving.latency.wave_timer import build_wave_timer
+
         routing = None
         if spec.ep_size > 1:
+            from serving.engine.experts import expert_routing
+
             policy = self._options.expert_routing_policy
             routing = expert_routing(policy, model, spec.ep_size, self._options.seed)
         placed = [self._placed[member.log.index] for member in members]
@@ -154,6 +156,8 @@ class Builder:
         resident = self._memories.resident(log.index)
         if resident is None:
             return None
+        from serving.latency.offload_timer import Offload
+
         model = self._models[log.spec.model_name]
         return Offload.of(
             resident,

@@ -104,21 +104,23 @@ class Instance:
         steps.preempted.append(self._preempted)
         steps.hit_tokens.append(batch.hit_tokens)
         steps.lookup_tokens.append(batch.lookup_tokens)
-        recalled_bytes = sum(batch.recalls)
+        tiered = scheduler.kv.tier is not None
+        recalled_bytes = sum(batch.recalls) if tiered else 0
         steps.recalled_tokens.append(batch.recalled_tokens)
         steps.recalled_bytes.append(recalled_bytes)
-        steps.tier_bytes.append(recalled_bytes + self._written_bytes())
+        steps.tier_bytes.append(recalled_bytes + self._written_bytes() if tiered else 0)
         self._preempted = 0
         if batch.lane is not None:
             batch.lane.token_times.append(batch.end_ns)
 
-    def finish(self, batch: Batch) -> list[RequestState]:
-        """Commit a step that has ended; returns the requests that it finished."""
+    def finish(self, batch: Batch) -> None:
+        """Commit a step that has ended."""
         self.scheduler.finish(batch)
-        self.log.steps.tier_bytes[batch.step] += self._written_bytes()  # what ended requests leave behind
+        if self.scheduler.kv.tier is not None:
+            # what ended requests leave behind
+            self.log.steps.tier_bytes[batch.step] += self._written_bytes()
         if self.trace:
             self.trace(batch, self.log.steps.start_ns[batch.step], self.scheduler.kv.pool.num_free)
-        return batch.finishing
 
     def _written_bytes(self) -> int:
         """Bytes written to the lower tier since the last call."""

@@ -121,25 +121,26 @@ class Scheduler:
                 batch.entries += [(state.request.index, 1) for state in ready]
             if not in_flight:
                 # the token computed now is known already, so a block it fills can be hashed at once
-                for state in decodes.at_boundary(1) if decodes.sharing else ():
+                sharing = decodes.sharing
+                for state in [s for s in decodes.at_boundary(1) if s in sharing] if sharing else ():
                     self._publish(state, decodes.length(state) + 1)
         if self.waiting and not batch.preempted:
             self._admit(batch, left, now_ns, completed)
-        for state in decodes.advance():
-            state.phase = Phase.DRAINING
-            batch.finishing.append(state)
+        finishing = list(decodes.advance())
         for state in completed:
             if self.new_lane:
                 state.track, state.run_start = decodes.track, len(decodes.token_times)
             else:
                 state.run_start = step
             if state.known + 1 == state.total_tokens:
-                state.phase = Phase.DRAINING
-                batch.finishing.append(state)
+                finishing.append(state)
             else:
                 state.phase = Phase.DECODE
                 decodes.add(state)
-        batch.finishing.sort(key=by_order)
+        if finishing:
+            for state in finishing:
+                state.phase = Phase.DRAINING
+            batch.finishing = sorted(finishing, key=by_order)
         if self.new_lane and not batch.is_empty:
             batch.lane = decodes
             self._lanes.append(batch)
@@ -181,9 +182,10 @@ class Scheduler:
     def _grow(self, boundary: Sequence[RequestState]) -> None:
         """One more block for each of these decoding requests, all of whose blocks are full."""
         taken = self.kv.pool.take(len(boundary))
-        for state, block in zip(boundary, taken, strict=True):
+        for state, block in zip(boundary, taken):  # noqa: B905 - of equal length; checking costs
             state.table.blocks.append(block)
-        for state in boundary if self.decodes.sharing else ():
+        sharing = self.decodes.sharing
+        for state in [state for state in boundary if state in sharing] if sharing else ():
             self._publish(state, self.decodes.length(state))
 
     def _publish(self, state: RequestState, tokens: int) -> None:
@@ -290,7 +292,7 @@ class Scheduler:
         victim.computed = computed
         victim.record.preemptions += 1
         self.waiting.appendleft(victim)
-        batch.preempted.append(victim)
+        batch.preempted = [*batch.preempted, victim]
 
     # ------------------------------------------------------------------ admission
 
@@ -343,7 +345,7 @@ class Scheduler:
             elif not state.kv_arrived:
                 record.recomputed_tokens += state.computed - done
             if recall_bytes:
-                batch.recalls.append(recall_bytes)
+                batch.recalls = [*batch.recalls, recall_bytes]
             if not state.kv_arrived:
                 batch.hit_tokens += done
                 batch.lookup_tokens += known
@@ -395,7 +397,7 @@ class Scheduler:
         """Keep a preempted request from being admitted until the batch that has its token has ended."""
         for batch in self._lanes:
             if batch.lane is victim.home or victim in batch.finishing:
-                batch.landing.append(victim)
+                batch.landing = [*batch.landing, victim]
                 victim.landing = True
 
     def _bring_back(self, batch: Batch, lane: DecodeSet) -> None:
@@ -419,12 +421,14 @@ class Scheduler:
         to be made visible to other requests.
         """
         decodes = self.decodes
-        if not decodes.count or self.prefilling or decodes.count > self.limits.max_num_batched_tokens:
+        count = decodes.count
+        if not count or self.prefilling or decodes.sharing or count > self.limits.max_num_batched_tokens:
             return 0
         most = min(most, decodes.next_end - decodes.tick)
-        if most <= 0 or decodes.sharing or (self.waiting and not self._is_blocked()):
+        if most <= 0 or (self.waiting and not self._is_blocked()):
             return 0
-        if sum(decodes.blocks_needed(most)) > self.kv.pool.num_free:
+        free = self.kv.pool.num_free
+        if count * self.kv.blocks_for(most) > free and sum(decodes.blocks_needed(most)) > free:
             return 0
         return most
 

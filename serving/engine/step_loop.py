@@ -7,11 +7,12 @@ other; a stage takes it up when the stage before has handed it over and the wave
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
 
 from serving.engine.arrivals import NEVER
 from serving.engine.batch import Batch
@@ -20,15 +21,30 @@ from serving.errors import RunError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
+    from serving.engine.decode_set import DecodeSet
     from serving.engine.instance import Instance
     from serving.engine.noise import StepNoise
     from serving.engine.request_state import RequestState
     from serving.engine.transfers import Transfers
 
-_MIN_JUMP = 12  # steps; below this, stepping one by one is cheaper than a vectorised jump
+_MIN_JUMP = 2  # steps; below this, there is nothing to gain
+_MIN_VECTOR = 16  # steps; below this, their durations are computed faster one by one
 _MAX_JUMP = 8192
+
+
+_ZERO_WHEN_QUIET = (
+    "prefill_tokens",
+    "preempted",
+    "hit_tokens",
+    "lookup_tokens",
+    "recalled_tokens",
+    "recalled_bytes",
+    "tier_bytes",
+)
+"""Columns of the step log that stay 0 while nothing but decoding goes on."""
 
 
 class StepTimes(Protocol):
@@ -171,19 +187,24 @@ class StepLoop:
     def _launch(self, now_ns: int) -> bool:
         """Schedule a wave and put it behind those in flight; False if no member has work."""
         in_flight = self._in_flight
+        batches: Sequence[Batch | None]
         if len(self.members) == 1:
-            batches = [self.members[0].schedule(now_ns, bool(in_flight))]
+            batch = self.members[0].schedule(now_ns, bool(in_flight))
+            if batch is None:
+                return False
+            batches, recalls = (batch,), bool(batch.recalls)
         else:
             batches = [
                 member.schedule(now_ns, any(wave.batches[index] for wave in in_flight))
                 for index, member in enumerate(self.members)
             ]
-        if not any(batches):
-            return False
+            if not any(batches):
+                return False
+            recalls = any(batch.recalls for batch in batches if batch is not None)
         wave = Wave(batches, NEVER)
         in_flight.append(wave)
         start = max(self._stage_free_ns[0], now_ns)
-        if any(batch.recalls for batch in batches if batch is not None):
+        if recalls:
             self._recall(wave, start)
         else:
             self._start(wave, start, start)
@@ -231,7 +252,8 @@ class StepLoop:
     def _complete(self, wave: Wave) -> None:
         for member, batch in zip(self.members, wave.batches, strict=True):
             if batch is not None:
-                self.finished += member.finish(batch)
+                member.finish(batch)
+                self.finished += batch.finishing
 
     # ------------------------------------------------------------------ quiet stretches of a single instance
 
@@ -239,56 +261,64 @@ class StepLoop:
         """Do many steps at once while nothing but decoding goes on, with the same outcome as one by one."""
         member, in_flight = self.members[0], self._in_flight
         scheduler, steps = member.scheduler, member.log.steps
+        for wave in in_flight:
+            batch = wave.batches[0]
+            if batch is None or batch.finishing:
+                return
         most = _MAX_JUMP
         if horizon_ns < NEVER and len(steps):
             last_ns = steps.end_ns[-1] - steps.start_ns[-1]
             most = min(most, (horizon_ns - now_ns) // max(last_ns, 1) + 2)
-        if most < _MIN_JUMP:
-            return
-        if any(batch is None or batch.finishing for wave in in_flight for batch in wave.batches):
-            return
         count = scheduler.quiet_ticks(most)
         if count < _MIN_JUMP:
             return
-        decodes = scheduler.decodes
         start = max(self._stage_free_ns[0], now_ns)
-        durations = times.decode_run_ns(decodes.count, *decodes.lengths(), count)
-        if self.noise:
-            durations = self.noise.run_ns(self._launched, durations)
-        ends = durations.cumsum() + start
+        ends = list(accumulate(self._quiet_ns(times, scheduler.decodes, count), initial=start))
+        del ends[0]
         # A step is scheduled when the step `depth` before it has ended; that must be before the horizon.
-        known = np.array([now_ns, *(wave.end_ns for wave in in_flight)], dtype=np.int64)
-        count = int(np.searchsorted(np.concatenate((known, ends))[:count], horizon_ns))
+        known = [now_ns, *(wave.end_ns for wave in in_flight), *ends]
+        count = bisect_left(known, horizon_ns, 0, count)
         if count < self._depth:
             return
-        ends = ends[:count]
+        del ends[count:]
         log_quiet_steps(member, start, ends)
         scheduler.run_quietly(count)
-        self._stage_free_ns[0] = int(ends[-1])
+        self._stage_free_ns[0] = ends[-1]
         self._launched += count
         in_flight.clear()
         for step in range(len(steps) - self._depth, len(steps)):
             end_ns = steps.end_ns[step]
             in_flight.append(Wave([Batch(step, end_ns)], end_ns))
 
+    def _quiet_ns(self, times: StepTimes, decodes: DecodeSet, count: int) -> Sequence[int]:
+        """Durations of the next ``count`` steps, which nothing but the present decodes takes part in."""
+        n, (kv_sum, kv_min, kv_max) = decodes.count, decodes.lengths()
+        if count < _MIN_VECTOR and not self.noise:
+            step_ns = times.decode_ns
+            return [step_ns(n, kv_sum + i * n, kv_min + i, kv_max + i) for i in range(count)]
+        durations = times.decode_run_ns(n, kv_sum, kv_min, kv_max, count)
+        if self.noise:
+            durations = self.noise.run_ns(self._launched, durations)
+        counted: list[int] = durations.tolist()
+        return counted
 
-def log_quiet_steps(member: Instance, start_ns: int, ends: NDArray[np.int64]) -> None:
+
+def log_quiet_steps(member: Instance, start_ns: int, ends: list[int]) -> None:
     """Write down steps of the present decodes that follow each other from ``start_ns`` on, ending at
     ``ends``."""
     scheduler, steps, count = member.scheduler, member.log.steps, len(ends)
-    used = np.cumsum(scheduler.decodes.blocks_needed(count)) + scheduler.kv.pool.num_used
-
-    def repeat(value: int) -> NDArray[np.int64]:
-        return np.full(count, value, dtype=np.int64)
-
-    columns = {
-        "start_ns": np.concatenate((np.array([start_ns], dtype=np.int64), ends[:-1])),
-        "end_ns": ends,
-        "decode_tokens": repeat(scheduler.decodes.count),
-        "running": repeat(len(scheduler.running)),
-        "waiting": repeat(len(scheduler.waiting)),
-        "kv_blocks_used": used.astype(np.int64),
-    }
-    nothing = repeat(0)
-    for name in steps.COLUMNS:
-        getattr(steps, name).frombytes(columns.get(name, nothing).tobytes())
+    used = list(accumulate(scheduler.decodes.blocks_needed(count), initial=scheduler.kv.pool.num_used))
+    steps.start_ns.append(start_ns)
+    steps.start_ns.extend(ends[:-1])
+    steps.end_ns.extend(ends)
+    steps.kv_blocks_used.extend(used[1:])
+    one, nothing = array("q", (0,)), bytes(8 * count)
+    for column, value in (
+        (steps.decode_tokens, scheduler.decodes.count),
+        (steps.running, len(scheduler.running)),
+        (steps.waiting, len(scheduler.waiting)),
+    ):
+        one[0] = value
+        column.extend(one * count)
+    for name in _ZERO_WHEN_QUIET:
+        getattr(steps, name).frombytes(nothing)

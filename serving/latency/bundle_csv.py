@@ -8,10 +8,10 @@ negative.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
+import orjson
 
 from serving.errors import InputError
 from serving.specs.reading import read_text
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _WAY_OUT = "profile it again, or restore the file"
 _REAL_COLUMNS = frozenset({"time_us", "alpha"})
+_NUMBERS = frozenset({int, float})
 _EXACT = 2**53  # floats represent every whole number below it
 
 
@@ -33,20 +34,7 @@ def read_numbers(path: Path, columns: Sequence[str]) -> NDArray[np.float64]:
     Raises:
         InputError: with file, line, and what is allowed there.
     """
-    lines = read_text(path).splitlines()
-    where = _header(path, lines, columns)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "input contained no data": reported below
-            table: NDArray[np.float64] = np.loadtxt(
-                lines[1:], dtype=np.float64, delimiter=",", comments=None, usecols=where, ndmin=2
-            )
-    except ValueError:
-        _explain(path, lines, columns, ())
-    commas = lines[0].count(",")
-    if not _fits(table, columns) or any(line.count(",") != commas for line in lines if line):
-        _explain(path, lines, columns, ())
-    return table
+    return read_labelled(path, (), columns)[1]
 
 
 def read_labelled(
@@ -59,25 +47,39 @@ def read_labelled(
     """
     lines = read_text(path).splitlines()
     where = _header(path, lines, [*labels, *columns])
+    commas = lines[0].count(",")
+    rows = [line for line in lines[1:] if line]
+    if not rows or any(line.count(",") != commas for line in rows):
+        _explain(path, lines, columns, labels)
+    width = commas + 1
     texts: list[tuple[str, ...]] = []
-    numbers: list[list[float]] = []
-    label_at, number_at = where[: len(labels)], where[len(labels) :]
-    width = lines[0].count(",") + 1
     try:
-        for line in lines[1:]:
-            if not line:
-                continue
-            fields = line.split(",")
-            if len(fields) != width:
-                raise ValueError
-            texts.append(tuple([fields[i].strip() for i in label_at]))
-            numbers.append([float(fields[i]) for i in number_at])
+        if width > len(columns):
+            fields = ",".join(rows).split(",")
+            texts = list(zip(*(map(str.strip, fields[i::width]) for i in where[: len(labels)]), strict=True))
+            picked = [_floats(",".join(fields[i::width])) for i in where[len(labels) :]]
+            table = np.array(picked, dtype=np.float64).T
+        else:
+            table = np.array(_floats(",".join(rows)), dtype=np.float64).reshape(-1, width)[:, where]
     except ValueError:
         _explain(path, lines, columns, labels)
-    table = np.array(numbers, dtype=np.float64).reshape(len(numbers), len(columns))
-    if not _fits(table, columns) or not all(all(row) for row in texts):
+    if not _fits(table, columns) or not all(map(all, texts)):
         _explain(path, lines, columns, labels)
     return texts, table
+
+
+def _floats(fields: str) -> list[float]:
+    """Numbers separated by commas; ValueError if one is none.
+
+    They are read as JSON, a fifth of the time that ``float`` takes, unless one is not written as JSON has it.
+    """
+    try:
+        values: list[float] = orjson.loads(f"[{fields}]")
+    except orjson.JSONDecodeError:
+        values = []
+    if values and _NUMBERS.issuperset(map(type, values)):
+        return values
+    return list(map(float, fields.split(",")))
 
 
 def refuse_repeats(path: Path, keys: NDArray[np.int64]) -> None:
@@ -120,8 +122,8 @@ def _header(path: Path, lines: list[str], columns: Sequence[str]) -> list[int]:
 
 
 def _fits(table: NDArray[np.float64], columns: Sequence[str]) -> bool:
-    """Whether there are rows and every number is one that :func:`_problem` has nothing to say about."""
-    if not len(table) or not np.isfinite(table).all():
+    """Whether every number is one that :func:`_problem` has nothing to say about; there are rows."""
+    if not np.isfinite(table).all():
         return False
     for name, values in zip(columns, table.T, strict=True):
         if name != "alpha" and values.min() < 0:

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from serving.errors import MissingFileError, ServingError
+from serving.specs import paths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     Maker = Callable[[str, str, str, int], Path | None]
     """(hardware, model, variant, tp) -> folder of a bundle with this degree; None: it makes none of these."""
     Refresher = Callable[[Path, str, str, str], None]
-    """(folder, hardware, model, variant): looks at a bundle before it is read, and may replace it there."""
+    """(folder, hardware, model, variant): looks at a bundle of the user's data folder before it is read, and
+    may replace it."""
 
 _maker: ContextVar[Maker | None] = ContextVar("maker", default=None)
 _refresher: ContextVar[Refresher | None] = ContextVar("refresher", default=None)
@@ -38,9 +40,10 @@ def missing_bundles_from(maker: Maker | None, refresher: Refresher | None = None
 
 
 def refreshed(folder: Path, hardware: str, model: str, variant: str) -> Path:
-    """``folder``, a bundle that was found, once it was seen to."""
+    """``folder``, a bundle that was found, once it was seen to; bundles outside of the user's data folder are
+    their owners' business."""
     refresher = _refresher.get()
-    if refresher is not None:
+    if refresher is not None and folder.resolve().is_relative_to(paths.user_data_dir().resolve()):
         refresher(folder, hardware, model, variant)
     return folder
 

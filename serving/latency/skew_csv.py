@@ -56,15 +56,23 @@ def read_skew(folder: Path, fit: dict[str, Any], tp: int) -> SkewTable | None:
     texts, rows = read_labelled(path, _LABELS, ("pc", "alpha"))
     chunks = distinct(rows[:, 0].astype(np.int64))
     alpha = np.full((len(chunks), *(len(names) for names in labels)), default)
-    for row, (names, chunk) in enumerate(zip(texts, np.searchsorted(chunks, rows[:, 0]), strict=True)):
-        try:
-            bucket = [known[name] for known, name in zip(labels, names, strict=True)]
-        except KeyError as error:
-            raise InputError(
-                f"{path}: line {line_of_row(path, row)}: bucket {error.args[0]!r} is not among the labels "
-                f"of skew_fit.bucket_axes in {meta}; profile the bundle again"
-            ) from None
-        alpha[(chunk, *bucket)] = rows[row, 1]
+    try:
+        buckets = [
+            list(map(known.__getitem__, names))
+            for known, names in zip(labels, zip(*texts, strict=True), strict=True)
+        ]
+    except KeyError:
+        row, name = next(
+            (row, name)
+            for row, names in enumerate(texts)
+            for known, name in zip(labels, names, strict=True)
+            if name not in known
+        )
+        raise InputError(
+            f"{path}: line {line_of_row(path, row)}: bucket {name!r} is not among the labels "
+            f"of skew_fit.bucket_axes in {meta}; profile the bundle again"
+        ) from None
+    alpha[tuple(np.array([np.searchsorted(chunks, rows[:, 0]), *buckets]))] = rows[:, 1]
     return SkewTable((chunks[:-1].tolist(), *bounds), alpha)
 
 

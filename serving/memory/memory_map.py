@@ -18,7 +18,6 @@ from serving.memory.placement import (
 )
 from serving.memory.sizing import GIB, Outside, kv_cache_capacity
 from serving.specs.architecture import load_architecture
-from serving.specs.pim import load_pim
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,6 +161,8 @@ class MemoryMap:
                     f"instance {index}: --enable-attn-offloading needs memory that computes; set "
                     f"nodes[{node}].cpu_mem.pim_config to a device of configs/pim"
                 )
+            from serving.specs.pim import load_pim
+
             pim = load_pim(name)
             for rule, places in spec.placement.rules if spec.placement else ():
                 if (places.kv_loc or NPU).startswith("cxl"):

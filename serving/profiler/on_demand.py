@@ -106,7 +106,7 @@ def _build(
 def refresher(
     tell: Callable[[str], None], warn: Callable[[str], None], *, wanted: bool = True
 ) -> Callable[[Path, str, str, str], None]:
-    """What sees to it that computed bundles in the user's data folder do not grow old unnoticed, for
+    """What sees to it that computed bundles of the user's data folder do not grow old unnoticed, for
     :func:`serving.latency.missing.missing_bundles_from`.
 
     One that was made on demand is made again, with a line to ``tell``; where that cannot be, or where the
@@ -117,7 +117,7 @@ def refresher(
 
     def look(folder: Path, hardware: str, model: str, variant: str) -> None:
         where = folder.resolve()
-        if where in seen or not where.is_relative_to(paths.user_data_dir().resolve()):
+        if where in seen:
             return
         seen.add(where)
         meta = _meta(folder)

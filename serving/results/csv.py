@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -79,6 +80,7 @@ def save_requests(result: Result, path: str | Path, *, itl: bool = True) -> None
     _save_rejected(result, rejected_path(path))
 
 
+@lru_cache(maxsize=4096)
 def _csv_text(text: str) -> str:
     """A CSV field, quoted when it holds a separator, a quote or a line end."""
     if any(character in text for character in ',"\r\n'):

@@ -12,7 +12,7 @@ from serving.results.units import GIB, SECOND, si
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serving.results.energy import NodeMeter
+    from serving.results.meters import NodeMeter
     from serving.results.records import InstanceLog, RunLog
     from serving.specs.cluster import ClusterSpec
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
+from typing_extensions import TypeAliasType
 
 from serving.errors import MissingFileError
 from serving.specs import paths
@@ -25,11 +26,14 @@ def _number_or_list(value: object) -> str:
 Fraction = Annotated[float, Field(gt=0, le=2)]
 """Above 1 where a datasheet understates what the chip does."""
 Point = Annotated[tuple[Annotated[float, Field(ge=0)], Fraction], BeforeValidator(list_as_tuple)]
-Share = Annotated[
-    Annotated[Fraction, Tag("number")]
-    | Annotated[tuple[Point, ...], BeforeValidator(list_as_tuple), Field(min_length=1), Tag("list")],
-    Discriminator(_number_or_list),
-]
+Share = TypeAliasType(
+    "Share",
+    Annotated[
+        Annotated[Fraction, Tag("number")]
+        | Annotated[tuple[Point, ...], BeforeValidator(list_as_tuple), Field(min_length=1), Tag("list")],
+        Discriminator(_number_or_list),
+    ],
+)
 """Share of a peak rate that kernels reach: a number, or a curve of (size, share) points.
 
 The size is the step's tokens, or its sequences for a decode share; between points the share is linear in the
@@ -147,8 +151,8 @@ class HardwareSpec(Spec):
     """Folder of this GPU in the public kernel measurements; None: it is not among them."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Field -> where its value is from."""
-    roofline: RooflineSpec = RooflineSpec()
-    engine: EngineSpec = EngineSpec()
+    roofline: RooflineSpec = Field(default_factory=RooflineSpec)
+    engine: EngineSpec = Field(default_factory=EngineSpec)
     calibration: CalibrationSpec | None = None
     """None: nobody fitted the engine constants to a recorded run."""
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import silicon_error
 
-from benchmarks import silicon_error
 from tests.profiler.whole_steps import HARDWARE, MODELS, STEPS, errors_percent, step_timer
 from tests.recorded import recorded_path
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from serving.profiler.silicon.moe import MoeTimes
     from serving.profiler.silicon.tables import Gpu, KernelTable
 
-SLOW_US = 20.0
+SLOW_US = 40.0
 """A table whose quickest product took longer measured more than kernels."""
 CHECKED_GPU = "rtx_pro_6000_server"
 """The GPU of which independent layerwise measurements exist: fitted to, and compared with."""
@@ -94,10 +94,9 @@ def _mixed_claim(gpu: Gpu, times: AttentionTimes) -> tuple[str, str]:
 def _table_claims(job: ProfileJob, gpu: Gpu, sources: Sources, content: BundleContent) -> dict[str, str]:
     names = {name for _, name in content.tables}
     model = job.model
-    slow = _slow_products(sources)
     claims = {
-        "dense": f"matrix products measured ({slow or 'cold weights'}), elementwise layers derived from bytes "
-        "moved",
+        "dense": f"matrix products measured ({_slow_products(sources) or 'cold weights'}), "
+        "elementwise layers derived from bytes moved",
         "per_sequence": "lm_head measured, sampler derived",
         "attention decodes": "measured, corrected for what the measurement's replays still found in L2 "
         f"(fitted on {CHECKED_GPU})",
