@@ -95,6 +95,16 @@ def test_unknown_layers_and_columns_and_blank_lines_are_passed_over(root: Path) 
     stage_terms(toy_architecture(root), whole_model(toy_model()), tables)
 
 
+def test_a_table_of_numbers_may_have_a_column_of_notes(root: Path) -> None:
+    bundle = Toy().bundle(root)
+    plain = bundle.tables(1).attention
+    path = root / FOLDER / "tp1" / "attention.csv"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([f"note,{header}", *(f"hello,{row}" for row in rows)]))
+    noted = load_bundle(bundle.hardware, bundle.model, bundle.variant).tables(1).attention
+    assert noted.tensor.tolist() == plain.tensor.tolist()
+
+
 def test_a_layer_of_the_architecture_without_rows_is_an_error(root: Path) -> None:
     toy = Toy()
     del toy.dense["o_proj"]
@@ -131,6 +141,8 @@ MALFORMED: list[Damage] = [
     (ATT, _swap(b"0,0,1,64,7.0", b"0,0,1,6.5,7.0"), "line 3: kv_decode is `6.5`; must be a whole number"),
     (ATT, _swap(b"0,0,1,64,7.0", b"0,0,1,1e300,7.0"), "line 3: kv_decode is `1e300`; must be a whole number"),
     (ATT, _swap(b"0,0,1,64,7.0", b"0,0,1,64,"), "line 3: time_us is ``; must be a number"),
+    (ATT, _swap(b"0,0,1,64,7.0", b"0,0,1,64,true"), "line 3: time_us is `true`; must be a number"),
+    (ATT, _swap(b"0,0,1,64,7.0", b'0,0,1,64,"7"'), 'line 3: time_us is `"7"`; must be a number'),
     (ATT, _swap(b"0,0,1,64,7.0", b"0,0,1,64,7.0,9"), "line 3: 6 fields instead of 5"),
     (ATT, _swap(b"0,0,1,64,7.0", b"0,0,1,16,7.0"), "line 3: the same point as line 2"),
     (ATT, lambda c: c.rstrip()[:-8], "4 fields instead of 5 (is the file cut short?)"),
