@@ -123,10 +123,10 @@ def _kv_words(found: Limits) -> str:
 
 
 def _why_kernels(base: Result, other: Result) -> str:
-    """Which kernels got faster or slower at the baseline's typical steps."""
+    """Which typical steps of the baseline got faster or slower."""
     changes = kernel_changes(base, other)
     return (
-        f"Kernels at the baseline's typical steps: {'; '.join(map(_kernel_words, changes))}."
+        f"Typical steps of the baseline: {'; '.join(map(_kernel_words, changes))}."
         if changes
         else ""
     )
