@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from serving.profiler.provenance import attention_axes, profiled
 from serving.profiler.roofline.build import build_bundle
 from serving.profiler.silicon.provenance import Sources
@@ -29,7 +31,8 @@ def test_what_was_profiled_is_the_jobs() -> None:
     }
 
 
-def test_both_computing_sources_say_it_in_the_same_words() -> None:
+def test_both_computing_sources_say_it_in_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.profiler.silicon.tables.package_version", lambda: "0.0.1")
     content = build_bundle(JOB)
     gemm = type("Gemm", (), {"table": kernel_table("gemm", [{"us": 1.0}]), "dtype": "fp8"})()
     gemm.measured = lambda *_: True
