@@ -125,11 +125,7 @@ def _kv_words(found: Limits) -> str:
 def _why_kernels(base: Result, other: Result) -> str:
     """Which typical steps of the baseline got faster or slower."""
     changes = kernel_changes(base, other)
-    return (
-        f"Typical steps of the baseline: {'; '.join(map(_kernel_words, changes))}."
-        if changes
-        else ""
-    )
+    return f"Typical steps of the baseline: {'; '.join(map(_kernel_words, changes))}." if changes else ""
 
 
 def _kernel_words(change: KernelChange) -> str:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
-
 from serving.profiler.provenance import attention_axes, profiled
 from serving.profiler.roofline.build import build_bundle
 from serving.profiler.silicon.provenance import Sources
 from serving.profiler.silicon.provenance import describe as describe_silicon
 from tests.profiler.roofline_toy import job
-from tests.profiler.silicon_data import TOY, toy_attention
+from tests.profiler.silicon_data import TOY, needs_silicon, toy_attention
 from tests.profiler.silicon_data import table as kernel_table
 
 JOB = job(dtype="fp8", kv_cache_dtype="fp8", tp_degrees=(1, 2))
@@ -31,8 +29,8 @@ def test_what_was_profiled_is_the_jobs() -> None:
     }
 
 
-def test_both_computing_sources_say_it_in_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.profiler.silicon.tables.package_version", lambda: "0.0.1")
+@needs_silicon
+def test_both_computing_sources_say_it_in_the_same_words() -> None:
     content = build_bundle(JOB)
     gemm = type("Gemm", (), {"table": kernel_table("gemm", [{"us": 1.0}]), "dtype": "fp8"})()
     gemm.measured = lambda *_: True
