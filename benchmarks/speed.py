@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -329,7 +330,8 @@ def section(
         paragraph(
             "Whole processes, `python -m serving` from start to exit with the per-request file written: CPU "
             "seconds (user and system, the least of several runs) and peak resident memory, measured by "
-            f"`python benchmarks/speed.py` on {machine()}."
+            f"`python benchmarks/speed.py` on {machine()}. Shared machines are not equally fast every day: on "
+            f"this one a loop that adds up ten million squares took {yardstick_s():.2f} CPU s at the time."
         ),
         paragraph(
             f"`servesim --help` takes {startup.cpu_s:.3f} CPU s. A run with one request takes "
@@ -353,6 +355,19 @@ def section(
         growth(grown),
     ]
     return "\n\n".join(parts)
+
+
+def yardstick_s() -> float:
+    """CPU seconds of a loop that has nothing to do with the simulator, the least of several."""
+
+    def once() -> float:
+        started = time.process_time()
+        total = 0
+        for i in range(10_000_000):
+            total += i * i
+        return time.process_time() - started
+
+    return min(once() for _ in range(5))
 
 
 def paragraph(text: str) -> str:
