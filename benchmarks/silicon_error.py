@@ -56,10 +56,10 @@ LEAST_SEQUENCES = {"Qwen/Qwen3-30B-A3B-Instruct-2507": 4}
 """Model -> sequences that a step of its stated set has at least; every step where nothing is said."""
 NO_REFERENCE = ("Qwen/Qwen3-30B-A3B-Instruct-2507", 2)
 """Its experts were measured whole, not in halves."""
-WAITING = EngineSpec(cudagraph=False, skew_in_mixed_steps=False)
-"""No padding; in mixed steps decodes wait for the longest, as on a calibrated machine."""
+WAITING = EngineSpec(cudagraph=False)
+"""No padding; in mixed steps decodes wait for the longest, as in a run."""
 SKEWED = EngineSpec(cudagraph=False, skew_in_mixed_steps=True)
-"""No padding; mixed steps by the skew table, as on a machine nobody calibrated."""
+"""No padding; mixed steps by the skew table."""
 HISTORY_GPUS = ("H100", "H200", "B200", "B300", "GB200", "GB300", "L40S", "A100", "B60", "RTXPRO6000")
 
 
@@ -116,12 +116,20 @@ def served_steps(model: str, tp: int) -> list[Step]:
     return steps
 
 
-def timer(root: Path, model_name: str, tp: int, engine: EngineSpec) -> StepTimer:
-    """Kernel times of a bundle below ``root``: no collectives, no host time, no padding; its own skew."""
+def timer(
+    root: Path, model_name: str, tp: int, engine: EngineSpec, *, whole_experts: bool = False
+) -> StepTimer:
+    """Kernel times of a bundle below ``root``: no collectives, no host time, no padding; its own skew.
+
+    ``whole_experts``: each rank has whole experts, its share of them, as with expert parallelism; not a slice
+    of every one.
+    """
     folder = root / HARDWARE / model_name / "bf16"
     model = load_model(model_name)
     bundle = Bundle(folder, HARDWARE, model_name, "bf16", read_yaml_object(folder / "meta.yaml"))
     tables = dataclasses.replace(bundle.tables(tp), collectives={})
+    if whole_experts:
+        tables = dataclasses.replace(tables, moe=dataclasses.replace(bundle.whole_experts(), split=tp))
     terms = stage_terms(load_architecture(model.model_type), whole_model(model), tables)
     return StepTimer(bundle, tables, model.num_hidden_layers, terms, engine)
 
@@ -155,8 +163,9 @@ REMARKS = """\
   projections that is certain (2.2 TB/s for one token; the memory gives 1.6 to 1.8), of its experts
   probable (eight take 50 us, sixteen, which exceed L2, 135 us). A served model reads them from memory, so
   that such steps read high here, and are left as they are.
-- Qwen3-30B-A3B at TP 2 has no like-for-like reference: its experts were profiled whole, and what stands
-  for one of two ranks is the time of half the tokens.
+- Qwen3-30B-A3B at TP 2 has no like-for-like reference where every expert is cut in two: they were profiled
+  whole. Its stated set gives each rank half of the experts, whole (*EP 2*, expert parallelism), on both
+  sides.
 - What is left of Llama-3.1-8B at TP 2 is one product (14336 x 4096, at 64 to 128 tokens), which the public
   table does not hold: in the profile it takes 7 to 12 % longer than on a line between its neighbours.
   Products in general are told from theirs without bias, see *Matrix products between the measured sizes*.
@@ -166,9 +175,9 @@ REMARKS = """\
   table alone has a reason of its own (a run interpolates between those), but it was this comparison that
   showed it. So the table says how well the derivation describes this GPU, and not how well it would predict
   another.
-- Rows marked *skew tables* charge unequal KV lengths in mixed steps by each side's own skew table, as an
-  uncalibrated run does; the others by the wait for the longest decode, as a calibrated run does. The
-  skew tables of the two sides disagree about mixed steps."""
+- Rows marked *skew tables* charge unequal KV lengths in mixed steps by each side's own skew table; the
+  others by the wait for the longest decode, as a run does. The skew tables of the two sides disagree about
+  mixed steps."""
 OTHER_GPUS = """\
 Of the other GPUs there are no layerwise profiles. What can be checked there is history: a measured
 prompt of 16384 tokens without history, against the same prompt in chunks of 2048 that attend to what
@@ -196,26 +205,33 @@ def served_rows(root: Path) -> Iterator[tuple[str, bool]]:
             prefills = np.array([bool(step.chunks) for step in steps])
             every = np.ones(len(steps), dtype=bool)
             kinds = [
-                ("all", every, WAITING),
-                ("decodes only", ~prefills, WAITING),
-                ("with a prefill chunk", prefills, WAITING),
-                ("all, *skew tables*", every, SKEWED),
-                ("with a prefill chunk, *skew tables*", prefills, SKEWED),
+                ("all", every, WAITING, False),
+                ("decodes only", ~prefills, WAITING, False),
+                ("with a prefill chunk", prefills, WAITING, False),
+                ("all, *skew tables*", every, SKEWED, False),
+                ("with a prefill chunk, *skew tables*", prefills, SKEWED, False),
             ]
             title_of_stated = "all"
             if least := LEAST_SEQUENCES.get(model):
                 title_of_stated = f"{least} sequences or more"
-                kinds.insert(1, (title_of_stated, stated(model, steps), WAITING))
+                kinds.insert(1, (title_of_stated, stated(model, steps), WAITING, False))
+            if (model, tp) == NO_REFERENCE:
+                title_of_stated += ", *EP 2*"
+                kinds.insert(2, (title_of_stated, stated(model, steps), WAITING, True))
             title = model.partition("/")[2].removesuffix("-Instruct-2507")
-            note = " (no like-for-like reference)" if (model, tp) == NO_REFERENCE else ""
-            for kind, chosen, engine in kinds:
-                own = timer(root, model, tp, engine)
-                derived = times_ns(own, steps)[chosen]
-                measured = times_ns(timer(RECORDED / "perf", model, tp, engine), steps)[chosen]
+            for kind, chosen, engine, whole in kinds:
+                derived, measured = (
+                    times_ns(timer(place, model, tp, engine, whole_experts=whole), steps)[chosen]
+                    for place in (root, RECORDED / "perf")
+                )
                 error = (derived / measured - 1.0) * 100
                 total = (derived.sum() / measured.sum() - 1.0) * 100
-                row = f"| {title}{note} | {tp} | {kind} | {figures(error)} | {total:+.1f} % |"
-                yield row, kind == title_of_stated and (model, tp) != NO_REFERENCE
+                unlike = (model, tp) == NO_REFERENCE and not whole
+                note = " (no like-for-like reference)" if unlike else ""
+                yield (
+                    f"| {title}{note} | {tp} | {kind} | {figures(error)} | {total:+.1f} % |",
+                    kind == title_of_stated,
+                )
 
 
 def figures(error: NDArray[np.float64]) -> str:

@@ -330,8 +330,8 @@ def section(
         paragraph(
             "Whole processes, `python -m serving` from start to exit with the per-request file written: CPU "
             "seconds (user and system, the least of several runs) and peak resident memory, measured by "
-            f"`python benchmarks/speed.py` on {machine()}. Shared machines are not equally fast every day: on "
-            f"this one a loop that adds up ten million squares took {yardstick_s():.2f} CPU s at the time."
+            f"`python benchmarks/speed.py` on {machine()}. Shared machines are not equally fast every day: "
+            f"on this one a loop that adds up ten million squares took {yardstick_s():.2f} CPU s at the time."
         ),
         paragraph(
             f"`servesim --help` takes {startup.cpu_s:.3f} CPU s. A run with one request takes "
