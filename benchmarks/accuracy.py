@@ -9,7 +9,6 @@ folder that ``SERVESIM_RECORDED`` names, or beside the checkout. They are not pa
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results_page import write_section  # noqa: E402
+from results_page import measured_against_recordings  # noqa: E402
 
 from serving.bench.agreement import METRICS, STATISTICS, Agreement  # noqa: E402
 from serving.bench.calibrate import calibrate  # noqa: E402
@@ -77,18 +76,8 @@ Outcomes = list["Agreement | str"]
 
 
 def main() -> int:
-    """Run everything; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--print", action="store_true", dest="printed", help="leave RESULTS.md as it is")
-    args = parser.parse_args()
-    if not (RECORDED / "runs").is_dir():
-        print(f"no recordings at {RECORDED}; set SERVESIM_RECORDED to the folder that holds them")
-        return 2
-    text = section()
-    print(text)
-    if not args.printed:
-        write_section("accuracy", text)
-    return 0
+    """Measure, and replace the section of RESULTS.md; returns the exit status."""
+    return measured_against_recordings("accuracy", (__doc__ or "").splitlines()[0], section, RECORDED)
 
 
 def section() -> str:

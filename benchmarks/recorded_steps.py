@@ -12,14 +12,13 @@ number of steps until any moment, which 300 requests of known length pin down.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from accuracy import ANCHOR, DENSE, LLAMA, MEASURED, RECORDED, markdown
-from results_page import write_section
+from results_page import measured_against_recordings
 
 from serving.latency.step_timers import StepTimers
 from serving.specs.hardware import NO_HOST_TIME, EngineSpec
@@ -198,18 +197,8 @@ def median_ms(values: Floats) -> str:
 
 
 def main() -> int:
-    """Replace the section of RESULTS.md."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--print", action="store_true", dest="printed", help="leave RESULTS.md as it is")
-    args = parser.parse_args()
-    if not (RECORDED / "runs").is_dir():
-        print(f"no recordings at {RECORDED}; set SERVESIM_RECORDED to the folder that holds them")
-        return 2
-    text = section()
-    print(text)
-    if not args.printed:
-        write_section("recorded-steps", text)
-    return 0
+    """Measure, and replace the section of RESULTS.md; returns the exit status."""
+    return measured_against_recordings("recorded-steps", (__doc__ or "").splitlines()[0], section, RECORDED)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
@@ -20,3 +25,28 @@ def write_section(name: str, text: str, page: Path = RESULTS) -> None:
     temporary = page.with_suffix(".tmp")
     temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
     temporary.replace(page)
+
+
+def measured_against_recordings(name: str, about: str, section: Callable[[], str], recorded: Path) -> int:
+    """The command of a benchmark that compares with recordings: makes a section and puts it on the page.
+
+    Args:
+        name: of the section.
+        about: what ``--help`` says.
+        section: makes it.
+        recorded: where the recordings are.
+
+    Returns:
+        the exit status.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--print", action="store_true", dest="printed", help="leave RESULTS.md as it is")
+    args = parser.parse_args()
+    if not (recorded / "runs").is_dir():
+        print(f"no recordings at {recorded}; set SERVESIM_RECORDED to the folder that holds them")
+        return 2
+    text = section()
+    print(text)
+    if not args.printed:
+        write_section(name, text)
+    return 0

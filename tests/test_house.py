@@ -210,8 +210,10 @@ def test_every_benchmark_finds_its_section() -> None:
     written = {
         name
         for script in (ROOT / "benchmarks").glob("*.py")
-        for name in re.findall(r'write_section\("([a-z-]+)"', script.read_text(encoding="utf-8"))
+        for name in re.findall(
+            r'(?:write_section|against_recordings)\("([a-z-]+)"', script.read_text(encoding="utf-8")
+        )
     }
-    assert {"accuracy", "silicon"} < written
+    assert {"accuracy", "recorded-steps", "silicon"} < written
     for name in written:
         assert 0 <= page.find(f"<!-- {name}:begin -->") < page.find(f"<!-- {name}:end -->"), name

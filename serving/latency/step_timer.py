@@ -196,32 +196,24 @@ class StepTimer:
                 us += attention.us(chunk, history, corners) - base
         if mean != kv_max and n > 1:
             if self._mixed_skew is not None:
-                known = us if len(chunks) == 1 else None
-                us += self.skew_us(chunks, n, mean, kv_min, kv_max, known)
+                us += self.skew_us(chunks, n, mean, kv_min, kv_max)
             elif self.waits_for_longest:
                 us += self.tail_us(n, mean, kv_max)
         return us
 
     def skew_us(
-        self,
-        chunks: Sequence[tuple[int, int]],
-        n: int,
-        mean: int,
-        kv_min: int,
-        kv_max: int,
-        equal_us: float | None = None,
+        self, chunks: Sequence[tuple[int, int]], n: int, mean: int, kv_min: int, kv_max: int
     ) -> float:
         """µs that unequal KV lengths add to one block's attention in a step with chunks.
 
         The chunks count as one of all their tokens and all their history, which is how α was fitted.
-        ``equal_us``: what that takes when all decodes have the mean length, if it is known already.
         """
         if self._mixed_skew is None or n < 2 or mean == kv_max:
             return 0.0
         chunk, history = _together(chunks)
         attention = self.attention
         longest = attention.us(chunk, history, attention.corners(n, kv_max))
-        equal = attention.us(chunk, history, attention.corners(n, mean)) if equal_us is None else equal_us
+        equal = attention.us(chunk, history, attention.corners(n, mean))
         if longest <= equal:
             return 0.0
         alpha = self._mixed_skew.of(chunk, n, skew_rate(mean, kv_min, kv_max), kv_max, history)
