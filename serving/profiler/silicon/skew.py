@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,7 +138,7 @@ class SkewModel:
         """
         launch: Callable[[Sequence[int]], float] = self.alone_us
         if chunk:
-            launch = lambda lengths: self.beside_us(chunk, history, lengths)  # noqa: E731
+            launch = partial(self.beside_us, chunk, history)
         elif num_splits(decodes * self.times.shape.kv_heads, self.times.gpu.sm_count, longest) > 1:
             return 0.0, 0
         greatest_us = launch([longest] * decodes)
