@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from serving.bench.recording import Recording
+    from serving.bench.validate import RecordedRun
     from serving.latency.step_timer import StepTimer
 
     Floats = NDArray[np.float64]
@@ -101,7 +102,7 @@ def prompts_of(recording: Recording, hits: NDArray[np.int64]) -> list[Prompts]:
     """Every step that the stamps tell apart."""
     first, last, scheduled = recording.first_token_ns, recording.last_token_ns, recording.scheduled_ns
     assert scheduled is not None
-    at_first, at_schedule = steps_until(recording, first), steps_until(recording, scheduled)
+    at_first, at_schedule = np.split(steps_until(recording, np.concatenate([first, scheduled])), 2)
     found: list[Prompts] = []
     seen: set[int] = set()
     for request in np.argsort(scheduled, kind="stable").tolist():
@@ -124,18 +125,16 @@ def prompts_of(recording: Recording, hits: NDArray[np.int64]) -> list[Prompts]:
     return found
 
 
-def timers(recorded: Recorded) -> tuple[StepTimer, StepTimer]:
+def timers(run: RecordedRun) -> tuple[StepTimer, StepTimer]:
     """The measured kernels without host time: unequal lengths as shipped, and by the bundle's skew fit."""
-    run = recorded.run()
     _, instance = run.cluster.instances[0]
     model = load_model(instance.model_name)
-    made = [
-        StepTimers(run.cluster).of(
-            instance.model_copy(update={"engine": engine}), model, resolve(run.options, instance, model)
-        )
-        for engine in (NO_HOST_TIME, WITH_SKEW)
-    ]
-    return made[0], made[1]
+    options, made = resolve(run.options, instance, model), StepTimers(run.cluster)
+
+    def timer(engine: EngineSpec) -> StepTimer:
+        return made.of(instance.model_copy(update={"engine": engine}), model, options)
+
+    return timer(NO_HOST_TIME), timer(WITH_SKEW)
 
 
 def missing(recorded: Recorded) -> Floats:
@@ -143,7 +142,7 @@ def missing(recorded: Recorded) -> Floats:
     with bundles_from(MEASURED):
         run = recorded.run()
         hits = run.simulate(ANCHOR).result.requests["prefix_hit"]
-        shipped, skewed = timers(recorded)
+        shipped, skewed = timers(run)
     budget = run.options.max_num_batched_tokens
     steps = [step for step in prompts_of(run.recording, hits) if step.tokens <= budget]
     return np.array(

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serving.results.atomic import atomic_write
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -22,9 +24,8 @@ def write_section(name: str, text: str, page: Path = RESULTS) -> None:
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"{page.name}: the marks {begin} and {end} are missing")
-    temporary = page.with_suffix(".tmp")
-    temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-    temporary.replace(page)
+    with atomic_write(page, "w") as handle:
+        handle.write(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def measured_against_recordings(name: str, about: str, section: Callable[[], str], recorded: Path) -> int:

@@ -45,7 +45,8 @@ class Calibration:
 def calibrate(run: RecordedRun, anchor: str = "queued", *, tail: bool = True) -> Calibration:
     """Fit the host constants on a recorded run.
 
-    Unequal lengths in mixed steps cost what the tail says; ``tail=False`` makes them cost nothing.
+    Unequal lengths in mixed steps cost what the tail says, whatever the hardware file wants; ``tail=False``
+    makes them cost nothing.
 
     Raises:
         InputError: the recording or what it is run with does not fit.
@@ -59,6 +60,7 @@ def calibrate(run: RecordedRun, anchor: str = "queued", *, tail: bool = True) ->
         return EngineSpec(
             prefill_step_overhead_us=prefill_us,
             decode_step_overhead_us=decode_us,
+            skew_in_mixed_steps=False,
             tail_in_mixed_steps=tail,
         )
 

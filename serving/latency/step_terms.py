@@ -59,39 +59,20 @@ class LayerTerm:
     curve: Curve
     unit: str
     source: str
+    tiled: bool = False
+    """Whether it is a matrix product over tokens, which computes whole tiles of rows.
 
-    def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self.curve.at(counts)
-
-    def origin(self, count: int) -> str:
-        return f"{describe_lookup(self.curve.points, count, self.unit)} in {self.source}"
-
-
-@dataclass(slots=True, frozen=True)
-class ProductTerm:
-    """A matrix product over tokens: it computes whole tiles of rows, so its time rises in steps.
-
-    The measured curve has a step between two of its points; a line through them would give the first rows of
-    a new tile nearly the time of the old one.
+    The measured curve then has a step between two of its points; a line through them would give the first
+    rows of a new tile nearly the time of the old one.
     """
 
-    layer: LayerTerm
-
-    @property
-    def name(self) -> str:
-        return self.layer.name
-
-    @property
-    def calls(self) -> int:
-        return self.layer.calls
-
     def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self.layer.us(product_rows(counts))
+        return self.curve.at(product_rows(counts) if self.tiled else counts)
 
     def origin(self, count: int) -> str:
-        rows = int(product_rows(np.array([count]))[0])
+        rows = int(product_rows(np.array([count]))[0]) if self.tiled else count
         whole = f", tiles of {TILE_ROWS} rows" if rows != count else ""
-        return f"{self.layer.origin(rows)}{whole}"
+        return f"{describe_lookup(self.curve.points, rows, self.unit)} in {self.source}{whole}"
 
 
 def product_rows(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -265,8 +246,8 @@ def _token_term(
 ) -> Term:
     if architecture.kind(layer) != "moe":
         source = f"{tables.folder.name}/dense.csv"
-        term = LayerTerm(layer, calls, tables.layer("dense", layer), "tokens", source)
-        return ProductTerm(term) if architecture.is_product(layer) else term
+        curve = tables.layer("dense", layer)
+        return LayerTerm(layer, calls, curve, "tokens", source, tiled=architecture.is_product(layer))
     if tables.moe is None:
         raise InputError(
             f"{tables.folder / 'moe.csv'}: no such file, nor one in tp1: layer {layer} of the architecture "

@@ -187,11 +187,13 @@ def resolve_engine(
 def describe_host(hardware: HardwareSpec, engine: EngineSpec) -> str:
     """One line: the host time of ``engine``, and whose it is: the hardware file's, if it says the same."""
     prefill_us, decode_us = engine.prefill_step_overhead_us, engine.decode_step_overhead_us
-    if not prefill_us and not decode_us:
-        return "no time beside the kernels: no machine is calibrated, so predictions lean to the fast side"
-    times = f"{prefill_us / 1000:g} ms a step that prefills, {decode_us / 1000:g} ms a step of decodes"
     own = hardware.engine
-    if (prefill_us, decode_us) != (own.prefill_step_overhead_us, own.decode_step_overhead_us):
+    stated = (prefill_us, decode_us) != (own.prefill_step_overhead_us, own.decode_step_overhead_us)
+    if not prefill_us and not decode_us:
+        why = "as the cluster config says" if stated else "no machine is calibrated"
+        return f"no time beside the kernels: {why}, so predictions lean to the fast side"
+    times = f"{prefill_us / 1000:g} ms a step that prefills, {decode_us / 1000:g} ms a step of decodes"
+    if stated:
         return f"{times}, as the cluster config says"
     if hardware.calibration is None:
         return f"{times}, as the hardware file says"

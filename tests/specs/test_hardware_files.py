@@ -46,7 +46,7 @@ def test_only_a_machine_that_was_recorded_ships_with_host_time() -> None:
 @pytest.mark.parametrize(
     ("engine", "told"),
     [
-        (NO_HOST_TIME, "no time beside the kernels"),
+        (NO_HOST_TIME, "no time beside the kernels: as the cluster config says"),
         (
             EngineSpec(prefill_step_overhead_us=1500),
             "1.5 ms a step that prefills, 0.08 ms a step of decodes,",
@@ -58,6 +58,11 @@ def test_the_line_about_the_host_tells_whose_time_it_is(engine: EngineSpec, told
     used = resolve_engine(gpu, engine)
     assert told in describe_host(gpu, used)
     assert "fitted" not in describe_host(gpu, used)
+
+
+def test_hardware_that_nobody_calibrated_says_so() -> None:
+    gpu = load_hardware("H100")
+    assert "no machine is calibrated" in describe_host(gpu, gpu.engine)
 
 
 def test_the_shipped_gpu_names_its_sources() -> None:
