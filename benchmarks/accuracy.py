@@ -23,18 +23,18 @@ sys.path.insert(0, str(ROOT))
 
 from results_page import measured_against_recordings  # noqa: E402
 
-from serving.bench.agreement import METRICS, STATISTICS, Agreement  # noqa: E402
-from serving.bench.calibrate import calibrate  # noqa: E402
-from serving.bench.recording import load_recording  # noqa: E402
-from serving.bench.validate import recorded_run  # noqa: E402
-from serving.errors import NotSupportedError  # noqa: E402
-from serving.specs.hardware import NO_HOST_TIME, EngineSpec  # noqa: E402
-from serving.specs.paths import bundles_from  # noqa: E402
+from servesim.bench.agreement import METRICS, STATISTICS, Agreement  # noqa: E402
+from servesim.bench.calibrate import calibrate  # noqa: E402
+from servesim.bench.recording import load_recording  # noqa: E402
+from servesim.bench.validate import recorded_run  # noqa: E402
+from servesim.errors import NotSupportedError  # noqa: E402
+from servesim.specs.hardware import NO_HOST_TIME, EngineSpec  # noqa: E402
+from servesim.specs.paths import bundles_from  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from serving.bench.validate import RecordedRun
+    from servesim.bench.validate import RecordedRun
 
 RECORDED = Path(os.environ.get("SERVESIM_RECORDED") or ROOT.parent / "shared" / "data" / "recorded")
 ANCHOR = "queued"
@@ -162,9 +162,9 @@ def outcomes(engine: EngineSpec | None = None, **settings: Any) -> Outcomes:
 
 def changes() -> list[tuple[str, Outcomes]]:
     """The model with one part changed at a time."""
-    with patch("serving.latency.step_timers.capture_limit", lambda *_: 512):
+    with patch("servesim.cost.step_timers.capture_limit", lambda *_: 512):
         captured = outcomes(NO_HOST_TIME)
-    with patch("serving.latency.step_terms.product_rows", lambda tokens: tokens):
+    with patch("servesim.cost.step_terms.product_rows", lambda tokens: tokens):
         lines = outcomes(NO_HOST_TIME)
     return [
         ("graphs captured up to 512 tokens whatever `max_num_seqs`", captured),

@@ -2,7 +2,7 @@
 
     python benchmarks/all_reduce.py
 
-Compares the closed form of `serving.network.collectives` with the measured tables of the shipped bundles,
+Compares the closed form of `servesim.network.collectives` with the measured tables of the shipped bundles,
 with the link of each hardware file (bandwidth of all links of a GPU, its latency split over the hops), and
 writes the table into benchmarks/RESULTS.md.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from results_page import write_section
 
-from serving.network.collectives import ring_all_reduce_ns
-from serving.specs.hardware import load_hardware
+from servesim.network.collectives import ring_all_reduce_ns
+from servesim.specs.hardware import load_hardware
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = (

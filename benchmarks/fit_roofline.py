@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from roofline_samples import Samples, log_errors, measured_hardware, samples_of
 
-from serving.profiler.roofline.efficiency import FITTED, Efficiency
-from serving.profiler.roofline.formulas import accelerator
-from serving.profiler.silicon.tables import LICENCE, PACKAGE, package_version
+from servesim.profiler.roofline.efficiency import FITTED, Efficiency
+from servesim.profiler.roofline.formulas import accelerator
+from servesim.profiler.silicon.tables import LICENCE, PACKAGE, package_version
 
 if TYPE_CHECKING:
-    from serving.specs.hardware import HardwareSpec
+    from servesim.specs.hardware import HardwareSpec
 
 STARTING = Efficiency(
     product_start_us=5.0,

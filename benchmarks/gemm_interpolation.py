@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from results_page import write_section
 
-from serving.errors import InputError
-from serving.profiler.silicon.gemm import BEST, STREAM_TOKENS, STREAM_WIDTH, TILES, Tile, gemm_times, waves
-from serving.profiler.silicon.gpus import silicon_gpu
-from serving.specs.hardware import load_hardware
+from servesim.errors import InputError
+from servesim.profiler.silicon.gemm import BEST, STREAM_TOKENS, STREAM_WIDTH, TILES, Tile, gemm_times, waves
+from servesim.profiler.silicon.gpus import silicon_gpu
+from servesim.specs.hardware import load_hardware
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
-    from serving.profiler.silicon.gemm import GemmTimes
+    from servesim.profiler.silicon.gemm import GemmTimes
 
     Floats = NDArray[np.float64]
     Line = Callable[[Floats, int, Floats], Floats]

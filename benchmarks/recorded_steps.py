@@ -20,19 +20,19 @@ import numpy as np
 from accuracy import ANCHOR, DENSE, LLAMA, MEASURED, RECORDED, markdown
 from results_page import measured_against_recordings
 
-from serving.latency.step_timers import StepTimers
-from serving.specs.hardware import NO_HOST_TIME, EngineSpec
-from serving.specs.model import load_model
-from serving.specs.options import resolve
-from serving.specs.paths import bundles_from
+from servesim.cost.step_timers import StepTimers
+from servesim.specs.hardware import NO_HOST_TIME, EngineSpec
+from servesim.specs.model import load_model
+from servesim.specs.options import resolve
+from servesim.specs.paths import bundles_from
 
 if TYPE_CHECKING:
     from accuracy import Recorded
     from numpy.typing import NDArray
 
-    from serving.bench.recording import Recording
-    from serving.bench.validate import RecordedRun
-    from serving.latency.step_timer import StepTimer
+    from servesim.bench.recording import Recording
+    from servesim.bench.validate import RecordedRun
+    from servesim.cost.step_timer import StepTimer
 
     Floats = NDArray[np.float64]
 

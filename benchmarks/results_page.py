@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serving.results.atomic import atomic_write
+from servesim.results.atomic import atomic_write
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -20,26 +20,26 @@ import numpy as np
 from results_page import write_section
 from roofline_samples import FAMILIES, log_errors, measured_hardware, samples_of
 
-from serving.errors import ServingError
-from serving.latency.bundle import Bundle
-from serving.latency.stage import whole_model
-from serving.latency.step_terms import stage_terms
-from serving.latency.step_timer import StepTimer
-from serving.profiler.bundle_writer import BundleContent, write_bundle
-from serving.profiler.job import ProfileJob
-from serving.profiler.roofline.build import build_bundle
-from serving.profiler.roofline.efficiency import efficiency_of, typical, with_overrides
-from serving.profiler.roofline.formulas import accelerator
-from serving.profiler.silicon import build as silicon
-from serving.specs.architecture import load_architecture
-from serving.specs.hardware import EngineSpec
-from serving.specs.model import load_model
+from servesim.cost.bundle import Bundle
+from servesim.cost.stage import whole_model
+from servesim.cost.step_terms import stage_terms
+from servesim.cost.step_timer import StepTimer
+from servesim.errors import ServingError
+from servesim.profiler.bundle_writer import BundleContent, write_bundle
+from servesim.profiler.job import ProfileJob
+from servesim.profiler.roofline.build import build_bundle
+from servesim.profiler.roofline.efficiency import efficiency_of, typical, with_overrides
+from servesim.profiler.roofline.formulas import accelerator
+from servesim.profiler.silicon import build as silicon
+from servesim.specs.architecture import load_architecture
+from servesim.specs.hardware import EngineSpec
+from servesim.specs.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from serving.profiler.roofline.efficiency import Efficiency
-    from serving.specs.hardware import HardwareSpec
+    from servesim.profiler.roofline.efficiency import Efficiency
+    from servesim.specs.hardware import HardwareSpec
 
 GENERATIONS = (
     {"h100_sxm", "h200_sxm"},

@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from serving.errors import ServingError
-from serving.profiler.roofline import formulas
-from serving.profiler.roofline.formulas import Accelerator, AttentionShape, ExpertShape
-from serving.profiler.shapes import rank_shapes
-from serving.profiler.silicon import attention, comm, gemm, gpus, moe
-from serving.specs import paths
-from serving.specs.hardware import load_hardware
-from serving.specs.model import known_models, load_model
+from servesim.errors import ServingError
+from servesim.profiler.roofline import formulas
+from servesim.profiler.roofline.formulas import Accelerator, AttentionShape, ExpertShape
+from servesim.profiler.shapes import rank_shapes
+from servesim.profiler.silicon import attention, comm, gemm, gpus, moe
+from servesim.specs import paths
+from servesim.specs.hardware import load_hardware
+from servesim.specs.model import known_models, load_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-    from serving.profiler.silicon.tables import Gpu
-    from serving.specs.hardware import HardwareSpec
-    from serving.specs.model import ModelSpec
+    from servesim.profiler.silicon.tables import Gpu
+    from servesim.specs.hardware import HardwareSpec
+    from servesim.specs.model import ModelSpec
 
 DEGREES = (1, 2, 4, 8)
 DTYPES = ("bfloat16", "fp8")

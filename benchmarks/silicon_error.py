@@ -26,17 +26,17 @@ sys.path.insert(0, str(ROOT))
 
 from results_page import write_section  # noqa: E402
 
-from serving.api import simulate  # noqa: E402
-from serving.latency.bundle import Bundle  # noqa: E402
-from serving.latency.stage import whole_model  # noqa: E402
-from serving.latency.step_terms import stage_terms  # noqa: E402
-from serving.latency.step_timer import StepTimer  # noqa: E402
-from serving.specs.architecture import load_architecture  # noqa: E402
-from serving.specs.cluster import load_cluster, with_hardware  # noqa: E402
-from serving.specs.hardware import EngineSpec, load_hardware  # noqa: E402
-from serving.specs.model import load_model  # noqa: E402
-from serving.specs.paths import bundles_from  # noqa: E402
-from serving.specs.reading import read_yaml_object  # noqa: E402
+from servesim.api import simulate  # noqa: E402
+from servesim.cost.bundle import Bundle  # noqa: E402
+from servesim.cost.stage import whole_model  # noqa: E402
+from servesim.cost.step_terms import stage_terms  # noqa: E402
+from servesim.cost.step_timer import StepTimer  # noqa: E402
+from servesim.specs.architecture import load_architecture  # noqa: E402
+from servesim.specs.cluster import load_cluster, with_hardware  # noqa: E402
+from servesim.specs.hardware import EngineSpec, load_hardware  # noqa: E402
+from servesim.specs.model import load_model  # noqa: E402
+from servesim.specs.paths import bundles_from  # noqa: E402
+from servesim.specs.reading import read_yaml_object  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -111,7 +111,7 @@ def served_steps(model: str, tp: int) -> list[Step]:
 
     cluster = load_cluster(str(ROOT / "configs" / "cluster" / "single_node_single_instance.json"))
     workload = RECORDED / "workloads" / f"{WORKLOADS[model]}.jsonl.gz"
-    with patch("serving.latency.step_timers.StepTimer", Recorder), bundles_from(RECORDED / "perf"):
+    with patch("servesim.cost.step_timers.StepTimer", Recorder), bundles_from(RECORDED / "perf"):
         simulate(with_hardware(cluster, HARDWARE, model, tp), workload, kv_cache_dtype="auto", stepped=True)
     return steps
 
@@ -244,9 +244,9 @@ def figures(error: NDArray[np.float64]) -> str:
 
 
 def history_rows() -> Iterator[str]:
-    from serving.errors import InputError
-    from serving.profiler.silicon.attention import AttentionShape, attention_times
-    from serving.profiler.silicon.gpus import silicon_gpu
+    from servesim.errors import InputError
+    from servesim.profiler.silicon.attention import AttentionShape, attention_times
+    from servesim.profiler.silicon.gpus import silicon_gpu
 
     for hardware in HISTORY_GPUS:
         gpu = silicon_gpu(load_hardware(hardware))

@@ -50,7 +50,7 @@ def check_step_types() -> int:
     from vllm import SamplingParams
     from vllm.v1.core.sched import output
 
-    from serving.profiler.vllm_source.steps import StepMaker, requests_of
+    from servesim.profiler.vllm_source.steps import StepMaker, requests_of
 
     maker = StepMaker(output, SamplingParams(temperature=0.0), num_blocks=100)
     step = maker.output(requests_of(32, 64, [(3, 40)]))
@@ -65,7 +65,7 @@ def check_worker() -> int:
     """vLLM refuses an extension with a name its worker has; the worker must have what the extension calls."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    from serving.profiler.vllm_source.extension import LayerTimes
+    from servesim.profiler.vllm_source.extension import LayerTimes
 
     taken = [name for name in dir(LayerTimes) if not name.startswith("__") and hasattr(Worker, name)]
     absent = [name for name in ("execute_model", "sample_tokens") if not hasattr(Worker, name)]

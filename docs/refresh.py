@@ -153,7 +153,7 @@ def working_copy() -> Iterator[Path]:
             shutil.copytree(ROOT / part, folder / part)
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
-        for program, module in (("servesim", "-m serving "), ("python", "")):
+        for program, module in (("servesim", "-m servesim "), ("python", "")):
             path = programs / program
             path.write_text(f'#!/bin/sh\nexec "{sys.executable}" {module}"$@"\n', encoding="utf-8")
             path.chmod(0o755)

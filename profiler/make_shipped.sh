@@ -8,7 +8,7 @@ exec "${PYTHON:-python}" - "${OUTPUT_ROOT:-profiler/perf}" <<'EOF'
 import sys
 from itertools import product
 
-from serving.__main__ import main
+from servesim.__main__ import main
 
 # One process for all: bundles that share an attention shape share its rows.
 LLAMA, LARGE = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"

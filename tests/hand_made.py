@@ -5,11 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from serving.memory.sizing import GIB, KvCapacity
-from serving.results.records import InstanceLog, RejectedRequest, RequestRecord, RunLog
-from serving.results.result import Result
-from serving.specs.options import InstanceOptions, RuntimeOptions
-from serving.workload.request import Request, Workload
+from servesim.memory.sizing import GIB, KvCapacity
+from servesim.results.records import InstanceLog, RejectedRequest, RequestRecord, RunLog
+from servesim.results.result import Result
+from servesim.specs.options import InstanceOptions, RuntimeOptions
+from servesim.workload.request import Request, Workload
 
 MS = 1_000_000
 

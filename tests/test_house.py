@@ -15,7 +15,7 @@ import pytest
 from docs import refresh
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVING = ROOT / "serving"
+PACKAGE = ROOT / "servesim"
 DOCUMENTED = """\
 python -m serving --cluster-config 'configs/cluster/single_node_single_instance.json' \\
   --dtype bfloat16 --kv-cache-dtype fp8 --block-size 16 \\
@@ -29,13 +29,13 @@ MAY_IMPORT = {
     "network": {"specs", "errors"},
     "workload": {"specs", "errors"},
     "memory": {"specs", "errors"},
-    "latency": {"memory", "network", "specs", "errors"},
+    "cost": {"memory", "network", "specs", "errors"},
     "power": {"specs", "errors"},
     "results": {"memory", "power", "workload", "specs", "errors", "_version"},
-    "engine": {"results", "memory", "latency", "network", "power", "workload", "specs", "errors"},
+    "engine": {"results", "memory", "cost", "network", "power", "workload", "specs", "errors"},
     "api": {"engine", "results", "workload", "specs", "errors"},
-    "profiler": {"latency", "network", "results", "specs", "errors", "_version"},
-    "explore": {"api", "engine", "results", "memory", "latency", "workload", "specs", "errors"},
+    "profiler": {"cost", "network", "results", "specs", "errors", "_version"},
+    "explore": {"api", "engine", "results", "memory", "cost", "workload", "specs", "errors"},
     "report": {"explore", "api", "engine", "results", "memory", "workload", "specs", "errors"},
     "bench": {
         "explore",
@@ -44,13 +44,13 @@ MAY_IMPORT = {
         "results",
         "memory",
         "workload",
-        "latency",
+        "cost",
         "specs",
         "errors",
         "_version",
     },
 }
-"""Package or module of serving/ -> what it may import. Only ``cli`` and the public API import everything."""
+"""Package or module of servesim/ -> what it may import. Only ``cli`` and the public API import everything."""
 FOR_ALL = {"results.atomic"}
 """Modules that any package which writes files may import."""
 
@@ -70,23 +70,23 @@ def _committed() -> list[Path]:
 
 
 def _python_files() -> list[Path]:
-    return sorted(SERVING.rglob("*.py"))
+    return sorted(PACKAGE.rglob("*.py"))
 
 
 def _imports(path: Path) -> set[str]:
-    """Modules of serving that a file imports anywhere, without the leading ``serving.``."""
+    """Modules of servesim that a file imports anywhere, without the leading ``servesim.``."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-    return {name.removeprefix("serving.") for name in found if name.startswith("serving.")}
+    return {name.removeprefix("servesim.") for name in found if name.startswith("servesim.")}
 
 
 def _copy(folder: Path) -> Path:
     """What of a clone the simulator needs."""
-    for part in ("serving", "configs", "workloads", "profiler"):
+    for part in ("servesim", "serving", "configs", "workloads", "profiler"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -133,12 +133,14 @@ def test_the_readme_sets_up_in_two_commands() -> None:
     assert "pytest" in second
 
 
-@pytest.mark.parametrize("arguments", [["-m", "serving", "--help"], ["-c", "import serving"]])
+@pytest.mark.parametrize(
+    "arguments", [["-m", "serving", "--help"], ["-c", "import servesim"], ["-m", "servesim", "--help"]]
+)
 def test_help_and_import_load_nothing_heavy(arguments: list[str]) -> None:
     done = _python(["-X", "importtime", *arguments], ROOT)
     assert done.returncode == 0
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
-    assert "serving" in loaded
+    assert "servesim" in loaded
     assert loaded & {"numpy", "rich", "pydantic", "pandas", "pyarrow", "matplotlib", "yaml"} == set()
 
 
@@ -156,13 +158,13 @@ def test_every_folder_and_file_of_the_package_says_what_it_is_for() -> None:
 def test_no_package_imports_one_above_it() -> None:
     wrong = []
     for path in _python_files():
-        package = path.relative_to(SERVING).with_suffix("").parts[0]
+        package = path.relative_to(PACKAGE).with_suffix("").parts[0]
         if package in ("cli", "__init__", "__main__"):
             continue
         for name in sorted(_imports(path) - FOR_ALL):
             imported = name.partition(".")[0]
             if imported not in {package, *MAY_IMPORT.get(package, set())}:
-                wrong.append(f"{path.relative_to(ROOT)} imports serving.{name}")
+                wrong.append(f"{path.relative_to(ROOT)} imports servesim.{name}")
     assert wrong == []
 
 
@@ -176,10 +178,8 @@ def test_the_order_of_the_packages_has_no_circle() -> None:
         left = {name: imports for name, imports in left.items() if name not in ready}
 
 
-def test_latency_knows_no_request() -> None:
-    assert all(
-        "workload" not in name for path in (SERVING / "latency").rglob("*.py") for name in _imports(path)
-    )
+def test_cost_knows_no_request() -> None:
+    assert all("workload" not in name for path in (PACKAGE / "cost").rglob("*.py") for name in _imports(path))
 
 
 def test_no_file_names_a_machine_or_how_it_came_to_be() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from serving.api import simulate
-from serving.specs.options import RuntimeOptions
-from serving.workload.request import Request, Workload
+from servesim.api import simulate
+from servesim.specs.options import RuntimeOptions
+from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from serving.results.result import Result
+    from servesim.results.result import Result
 
 MODEL = "meta-llama/Llama-3.1-8B"
 WALL_S, ENGINE_S = 1_700_000_000.0, 5_000.0

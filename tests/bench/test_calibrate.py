@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.__main__ import main
-from serving.bench.agreement import METRICS
-from serving.bench.calibrate import _least_squares
-from serving.cli.bench_validate import read_calibration
+from servesim.__main__ import main
+from servesim.bench.agreement import METRICS
+from servesim.bench.calibrate import _least_squares
+from servesim.cli.bench_validate import read_calibration
 from tests.bench import recordings
 
 HOST = {

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.bench.http_stream import ChunkedBody, HttpError, PlainBody, Reply, exchange, parse_url
-from serving.errors import InputError
+from servesim.bench.http_stream import ChunkedBody, HttpError, PlainBody, Reply, exchange, parse_url
+from servesim.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from serving.__main__ import main
-from serving.bench.recording import load_recording
+from servesim.__main__ import main
+from servesim.bench.recording import load_recording
 
 WORDS = [
     "bench",

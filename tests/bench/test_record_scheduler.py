@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.bench.record_scheduler import PRIVATE_TOKEN, Recorder, SchedulerSettings, record_scheduler
-from serving.bench.step_formula import StepFormula
-from serving.errors import InputError, MissingFileError
-from serving.workload.request import Request, Workload
+from servesim.bench.record_scheduler import PRIVATE_TOKEN, Recorder, SchedulerSettings, record_scheduler
+from servesim.bench.step_formula import StepFormula
+from servesim.errors import InputError, MissingFileError
+from servesim.workload.request import Request, Workload
 
 SIMPLE = StepFormula(base_ns=100, per_token_ns=1, per_sequence_ns=10)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serving.bench.agreement import METRICS, Agreement
-from serving.bench.calibrate import Calibration, calibrate
-from serving.bench.recording import load_recording
-from serving.bench.validate import RecordedRun, recorded_run
-from serving.specs.hardware import NO_HOST_TIME, load_hardware
-from serving.specs.paths import bundles_from
+from servesim.bench.agreement import METRICS, Agreement
+from servesim.bench.calibrate import Calibration, calibrate
+from servesim.bench.recording import load_recording
+from servesim.bench.validate import RecordedRun, recorded_run
+from servesim.specs.hardware import NO_HOST_TIME, load_hardware
+from servesim.specs.paths import bundles_from
 from tests.recorded import recorded_path
 
 LLAMA = ("Llama-3.1-8B", "sharegpt-llama-3.1-8b-300-sps10")

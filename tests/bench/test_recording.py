@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.bench.recording import load_recording
-from serving.errors import InputError, MissingFileError
+from servesim.bench.recording import load_recording
+from servesim.errors import InputError, MissingFileError
 from tests.bench import recordings
 
 WALL_S, ENGINE_S = recordings.WALL_S, recordings.ENGINE_S

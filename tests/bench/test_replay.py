@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from serving.__main__ import main
-from serving.bench.recording import load_recording
-from serving.cli import bench_replay
+from servesim.__main__ import main
+from servesim.bench.recording import load_recording
+from servesim.cli import bench_replay
 from tests.bench.streaming_server import KEY, Served, StreamingServer
 
 ROOT = Path(__file__).resolve().parents[2]

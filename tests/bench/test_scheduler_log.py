@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.bench.scheduler_log import (
+from servesim.bench.scheduler_log import (
     LoggedRequest,
     LoggedStep,
     SchedulerLog,
@@ -14,8 +14,8 @@ from serving.bench.scheduler_log import (
     read_log,
     write_log,
 )
-from serving.bench.step_formula import StepFormula
-from serving.errors import InputError, MissingFileError
+from servesim.bench.step_formula import StepFormula
+from servesim.errors import InputError, MissingFileError
 
 LOG = SchedulerLog(
     header={"vllm": "0.24.0"},

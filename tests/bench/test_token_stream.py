@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.bench.token_stream import EventLines, RequestFailedError, TokenStream, error_text
+from servesim.bench.token_stream import EventLines, RequestFailedError, TokenStream, error_text
 
 
 @given(st.lists(st.integers(0, 10**6), max_size=8), st.lists(st.integers(1, 30), min_size=1), st.booleans())

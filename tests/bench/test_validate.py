@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.__main__ import main
-from serving.bench.agreement import METRICS, STATISTICS, Agreement
-from serving.bench.recording import Recording, load_recording
-from serving.bench.validate import options_of, recorded_run, with_calibration
-from serving.errors import InputError, NotSupportedError, RunError
-from serving.specs.hardware import EngineSpec, HardwareSpec
+from servesim.__main__ import main
+from servesim.bench.agreement import METRICS, STATISTICS, Agreement
+from servesim.bench.recording import Recording, load_recording
+from servesim.bench.validate import options_of, recorded_run, with_calibration
+from servesim.errors import InputError, NotSupportedError, RunError
+from servesim.specs.hardware import EngineSpec, HardwareSpec
 from tests.bench import recordings
 from tests.hand_made import MS, two_requests
 
@@ -301,7 +301,7 @@ def test_plots_are_png_files(tmp_path: Path) -> None:
 def test_without_matplotlib_plots_are_refused_before_the_run(
     own_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("serving.results.figures.find_spec", lambda _: None)
+    monkeypatch.setattr("servesim.results.figures.find_spec", lambda _: None)
     assert main(["bench", "validate", str(own_run), "--plots", "plots"]) == 2
     captured = capsys.readouterr()
     assert "pip install 'servesim[report]'" in captured.err

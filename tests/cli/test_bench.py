@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from serving.cli import bench
-from serving.cli.bench_record_scheduler import formula_of, settings_of
-from serving.errors import InputError
+from servesim.cli import bench
+from servesim.cli.bench_record_scheduler import formula_of, settings_of
+from servesim.errors import InputError
 
 
 def parse(line: str) -> argparse.Namespace:
@@ -55,11 +55,11 @@ def test_a_size_below_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_groups_help_imports_no_action() -> None:
     code = (
-        "import argparse, sys; from serving.cli import bench\n"
+        "import argparse, sys; from servesim.cli import bench\n"
         "parser = argparse.ArgumentParser(); bench.add_parser(parser.add_subparsers())\n"
         "try: parser.parse_args(['bench', '--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = ('serving.bench', 'serving.cli.bench_', 'numpy')\n"
+        "heavy = ('servesim.bench', 'servesim.cli.bench_', 'numpy')\n"
         "assert not [name for name in sys.modules if name.startswith(heavy)]"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

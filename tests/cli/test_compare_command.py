@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from serving.__main__ import main
-from serving.cli.compare import parse_set
-from serving.errors import InputError
+from servesim.__main__ import main
+from servesim.cli.compare import parse_set
+from servesim.errors import InputError
 
 SMALL = ["--dataset", "workloads/short_chat.jsonl", "--num-reqs", "10"]
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.__main__ import main
-from serving.cli.explain_step import decode_lengths, parse_chunks
-from serving.errors import InputError
-from tests.latency.bundles import Toy, toy_architecture
+from servesim.__main__ import main
+from servesim.cli.explain_step import decode_lengths, parse_chunks
+from servesim.errors import InputError
+from tests.cost.bundles import Toy, toy_architecture
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.__main__ import main
+from servesim.__main__ import main
 
 
 @pytest.mark.parametrize("hardware", ["H100", "H200", "B200", "L40S"])

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from serving import __main__ as console
-from serving.errors import MissingFileError, RunError
+from servesim import __main__ as console
+from servesim.errors import MissingFileError, RunError
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +20,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_imports_nothing_heavy() -> None:
     heavy = "{'numpy', 'pydantic', 'rich', 'pandas', 'pyarrow', 'matplotlib', 'yaml'}"
     code = (
-        "import sys; from serving.__main__ import main; main(['--help']); "
+        "import sys; from servesim.__main__ import main; main(['--help']); "
         f"sys.exit(bool({heavy} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
@@ -71,7 +71,7 @@ def test_an_error_is_one_message_and_a_status(
     def fail(_: object) -> int:
         raise error
 
-    monkeypatch.setattr("serving.cli.run.run", fail)
+    monkeypatch.setattr("servesim.cli.run.run", fail)
     assert console.main([]) == status
     assert capsys.readouterr().err == message
 
@@ -82,7 +82,7 @@ def test_a_fault_of_ours_shows_its_traceback_only_when_debugging(
     def fail(_: object) -> int:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("serving.cli.run.run", fail)
+    monkeypatch.setattr("servesim.cli.run.run", fail)
     assert console.main([]) == 1
     assert "a fault of servesim, not of your input: ZeroDivisionError: a bug" in capsys.readouterr().err
     with pytest.raises(ZeroDivisionError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.__main__ import main
+from servesim.__main__ import main
 
 DOCUMENTED = [
     "--cluster-config",
@@ -150,7 +150,7 @@ def test_input_that_is_refused_leaves_nothing_behind(command: str, tmp_path: Pat
 def test_parquet_without_pyarrow_is_told_before_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("serving.results.csv.find_spec", lambda _: None)
+    monkeypatch.setattr("servesim.results.csv.find_spec", lambda _: None)
     assert main([*SMALL, "--output", "r.parquet"]) == 2
     assert "pip install 'servesim[parquet]'" in capsys.readouterr().err
 
@@ -163,7 +163,7 @@ def test_an_interrupted_run_leaves_the_old_file(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("serving.results.heartbeat.Heartbeat.advance", interrupt)
+    monkeypatch.setattr("servesim.results.heartbeat.Heartbeat.advance", interrupt)
     assert main([*DOCUMENTED, "--output", "r.csv"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert [path.name for path in tmp_path.iterdir()] == ["r.csv"]

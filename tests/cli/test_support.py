@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.__main__ import main
+from servesim.__main__ import main
 
 MODEL = "meta-llama/Llama-3.1-8B"
 SMALL = ["--max-num-batched-tokens", "64", "--max-num-seqs", "16", "--max-kv", "1024"]

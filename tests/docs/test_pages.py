@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import pytest
 from pydantic import BaseModel
 
-import serving
+import servesim
 from docs import refresh
-from serving.results.csv import COLUMNS
-from serving.results.steps import FILE_COLUMNS
-from serving.specs.cluster import ClusterSpec
-from serving.workload.jsonl import REQUEST_KEYS, SESSION_KEYS, SUB_REQUEST_KEYS
+from servesim.results.csv import COLUMNS
+from servesim.results.steps import FILE_COLUMNS
+from servesim.specs.cluster import ClusterSpec
+from servesim.workload.jsonl import REQUEST_KEYS, SESSION_KEYS, SUB_REQUEST_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,7 @@ def test_every_column_is_explained(columns: tuple[str, ...]) -> None:
 
 
 def test_every_figure_of_the_summary_is_explained() -> None:
-    summary = serving.simulate(num_reqs=3).summary
+    summary = servesim.simulate(num_reqs=3).summary
     terms = _terms("output.md")
     statistics = re.compile("|".join(term for term in terms if re.fullmatch(r"[a-z0-9]+_", term)))
     latencies = {term for term in terms if term.endswith("_ms")}
@@ -69,4 +69,4 @@ def test_every_figure_of_the_summary_is_explained() -> None:
 
 def test_every_part_of_the_public_api_is_named() -> None:
     terms = " ".join(_terms("python-api.md")) + (refresh.ROOT / "docs/python-api.md").read_text("utf-8")
-    assert [name for name in serving.__all__ if name not in terms and name != "__version__"] == []
+    assert [name for name in servesim.__all__ if name not in terms and name != "__version__"] == []

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.engine.block_tables import BlockTables
-from serving.engine.build import lane_maker
-from serving.engine.instance import Instance
-from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.simulation import Simulation
-from serving.engine.step_loop import SingleTimes, StepLoop
-from serving.memory.kv_cache import KvCache
-from serving.results.records import InstanceLog
-from serving.specs.options import RuntimeOptions
-from serving.workload.request import Request, Workload
+from servesim.engine.block_tables import BlockTables
+from servesim.engine.build import lane_maker
+from servesim.engine.instance import Instance
+from servesim.engine.scheduler import Scheduler, SchedulerLimits
+from servesim.engine.simulation import Simulation
+from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.memory.kv_cache import KvCache
+from servesim.results.records import InstanceLog
+from servesim.specs.options import RuntimeOptions
+from servesim.workload.request import Request, Workload
 from tests.hand_made import capacity, instance, instance_options
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from serving.engine.batch import Batch
-    from serving.engine.transfers import Route
-    from serving.memory.tier import LowerTier
-    from serving.results.records import RunLog
+    from servesim.engine.batch import Batch
+    from servesim.engine.transfers import Route
+    from servesim.memory.tier import LowerTier
+    from servesim.results.records import RunLog
 
 
 class LinearTimes:

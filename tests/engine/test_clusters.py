@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from serving.api import simulate
-from serving.errors import InputError, MissingFileError
-from serving.results.banner import banner
-from serving.specs.cluster import load_cluster
-from serving.specs.options import RuntimeOptions, per_instance_fields
-from serving.workload.request import Request, Workload
+from servesim.api import simulate
+from servesim.errors import InputError, MissingFileError
+from servesim.results.banner import banner
+from servesim.specs.cluster import load_cluster
+from servesim.specs.options import RuntimeOptions, per_instance_fields
+from servesim.workload.request import Request, Workload
 from tests.engine.toy_world import DENSE, KV_BYTES_PER_TOKEN, MOE, toy_cluster, toy_instance, toy_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from serving.results.result import Result
+    from servesim.results.result import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(p for p in (ROOT / "configs/cluster").glob("*.json") if p.name != "schema.json")

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.experts import expert_routing, rank_loads
-from serving.errors import InputError
+from servesim.engine.experts import expert_routing, rank_loads
+from servesim.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from serving.latency.expert_stage import ExpertRouting
+    from servesim.cost.expert_stage import ExpertRouting
 
 POLICIES = ("BALANCED", "RR", "RAND", "ZIPF")
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.block_tables import BlockTables
-from serving.engine.hand_over import HandOver, Routes
-from serving.engine.simulation import Simulation
-from serving.engine.step_loop import SingleTimes, StepLoop
-from serving.engine.transfers import Transfers
-from serving.specs.options import RuntimeOptions
+from servesim.engine.block_tables import BlockTables
+from servesim.engine.hand_over import HandOver, Routes
+from servesim.engine.simulation import Simulation
+from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.engine.transfers import Transfers
+from servesim.specs.options import RuntimeOptions
 from tests.engine.small_engine import LinearTimes, requests, small_member
 from tests.engine.test_properties import workloads
 
 if TYPE_CHECKING:
-    from serving.results.records import RunLog
-    from serving.workload.request import Workload
+    from servesim.results.records import RunLog
+    from servesim.workload.request import Workload
 
 MODEL = SimpleNamespace(num_hidden_layers=4, num_key_value_heads=1, head_dim=125, is_mla=False)
 

@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serving.api import simulate
-from serving.engine.build import build_simulation
-from serving.engine.hand_over import HandOver
-from serving.engine.step_loop import StepLoop
-from serving.errors import RunError
-from serving.specs.cluster import load_cluster
-from serving.specs.options import RuntimeOptions
-from serving.workload.request import Request, Workload
+from servesim.api import simulate
+from servesim.engine.build import build_simulation
+from servesim.engine.hand_over import HandOver
+from servesim.engine.step_loop import StepLoop
+from servesim.errors import RunError
+from servesim.specs.cluster import load_cluster
+from servesim.specs.options import RuntimeOptions
+from servesim.workload.request import Request, Workload
 from tests.engine.toy_world import MOE, toy_cluster, toy_instance, toy_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from serving.results.records import RunLog
+    from servesim.results.records import RunLog
 
 MS = 1_000_000
 

@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.engine.noise import StepNoise
-from serving.engine.simulation import Simulation
-from serving.results.records import RunLog
-from serving.specs.options import RuntimeOptions
-from serving.workload.request import Workload
+from servesim.engine.noise import StepNoise
+from servesim.engine.simulation import Simulation
+from servesim.results.records import RunLog
+from servesim.specs.options import RuntimeOptions
+from servesim.workload.request import Workload
 from tests.engine.small_engine import LinearTimes, requests, small_loop
 from tests.engine.test_properties import engines, everything, workloads
 

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serving.api import load_cluster, simulate
-from serving.engine.build import build_simulation
-from serving.errors import InputError
-from serving.specs.options import RuntimeOptions
-from serving.workload.request import Request, Workload
+from servesim.api import load_cluster, simulate
+from servesim.engine.build import build_simulation
+from servesim.errors import InputError
+from servesim.specs.options import RuntimeOptions
+from servesim.workload.request import Request, Workload
 from tests.engine.test_random_clusters import check_cluster_run
 from tests.engine.toy_world import LAYERS, MOE, toy_cluster, toy_instance, toy_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from serving.results.records import RunLog
+    from servesim.results.records import RunLog
 
 US = 1000
 NPU_BLOCK = 3 * 10

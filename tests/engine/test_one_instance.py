@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.errors import RunError
+from servesim.errors import RunError
 from tests.engine.small_engine import requests, run_small
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import given, settings
 
-from serving.workload.request import Workload
+from servesim.workload.request import Workload
 from tests.engine.small_engine import ConstantStages, requests, run_small
 from tests.engine.test_properties import check_run, engines, workloads
 

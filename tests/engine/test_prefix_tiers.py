@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import serving.engine.lower_tiers as lower_tiers
-from serving import simulate
-from serving.__main__ import main
-from serving.errors import InputError
-from serving.memory.tier import TierPool
-from serving.workload.request import Request, Workload
+import servesim.engine.lower_tiers as lower_tiers
+from servesim import simulate
+from servesim.__main__ import main
+from servesim.errors import InputError
+from servesim.memory.tier import TierPool
+from servesim.workload.request import Request, Workload
 from tests.engine.toy_world import DENSE, KV_BYTES_PER_TOKEN, MOE, toy_cluster, toy_instance, toy_world
 from tests.specs.clusters import instance
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from serving.results.result import Result
+    from servesim.results.result import Result
 
 MS = 1_000_000
 CHUNK = 256

@@ -9,14 +9,14 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.engine.block_tables import BlockTables
-from serving.engine.simulation import Simulation
-from serving.specs.options import RuntimeOptions
-from serving.workload.request import Request, Workload
+from servesim.engine.block_tables import BlockTables
+from servesim.engine.simulation import Simulation
+from servesim.specs.options import RuntimeOptions
+from servesim.workload.request import Request, Workload
 from tests.engine.small_engine import LinearTimes, run_small, small_loop
 
 if TYPE_CHECKING:
-    from serving.results.records import RunLog
+    from servesim.results.records import RunLog
 
 
 @st.composite

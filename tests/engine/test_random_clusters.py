@@ -10,20 +10,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.engine.build import build_simulation
-from serving.errors import RunError
-from serving.specs.cluster import load_cluster
-from serving.specs.options import RuntimeOptions
+from servesim.engine.build import build_simulation
+from servesim.errors import RunError
+from servesim.specs.cluster import load_cluster
+from servesim.specs.options import RuntimeOptions
 from tests.engine.test_properties import everything, workloads
 from tests.engine.toy_world import DENSE, EXPERTS, MOE, toy_cluster, toy_instance, toy_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from serving.engine.simulation import Simulation
-    from serving.results.records import RunLog
-    from serving.specs.cluster import ClusterSpec
-    from serving.workload.request import Workload
+    from servesim.engine.simulation import Simulation
+    from servesim.results.records import RunLog
+    from servesim.specs.cluster import ClusterSpec
+    from servesim.workload.request import Workload
 
 
 @pytest.fixture(scope="module", autouse=True)

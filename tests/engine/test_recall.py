@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.block_tables import BlockTables
-from serving.engine.simulation import Simulation
-from serving.engine.step_loop import SingleTimes, StepLoop
-from serving.engine.transfers import Route, Transfers
-from serving.memory.tier import LowerTier, TierPool
-from serving.network.links import Port
-from serving.specs.options import RuntimeOptions
+from servesim.engine.block_tables import BlockTables
+from servesim.engine.simulation import Simulation
+from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.engine.transfers import Route, Transfers
+from servesim.memory.tier import LowerTier, TierPool
+from servesim.network.links import Port
+from servesim.specs.options import RuntimeOptions
 from tests.engine.small_engine import LinearTimes, requests, small_member
 from tests.engine.test_properties import workloads
 
 if TYPE_CHECKING:
-    from serving.results.records import RunLog
-    from serving.workload.request import Workload
+    from servesim.results.records import RunLog
+    from servesim.workload.request import Workload
 
 A, B = list(range(600)), list(range(1000, 1600))
 ROUTE = Route((Port("tier", 1.0),), 50, 1.0)

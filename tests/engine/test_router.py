@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from serving.engine.arrivals import NEVER
-from serving.engine.router import Router
-from serving.errors import InputError
-from serving.workload.request import Request
+from servesim.engine.arrivals import NEVER
+from servesim.engine.router import Router
+from servesim.errors import InputError
+from servesim.workload.request import Request
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,12 +7,12 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.block_tables import BlockTables
-from serving.engine.simulation import Simulation
-from serving.engine.step_loop import StepLoop
-from serving.results.records import RunLog
-from serving.specs.options import RuntimeOptions
-from serving.workload.request import Workload
+from servesim.engine.block_tables import BlockTables
+from servesim.engine.simulation import Simulation
+from servesim.engine.step_loop import StepLoop
+from servesim.results.records import RunLog
+from servesim.specs.options import RuntimeOptions
+from servesim.workload.request import Workload
 from tests.engine.small_engine import ConstantStages, SlowestMember, requests, small_member
 from tests.engine.test_properties import check_run, workloads
 

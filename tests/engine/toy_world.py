@@ -7,7 +7,7 @@ import shutil
 from contextlib import chdir, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from tests.latency.bundles import HARDWARE, MODEL, VARIANT, Toy, toy_architecture
+from tests.cost.bundles import HARDWARE, MODEL, VARIANT, Toy, toy_architecture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-import serving
-from serving.errors import InputError
-from serving.explore.compare import Comparison
-from serving.explore.show import comparison_text, show_comparison
-from serving.explore.verdict import option_differences
-from serving.specs.cluster import load_cluster
-from serving.workload.request import Request, Workload
+import servesim
+from servesim.errors import InputError
+from servesim.explore.compare import Comparison
+from servesim.explore.show import comparison_text, show_comparison
+from servesim.explore.verdict import option_differences
+from servesim.specs.cluster import load_cluster
+from servesim.workload.request import Request, Workload
 from tests.hand_made import two_requests
 
 CLUSTER = "configs/cluster/single_node_single_instance.json"
 
 
-def tight_cluster(num_gpu_blocks: int) -> serving.specs.cluster.ClusterSpec:  # type: ignore[name-defined]
+def tight_cluster(num_gpu_blocks: int) -> servesim.specs.cluster.ClusterSpec:  # type: ignore[name-defined]
     """The shipped single instance with few KV blocks."""
     content = json.loads(Path(CLUSTER).read_text())
     content["nodes"][0]["instances"][0]["num_gpu_blocks"] = num_gpu_blocks
@@ -36,7 +36,7 @@ def long_answers(count: int) -> Workload:
 
 @cache
 def blocks_against_more() -> Comparison:
-    return serving.compare(
+    return servesim.compare(
         tight_cluster(600),
         long_answers(6),
         {"few seats": {"max_num_seqs": 2}, "many seats": {"max_num_seqs": 64}},
@@ -45,7 +45,7 @@ def blocks_against_more() -> Comparison:
 
 @cache
 def fp8_against_auto() -> Comparison:
-    return serving.compare(CLUSTER, long_answers(4))
+    return servesim.compare(CLUSTER, long_answers(4))
 
 
 def test_the_default_pair_is_auto_against_fp8() -> None:
@@ -78,7 +78,7 @@ def test_more_seats_than_blocks_is_said_to_run_out_of_blocks() -> None:
 
 
 def test_sets_that_resolve_alike_are_said_to_change_nothing() -> None:
-    comparison = serving.compare(
+    comparison = servesim.compare(
         CLUSTER,
         long_answers(1),
         {"a": {"kv_cache_dtype": "auto"}, "b": {"kv_cache_dtype": "auto", "block_size": 16}},
@@ -139,13 +139,13 @@ def test_json_and_csv_hold_every_figure(tmp_path: Path) -> None:
 
 def test_one_set_is_no_comparison() -> None:
     with pytest.raises(InputError, match="at least two"):
-        serving.compare(CLUSTER, long_answers(1), {"alone": {}})
+        servesim.compare(CLUSTER, long_answers(1), {"alone": {}})
 
 
 def test_a_wrong_option_is_told_before_anything_runs() -> None:
     ran: list[str] = []
     with pytest.raises(InputError, match="block_size"):
-        serving.compare(CLUSTER, long_answers(1), {"a": {}, "b": {"block_size": -1}}, before_run=ran.append)
+        servesim.compare(CLUSTER, long_answers(1), {"a": {}, "b": {"block_size": -1}}, before_run=ran.append)
     assert ran == []
 
 

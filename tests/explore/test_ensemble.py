@@ -10,11 +10,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import serving
-from serving.__main__ import main
-from serving.errors import InputError
-from serving.explore.ensemble import Ensemble, Spread, ensemble_text, figures_of, jittered
-from serving.workload.request import Request, Workload
+import servesim
+from servesim.__main__ import main
+from servesim.errors import InputError
+from servesim.explore.ensemble import Ensemble, Spread, ensemble_text, figures_of, jittered
+from servesim.workload.request import Request, Workload
 
 CLUSTER = "configs/cluster/single_node_single_instance.json"
 
@@ -27,8 +27,8 @@ def steady(count: int = 12) -> Workload:
 @settings(max_examples=5, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(st.integers(0, 2**40), st.integers(2, 4))
 def test_noise_of_size_0_reproduces_the_plain_run(seed: int, runs: int) -> None:
-    plain = figures_of(serving.simulate(CLUSTER, steady(), seed=seed))
-    spread = serving.ensemble(CLUSTER, steady(), ensemble=runs, step_noise=0, run_noise=0, seed=seed)
+    plain = figures_of(servesim.simulate(CLUSTER, steady(), seed=seed))
+    spread = servesim.ensemble(CLUSTER, steady(), ensemble=runs, step_noise=0, run_noise=0, seed=seed)
     for key, figure in plain.items():
         assert spread.spreads[key] == Spread(figure, pytest.approx(figure), 0.0, *[figure] * 4)
     assert spread.fragile == []
@@ -36,7 +36,7 @@ def test_noise_of_size_0_reproduces_the_plain_run(seed: int, runs: int) -> None:
 
 def test_the_same_seed_gives_the_same_bytes_stepped_or_jumped() -> None:
     def text(seed: int, stepped: bool = False) -> str:
-        found = serving.ensemble(
+        found = servesim.ensemble(
             CLUSTER, steady(), ensemble=4, arrival_jitter=0.01, seed=seed, stepped=stepped
         )
         return json.dumps(found.to_dict()) + ensemble_text(found)
@@ -46,15 +46,15 @@ def test_the_same_seed_gives_the_same_bytes_stepped_or_jumped() -> None:
 
 
 def test_the_first_runs_do_not_depend_on_how_many_follow() -> None:
-    few = serving.ensemble(CLUSTER, steady(), ensemble=2, step_noise=0.2)
-    many = serving.ensemble(CLUSTER, steady(), ensemble=6, step_noise=0.2)
+    few = servesim.ensemble(CLUSTER, steady(), ensemble=2, step_noise=0.2)
+    many = servesim.ensemble(CLUSTER, steady(), ensemble=6, step_noise=0.2)
     for key, spread in few.spreads.items():
         assert many.spreads[key].min <= spread.min <= spread.max <= many.spreads[key].max
 
 
 def test_more_noise_spreads_more() -> None:
     def width(**noise: float) -> float:
-        found = serving.ensemble(CLUSTER, steady(), ensemble=8, **noise)
+        found = servesim.ensemble(CLUSTER, steady(), ensemble=8, **noise)
         return found.spreads["mean_e2el_ms"].relative
 
     assert 0 < width(step_noise=0.01, run_noise=0) < width(step_noise=0.2, run_noise=0)
@@ -63,8 +63,8 @@ def test_more_noise_spreads_more() -> None:
 
 
 def test_what_all_steps_have_in_common_does_not_average_out() -> None:
-    own = serving.ensemble(CLUSTER, steady(), ensemble=8, step_noise=0.02, run_noise=0)
-    common = serving.ensemble(CLUSTER, steady(), ensemble=8, step_noise=0, run_noise=0.02)
+    own = servesim.ensemble(CLUSTER, steady(), ensemble=8, step_noise=0.02, run_noise=0)
+    common = servesim.ensemble(CLUSTER, steady(), ensemble=8, step_noise=0, run_noise=0.02)
     assert common.spreads["mean_e2el_ms"].relative > 3 * own.spreads["mean_e2el_ms"].relative
 
 
@@ -89,7 +89,7 @@ def test_a_figure_is_fragile_from_5_percent_on() -> None:
 def overloaded() -> Ensemble:
     """Three slots, and requests that come faster than they go: waiting times hang on every step."""
     workload = Workload([Request(i, 200, 60, i * 30_000_000) for i in range(60)], "too much")
-    return serving.ensemble(CLUSTER, workload, ensemble=6, step_noise=0.3, max_num_seqs=3)
+    return servesim.ensemble(CLUSTER, workload, ensemble=6, step_noise=0.3, max_num_seqs=3)
 
 
 def test_a_saturated_run_names_its_fragile_figures() -> None:
@@ -144,7 +144,7 @@ def test_noise_without_an_ensemble_is_refused(
 
 
 def test_simulate_is_a_single_run() -> None:
-    with pytest.raises(InputError, match=r"serving\.ensemble"):
-        serving.simulate(CLUSTER, steady(), ensemble=3)
+    with pytest.raises(InputError, match=r"servesim\.ensemble"):
+        servesim.simulate(CLUSTER, steady(), ensemble=3)
     with pytest.raises(InputError, match="0 is no ensemble"):
-        serving.ensemble(CLUSTER, steady())
+        servesim.ensemble(CLUSTER, steady())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from serving.explore.limits import limits, typical_steps
-from serving.results.records import RunLog
-from serving.results.result import Result
-from serving.workload.request import Request, Workload
+from servesim.explore.limits import limits, typical_steps
+from servesim.results.records import RunLog
+from servesim.results.result import Result
+from servesim.workload.request import Request, Workload
 from tests.hand_made import add_step, instance, instance_options, record, two_requests
 
 

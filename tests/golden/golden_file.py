@@ -1,6 +1,6 @@
 """Golden logs: a small workload together with what vLLM's own scheduler did with it, in one compressed file.
 
-Line 1 names the golden and holds its workload; the rest is the log (see ``serving.bench.scheduler_log``).
+Line 1 names the golden and holds its workload; the rest is the log (see ``servesim.bench.scheduler_log``).
 Token ids are not stored but numbered: a prompt is a list of pieces ``[stream, first, count]``, and token
 ``i`` of stream ``s`` has the id ``s * 2**20 + i``, so that equal pieces are equal text and different streams
 share nothing.
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serving.bench.scheduler_log import SchedulerLog, log_from_lines, read_json_lines, write_json_lines
-from serving.workload.request import Request, Workload
+from servesim.bench.scheduler_log import SchedulerLog, log_from_lines, read_json_lines, write_json_lines
+from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

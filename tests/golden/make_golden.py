@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from serving.bench.record_scheduler import SchedulerSettings, record_scheduler
-from serving.bench.scheduler_log import SchedulerLog, differences
-from serving.bench.step_formula import StepFormula
+from servesim.bench.record_scheduler import SchedulerSettings, record_scheduler
+from servesim.bench.scheduler_log import SchedulerLog, differences
+from servesim.bench.step_formula import StepFormula
 from tests.golden.golden_file import (
     Golden,
     build_workload,

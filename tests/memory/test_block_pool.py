@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serving.memory.block_pool import BlockPool
+from servesim.memory.block_pool import BlockPool
 
 
 class TwinPool:

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from serving.errors import InputError
-from serving.memory.memory_map import MemoryMap
-from serving.memory.placement import block_weights, evict_place, rule_for
-from serving.memory.sizing import GIB, block_weight_bytes, kv_cache_capacity, weight_bytes_per_npu
-from serving.specs.architecture import load_architecture
-from serving.specs.cluster import load_cluster
-from serving.specs.cluster_checks import check_cluster
-from serving.specs.model import load_model
-from serving.specs.options import RuntimeOptions, resolve
+from servesim.errors import InputError
+from servesim.memory.memory_map import MemoryMap
+from servesim.memory.placement import block_weights, evict_place, rule_for
+from servesim.memory.sizing import GIB, block_weight_bytes, kv_cache_capacity, weight_bytes_per_npu
+from servesim.specs.architecture import load_architecture
+from servesim.specs.cluster import load_cluster
+from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.model import load_model
+from servesim.specs.options import RuntimeOptions, resolve
 from tests.specs.clusters import cluster, instance, node
 
 LLAMA = "meta-llama/Llama-3.1-8B"

@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from serving.errors import InputError
-from serving.memory.sizing import (
+from servesim.errors import InputError
+from servesim.memory.sizing import (
     GIB,
     kv_bytes_per_token,
     kv_cache_capacity,
     stage_layers,
     weight_bytes_per_npu,
 )
-from serving.specs.cluster import load_cluster
-from serving.specs.model import load_model
-from serving.specs.options import RuntimeOptions, resolve
+from servesim.specs.cluster import load_cluster
+from servesim.specs.model import load_model
+from servesim.specs.options import RuntimeOptions, resolve
 
 LLAMA, QWEN_MOE = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B-Instruct-2507"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from serving.memory.kv_cache import BlockTable
-from serving.memory.tier import LowerTier, TierPool
+from servesim.memory.kv_cache import BlockTable
+from servesim.memory.tier import LowerTier, TierPool
 
 
 def test_the_least_recently_used_chunk_makes_room() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.network.collectives import (
+from servesim.network.collectives import (
     ring_all_gather_ns,
     ring_all_reduce_ns,
     ring_all_to_all_ns,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.network.links import NEVER, Links, Port
+from servesim.network.links import NEVER, Links, Port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.network.collectives import ring_all_reduce_ns
-from serving.network.topology import Dimension, RankGroup, Topology
-from serving.specs.cluster import load_cluster
+from servesim.network.collectives import ring_all_reduce_ns
+from servesim.network.topology import Dimension, RankGroup, Topology
+from servesim.specs.cluster import load_cluster
 from tests.specs.clusters import cluster
 
 if TYPE_CHECKING:
-    from serving.specs.cluster import Wiring
+    from servesim.specs.cluster import Wiring
 
 WIRINGS: tuple[Wiring, ...] = ("ring", "fully_connected", "switch")
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_to_all", "all_reduce")

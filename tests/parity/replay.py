@@ -11,21 +11,21 @@ from dataclasses import asdict
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from serving.bench.record_scheduler import SchedulerSettings
-from serving.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
-from serving.bench.step_formula import StepFormula
-from serving.engine.block_tables import BlockTables
-from serving.engine.instance import Instance
-from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.simulation import Simulation
-from serving.engine.step_loop import SingleTimes, StepLoop
-from serving.memory.kv_cache import KvCache
-from serving.results.records import InstanceLog, RequestRecord, RunLog
-from serving.specs.options import RuntimeOptions
+from servesim.bench.record_scheduler import SchedulerSettings
+from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
+from servesim.bench.step_formula import StepFormula
+from servesim.engine.block_tables import BlockTables
+from servesim.engine.instance import Instance
+from servesim.engine.scheduler import Scheduler, SchedulerLimits
+from servesim.engine.simulation import Simulation
+from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.memory.kv_cache import KvCache
+from servesim.results.records import InstanceLog, RequestRecord, RunLog
+from servesim.specs.options import RuntimeOptions
 
 if TYPE_CHECKING:
-    from serving.engine.batch import Batch
-    from serving.workload.request import Workload
+    from servesim.engine.batch import Batch
+    from servesim.workload.request import Workload
     from tests.golden.golden_file import Golden
 
 

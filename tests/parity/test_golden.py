@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 
-from serving.bench.scheduler_log import SchedulerLog, differences
+from servesim.bench.scheduler_log import SchedulerLog, differences
 from tests.golden.golden_file import Golden, golden_names, read_golden
 from tests.parity.replay import logged, replay, replay_in_jumps
 

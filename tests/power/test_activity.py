@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.power.activity import Spans, States, moved_within, states
+from servesim.power.activity import Spans, States, moved_within, states
 
 
 def spans(*pairs: tuple[int, int]) -> Spans:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from serving.power.node import NodeActivity, NpuActivity, node_energy
-from serving.power.quantities import AJ, joules, mean_watts, nanowatts, transfer_aj
-from serving.specs.power import PowerSpec
+from servesim.power.node import NodeActivity, NpuActivity, node_energy
+from servesim.power.quantities import AJ, joules, mean_watts, nanowatts, transfer_aj
+from servesim.specs.power import PowerSpec
 from tests.power.test_activity import spans
 
 S = 10**9

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from serving.power.traffic import (
+from servesim.power.traffic import (
     all_reduce_bytes_per_token,
     expert_bytes_per_token,
     link_bytes_per_token,
     stage_bytes_per_token,
 )
-from serving.specs.cluster import InstanceSpec
-from serving.specs.model import load_model
+from servesim.specs.cluster import InstanceSpec
+from servesim.specs.model import load_model
 from tests.specs.clusters import instance
 
 LLAMA = load_model("meta-llama/Llama-3.1-8B")  # hidden 4096, 32 layers

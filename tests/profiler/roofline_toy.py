@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from serving.profiler.job import ProfileJob
-from serving.profiler.roofline.efficiency import Efficiency
-from serving.profiler.roofline.formulas import Accelerator
-from serving.specs.architecture import load_architecture
-from serving.specs.hardware import HardwareSpec
-from serving.specs.model import ModelSpec, load_model
+from servesim.profiler.job import ProfileJob
+from servesim.profiler.roofline.efficiency import Efficiency
+from servesim.profiler.roofline.formulas import Accelerator
+from servesim.specs.architecture import load_architecture
+from servesim.specs.hardware import HardwareSpec
+from servesim.specs.model import ModelSpec, load_model
 
 PERFECT = Efficiency(
     product_start_us=0.0,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from serving.profiler.silicon.attention import AttentionShape, AttentionTimes
-from serving.profiler.silicon.tables import Gpu, KernelTable
+from servesim.profiler.silicon.attention import AttentionShape, AttentionTimes
+from servesim.profiler.silicon.tables import Gpu, KernelTable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

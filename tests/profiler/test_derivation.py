@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serving.latency.bundle import load_bundle
-from serving.latency.missing import missing_bundles_from
-from serving.profiler import derivation, on_demand, roofline, silicon
-from serving.profiler.bundle_writer import write_bundle
-from serving.profiler.derivation import outdated
-from serving.profiler.roofline.build import build_bundle
-from serving.specs.reading import read_yaml_object
+from servesim.cost.bundle import load_bundle
+from servesim.cost.missing import missing_bundles_from
+from servesim.profiler import derivation, on_demand, roofline, silicon
+from servesim.profiler.bundle_writer import write_bundle
+from servesim.profiler.derivation import outdated
+from servesim.profiler.roofline.build import build_bundle
+from servesim.specs.reading import read_yaml_object
 from tests.profiler.roofline_toy import PERFECT, job
 from tests.profiler.silicon_data import needs_silicon, toy_attention
 
@@ -31,7 +31,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "home").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr("serving.specs.paths.user_data_dir", lambda: tmp_path / "home")
+    monkeypatch.setattr("servesim.specs.paths.user_data_dir", lambda: tmp_path / "home")
     monkeypatch.delenv(on_demand.SWITCH, raising=False)
     monkeypatch.setattr(on_demand, "LIMITS", {"max_num_batched_tokens": 64, "max_num_seqs": 16, "max_kv": 64})
     return tmp_path / "home"
@@ -153,7 +153,7 @@ def test_a_bundle_that_the_user_made_is_left_alone_and_told(home: Path) -> None:
 
 
 def test_the_commands_look_at_what_they_read(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from serving.cli.on_demand import bundles_on_demand
+    from servesim.cli.on_demand import bundles_on_demand
 
     _shipped_like(home, derivation=0)
     with bundles_on_demand(True):
@@ -164,7 +164,7 @@ def test_the_commands_look_at_what_they_read(home: Path, caplog: pytest.LogCaptu
 def test_bundles_elsewhere_are_their_owners_business(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _shipped_like(home, derivation=0)
     monkeypatch.chdir(home)
-    monkeypatch.setattr("serving.specs.paths.user_data_dir", lambda: home / "none")
+    monkeypatch.setattr("servesim.specs.paths.user_data_dir", lambda: home / "none")
     assert _read() == ([], [])
 
 
@@ -197,12 +197,12 @@ def test_a_degree_added_to_an_old_bundle_renews_the_others(home: Path) -> None:
 
 @needs_silicon
 def test_what_is_no_longer_covered_is_kept_and_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from serving.errors import InputError
+    from servesim.errors import InputError
 
     def refuse(_: object) -> None:
         raise InputError("not measured any more\nand more lines")
 
-    monkeypatch.setattr("serving.profiler.silicon.build.build_bundle", refuse)
+    monkeypatch.setattr("servesim.profiler.silicon.build.build_bundle", refuse)
     _shipped_like(home, source="silicon", derivation=0, made_on_demand=True)
     told, (warning,) = _read()
     assert told == []

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from serving.errors import MissingFileError
-from serving.latency.bundle import Bundle
-from serving.profiler.bundle_writer import write_bundle
-from serving.profiler.difference import differences
-from serving.profiler.inspection import degrees, open_bundle, overview, some
-from serving.profiler.roofline.build import build_bundle
+from servesim.cost.bundle import Bundle
+from servesim.errors import MissingFileError
+from servesim.profiler.bundle_writer import write_bundle
+from servesim.profiler.difference import differences
+from servesim.profiler.inspection import degrees, open_bundle, overview, some
+from servesim.profiler.roofline.build import build_bundle
 from tests.profiler.roofline_toy import PERFECT, job
 
 MOE = "Qwen/Qwen3-30B-A3B-Instruct-2507"

@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.profiler.grids import attention_grid, chunk_grid, doubling, refined, token_grid
-from serving.profiler.silicon.gemm import tile_edge
+from servesim.profiler.grids import attention_grid, chunk_grid, doubling, refined, token_grid
+from servesim.profiler.silicon.gemm import tile_edge
 
 
 def test_doubling_always_ends_with_its_last_value() -> None:

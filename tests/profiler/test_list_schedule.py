@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.profiler.silicon.list_schedule import repeated_makespan_us, shared_stream_us
+from servesim.profiler.silicon.list_schedule import repeated_makespan_us, shared_stream_us
 
 
 def test_each_block_goes_to_the_first_free_sm() -> None:

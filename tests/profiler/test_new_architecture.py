@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import serving
-from serving.__main__ import main
-from serving.specs.architecture import load_architecture
-from serving.specs.model import load_model
+import servesim
+from servesim.__main__ import main
+from servesim.specs.architecture import load_architecture
+from servesim.specs.model import load_model
 
 ARCHITECTURE = """\
 model_type: plainlm
@@ -70,9 +70,9 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def profile_and_run(model: str) -> serving.Result:
+def profile_and_run(model: str) -> servesim.Result:
     assert main(["profile", model, "--hardware", "NPU-X", "--source", "roofline"]) == 0
-    return serving.simulate(cluster(model), num_reqs=5)
+    return servesim.simulate(cluster(model), num_reqs=5)
 
 
 def test_an_invented_architecture_runs_from_its_two_files(working_folder: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serving.errors import InputError
-from serving.profiler import on_demand
+from servesim.errors import InputError
+from servesim.profiler import on_demand
 from tests.profiler.silicon_data import needs_silicon
 
 LLAMA, MOE = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B-Instruct-2507"
@@ -17,7 +17,7 @@ LLAMA, MOE = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B-Instruct-2507"
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's data folder; making on demand is on, whatever the tests' environment says."""
-    monkeypatch.setattr("serving.specs.paths.user_data_dir", lambda: tmp_path)
+    monkeypatch.setattr("servesim.specs.paths.user_data_dir", lambda: tmp_path)
     monkeypatch.delenv(on_demand.SWITCH, raising=False)
     monkeypatch.setattr(on_demand, "LIMITS", {"max_num_batched_tokens": 64, "max_num_seqs": 16, "max_kv": 64})
     return tmp_path

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from serving.profiler.provenance import attention_axes, profiled
-from serving.profiler.roofline.build import build_bundle
-from serving.profiler.silicon.provenance import Sources
-from serving.profiler.silicon.provenance import describe as describe_silicon
+from servesim.profiler.provenance import attention_axes, profiled
+from servesim.profiler.roofline.build import build_bundle
+from servesim.profiler.silicon.provenance import Sources
+from servesim.profiler.silicon.provenance import describe as describe_silicon
 from tests.profiler.roofline_toy import job
 from tests.profiler.silicon_data import TOY, needs_silicon, toy_attention
 from tests.profiler.silicon_data import table as kernel_table

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.errors import InputError, NotSupportedError
-from serving.latency.bundle import load_bundle
-from serving.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
-from serving.profiler.roofline.build import build_bundle
-from serving.profiler.roofline.layers import BY_NAME, layer_kind
-from serving.profiler.shapes import block_windows
-from serving.specs.architecture import LayerEntry, load_architecture
-from serving.specs.model import known_models, load_model
+from servesim.cost.bundle import load_bundle
+from servesim.errors import InputError, NotSupportedError
+from servesim.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
+from servesim.profiler.roofline.build import build_bundle
+from servesim.profiler.roofline.layers import BY_NAME, layer_kind
+from servesim.profiler.shapes import block_windows
+from servesim.specs.architecture import LayerEntry, load_architecture
+from servesim.specs.model import known_models, load_model
 from tests.profiler.roofline_toy import PERFECT, TOY_HARDWARE, job
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.errors import InputError
-from serving.profiler.roofline.efficiency import (
+from servesim.errors import InputError
+from servesim.profiler.roofline.efficiency import (
     Efficiency,
     efficiency_of,
     fits,
@@ -19,7 +19,7 @@ from serving.profiler.roofline.efficiency import (
     typical,
     with_overrides,
 )
-from serving.profiler.roofline.formulas import (
+from servesim.profiler.roofline.formulas import (
     AttentionShape,
     ExpertShape,
     accelerator,
@@ -31,7 +31,7 @@ from serving.profiler.roofline.formulas import (
     prefill_us,
     product_us,
 )
-from serving.specs.hardware import HardwareSpec, RooflineSpec, load_hardware
+from servesim.specs.hardware import HardwareSpec, RooflineSpec, load_hardware
 from tests.profiler.roofline_toy import PERFECT, TOY, TOY_HARDWARE, toy
 
 SHAPE = AttentionShape(heads=8, kv_heads=2, head_dim=64, kv_bytes=2)

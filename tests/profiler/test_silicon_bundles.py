@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import yaml
 
-from serving.__main__ import main
-from serving.errors import InputError, NotSupportedError
-from serving.latency.tables import densify
-from serving.profiler import grids
-from serving.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
-from serving.profiler.job import ProfileJob
-from serving.specs.architecture import load_architecture
-from serving.specs.hardware import load_hardware
-from serving.specs.model import load_model
+from servesim.__main__ import main
+from servesim.cost.tables import densify
+from servesim.errors import InputError, NotSupportedError
+from servesim.profiler import grids
+from servesim.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
+from servesim.profiler.job import ProfileJob
+from servesim.specs.architecture import load_architecture
+from servesim.specs.hardware import load_hardware
+from servesim.specs.model import load_model
 from tests.profiler.silicon_data import needs_silicon
 
 SHIPPED = Path(__file__).resolve().parents[2] / "profiler" / "perf" / "RTXPRO6000"
@@ -47,8 +47,8 @@ def _job(model: str, dtype: str, kv_cache_dtype: str, tp: int) -> ProfileJob:
     ("dtype", "kv", "variant"), [("bfloat16", "fp8", "bf16-kvfp8"), ("fp8", "fp8", "fp8-kvfp8")]
 )
 def test_a_shipped_bundle_can_be_made_again_byte_for_byte(dtype: str, kv: str, variant: str) -> None:
-    from serving.profiler.silicon.build import build_bundle
-    from serving.profiler.silicon.tables import package_version
+    from servesim.profiler.silicon.build import build_bundle
+    from servesim.profiler.silicon.tables import package_version
 
     shipped = SHIPPED / MOE / variant
     made_with = yaml.safe_load((shipped / "meta.yaml").read_text(encoding="utf-8"))["data_version"]
@@ -113,8 +113,8 @@ def test_popular_accelerators_come_with_bundles(
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8"])
 def test_linear_interpolation_between_grid_points_stays_true(kv_dtype: str) -> None:
     """Decodes and prefills at random points against the formulas; the median error is under 1 %."""
-    from serving.profiler.silicon.attention import AttentionShape, attention_times
-    from serving.profiler.silicon.gpus import silicon_gpu
+    from servesim.profiler.silicon.attention import AttentionShape, attention_times
+    from servesim.profiler.silicon.gpus import silicon_gpu
 
     times = attention_times(silicon_gpu(load_hardware("RTXPRO6000")), AttentionShape(8, 2, 128, kv_dtype))
     grid = grids.attention_grid(8192, 1024, 131072, lambda chunk: times.prefill_us(chunk, 8192))
@@ -158,16 +158,16 @@ def test_without_the_extra_the_command_says_how_to_get_it(
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("serving.profiler.silicon.tables.importlib.metadata.version", missing)
+    monkeypatch.setattr("servesim.profiler.silicon.tables.importlib.metadata.version", missing)
     status = main(["profile", MOE, "--hardware", "RTXPRO6000", "--output-root", str(tmp_path)])
     assert status == 2
     assert "pip install 'servesim[silicon]'" in capsys.readouterr().err
 
 
 def test_a_hardware_without_measurements_is_an_error_that_names_the_field() -> None:
-    from serving.profiler.silicon.gpus import silicon_gpu
+    from servesim.profiler.silicon.gpus import silicon_gpu
 
-    importlib.import_module("serving.profiler.silicon.tables")
+    importlib.import_module("servesim.profiler.silicon.tables")
     with pytest.raises(InputError, match="silicon"):
         silicon_gpu(load_hardware("NoSuchHardware"))
 
@@ -195,20 +195,20 @@ def test_a_degree_is_not_lost_unasked(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("tp", ["", "0", "1,x", "-2"])
 def test_a_bad_degree_is_an_error(tp: str) -> None:
-    from serving.cli.profile import parse_degrees
+    from servesim.cli.profile import parse_degrees
 
     with pytest.raises(InputError, match="--tp"):
         parse_degrees(tp)
 
 
 def test_degrees_are_sorted_and_distinct() -> None:
-    from serving.cli.profile import parse_degrees
+    from servesim.cli.profile import parse_degrees
 
     assert parse_degrees("4, 1 2,2") == (1, 2, 4)
 
 
 def test_models_with_compressed_attention_are_refused() -> None:
-    from serving.profiler.silicon.build import build_bundle
+    from servesim.profiler.silicon.build import build_bundle
 
     model = SimpleNamespace(name="org/mla", kv_lora_rank=512)
     job = SimpleNamespace(model=model)
@@ -232,8 +232,8 @@ def test_block_scaled_products_say_that_they_read_slow(tmp_path: Path) -> None:
 
 @needs_silicon
 def test_measured_collectives_say_what_they_were_measured_over() -> None:
-    from serving.profiler.silicon import comm
-    from serving.profiler.silicon.gpus import silicon_gpu
+    from servesim.profiler.silicon import comm
+    from servesim.profiler.silicon.gpus import silicon_gpu
 
     pcie, nvlink = (silicon_gpu(load_hardware(name)) for name in ("RTXPRO6000", "H100"))
     assert (comm.link_of(pcie), comm.link_of(nvlink)) == ("pcie", "nvlink")
@@ -243,14 +243,14 @@ def test_measured_collectives_say_what_they_were_measured_over() -> None:
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
-    from serving.profiler.shapes import rank_shapes
+    from servesim.profiler.shapes import rank_shapes
 
     with pytest.raises(InputError, match="32 attention heads cannot be split over tp 3"):
         rank_shapes(load_model(MODELS[0]), 3)
 
 
 def test_replicated_kv_heads_keep_at_least_one() -> None:
-    from serving.profiler.shapes import rank_shapes
+    from servesim.profiler.shapes import rank_shapes
 
     shapes = rank_shapes(load_model(MOE), 8)
     assert (shapes.heads, shapes.kv_heads) == (4, 1)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from serving.errors import InputError
-from serving.profiler.silicon.attention import AttentionShape
-from serving.profiler.silicon.gemm import SQUARE, waves
-from serving.profiler.silicon.head_shapes import neighbours, rows_for
-from serving.profiler.silicon.list_schedule import repeated_makespan_us
-from serving.profiler.silicon.moe import ROUTER_US, START_US, MoeTimes
+from servesim.errors import InputError
+from servesim.profiler.silicon.attention import AttentionShape
+from servesim.profiler.silicon.gemm import SQUARE, waves
+from servesim.profiler.silicon.head_shapes import neighbours, rows_for
+from servesim.profiler.silicon.list_schedule import repeated_makespan_us
+from servesim.profiler.silicon.moe import ROUTER_US, START_US, MoeTimes
 from tests.profiler.silicon_data import TOY, needs_silicon, table, toy_attention
 
 GPUS = ("H100", "H200", "B200", "B300", "GB200", "GB300", "L40S", "A100", "B60", "RTXPRO6000")
@@ -115,11 +115,11 @@ def test_experts_in_a_format_nobody_measured_are_refused() -> None:
 @needs_silicon
 @pytest.mark.parametrize("hardware", GPUS)
 def test_every_gpu_makes_small_bundles_of_dense_and_expert_models(hardware: str) -> None:
-    from serving.profiler.job import ProfileJob
-    from serving.profiler.silicon.build import build_bundle
-    from serving.specs.architecture import load_architecture
-    from serving.specs.hardware import load_hardware
-    from serving.specs.model import load_model
+    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.silicon.build import build_bundle
+    from servesim.specs.architecture import load_architecture
+    from servesim.specs.hardware import load_hardware
+    from servesim.specs.model import load_model
 
     for name in ("meta-llama/Llama-3.1-8B", "Qwen/Qwen3-14B", "microsoft/Phi-mini-MoE-instruct"):
         model = load_model(name)
@@ -135,9 +135,9 @@ def test_every_gpu_makes_small_bundles_of_dense_and_expert_models(hardware: str)
 
 @needs_silicon
 def test_an_absent_head_count_is_told_as_derived() -> None:
-    from serving.profiler.silicon.attention import attention_times
-    from serving.profiler.silicon.gpus import silicon_gpu
-    from serving.specs.hardware import load_hardware
+    from servesim.profiler.silicon.attention import attention_times
+    from servesim.profiler.silicon.gpus import silicon_gpu
+    from servesim.specs.hardware import load_hardware
 
     gpu = silicon_gpu(load_hardware("A100"))
     low, own, high = (

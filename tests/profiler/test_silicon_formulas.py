@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from serving.errors import InputError
-from serving.profiler.silicon.elementwise import head_norm_us, moved_us
-from serving.profiler.silicon.gemm import LAUNCH_US, GemmTimes, tile_edge
-from serving.profiler.silicon.moe import ROUTER_US, START_US, MoeTimes
-from serving.profiler.silicon.skew import SkewModel, num_splits, unequal_lengths
+from servesim.errors import InputError
+from servesim.profiler.silicon.elementwise import head_norm_us, moved_us
+from servesim.profiler.silicon.gemm import LAUNCH_US, GemmTimes, tile_edge
+from servesim.profiler.silicon.moe import ROUTER_US, START_US, MoeTimes
+from servesim.profiler.silicon.skew import SkewModel, num_splits, unequal_lengths
 from tests.profiler.silicon_data import TOY, table, toy_attention
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from serving.profiler.bundle_writer import write_bundle
-from serving.profiler.roofline.build import build_bundle
-from serving.profiler.support import LETTERS, answer, command_for, way
-from serving.specs.hardware import HardwareSpec
+from servesim.profiler.bundle_writer import write_bundle
+from servesim.profiler.roofline.build import build_bundle
+from servesim.profiler.support import LETTERS, answer, command_for, way
+from servesim.specs.hardware import HardwareSpec
 from tests.profiler.roofline_toy import TOY_HARDWARE, job
 
 ASKED = {"tokens": 128, "sequences": 16, "decode KV": 4096}

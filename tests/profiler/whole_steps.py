@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from serving.latency.bundle import Bundle
-from serving.latency.stage import whole_model
-from serving.latency.step_terms import stage_terms
-from serving.latency.step_timer import StepTimer
-from serving.specs.architecture import load_architecture
-from serving.specs.hardware import EngineSpec
-from serving.specs.model import load_model
-from serving.specs.reading import read_yaml_object
+from servesim.cost.bundle import Bundle
+from servesim.cost.stage import whole_model
+from servesim.cost.step_terms import stage_terms
+from servesim.cost.step_timer import StepTimer
+from servesim.specs.architecture import load_architecture
+from servesim.specs.hardware import EngineSpec
+from servesim.specs.model import load_model
+from servesim.specs.reading import read_yaml_object
 from tests.recorded import recorded_path
 
 HARDWARE = "RTXPRO6000"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.errors import InputError, RunError
-from serving.results.atomic import atomic_write, check_writable
+from servesim.errors import InputError, RunError
+from servesim.results.atomic import atomic_write, check_writable
 
 
 def test_the_old_file_survives_a_failure_half_way(tmp_path: Path) -> None:

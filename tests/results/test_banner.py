@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from serving.results.banner import banner, kv_cache_line
-from serving.results.closing import closing
-from serving.specs.options import RuntimeOptions
+from servesim.results.banner import banner, kv_cache_line
+from servesim.results.closing import closing
+from servesim.specs.options import RuntimeOptions
 from tests.hand_made import GIB, capacity, instance, instance_options, two_requests
 
 

@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import serving
-from serving.errors import InputError
-from serving.explore.compare import Comparison
-from serving.power.quantities import AJ
-from serving.results.closing import closing
-from serving.results.energy import MOST_INTERVALS, energy_line, node_meters
-from serving.results.heartbeat import Heartbeat
-from serving.results.records import InstanceLog, RunLog, TierMemory
-from serving.results.result import Result
-from serving.specs.cluster import ClusterSpec, load_cluster
-from serving.specs.cluster_checks import check_cluster
-from serving.specs.options import RuntimeOptions
-from serving.workload.request import Request, Workload
+import servesim
+from servesim.errors import InputError
+from servesim.explore.compare import Comparison
+from servesim.power.quantities import AJ
+from servesim.results.closing import closing
+from servesim.results.energy import MOST_INTERVALS, energy_line, node_meters
+from servesim.results.heartbeat import Heartbeat
+from servesim.results.records import InstanceLog, RunLog, TierMemory
+from servesim.results.result import Result
+from servesim.specs.cluster import ClusterSpec, load_cluster
+from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.options import RuntimeOptions
+from servesim.workload.request import Request, Workload
 from tests.hand_made import MS, add_step, instance_options, record
 from tests.hand_made import instance as log_of
 from tests.specs.clusters import cluster, instance, node
@@ -315,12 +315,12 @@ def test_the_timeline_has_a_counter_of_power(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stepped", [False, True])
 def test_the_shipped_node_says_the_same_stepped_or_jumped(stepped: bool) -> None:
     workload = Workload([Request(0, 1000, 200, 0), Request(1, 500, 300, 9 * 10**9)], "two")
-    result = serving.simulate("configs/cluster/single_node_power.json", workload, stepped=stepped)
+    result = servesim.simulate("configs/cluster/single_node_power.json", workload, stepped=stepped)
     energy = result.summary["energy"]
     (npu,) = energy["per_node"][0]["npus"]
     assert npu["active_s"] == pytest.approx(result.summary["instances"][0]["busy_s"], abs=1e-9)
     assert npu["standby_s"] == 5.0
-    reference = serving.simulate("configs/cluster/single_node_power.json", workload).summary["energy"]
+    reference = servesim.simulate("configs/cluster/single_node_power.json", workload).summary["energy"]
     assert energy == reference
 
 

@@ -7,9 +7,9 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.results.heartbeat import Heartbeat
-from serving.results.records import RunLog
-from serving.results.units import si
+from servesim.results.heartbeat import Heartbeat
+from servesim.results.records import RunLog
+from servesim.results.units import si
 from tests.hand_made import MS, add_step, instance, two_requests
 
 DOCUMENTED = re.compile(

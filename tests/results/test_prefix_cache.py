@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from serving.explore.compare import Comparison
-from serving.results.banner import banner
-from serving.results.closing import closing
-from serving.results.heartbeat import Heartbeat
-from serving.results.prefix_cache import prefix_cache_entry
-from serving.results.records import TierMemory
-from serving.results.result import Result
+from servesim.explore.compare import Comparison
+from servesim.results.banner import banner
+from servesim.results.closing import closing
+from servesim.results.heartbeat import Heartbeat
+from servesim.results.prefix_cache import prefix_cache_entry
+from servesim.results.records import TierMemory
+from servesim.results.result import Result
 from tests.hand_made import two_requests
 
 GIB = 1 << 30

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.errors import InputError
-from serving.results import csv as request_file
+from servesim.errors import InputError
+from servesim.results import csv as request_file
 from tests.hand_made import two_requests
 
 HEADER = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from serving.results.closing import closing
-from serving.results.records import RunLog
-from serving.results.result import Result
-from serving.results.saturation import Saturation, saturation
-from serving.workload.request import Request, Workload
+from servesim.results.closing import closing
+from servesim.results.records import RunLog
+from servesim.results.result import Result
+from servesim.results.saturation import Saturation, saturation
+from servesim.workload.request import Request, Workload
 from tests.hand_made import MS, add_step, capacity, instance, instance_options, record, two_requests
 
 

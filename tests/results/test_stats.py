@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.results.stats import describe, weighted_percentiles
+from servesim.results.stats import describe, weighted_percentiles
 
 
 def test_the_median_of_an_even_sample_lies_between_its_middle_values() -> None:

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from serving.results.timeline import save_timeline
+from servesim.results.timeline import save_timeline
 from tests.engine.small_engine import requests, run_small
 
 if TYPE_CHECKING:

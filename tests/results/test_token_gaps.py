@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.results.records import RequestRecord
-from serving.results.token_gaps import GapText, TokenGaps
+from servesim.results.records import RequestRecord
+from servesim.results.token_gaps import GapText, TokenGaps
 from tests.hand_made import MS, two_requests
 
 

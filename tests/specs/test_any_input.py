@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.errors import InputError
-from serving.specs.cluster import load_cluster
-from serving.specs.cluster_checks import check_cluster
-from serving.specs.model import model_from_config
-from serving.specs.options import RuntimeOptions
-from serving.specs.reading import parse_json_object
+from servesim.errors import InputError
+from servesim.specs.cluster import load_cluster
+from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.model import model_from_config
+from servesim.specs.options import RuntimeOptions
+from servesim.specs.reading import parse_json_object
 from tests.specs.clusters import cluster, instance, model_config, node, npu_mem
 
 JUNK = st.recursive(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from serving.errors import InputError
-from serving.specs import paths
-from serving.specs.architecture import load_architecture, read_architecture
+from servesim.errors import InputError
+from servesim.specs import paths
+from servesim.specs.architecture import load_architecture, read_architecture
 
 
 def test_a_llama_block_in_running_order() -> None:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from serving.errors import InputError
-from serving.specs.architecture import load_architecture, read_architecture
-from serving.specs.cluster import load_cluster
-from serving.specs.cluster_checks import check_cluster
-from serving.specs.hardware import load_hardware
-from serving.specs.model import load_model
-from serving.specs.options import RuntimeOptions, add_arguments, from_namespace, resolve
+from servesim.errors import InputError
+from servesim.specs.architecture import load_architecture, read_architecture
+from servesim.specs.cluster import load_cluster
+from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.hardware import load_hardware
+from servesim.specs.model import load_model
+from servesim.specs.options import RuntimeOptions, add_arguments, from_namespace, resolve
 from tests.specs.clusters import cluster, instance, model_config, node, npu_mem, power
 
 if TYPE_CHECKING:

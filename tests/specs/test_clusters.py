@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.errors import InputError
-from serving.specs import paths
-from serving.specs.cluster import ClusterSpec, InstanceSpec, load_cluster
-from serving.specs.cluster_checks import check_cluster
-from serving.specs.options import flag_of, per_instance_fields
-from serving.specs.placement import BlockPlacement
+from servesim.errors import InputError
+from servesim.specs import paths
+from servesim.specs.cluster import ClusterSpec, InstanceSpec, load_cluster
+from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.options import flag_of, per_instance_fields
+from servesim.specs.placement import BlockPlacement
 from tests.recorded import recorded_path
 from tests.specs.clusters import cluster, instance, node
 

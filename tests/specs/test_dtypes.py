@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serving.specs.dtypes import (
+from servesim.specs.dtypes import (
     KV_CACHE_DTYPES,
     WEIGHT_DTYPES,
     dtype_bytes,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from serving.errors import InputError
-from serving.specs import paths
-from serving.specs.hardware import (
+from servesim.errors import InputError
+from servesim.specs import paths
+from servesim.specs.hardware import (
     NO_HOST_TIME,
     EngineSpec,
     HardwareSpec,
@@ -15,7 +15,7 @@ from serving.specs.hardware import (
     load_hardware,
     resolve_engine,
 )
-from serving.specs.validation import validated
+from servesim.specs.validation import validated
 
 
 def test_hardware_without_a_file_is_uncalibrated() -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.errors import MissingFileError
-from serving.specs.architecture import load_architecture
-from serving.specs.model import ModelSpec, known_models, load_model, model_from_config
+from servesim.errors import MissingFileError
+from servesim.specs.architecture import load_architecture
+from servesim.specs.model import ModelSpec, known_models, load_model, model_from_config
 from tests.recorded import recorded_path
 from tests.specs.clusters import model_config
 

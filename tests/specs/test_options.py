@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from serving.specs.cluster import load_cluster
-from serving.specs.flags import flag_name, flag_of
-from serving.specs.model import load_model
-from serving.specs.options import (
+from servesim.specs.cluster import load_cluster
+from servesim.specs.flags import flag_name, flag_of
+from servesim.specs.model import load_model
+from servesim.specs.options import (
     UNLIMITED,
     InstanceOptions,
     RuntimeOptions,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.errors import MissingFileError
-from serving.specs import paths
+from servesim.errors import MissingFileError
+from servesim.specs import paths
 
 SHIPPED = "configs/cluster/single_node_single_instance.json"
 

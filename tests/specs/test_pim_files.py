@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.errors import InputError, MissingFileError
-from serving.specs.pim import load_pim, read_pim
+from servesim.errors import InputError, MissingFileError
+from servesim.specs.pim import load_pim, read_pim
 
 if TYPE_CHECKING:
     from pathlib import Path

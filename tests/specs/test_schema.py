@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from serving.specs import paths
-from serving.specs.cluster import InstanceSpec, NodeSpec
-from serving.specs.dtypes import KV_CACHE_DTYPES
-from serving.specs.schema import SCHEMA_FILE, cluster_schema, main
+from servesim.specs import paths
+from servesim.specs.cluster import InstanceSpec, NodeSpec
+from servesim.specs.dtypes import KV_CACHE_DTYPES
+from servesim.specs.schema import SCHEMA_FILE, cluster_schema, main
 
 
 def outline(schema: dict[str, Any]) -> dict[str, Any]:
@@ -25,9 +25,9 @@ def outline(schema: dict[str, Any]) -> dict[str, Any]:
 def test_the_shipped_schema_is_up_to_date() -> None:
     shipped = json.loads((paths.packaged_data_dir() / SCHEMA_FILE).read_text(encoding="utf-8"))
     made = cluster_schema()
-    assert outline(shipped) == outline(made), "run: python -m serving.specs.schema"
+    assert outline(shipped) == outline(made), "run: python -m servesim.specs.schema"
     if shipped["$comment"] == made["$comment"]:
-        assert shipped == made, "run: python -m serving.specs.schema"
+        assert shipped == made, "run: python -m servesim.specs.schema"
 
 
 def test_the_command_writes_the_schema(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from serving.errors import InputError
-from serving.specs.cluster import ClusterSpec, load_cluster, with_hardware, with_options
-from serving.specs.hardware import load_hardware
-from serving.specs.options import RuntimeOptions
+from servesim.errors import InputError
+from servesim.specs.cluster import ClusterSpec, load_cluster, with_hardware, with_options
+from servesim.specs.hardware import load_hardware
+from servesim.specs.options import RuntimeOptions
 
 TP2 = "configs/cluster/single_node_tp2.json"
 

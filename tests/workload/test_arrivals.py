@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.errors import InputError
-from serving.workload.arrivals import ARRIVALS, arrivals_ns, change_rate
-from serving.workload.request import Request, Workload
+from servesim.errors import InputError
+from servesim.workload.arrivals import ARRIVALS, arrivals_ns, change_rate
+from servesim.workload.request import Request, Workload
 
 SECOND = 1_000_000_000
 

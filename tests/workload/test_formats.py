@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.errors import InputError
-from serving.workload.formats import detect, load_workload
-from serving.workload.hashes import block_ids
+from servesim.errors import InputError
+from servesim.workload.formats import detect, load_workload
+from servesim.workload.hashes import block_ids
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from serving.workload.request import Workload
+    from servesim.workload.request import Workload
 
 
 def from_text(folder: Path, text: str, **options: int | bool | float) -> Workload:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from serving.__main__ import main
-from serving.errors import InputError
-from serving.workload.description import describe, reusable_prompt_tokens
-from serving.workload.distribution import parse_distribution
-from serving.workload.formats import load_workload
-from serving.workload.generators import SynthSpec, json_lines, synthesise
-from serving.workload.hashes import block_ids
+from servesim.__main__ import main
+from servesim.errors import InputError
+from servesim.workload.description import describe, reusable_prompt_tokens
+from servesim.workload.distribution import parse_distribution
+from servesim.workload.formats import load_workload
+from servesim.workload.generators import SynthSpec, json_lines, synthesise
+from servesim.workload.hashes import block_ids
 
 if TYPE_CHECKING:
     from pathlib import Path

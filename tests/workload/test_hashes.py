@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.workload.formats import load_workload
-from serving.workload.hashes import block_ids
-from serving.workload.request import Request, Workload
+from servesim.workload.formats import load_workload
+from servesim.workload.hashes import block_ids
+from servesim.workload.request import Request, Workload
 from tests.recorded import recorded_path
 
 

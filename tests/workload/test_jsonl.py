@@ -12,15 +12,15 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.workload.formats import load_workload
-from serving.workload.generators import json_lines
-from serving.workload.jsonl import load_jsonl
+from servesim.workload.formats import load_workload
+from servesim.workload.generators import json_lines
+from servesim.workload.jsonl import load_jsonl
 from tests.recorded import recorded_path
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from serving.workload.request import Workload
+    from servesim.workload.request import Workload
 
 FLAT = {"input_toks": 5, "output_toks": 3, "arrival_time_ns": 100}
 SESSION = {

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 import zstandard
 
-from serving.errors import InputError, MissingFileError
-from serving.workload.formats import load_workload
+from servesim.errors import InputError, MissingFileError
+from servesim.workload.formats import load_workload
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from serving.__main__ import main
-from serving.errors import InputError
-from serving.workload.description import describe
-from serving.workload.entries import EntryError
-from serving.workload.formats import load_workload
-from serving.workload.sharegpt import first_exchange
+from servesim.__main__ import main
+from servesim.errors import InputError
+from servesim.workload.description import describe
+from servesim.workload.entries import EntryError
+from servesim.workload.formats import load_workload
+from servesim.workload.sharegpt import first_exchange
 
 needs_tokenizers = pytest.mark.skipif(
     find_spec("tokenizers") is None, reason="needs the package tokenizers: pip install 'servesim[tokenizer]'"

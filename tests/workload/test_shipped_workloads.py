@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import serving
-from serving.__main__ import main
-from serving.workload.formats import load_workload
-from serving.workload.hashes import block_ids
+import servesim
+from servesim.__main__ import main
+from servesim.workload.formats import load_workload
+from servesim.workload.hashes import block_ids
 
 FOLDER = Path(__file__).resolve().parents[2] / "workloads"
 COMMANDS = {
@@ -52,12 +52,12 @@ def test_the_example_has_300_requests_with_prefixes_to_share() -> None:
 
 def test_the_sessions_come_back_for_more_than_a_16_bit_kv_cache_holds() -> None:
     workload = load_workload(FOLDER / "agentic_sessions.jsonl.gz")
-    result = serving.simulate(workload=workload, kv_cache_dtype="auto")
+    result = servesim.simulate(workload=workload, kv_cache_dtype="auto")
     capacity = result.summary["kv_cache"]["tokens"]
     last_turns = {request.session_id: request for request in workload}
     assert len(last_turns) == 200
     assert sum(request.input_tokens + request.output_tokens for request in last_turns.values()) > 2 * capacity
-    with_tier = serving.simulate(workload=workload, kv_cache_dtype="auto", prefix_storage="CPU")
+    with_tier = servesim.simulate(workload=workload, kv_cache_dtype="auto", prefix_storage="CPU")
     found, found_with_tier = (int(each.requests["prefix_hit"].sum()) for each in (result, with_tier))
     assert found < 0.7 * found_with_tier
     assert with_tier.requests["storage_hit"].sum() > 0.3 * found_with_tier

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from serving.profiler.job import ProfileJob
-from serving.profiler.measure.grid import SweepGrid
-from serving.specs.architecture import load_architecture
-from serving.specs.hardware import HardwareSpec
-from serving.specs.model import load_model
+from servesim.profiler.job import ProfileJob
+from servesim.profiler.measure.grid import SweepGrid
+from servesim.specs.architecture import load_architecture
+from servesim.specs.hardware import HardwareSpec
+from servesim.specs.model import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from serving.profiler.measure.meter import AttentionBatch
+    from servesim.profiler.measure.meter import AttentionBatch
 
 GRID = SweepGrid(
     64, 8, 256, token_factor=4.0, chunk_factor=4.0, decode_factor=4.0, kv_factor=4.0, skew_factor=8.0

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.profiler.measure.budget import grid_within, ladder
-from serving.profiler.measure.progress import SweepProgress, duration
-from serving.profiler.measure.tasks import CATEGORIES, shots
+from servesim.profiler.measure.budget import grid_within, ladder
+from servesim.profiler.measure.progress import SweepProgress, duration
+from servesim.profiler.measure.tasks import CATEGORIES, shots
 from tests.profiler.measure.fake_meter import FakeMeter, job
 
 if TYPE_CHECKING:
-    from serving.profiler.measure.meter import AttentionBatch
+    from servesim.profiler.measure.meter import AttentionBatch
 
 
 def _shots(grid: object) -> int:
@@ -22,7 +22,7 @@ def _shots(grid: object) -> int:
 
 
 def test_every_rung_of_the_ladder_has_fewer_shots_than_the_one_before() -> None:
-    from serving.profiler.measure.grid import SweepGrid
+    from servesim.profiler.measure.grid import SweepGrid
 
     counts = [_shots(grid) for grid in ladder(SweepGrid())]
     assert counts == sorted(counts, reverse=True)
@@ -30,7 +30,7 @@ def test_every_rung_of_the_ladder_has_fewer_shots_than_the_one_before() -> None:
 
 
 def test_a_slow_device_gets_a_coarser_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    from serving.profiler.measure.grid import SweepGrid
+    from servesim.profiler.measure.grid import SweepGrid
 
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.errors import InputError
-from serving.profiler.measure.grid import SkewShot, SweepGrid, geometric
-from serving.profiler.measure.meter import AttentionBatch
-from serving.specs.model import load_model
+from servesim.errors import InputError
+from servesim.profiler.measure.grid import SkewShot, SweepGrid, geometric
+from servesim.profiler.measure.meter import AttentionBatch
+from servesim.specs.model import load_model
 from tests.recorded import recorded_path
 
 

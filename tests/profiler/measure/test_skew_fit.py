@@ -6,8 +6,8 @@ import csv
 
 import pytest
 
-from serving.profiler.measure.skew_fit import SKEW_HEADER, SkewSample, bucket_of, fit_skew, sample_of
-from serving.specs.reading import read_yaml_object
+from servesim.profiler.measure.skew_fit import SKEW_HEADER, SkewSample, bucket_of, fit_skew, sample_of
+from servesim.specs.reading import read_yaml_object
 from tests.recorded import recorded_path
 
 BUCKET = bucket_of(0, 8, 0.5, 2048, 0)

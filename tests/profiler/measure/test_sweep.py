@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.api import load_cluster
-from serving.errors import InputError, RunError
-from serving.latency.bundle import load_bundle
-from serving.profiler.measure.bundle import measure_bundle
-from serving.profiler.measure.tasks import CATEGORIES
-from serving.profiler.measure.work_folder import MeasureOptions
-from serving.specs.reading import read_yaml_object
+from servesim.api import load_cluster
+from servesim.cost.bundle import load_bundle
+from servesim.errors import InputError, RunError
+from servesim.profiler.measure.bundle import measure_bundle
+from servesim.profiler.measure.tasks import CATEGORIES
+from servesim.profiler.measure.work_folder import MeasureOptions
+from servesim.specs.reading import read_yaml_object
 from tests.profiler.measure.fake_meter import GRID, FakeMeter, PulledPlug, job
 
 if TYPE_CHECKING:
-    from serving.profiler.job import ProfileJob
-    from serving.profiler.measure.sweep import SweepReport
+    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.measure.sweep import SweepReport
 
 ALL = MeasureOptions()
 
@@ -240,9 +240,9 @@ def test_a_time_that_is_none_stops_the_sweep() -> None:
 
 
 def test_a_run_can_use_the_bundle() -> None:
-    from serving.latency.step_timer import build_step_timer
-    from serving.specs.model import load_model
-    from serving.specs.options import RuntimeOptions, resolve
+    from servesim.cost.step_timer import build_step_timer
+    from servesim.specs.model import load_model
+    from servesim.specs.options import RuntimeOptions, resolve
 
     _measure(job(), FakeMeter())
     cluster = load_cluster(

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.errors import InputError
-from serving.profiler.measure.table_file import TableFile
+from servesim.errors import InputError
+from servesim.profiler.measure.table_file import TableFile
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,9 +15,9 @@ import pytest
 
 pytest.importorskip("torch", reason="needs PyTorch: pip install 'servesim[torch]'")
 
-from serving.__main__ import main
-from serving.latency.bundle import load_bundle
-from serving.specs.reading import read_yaml_object
+from servesim.__main__ import main
+from servesim.cost.bundle import load_bundle
+from servesim.specs.reading import read_yaml_object
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,11 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'servesim[torch]'")
 
-from serving.errors import NotSupportedError  # noqa: E402
-from serving.profiler.measure.meter import AttentionBatch  # noqa: E402
-from serving.profiler.shapes import rank_shapes  # noqa: E402
-from serving.profiler.torch_source.device import Calls, Device, open_device  # noqa: E402
-from serving.profiler.torch_source.flashinfer_attention import PAGE, FlashInferAttention  # noqa: E402
+from servesim.errors import NotSupportedError  # noqa: E402
+from servesim.profiler.measure.meter import AttentionBatch  # noqa: E402
+from servesim.profiler.shapes import rank_shapes  # noqa: E402
+from servesim.profiler.torch_source.device import Calls, Device, open_device  # noqa: E402
+from servesim.profiler.torch_source.flashinfer_attention import PAGE, FlashInferAttention  # noqa: E402
 from tests.profiler.measure.fake_meter import job  # noqa: E402
 
 MIB = 1 << 20
@@ -173,7 +173,7 @@ def _flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "flashinfer", fake)
     monkeypatch.setattr(_Wrapper, "planned", [])
-    monkeypatch.setattr("serving.profiler.torch_source.flashinfer_attention._WORKSPACE_BYTES", 16)
+    monkeypatch.setattr("servesim.profiler.torch_source.flashinfer_attention._WORKSPACE_BYTES", 16)
 
 
 @pytest.mark.usefixtures("_flashinfer")

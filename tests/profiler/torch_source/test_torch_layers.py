@@ -6,16 +6,16 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'servesim[torch]'")
 
-from serving.errors import NotSupportedError  # noqa: E402
-from serving.profiler.measure.meter import AttentionBatch  # noqa: E402
-from serving.profiler.shapes import rank_shapes  # noqa: E402
-from serving.profiler.torch_source.device import Calls, Device, open_device, read_smi  # noqa: E402
-from serving.profiler.torch_source.experts import RankExperts, assigned_experts  # noqa: E402
-from serving.profiler.torch_source.flashinfer_attention import Pages, pages_needed  # noqa: E402
-from serving.profiler.torch_source.formats import check_format, product, random_weight  # noqa: E402
-from serving.profiler.torch_source.layers import RankLayers, rotary_table, rotate_heads  # noqa: E402
-from serving.profiler.torch_source.sdpa import SdpaAttention  # noqa: E402
-from serving.profiler.torch_source.source import TorchMeter  # noqa: E402
+from servesim.errors import NotSupportedError  # noqa: E402
+from servesim.profiler.measure.meter import AttentionBatch  # noqa: E402
+from servesim.profiler.shapes import rank_shapes  # noqa: E402
+from servesim.profiler.torch_source.device import Calls, Device, open_device, read_smi  # noqa: E402
+from servesim.profiler.torch_source.experts import RankExperts, assigned_experts  # noqa: E402
+from servesim.profiler.torch_source.flashinfer_attention import Pages, pages_needed  # noqa: E402
+from servesim.profiler.torch_source.formats import check_format, product, random_weight  # noqa: E402
+from servesim.profiler.torch_source.layers import RankLayers, rotary_table, rotate_heads  # noqa: E402
+from servesim.profiler.torch_source.sdpa import SdpaAttention  # noqa: E402
+from servesim.profiler.torch_source.source import TorchMeter  # noqa: E402
 from tests.profiler.measure.fake_meter import job  # noqa: E402
 
 
@@ -59,7 +59,7 @@ def test_a_rank_of_two_has_half_the_width(device: Device, layer: str) -> None:
 
 
 def test_every_layer_of_every_architecture_can_be_built(device: Device) -> None:
-    from serving.specs.architecture import load_architecture
+    from servesim.specs.architecture import load_architecture
 
     layers = RankLayers(device, job(), rank_shapes(job().model, 1))
     for model_type in (
@@ -84,7 +84,7 @@ def _fields(what: object) -> dict[str, object]:
 
 
 def test_a_layer_nobody_knows_is_reported(device: Device) -> None:
-    from serving.specs.architecture import Architecture
+    from servesim.specs.architecture import Architecture
 
     described = job().architecture.model_dump(mode="json", by_alias=True)
     described["catalog"]["dense"]["act_fn"]["class"] = "Wobble"

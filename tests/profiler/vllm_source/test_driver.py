@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from serving.__main__ import main
-from serving.errors import NotSupportedError
-from serving.profiler.vllm_source.source import engine_arguments, require_vllm, version_tuple
+from servesim.__main__ import main
+from servesim.errors import NotSupportedError
+from servesim.profiler.vllm_source.source import engine_arguments, require_vllm, version_tuple
 from tests.profiler.measure.fake_meter import job
 
 

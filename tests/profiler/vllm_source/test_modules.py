@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from serving.errors import InputError
-from serving.profiler.vllm_source.modules import calls_of, layers_of
-from serving.specs.architecture import load_architecture
+from servesim.errors import InputError
+from servesim.profiler.vllm_source.modules import calls_of, layers_of
+from servesim.specs.architecture import load_architecture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

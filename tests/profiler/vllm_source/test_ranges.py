@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from serving.profiler.vllm_source.ranges import LayerRanges, kernel_us
+from servesim.profiler.vllm_source.ranges import LayerRanges, kernel_us
 
 
 def _event(name: str, *children: SimpleNamespace, kernels: tuple[float, ...] = ()) -> SimpleNamespace:
@@ -92,7 +92,7 @@ def test_a_steered_router_touches_exactly_the_experts_asked_for(
     tokens: int, activated: int, top_k: int
 ) -> None:
     torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'servesim[torch]'")
-    from serving.profiler.vllm_source.extension import steered_logits
+    from servesim.profiler.vllm_source.extension import steered_logits
 
     logits = steered_logits(torch.zeros(tokens, 128, dtype=torch.bfloat16), activated, top_k)
     chosen = torch.softmax(logits.float(), dim=-1).topk(top_k).indices

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serving.errors import NotSupportedError
-from serving.profiler.vllm_source.steps import StepMaker, StepRequest, filled, requests_of
+from servesim.errors import NotSupportedError
+from servesim.profiler.vllm_source.steps import StepMaker, StepRequest, filled, requests_of
 
 
 @dataclass

@@ -1,0 +1,277 @@
+"""A run of a real engine, as it was recorded: when each request arrived, was taken in, and had its tokens.
+
+Two forms are read as they are:
+
+- a folder with ``meta.json`` (the engine's arguments), ``requests.jsonl`` (one request a line: lengths,
+  arrival on the wall clock, ``queued_ts``, ``scheduled_ts``, ``first_token_ts`` and ``last_token_ts`` on the
+  engine's clock, in seconds) and, if they are there, ``timeseries.csv`` and ``cluster.json``;
+- the result of ``vllm bench serve --save-result --save-detailed``, stamped by the client
+  (:mod:`servesim.bench.client_recording`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from servesim.errors import InputError, MissingFileError
+from servesim.specs.reading import parse_json_object, read_json_object, read_text
+from servesim.specs.validation import shown
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from servesim.workload.request import Workload
+
+_SECOND = 1e9  # ns
+_LENGTHS = ("input_toks", "output_toks")
+_STAMPS = ("arrival_time", "queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts")
+_TICKS = ("t", "prompt_throughput", "gen_throughput", "running", "waiting")
+_NUMBERED = re.compile(r".*?(\d+)$")
+
+
+@dataclass(slots=True, frozen=True)
+class Ticks:
+    """What the engine said about itself every so often; every array of shape (ticks,)."""
+
+    end_s: NDArray[np.float64]
+    """Seconds since the recording started; a tick covers the time since the one before."""
+    prompt_throughput: NDArray[np.float64]
+    """Prompt tokens per second."""
+    gen_throughput: NDArray[np.float64]
+    """Generated tokens per second."""
+    running: NDArray[np.float64]
+    waiting: NDArray[np.float64]
+
+
+@dataclass(slots=True, frozen=True)
+class Recording:
+    """One recorded run; every array of shape (requests,), times in ns since the recording started."""
+
+    source: Path
+    name: str
+    model: str | None
+    engine: str
+    """What was recorded, for people: ``vLLM 0.19.0``."""
+    arguments: dict[str, Any]
+    """The engine's arguments, under the engine's own names."""
+    input_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+    arrival_ns: NDArray[np.int64]
+    first_token_ns: NDArray[np.int64]
+    last_token_ns: NDArray[np.int64]
+    queued_ns: NDArray[np.int64] | None = None
+    """When the engine took the request in; None: stamped by a client, which cannot see it."""
+    scheduled_ns: NDArray[np.int64] | None = None
+    ticks: Ticks | None = None
+    cluster: Path | None = None
+    """The cluster config recorded with it."""
+
+    def __len__(self) -> int:
+        return len(self.input_tokens)
+
+    def anchor_ns(self, anchor: str) -> NDArray[np.int64]:
+        """The stamps from which TTFT and latency count: ``queued`` or ``arrival``.
+
+        Raises:
+            InputError: the recording has no such stamp.
+        """
+        if anchor == "arrival":
+            return self.arrival_ns
+        if self.queued_ns is None:
+            raise InputError(
+                f"{self.source}: has no stamp of the engine taking a request in, for it was recorded by the "
+                "client; --anchor arrival compares from the arrival"
+            )
+        return self.queued_ns
+
+    @property
+    def anchors(self) -> tuple[str, ...]:
+        """The anchors there are stamps for, the better one first."""
+        return ("arrival",) if self.queued_ns is None else ("queued", "arrival")
+
+    def workload(self) -> Workload:
+        """The requests as they were sent, without token ids: nothing is found in a prefix cache."""
+        from servesim.workload.request import Request, Workload
+
+        columns = zip(
+            self.input_tokens.tolist(), self.output_tokens.tolist(), self.arrival_ns.tolist(), strict=True
+        )
+        return Workload([Request(i, *values) for i, values in enumerate(columns)], str(self.source))
+
+
+def load_recording(path: str | Path) -> Recording:
+    """Read a recording: a folder, its ``meta.json``, or a ``vllm bench serve`` result.
+
+    Raises:
+        InputError: with file, line or field, what was found and what is allowed.
+    """
+    place = Path(path).expanduser()
+    if place.is_file() and place.name != "meta.json":
+        from servesim.bench.client_recording import load_client_recording
+
+        return load_client_recording(place)
+    folder = place.parent if place.is_file() else place
+    if not folder.is_dir():
+        raise MissingFileError(
+            f"{path}: no such recording; a folder with meta.json and requests.jsonl, or a result of "
+            "`vllm bench serve --save-result --save-detailed`, is expected"
+        )
+    return _load_folder(folder)
+
+
+def _load_folder(folder: Path) -> Recording:
+    meta_path = folder / "meta.json"
+    meta = read_json_object(meta_path)
+    arguments = meta.get("engine_kwargs")
+    if not isinstance(arguments, dict):
+        raise InputError(
+            f"{meta_path}: engine_kwargs: {_found(meta, 'engine_kwargs')}; must be an object with the "
+            "engine's arguments"
+        )
+    model = meta.get("model", arguments.get("model"))
+    if not isinstance(model, str) or not model:
+        raise InputError(f"{meta_path}: model: {_found(meta, 'model')}; must be the model's name")
+    lengths, stamps = _read_requests(folder / "requests.jsonl")
+    expected = meta.get("num_requests", len(lengths))
+    if expected != len(lengths):
+        raise InputError(
+            f"{folder / 'requests.jsonl'}: has {len(lengths)} requests, and num_requests of {meta_path.name} "
+            f"is {shown(expected)} (is the file cut short?)"
+        )
+    arrival, queued = stamps[:, 0], stamps[:, 1]
+    start = _start_s(meta, meta_path, arrival)
+    # The two clocks tick alike; the request that travelled fastest shows how far they are apart.
+    engine_start = start + float((queued - arrival).min())
+    on_engine_clock = [_ns(stamps[:, i] - engine_start) for i in range(1, 5)]
+    ticks, cluster = folder / "timeseries.csv", folder / "cluster.json"
+    stamps_of = meta.get("stamps")
+    by_client = isinstance(stamps_of, dict) and stamps_of.get("side") == "client"
+    return Recording(
+        source=folder,
+        name=folder.resolve().name,
+        model=model,
+        engine=(f"vLLM {meta['vllm_version']}" if meta.get("vllm_version") else "unknown engine")
+        + (", stamped by the client" if by_client else ""),
+        arguments=arguments,
+        input_tokens=lengths[:, 0],
+        output_tokens=lengths[:, 1],
+        arrival_ns=_ns(arrival - start),
+        queued_ns=None if by_client else on_engine_clock[0],
+        scheduled_ns=None if by_client else on_engine_clock[1],
+        first_token_ns=on_engine_clock[2],
+        last_token_ns=on_engine_clock[3],
+        ticks=_read_ticks(ticks) if ticks.exists() else None,
+        cluster=cluster if cluster.exists() else None,
+    )
+
+
+def _read_requests(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Lengths (requests, 2) and stamps (requests, 5), in the order of the request ids' numbers."""
+    lengths: list[list[int]] = []
+    stamps: list[list[float]] = []
+    lines_of: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        entry = parse_json_object(line, where)
+        name = str(entry.get("request_id", number))
+        if name in lines_of:
+            raise InputError(f"{where}: request_id {shown(name)} stands on line {lines_of[name]} already")
+        lines_of[name] = number
+        lengths.append([_count(entry, key, where) for key in _LENGTHS])
+        stamps.append([_seconds(entry, key, where) for key in _STAMPS])
+        for (earlier, a), (later, b) in zip(
+            zip(_STAMPS[1:], stamps[-1][1:], strict=True),
+            zip(_STAMPS[2:], stamps[-1][2:], strict=False),
+            strict=False,
+        ):
+            if b < a:
+                raise InputError(f"{where}: {later} {b} is before {earlier} {a}; stamps go forward")
+    if not lengths:
+        raise InputError(f"{path}: has no requests; one JSON object a line is expected")
+    order = _order(list(lines_of))
+    return np.array(lengths, dtype=np.int64)[order], np.array(stamps, dtype=np.float64)[order]
+
+
+def _order(names: list[str]) -> list[int]:
+    """Positions of the requests in the order they had in the workload.
+
+    Ids that end in the numbers 0, 1, … of the workload say it; otherwise the order of the file stands.
+    """
+    found = [_NUMBERED.match(name) for name in names]
+    numbers = [int(match[1]) if match else -1 for match in found]
+    if sorted(numbers) == list(range(len(names))):
+        return sorted(range(len(names)), key=numbers.__getitem__)
+    return list(range(len(names)))
+
+
+def _read_ticks(path: Path) -> Ticks:
+    lines = read_text(path).splitlines()
+    header = [name.strip() for name in lines[0].split(",")] if lines else []
+    missing = [name for name in _TICKS if name not in header]
+    if missing:
+        raise InputError(
+            f"{path}: line 1: column {missing[0]} is missing; the header must have {', '.join(_TICKS)}"
+        )
+    rows: list[list[float]] = []
+    for number, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue
+        fields = line.split(",")
+        try:
+            values = [float(fields[header.index(name)]) for name in _TICKS]
+        except (ValueError, IndexError):
+            values = [math.nan]
+        if not all(math.isfinite(value) and value >= 0 for value in values):
+            raise InputError(
+                f"{path}: line {number}: `{line[:60]}` is not {len(header)} numbers that are >= 0"
+            )
+        if rows and values[0] <= rows[-1][0]:
+            raise InputError(f"{path}: line {number}: t {values[0]:g} is not after the line before")
+        rows.append(values)
+    return Ticks(*np.array(rows, dtype=np.float64).reshape(len(rows), len(_TICKS)).T)
+
+
+def _start_s(meta: dict[str, Any], path: Path, arrival: NDArray[np.float64]) -> float:
+    """When the recording started, on the wall clock: ``started_at`` of meta.json, else the first arrival."""
+    first = float(arrival.min())
+    started = meta.get("started_at")
+    if started is None:
+        return first
+    try:
+        return min(datetime.fromisoformat(str(started)).timestamp(), first)
+    except ValueError:
+        raise InputError(
+            f"{path}: started_at: {shown(started)} is not a time; ISO 8601 is expected, such as "
+            "2026-04-25T18:47:18Z"
+        ) from None
+
+
+def _count(entry: dict[str, Any], key: str, where: str) -> int:
+    value: Any = entry.get(key)
+    if type(value) is not int or not 0 < value < 2**31:
+        raise InputError(f"{where}: {key}: {_found(entry, key)}; must be a whole number > 0")
+    return value
+
+
+def _seconds(entry: dict[str, Any], key: str, where: str) -> float:
+    value: Any = entry.get(key)
+    if type(value) not in (int, float) or not 0 <= value < 1e12:
+        raise InputError(f"{where}: {key}: {_found(entry, key)}; must be seconds >= 0")
+    return float(value)
+
+
+def _found(entry: dict[str, Any], key: str) -> str:
+    return f"{shown(entry[key])} is not allowed" if key in entry else "is missing"
+
+
+def _ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.rint(seconds * _SECOND).astype(np.int64)

@@ -1,0 +1,131 @@
+"""``servesim bench record-scheduler``: drive vLLM's own scheduler over a workload and write its log."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from servesim.bench.record_scheduler import SchedulerSettings
+    from servesim.bench.step_formula import StepFormula
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The action's flags; those of the scheduler are named as for ``servesim run``."""
+    parser.description = (
+        "Drive the scheduler of the installed vLLM over a workload, without GPU or model, and log every "
+        "step: who got how many tokens, who was preempted or finished, free blocks, prefix hits. A step "
+        "takes BASE + TOKEN x tokens + SEQUENCE x requests + CONTEXT x cached tokens."
+    )
+    add = parser.add_argument
+    add("--dataset", required=True, metavar="FILE", help="workload, in any known format")
+    add("--output", required=True, metavar="FILE", help="the log, JSON lines; compressed if it ends in .gz")
+    add("--num-reqs", type=int, default=0, metavar="N", help="entries to load, 0: all (default: 0)")
+    scheduling = parser.add_argument_group("scheduler")
+    add = scheduling.add_argument
+    add("--num-gpu-blocks", type=_positive, required=True, metavar="N", help="KV blocks, null block included")
+    add("--block-size", type=_positive, default=16, metavar="N", help="tokens per block (default: 16)")
+    add("--max-num-seqs", type=_positive, default=128, metavar="N", help="running requests (default: 128)")
+    add(
+        "--max-num-batched-tokens",
+        type=_positive,
+        default=2048,
+        metavar="N",
+        help="token budget of a step (default: 2048)",
+    )
+    add(
+        "--long-prefill-token-threshold",
+        type=int,
+        default=0,
+        metavar="N",
+        help="cap of a step's prefill of one request, 0: off (default: 0)",
+    )
+    add(
+        "--max-model-len",
+        type=int,
+        default=0,
+        metavar="N",
+        help="longest sequence, 0: the longest of the workload (default: 0)",
+    )
+    _add_switch(scheduling, "enable-chunked-prefill", "split prompts over steps")
+    _add_switch(scheduling, "reserve-full-isl", "admit only if the whole prompt fits")
+    _add_switch(scheduling, "enable-prefix-caching", "reuse blocks of equal content")
+    _add_switch(scheduling, "async-scheduling", "two batches in flight")
+    formula = parser.add_argument_group("step time, in microseconds")
+    for name, default, text in (
+        ("base", 9000.0, "of every step"),
+        ("per-token", 25.0, "per scheduled token"),
+        ("per-sequence", 10.0, "per scheduled request"),
+        ("per-context", 0.0, "per token already in the cache of the scheduled requests"),
+    ):
+        formula.add_argument(
+            f"--{name}-us", type=float, default=default, metavar="US", help=f"{text} (default: {default:g})"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record, write the log, and say in one line what is in it."""
+    from servesim.bench.record_scheduler import record_scheduler
+    from servesim.bench.scheduler_log import write_log
+    from servesim.workload.formats import load_workload
+
+    workload = load_workload(args.dataset, num_reqs=args.num_reqs)
+    log = record_scheduler(workload, settings_of(args), formula_of(args))
+    write_log(args.output, log)
+    last_ns = log.steps[-1].end if log.steps else 0
+    print(
+        f"{args.output}: vLLM {log.header['vllm']}, {len(log.requests)} requests, {len(log.steps)} steps, "
+        f"{last_ns / 1e9:.3f} s, {sum(request.preemptions for request in log.requests)} preemptions, "
+        f"{sum(request.hit for request in log.requests)} prompt tokens hit"
+    )
+    return 0
+
+
+def settings_of(args: argparse.Namespace) -> SchedulerSettings:
+    """The scheduler's settings in the arguments."""
+    from dataclasses import fields
+
+    from servesim.bench import record_scheduler
+
+    return record_scheduler.SchedulerSettings(
+        **{item.name: getattr(args, item.name) for item in fields(record_scheduler.SchedulerSettings)}
+    )
+
+
+def formula_of(args: argparse.Namespace) -> StepFormula:
+    """The step formula in the arguments.
+
+    Raises:
+        InputError: a coefficient is negative, or a step would take no time.
+    """
+    from servesim.bench import step_formula
+    from servesim.errors import InputError
+
+    values = (args.base_us, args.per_token_us, args.per_sequence_us, args.per_context_us)
+    given = ", ".join(f"{value:g}" for value in values)
+    formula = step_formula.StepFormula.from_us(*values)
+    if min(values) < 0 or formula.step_ns(1, 1, 0) < 1:
+        raise InputError(
+            "--base-us, --per-token-us, --per-sequence-us, --per-context-us: "
+            f"{given}; none may be negative, and a step has to take time"
+        )
+    return formula
+
+
+def _add_switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    import argparse
+
+    group.add_argument(
+        f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{text} (default: on)"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__ = "positive number"  # argparse names the type in its message

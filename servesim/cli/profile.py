@@ -1,0 +1,199 @@
+"""``servesim profile``: make a profile bundle, the kernel times of a model on a hardware."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from servesim.errors import InputError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from servesim.profiler.bundle_writer import BundleContent
+    from servesim.profiler.job import ProfileJob
+
+SOURCES = {
+    "silicon": "derived from public kernel measurements (pip install 'servesim[silicon]'); needs no GPU",
+    "vllm": "measured layer by layer inside vLLM on this machine's GPU",
+    "torch": "measured with PyTorch kernels on this machine's GPU or CPU",
+    "roofline": "computed from peak rates, for hardware nobody measured",
+}
+MEASURING = ("torch", "vllm")
+"""Sources that need a device; their flags and work are in :mod:`servesim.profiler.measure.command`."""
+EXPERT_LOADS = ("balanced", "power_law_1.01", "power_law_1.2")
+OUTPUT_ROOT = "profiler/perf"
+_HELP = "make a profile bundle: kernel times of a model on a hardware"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its flags."""
+    from servesim.profiler.measure.command import add_arguments as add_measuring_arguments
+    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES
+
+    parser = subparsers.add_parser("profile", help=_HELP, description=_HELP, allow_abbrev=False)
+    add = parser.add_argument
+    add("model", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
+    add("--hardware", required=True, help="names configs/hardware/<name>.yaml and the bundle's folder")
+    sources = "; ".join(f"{name}: {what}" for name, what in SOURCES.items())
+    add("--source", choices=sorted(SOURCES), default="silicon", help=f"{sources} (default: silicon)")
+    add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="KV cache (default: auto)")
+    add("--tp", default="1", metavar="N,N,...", help="tensor-parallel degrees (default: 1)")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        default=2048,
+        metavar="T",
+        help="largest step, in tokens, that the bundle should cover (default: %(default)s)",
+    )
+    add(
+        "--max-num-seqs",
+        type=int,
+        default=256,
+        metavar="S",
+        help="most sequences of a step that the bundle should cover (default: %(default)s)",
+    )
+    add(
+        "--max-kv",
+        type=int,
+        metavar="T",
+        help="longest context that the bundle should cover, in tokens (default: 131072; measured: 16384)",
+    )
+    add(
+        "--collectives",
+        choices=("auto", "measured", "none"),
+        default="auto",
+        help="put all-reduces in comm.csv; a run's cluster decides whether they win over its links "
+        "(default: auto: silicon puts those that were measured, roofline those over NVLink)",
+    )
+    add(
+        "--fp8-scaling",
+        choices=("tensor", "block"),
+        default="tensor",
+        help="silicon: scales of fp8 weights, one per tensor or one per block of 128 x 128 "
+        "(default: %(default)s)",
+    )
+    add(
+        "--expert-load",
+        choices=EXPERT_LOADS,
+        default=EXPERT_LOADS[0],
+        help="silicon: how evenly the gate spreads tokens over experts (default: %(default)s)",
+    )
+    add(
+        "--output-root",
+        default=OUTPUT_ROOT,
+        metavar="FOLDER",
+        help="the bundle goes to FOLDER/<hardware>/<model>/<variant>/ and replaces what is there "
+        "(default: %(default)s)",
+    )
+    add_measuring_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the bundle and say where it is; returns the exit status."""
+    from servesim.profiler.bundle_writer import write_bundle
+
+    if args.source in MEASURING:
+        from servesim.profiler.measure.command import measure
+
+        job = job_of(args)
+        return measure(args, job, bundle_folder(args.output_root, job))
+    job = job_of(args)
+    folder = bundle_folder(args.output_root, job)
+    if not args.force:
+        refuse_to_lose(folder, args.source, job.tp_degrees)
+    content = builder(args.source)(job)
+    write_bundle(folder, content)
+    rows = sum(len(table) for table in content.tables.values())
+    degrees = ", ".join(f"tp{tp}" for tp in job.tp_degrees)
+    print(f"{folder}: {degrees}, {rows} rows ({content.meta['confidence']})")
+    return 0
+
+
+def refuse_to_lose(folder: Path, source: str, degrees: Sequence[int]) -> None:
+    """Keep a bundle that the new one would not fully replace.
+
+    Raises:
+        InputError: the bundle in ``folder`` is from another source, or has degrees beside ``degrees``.
+    """
+    from servesim.specs.reading import read_yaml_object
+
+    meta = folder / "meta.yaml"
+    if not meta.is_file():
+        return
+    there = read_yaml_object(meta).get("source", "vllm")
+    found = {int(tp.name[2:]) for tp in folder.glob("tp*") if tp.name[2:].isdecimal()}
+    lost = sorted(found - set(degrees))
+    if there == source and not lost:
+        return
+    what = (
+        f"it is from source {there}" if there != source else f"tp {', '.join(map(str, lost))} would be lost"
+    )
+    raise InputError(
+        f"{folder}/: there is a bundle already and {what}; give --force to replace it, --output-root to put "
+        "the new one elsewhere, or all degrees in --tp"
+    )
+
+
+def builder(source: str) -> Callable[[ProfileJob], BundleContent]:
+    """What makes the bundle's content for a source that needs no device."""
+    if source == "roofline":
+        from servesim.profiler.roofline.build import build_bundle as from_roofline
+
+        return from_roofline
+    from servesim.profiler.silicon.build import build_bundle as from_silicon
+
+    return from_silicon
+
+
+def job_of(args: argparse.Namespace) -> ProfileJob:
+    """The checked command line.
+
+    Raises:
+        InputError: a number is out of range, or the model or its architecture is unknown.
+    """
+    from servesim.profiler.job import ProfileJob
+    from servesim.specs.architecture import load_architecture
+    from servesim.specs.hardware import load_hardware
+    from servesim.specs.model import load_model
+
+    limits = {"max_num_batched_tokens": 1 << 20, "max_num_seqs": 1 << 16, "max_kv": 1 << 24}
+    if args.max_kv is None:
+        args.max_kv = 16384 if args.source in MEASURING else 131072
+    for name, most in limits.items():
+        given = getattr(args, name)
+        if not 16 <= given <= most:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag}: {given} is not allowed; must be 16 to {most}")
+    model = load_model(args.model)
+    return ProfileJob(
+        model=model,
+        architecture=load_architecture(model.model_type),
+        hardware=load_hardware(args.hardware),
+        dtype=args.dtype or model.torch_dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        tp_degrees=parse_degrees(args.tp),
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=args.max_num_seqs,
+        max_kv=args.max_kv,
+        collectives=args.collectives,
+        fp8_scaling=args.fp8_scaling,
+        expert_load=args.expert_load,
+    )
+
+
+def parse_degrees(text: str) -> tuple[int, ...]:
+    """``1,2,4`` (or separated by spaces) as rising degrees without repeats."""
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() and 1 <= int(word) <= 1024 for word in words):
+        raise InputError(f"--tp: {text!r} is not allowed; give whole numbers such as 1,2,4")
+    return tuple(sorted({int(word) for word in words}))
+
+
+def bundle_folder(root: str, job: ProfileJob) -> Path:
+    """``<root>/<hardware>/<model>/<variant>``."""
+    from pathlib import Path
+
+    return Path(root) / job.hardware.name / job.model.name / job.variant

@@ -1,0 +1,145 @@
+"""``servesim run``: simulate a workload on a cluster, print and save the outcome."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+    from servesim.explore.ensemble import Ensemble
+    from servesim.results.result import Result
+    from servesim.specs.options import RuntimeOptions
+
+_HELP = "simulate a workload on a cluster"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its flags."""
+    from servesim.specs.options import add_arguments
+
+    parser = subparsers.add_parser(
+        "run", help=_HELP, description=_HELP, usage="servesim run [OPTIONS]", allow_abbrev=False
+    )
+    add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, simulate, print, save; returns the exit status."""
+    from servesim.cli.on_demand import bundles_on_demand
+    from servesim.specs.options import from_namespace
+
+    started_s = time.perf_counter()
+    options = with_run_id(from_namespace(args))
+    with bundles_on_demand(options.auto_profile):
+        return simulate_and_save(options, started_s)
+
+
+def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
+    """The run itself; ``started_s`` is where its wall time counts from."""
+    from servesim import api
+    from servesim.cli.messages import set_up_messages
+    from servesim.cli.screen import RunScreen, say
+    from servesim.explore.ensemble import check_ensemble, ensemble_text
+    from servesim.results.closing import closing
+    from servesim.specs.cluster import cluster_of
+
+    set_up_messages(options.log_level)
+    check_ensemble(options)
+    cluster = cluster_of(options)
+    workload = api.read_workload(options)
+    check_outputs(options)
+    screen = RunScreen(options, workload, cluster)
+    try:
+        result = api.simulate(cluster, workload, options.replace(ensemble=0), observer=screen)
+        screen.finish(result.log)
+    finally:
+        screen.close()
+    wall_s = time.perf_counter() - started_s
+    spread = spread_around(result, options) if options.ensemble else None
+    saved = save_outputs(result, options, spread)
+    say(closing(result, wall_s))
+    if spread is not None:
+        say(f"\n{ensemble_text(spread)}")
+    if saved:
+        say(f"written        {', '.join(saved)}")
+    return 0
+
+
+def with_run_id(options: RuntimeOptions) -> RuntimeOptions:
+    """The options with ``{run_id}`` replaced in every output path; a missing run id is made from the time."""
+    paths = {name: getattr(options, name) for name in ("output", "summary", "steps", "timeline")}
+    if not any(path and "{run_id}" in path for path in paths.values()):
+        return options
+    run_id = options.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    return options.replace(**{name: path.replace("{run_id}", run_id) for name, path in paths.items() if path})
+
+
+def check_outputs(options: RuntimeOptions) -> None:
+    """Find out before the run that every output can be written.
+
+    Raises:
+        InputError: a path cannot be written, is an input of the run, or is given twice; or Parquet is wanted
+            and pyarrow missing.
+    """
+    from servesim.errors import InputError
+    from servesim.results.atomic import check_writable
+    from servesim.results.csv import require_parquet
+
+    taken = {
+        os.path.realpath(options.cluster_config): "--cluster-config",
+        os.path.realpath(options.dataset): "--dataset",
+    }
+    for name in ("output", "summary", "steps", "timeline"):
+        path, flag = getattr(options, name), f"--{name}"
+        if path is None:
+            continue
+        if name in ("output", "steps"):
+            require_parquet(path, flag)
+        other = taken.setdefault(os.path.realpath(path), flag)
+        if other != flag and (Path(path).is_file() or not Path(path).exists()):
+            raise InputError(f"{flag} {path}: is the file of {other} too; give another path")
+        check_writable(path, flag)
+
+
+def spread_around(result: Result, options: RuntimeOptions) -> Ensemble:
+    """Repeat the run with noise, counting the runs on a terminal."""
+    from servesim.explore.ensemble import ensemble
+
+    def count(member: int) -> None:
+        print(f"\rnoisy run {member + 1} of {options.ensemble}", end="", file=sys.stderr, flush=True)
+
+    shown = sys.stderr.isatty()
+    try:
+        return ensemble(options=options, nominal=result, before_run=count if shown else None)
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def save_outputs(result: Result, options: RuntimeOptions, spread: Ensemble | None = None) -> list[str]:
+    """Write the files the options ask for; returns their paths."""
+    from servesim.results.csv import rejected_path
+    from servesim.results.summary import save_summary
+
+    saved = []
+    if options.output:
+        result.save(options.output, itl=options.itl)
+        saved.append(options.output)
+        if result.rejected:
+            saved.append(str(rejected_path(options.output)))
+    if options.steps:
+        result.save_steps(options.steps)
+        saved.append(options.steps)
+    if options.timeline:
+        result.save_timeline(options.timeline)
+        saved.append(options.timeline)
+    if options.summary:
+        extra = {} if spread is None else {"ensemble": spread.to_dict()}
+        save_summary({**result.summary, **extra}, options.summary)
+        saved.append(options.summary)
+    return saved

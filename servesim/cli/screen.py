@@ -1,0 +1,67 @@
+"""What a run shows while it goes: the banner, then heartbeat lines or a progress bar."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from servesim.results.banner import banner
+from servesim.results.heartbeat import Heartbeat
+from servesim.results.progress import ProgressBar
+from servesim.results.units import SECOND
+
+if TYPE_CHECKING:
+    from servesim.results.records import RunLog
+    from servesim.specs.cluster import ClusterSpec
+    from servesim.specs.options import RuntimeOptions
+    from servesim.workload.request import Workload
+
+
+def say(text: str) -> None:
+    """Print one text at once; once the reader of stdout has gone, nothing, for the run still matters."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+
+
+class RunScreen:
+    """An observer that prints the banner before the first step, then heartbeat lines or a progress bar."""
+
+    def __init__(self, options: RuntimeOptions, workload: Workload, cluster: ClusterSpec) -> None:
+        self._options = options
+        self._workload = workload
+        self._banner_shown = False
+        interval_ns = max(round(options.log_interval * SECOND), 1)
+        self._bar = None
+        self._heartbeat = None
+        if sys.stdout.isatty() and options.log_level == "WARNING":
+            self._bar = ProgressBar(interval_ns, len(workload), sys.stdout)
+        else:
+            self._heartbeat = Heartbeat(interval_ns, say, cluster)
+        self.next_ns = -1
+        """Asks to be called at the very start, when the instances are set up."""
+
+    def advance(self, now_ns: int, log: RunLog) -> None:
+        """Show what is due by ``now_ns``."""
+        if not self._banner_shown:
+            say(banner(self._options, self._workload, log.instances))
+            self._banner_shown = True
+        following = self._bar or self._heartbeat
+        if following is not None:
+            if now_ns >= following.next_ns:
+                following.advance(now_ns, log)
+            self.next_ns = following.next_ns
+
+    def finish(self, log: RunLog) -> None:
+        """Show what is left at the end of the run."""
+        self.advance(log.end_ns, log)
+        if self._heartbeat is not None:
+            self._heartbeat.finish(log)
+
+    def close(self) -> None:
+        """Leave the terminal tidy, whatever happened."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,217 @@
+"""``servesim support``: is there a bundle, how far does it reach, how far to trust it, how to make one."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from servesim.errors import InputError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from servesim.profiler.support import Answer, FoundBundle
+    from servesim.specs.hardware import HardwareSpec
+
+_HELP = "what can be simulated: bundles that are there, how far to trust them, how to make others"
+_EPILOG = """\
+Exit status 0 when there is a bundle or one can be made on this machine, 1 when neither.
+
+  servesim support meta-llama/Llama-3.1-8B --hardware H100 --kv-cache-dtype fp8
+  servesim support --matrix
+"""
+_OWN_MODELS = "servesim/"
+"""Toy models for measuring on a CPU; the matrix leaves them out."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its flags."""
+    from argparse import RawDescriptionHelpFormatter
+
+    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES
+
+    parser = subparsers.add_parser(
+        "support",
+        help=_HELP,
+        description=_HELP,
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", nargs="?", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
+    add("--hardware", help="names configs/hardware/<name>.yaml and the bundles' folder")
+    add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="KV cache (default: auto)")
+    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel degree (default: 1)")
+    add("--max-num-batched-tokens", type=int, default=2048, metavar="T", help="largest step (default: 2048)")
+    add("--max-num-seqs", type=int, default=128, metavar="S", help="most sequences of a step (default: 128)")
+    add("--max-context", type=int, metavar="T", help="longest context (default: the model's)")
+    add(
+        "--matrix",
+        action="store_true",
+        help="every model on every hardware in four variants; a MODEL or --hardware keeps its row or column",
+    )
+    add("--json", action="store_true", help="print everything as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the answer; returns the exit status."""
+    if args.tp < 1:
+        raise InputError(f"--tp: {args.tp} is not allowed; must be at least 1")
+    if args.matrix:
+        answers = matrix(args)
+    elif args.model is None or args.hardware is None:
+        raise InputError("give a MODEL and --hardware, or --matrix for an overview of all")
+    else:
+        answers = [single(args)]
+    if args.json:
+        print(json_text(answers))
+    elif args.matrix:
+        print(matrix_text(answers))
+    else:
+        print(single_text(answers[0]))
+    return 0 if any(answer.letter != "-" for answer in answers) else 1
+
+
+def single(args: argparse.Namespace) -> Answer:
+    """What there is for the model and hardware of the command line."""
+    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.support import answer
+    from servesim.specs.architecture import load_architecture
+    from servesim.specs.model import load_model
+
+    model = load_model(args.model)
+    job = ProfileJob(
+        model=model,
+        architecture=load_architecture(model.model_type),
+        hardware=known_hardware(args.hardware),
+        dtype=args.dtype or model.torch_dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
+        tp_degrees=(args.tp,),
+    )
+    context = args.max_context or model.max_position_embeddings
+    asked = {
+        "tokens": args.max_num_batched_tokens,
+        "sequences": args.max_num_seqs,
+        "chunk": args.max_num_batched_tokens,
+        "history": context,
+        "decodes": args.max_num_seqs,
+        "decode KV": context,
+    }
+    return answer(job, asked)
+
+
+def known_hardware(name: str) -> HardwareSpec:
+    """The hardware of a file, or one that has bundles.
+
+    Raises:
+        InputError: neither a file nor a bundle knows the name.
+    """
+    from servesim.specs import paths
+    from servesim.specs.hardware import load_hardware
+    from servesim.specs.validation import hint
+
+    files = [path.stem for path in paths.find_all("configs/hardware/*.yaml")]
+    bundles = {path.name for path in paths.find_all("profiler/perf/*")}
+    if name not in files and name not in bundles:
+        raise InputError(
+            f"--hardware: {name!r} has neither configs/hardware/{name}.yaml nor a bundle; "
+            f"{hint(name, sorted({*files, *bundles}))} Any accelerator can be tried by writing such a file"
+        )
+    return load_hardware(name)
+
+
+def matrix(args: argparse.Namespace) -> list[Answer]:
+    """Every model on every hardware file in the four variants, one GPU's kernel tables after the other's."""
+    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.support import VARIANTS, answer
+    from servesim.specs import paths
+    from servesim.specs.architecture import load_architecture
+    from servesim.specs.hardware import load_hardware
+    from servesim.specs.model import known_models, load_model
+
+    names = [args.model] if args.model else [m for m in known_models() if not m.startswith(_OWN_MODELS)]
+    models = [load_model(name) for name in names]
+    files = [path.stem for path in paths.find_all("configs/hardware/*.yaml")]
+    hardware = [known_hardware(args.hardware)] if args.hardware else [load_hardware(name) for name in files]
+    architectures = [load_architecture(model.model_type) for model in models]
+    answers = []
+    for accelerator in hardware:
+        if sys.stderr.isatty():
+            print(f"looking at {accelerator.name} ...", file=sys.stderr)
+        for variant in VARIANTS:
+            for model, architecture in zip(models, architectures, strict=True):
+                job = ProfileJob(model, architecture, accelerator, *variant, (args.tp,))
+                answers.append(answer(job, {}, ways=False))
+    return answers
+
+
+def matrix_text(answers: list[Answer]) -> str:
+    """Models down, hardware across; a cell has one letter for each variant."""
+    from servesim.profiler.support import variant_letters
+    from servesim.results.table import Table
+
+    hardware = list(dict.fromkeys(answer.hardware for answer in answers))
+    models = list(dict.fromkeys(answer.model for answer in answers))
+    cells: dict[tuple[str, str], str] = {}
+    for answer in answers:
+        at = (answer.model, answer.hardware)
+        cells[at] = cells.get(at, "") + answer.letter
+    table = Table(["model", *hardware])
+    table.rows += [[model, *(cells[model, name] for name in hardware)] for model in models]
+    there = sum(answer.letter.isupper() for answer in answers)
+    made = sum(answer.letter.islower() for answer in answers)
+    lines = [
+        table.plain(),
+        "",
+        f"One letter for each of {', '.join(variant_letters())} at tp {answers[0].tp}.",
+        "M measured, S silicon (derived from public kernel measurements), R roofline (computed).",
+        "Capitals: the bundle is there. Small: `servesim profile` makes it in seconds. -: neither.",
+        f"{len(models)} models on {len(hardware)} hardware: {there} bundles there, {made} more can be made.",
+    ]
+    unusable = {way.about for answer in answers for way in answer.ways if "pip install" in way.about}
+    return "\n".join([*lines, *sorted(unusable)])
+
+
+def single_text(answer: Answer) -> str:
+    """The answer in full."""
+    lines = [f"{answer.model} on {answer.hardware}, {answer.variant}, tp {answer.tp}"]
+    if answer.bundle is None:
+        lines.append("bundle        none")
+    else:
+        lines += bundle_lines(answer.bundle)
+    if answer.problem:
+        lines.append(f"problem       {answer.problem}")
+    for way in answer.ways:
+        lines.append(f"{way.source:<12}  {'can be made: ' if way.possible else 'not possible: '}{way.about}")
+        if way.possible:
+            lines.append(f"{'':<14}{way.command}")
+    lines.append(f"{'torch, vllm':<12}  measure on a machine that has it: servesim profile --help")
+    return "\n".join(lines)
+
+
+def bundle_lines(bundle: FoundBundle) -> list[str]:
+    """Where a bundle is from and how far it reaches."""
+    origin = ", ".join(filter(None, [bundle.source, *bundle.versions, bundle.gpu]))
+    lines = [
+        f"bundle        {bundle.folder} ({bundle.place})",
+        f"source        {origin}",
+        f"trust         {bundle.confidence or 'measured; the bundle states no confidence'}",
+        *(f"  {name}: {claim}" for name, claim in bundle.tables.items()),
+        f"degrees       {', '.join(f'tp{tp}' for tp in bundle.degrees)}",
+    ]
+    if bundle.ranges:
+        ranges = ", ".join(f"{name} {first}-{last}" for name, (first, last) in bundle.ranges.items())
+        lines.append(f"ranges        {ranges}")
+        lines.append(f"extrapolated  {', '.join(bundle.extrapolated) or 'nothing of what was asked'}")
+    return lines
+
+
+def json_text(answers: list[Answer]) -> str:
+    """A list of the answers, each with its letter."""
+    import json
+    from dataclasses import asdict
+
+    listed: list[dict[str, Any]] = [{**asdict(answer), "letter": answer.letter} for answer in answers]
+    return json.dumps(listed, indent=1, ensure_ascii=False)

@@ -1,0 +1,187 @@
+"""``servesim workload``: make synthetic workloads, describe workload files, convert other formats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+FORMS = "VALUE, fixed:VALUE, uniform:LOW:HIGH or lognormal:MEAN:STD[:MIN:MAX]"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add ``workload`` with its actions to the command line."""
+    parser = subparsers.add_parser(
+        "workload", help="make, inspect and convert workload files", description=__doc__
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{synth,describe,convert}")
+    _add_synth(actions.add_parser("synth", help="make a workload from distributions and a seed"))
+    _add_describe(
+        actions.add_parser("describe", help="counts, lengths, rate and shareable prefixes of a file")
+    )
+    _add_convert(actions.add_parser("convert", help="write any known format as JSON lines"))
+
+
+def _add_synth(parser: argparse.ArgumentParser) -> None:
+    parser.description = f"Make a workload. LENGTHS and SECONDS are written {FORMS}."
+    add = parser.add_argument
+    add(
+        "--num-reqs",
+        type=int,
+        default=300,
+        metavar="N",
+        help="requests, or sessions with --sessions (default: 300)",
+    )
+    add(
+        "--rate",
+        type=float,
+        default=10.0,
+        metavar="R",
+        help="arrivals per second, inf: all at once (default: 10)",
+    )
+    add(
+        "--arrival",
+        default="poisson",
+        metavar="PROCESS",
+        help="poisson, gamma, uniform or burst (default: poisson)",
+    )
+    add("--cv", type=float, default=2.0, help="coefficient of variation of gamma gaps (default: 2)")
+    add("--burst-size", type=int, default=10, metavar="N", help="requests that arrive together (default: 10)")
+    add(
+        "--input-len",
+        default="lognormal:512:512:4:8192",
+        metavar="LENGTHS",
+        help="prompt tokens after the shared prefix; new tokens of a turn (default: %(default)s)",
+    )
+    add(
+        "--output-len",
+        default="lognormal:256:256:4:4096",
+        metavar="LENGTHS",
+        help="generated tokens (default: %(default)s)",
+    )
+    add("--prefix-groups", type=int, default=0, metavar="G", help="number of shared prefixes (default: 0)")
+    add(
+        "--prefix-len",
+        default="fixed:256",
+        metavar="LENGTHS",
+        help="tokens of each prefix (default: %(default)s)",
+    )
+    add(
+        "--prefix-share",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="share of the requests or sessions that begin with a prefix (default: 1)",
+    )
+    add(
+        "--sessions",
+        action="store_true",
+        help="sessions: each turn's prompt is all that came before in the session, and new tokens",
+    )
+    add("--turns", default="uniform:2:6", metavar="LENGTHS", help="turns of a session (default: %(default)s)")
+    add(
+        "--tool-time",
+        default="lognormal:2:2:0:60",
+        metavar="SECONDS",
+        help="time between a turn's end and the next (default: %(default)s)",
+    )
+    add(
+        "--vocab-size",
+        type=int,
+        default=32_000,
+        metavar="N",
+        help="token ids are below this (default: 32000)",
+    )
+    add("--seed", type=int, default=42, help="the same seed makes the same file (default: 42)")
+    ids = parser.add_mutually_exclusive_group()
+    ids.add_argument("--ids", action="store_true", default=True, help="write token ids (default)")
+    ids.add_argument(
+        "--no-ids", action="store_false", dest="ids", help="no token ids: small file, nothing is shared"
+    )
+    add("--output", required=True, metavar="FILE", help="file to write: .jsonl or .jsonl.gz")
+
+
+def _add_describe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="workload in any known format")
+    parser.add_argument(
+        "--block-size", type=int, default=16, metavar="N", help="tokens per KV block (default: 16)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    _add_loading(parser)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="workload in any known format")
+    parser.add_argument("--output", required=True, metavar="FILE", help="file to write: .jsonl or .jsonl.gz")
+    _add_loading(parser)
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-reqs", type=int, default=0, metavar="N", help="entries to load (default: all)")
+    parser.add_argument("--request-rate", type=float, default=None, metavar="R", help="change the arrivals")
+    parser.add_argument("--lenient", action="store_true", help="leave bad entries out and count them")
+    parser.add_argument("--seed", type=int, default=42, help="for --request-rate (default: 42)")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="for a ShareGPT file: a tokenizer.json, or a folder with one (needs 'servesim[tokenizer]')",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out one action; returns the exit status."""
+    return {"synth": _synth, "describe": _describe, "convert": _convert}[args.action](args)
+
+
+def _synth(args: argparse.Namespace) -> int:
+    from dataclasses import fields
+
+    from servesim.workload.generators import SynthSpec, check_output, synthesise, write_jsonl
+
+    check_output(args.output)
+    spec = SynthSpec(**{field.name: getattr(args, field.name) for field in fields(SynthSpec)})
+    workload = synthesise(spec)
+    write_jsonl(workload, args.output)
+    print(f"{args.output}: {len(workload)} requests, seed {spec.seed}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from servesim.workload.generators import check_output, write_jsonl
+
+    check_output(args.output)
+    workload = _load(args)
+    write_jsonl(workload, args.output)
+    skipped = f", {workload.skipped} entries left out" if workload.skipped else ""
+    print(f"{args.output}: {len(workload)} requests{skipped}")
+    return 0
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from servesim.errors import InputError
+    from servesim.workload.description import describe, description_text
+
+    if args.block_size < 1:
+        raise InputError(f"--block-size: {args.block_size} is not possible; must be >= 1")
+    figures = describe(_load(args), args.block_size)
+    if args.json:
+        import json
+
+        print(json.dumps(figures, indent=2))
+    else:
+        print(description_text(figures))
+    return 0
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from servesim.workload.formats import load_workload
+
+    return load_workload(
+        args.file,
+        num_reqs=args.num_reqs,
+        lenient=args.lenient,
+        request_rate=args.request_rate,
+        seed=args.seed,
+        tokenizer=args.tokenizer,
+    )

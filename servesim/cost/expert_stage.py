@@ -1,0 +1,169 @@
+"""What the expert layers of a pipeline stage take when the experts are spread over ranks.
+
+Every rank of an expert-parallel group holds whole experts. A layer takes as long as its slowest rank does,
+which works on the (token, expert) pairs that routing sends it: counted in tokens of k experts each, so that
+BALANCED over R ranks gives each 1/R of the tokens. Before and after it, members of a data-parallel group
+exchange tokens. Within one member, all tensor-parallel ranks know every token and nothing is exchanged; the
+member's usual all-reduce adds up what its ranks computed.
+"""
+
+from __future__ import annotations
+
+from math import comb
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+
+from servesim.cost.step_terms import ACTIVATION_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from servesim.cost.bundle import RankTables
+    from servesim.cost.moe import MoeTable
+    from servesim.cost.tables import Floats
+    from servesim.network.topology import RankGroup
+    from servesim.specs.model import ModelSpec
+
+
+_ONE_WAY = 2.0
+"""An exchange runs at so many times the bandwidth of an all-reduce, which is what ``link_bw`` was fitted to:
+a recorded run of two ranks that share experts over PCIe is simulated with a TPOT 0.3 to 0.7 % too long with
+2, and 5 % with 1 (Qwen3-30B-A3B, vLLM 0.19, RTX PRO 6000). Measured collectives need no such factor."""
+
+
+class ExpertLoads(NamedTuple):
+    """What routing gives each rank to do, both of shape (layers, ranks)."""
+
+    tokens: Floats
+    """(token, expert) pairs divided by the experts of a token."""
+    activated: Floats
+    """Experts of the rank that at least one token chose."""
+
+
+class ExpertRouting(Protocol):
+    """How tokens choose experts; see :mod:`servesim.engine.experts`."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether loads depend on anything but the number of tokens."""
+
+    def loads(self, tokens: int, layers: Sequence[int], wave: int) -> ExpertLoads:
+        """The loads of ``tokens`` tokens in each of the transformer blocks ``layers``.
+
+        ``wave`` tells one wave from another: the same numbers give the same loads, whatever was asked before.
+        """
+
+
+class TokenExchange:
+    """Dispatch and combine between the members of a data-parallel group, per expert layer."""
+
+    def __init__(self, model: ModelSpec, ranks: int, group: RankGroup, tables: RankTables) -> None:
+        """
+        Args:
+            model: gives the sizes.
+            ranks: of the expert-parallel group; each holds 1/ranks of the experts.
+            group: one rank of each member.
+            tables: measured collectives, which win over the links where the members are on one node.
+        """
+        self._members = group.ranks
+        self._group = group
+        self._tables = tables if sum(count > 1 for _, count in group.spans[1:]) == 0 else None
+        self._row_bytes = model.hidden_size * ACTIVATION_BYTES
+        self._logit_bytes = model.num_experts * ACTIVATION_BYTES
+        elsewhere = model.num_experts - model.num_experts // ranks
+        chosen = model.num_experts_per_tok
+        self._chance = 1.0 - comb(elsewhere, chosen) / comb(model.num_experts, chosen)
+        """That a token has an expert on a given rank."""
+
+    def allgather_reducescatter_ns(self, tokens: int) -> float:
+        """All-gathers of hidden states and of router logits, then a reduce-scatter of hidden states.
+
+        ``tokens``: of the member that has most; the others wait for it.
+        """
+        rows = self._members * tokens
+        dispatch_ns = self._ns("all_gather", rows * self._row_bytes)
+        dispatch_ns += self._ns("all_gather", rows * self._logit_bytes)
+        return dispatch_ns + self._ns("reduce_scatter", rows * self._row_bytes)
+
+    def all_to_all_ns(self, tokens: int) -> float:
+        """Each token travels to the members that have one of its experts, and its results travel back.
+
+        Each rank sends the rank of the same number on every other member the tokens that have an expert
+        there, ``1 - C(E - E/R, k) / C(E, k)`` of them when experts are equally popular.
+        """
+        return 2 * self._ns("all_to_all", self._members * tokens * self._chance * self._row_bytes)
+
+    def _ns(self, collective: str, payload_bytes: float) -> float:
+        measured = self._tables and self._tables.collective(collective, self._members)
+        if measured:
+            return float(measured.at(payload_bytes)[0]) * 1000.0
+        formula = getattr(self._group, f"{collective}_ns")
+        return float(formula(payload_bytes / _ONE_WAY))
+
+
+class ExpertStage:
+    """All expert layers of a stage, for one expert-parallel group."""
+
+    def __init__(
+        self,
+        routing: ExpertRouting,
+        layers: Sequence[int],
+        tables: Sequence[MoeTable],
+        replicas: int,
+        exchange: TokenExchange | None,
+        backend: str,
+        block_copy: bool,
+    ) -> None:
+        """
+        Args:
+            routing: of tokens to the ranks.
+            layers: the stage's transformer blocks that have experts.
+            tables: of every rank.
+            replicas: ranks that hold the same experts and share the tokens.
+            exchange: between members; None: one member holds all experts.
+            backend: the exchange's kind, ``moe_backend`` of the cluster config.
+            block_copy: whether one layer stands for all.
+        """
+        self._routing = routing
+        self._layers = list(layers[:1]) if block_copy else list(layers)
+        self._stands_for = len(layers) if block_copy else 1
+        self._num_layers = len(layers)
+        self._replicas = replicas
+        self._backend = getattr(exchange, f"{backend}_ns") if exchange else None
+        ranks: dict[int, list[int]] = {}
+        for rank, table in enumerate(tables):
+            ranks.setdefault(id(table), []).append(rank)
+        self._tables = [(tables[which[0]], np.array(which)) for which in ranks.values()]
+        self._experts_ns: dict[int, float] = {}
+        self._exchange_ns: dict[int, float] = {}
+
+    def ns(self, total: int, most: int, wave: int) -> float:
+        """ns of all layers for a wave of ``total`` tokens, ``most`` of them on one member."""
+        if not self._num_layers:
+            return 0.0
+        tokens = -(-total // self._replicas)
+        if self._routing.varies:
+            experts_ns = self._slowest_ranks_ns(tokens, wave)
+        else:
+            cached = self._experts_ns.get(tokens)
+            if cached is None:
+                cached = self._experts_ns[tokens] = self._slowest_ranks_ns(tokens, wave)
+            experts_ns = cached
+        if self._backend is None:
+            return experts_ns
+        exchange_ns = self._exchange_ns.get(most)
+        if exchange_ns is None:
+            exchange_ns = self._exchange_ns[most] = self._num_layers * self._backend(most)
+        return experts_ns + exchange_ns
+
+    def _slowest_ranks_ns(self, tokens: int, wave: int) -> float:
+        """Σ over layers of the slowest rank's time."""
+        loads = self._routing.loads(tokens, self._layers, wave)
+        slowest = np.zeros(len(self._layers))
+        for table, ranks in self._tables:
+            asked = loads.tokens[:, ranks], loads.activated[:, ranks]
+            us = table.surface.at(asked[0].ravel(), asked[1].ravel()).reshape(asked[0].shape)
+            us = np.where(asked[0] > 0, us, 0.0)  # a rank that nobody chose has nothing to run
+            slowest = np.maximum(slowest, us.max(axis=1))
+        return float(slowest.sum()) * 1000.0 * self._stands_for

@@ -1,0 +1,265 @@
+"""The parts of a step's time that depend on its token count or its sequence count alone.
+
+Each term knows its µs for an array of counts, how often a step pays it, and where its number comes from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from servesim.cost.tables import Curve, describe_lookup
+from servesim.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from servesim.cost.bundle import RankTables
+    from servesim.cost.moe import MoeTable
+    from servesim.cost.stage import Stage
+    from servesim.cost.tables import Ints
+    from servesim.network.topology import Dimension
+    from servesim.specs.architecture import Architecture
+    from servesim.specs.model import ModelSpec
+
+ACTIVATION_BYTES = 2  # hidden states travel between ranks in 16 bit, whatever the weights are
+TILE_ROWS = 16
+"""Rows that a tensor core multiplies at a time; no matrix product takes fewer (NVIDIA PTX ISA, ``mma``)."""
+_ALL_REDUCE = "all_reduce"
+
+
+class Term(Protocol):
+    """One layer or collective of a step."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def calls(self) -> int:
+        """How often a step runs it."""
+
+    def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        """µs of one call for each token (or sequence) count, shape (counts,)."""
+
+    def origin(self, count: int) -> str:
+        """Where the number for ``count`` comes from, for people."""
+
+
+@dataclass(slots=True, frozen=True)
+class LayerTerm:
+    """A layer with a measured curve over tokens or sequences."""
+
+    name: str
+    calls: int
+    curve: Curve
+    unit: str
+    source: str
+    tiled: bool = False
+    """Whether it is a matrix product over tokens, which computes whole tiles of rows.
+
+    The measured curve then has a step between two of its points; a line through them would give the first
+    rows of a new tile nearly the time of the old one.
+    """
+
+    def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self.curve.at(product_rows(counts) if self.tiled else counts)
+
+    def origin(self, count: int) -> str:
+        rows = int(product_rows(np.array([count]))[0]) if self.tiled else count
+        whole = f", tiles of {TILE_ROWS} rows" if rows != count else ""
+        return f"{describe_lookup(self.curve.points, rows, self.unit)} in {self.source}{whole}"
+
+
+def product_rows(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows that a matrix product computes for ``tokens``: whole tiles; up to a single tile, as measured."""
+    return np.where(tokens > TILE_ROWS, -(-tokens // TILE_ROWS) * TILE_ROWS, tokens)
+
+
+@dataclass(slots=True, frozen=True)
+class MoeTerm:
+    """The expert layer under balanced routing."""
+
+    name: str
+    calls: int
+    table: MoeTable
+    num_experts: int
+    experts_per_token: int
+
+    def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self.table.layer_us(counts, self.num_experts, self.experts_per_token)
+
+    def origin(self, count: int) -> str:
+        tokens, activated = self.table.coordinates(
+            np.array([count]), self.num_experts, self.experts_per_token
+        )
+        where = describe_lookup(self.table.surface.axes[0], float(tokens[0]), "tokens")
+        split = f", equal work of one of {self.table.split} ranks" if self.table.split > 1 else ""
+        return f"{where}, {activated[0]:.1f} experts in {self.table.source}{split}"
+
+
+@dataclass(slots=True, frozen=True)
+class LinkAllReduceTerm:
+    """All-reduce of the hidden states, from the cluster's links."""
+
+    name: str
+    calls: int
+    ranks: int
+    hidden_size: int
+    link: Dimension
+
+    def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        payloads = (counts * (self.hidden_size * ACTIVATION_BYTES)).tolist()
+        return np.array([2 * self.link.pass_ns(self.ranks, payload) / 1000.0 for payload in payloads])
+
+    def origin(self, count: int) -> str:
+        payload = count * self.hidden_size * ACTIVATION_BYTES
+        wiring = self.link.wiring.replace("_", " ")
+        return (
+            f"formula: {wiring} all-reduce of {payload} bytes over {self.ranks} ranks "
+            f"({self.link.describe()})"
+        )
+
+
+@dataclass(slots=True, frozen=True)
+class MeasuredAllReduceTerm:
+    """All-reduce of the hidden states, measured over payload bytes."""
+
+    name: str
+    calls: int
+    hidden_size: int
+    curve: Curve
+    source: str
+
+    def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self.curve.at(counts * (self.hidden_size * ACTIVATION_BYTES))
+
+    def origin(self, count: int) -> str:
+        payload = count * self.hidden_size * ACTIVATION_BYTES
+        return f"{describe_lookup(self.curve.points, payload, 'bytes')} in {self.source}"
+
+
+def total_ns(terms: Sequence[Term], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """ns that a step pays for all terms together, for each count."""
+    total = np.zeros(len(counts))
+    for term in terms:
+        total += term.us(counts) * (1000.0 * term.calls)
+    return total
+
+
+class TermTotals:
+    """What a step pays for a set of terms, by count: computed for a whole range at once, then kept."""
+
+    __slots__ = ("_first", "_ns", "_pad", "_terms")
+
+    def __init__(self, terms: Sequence[Term], first: int, pad: Callable[[Ints], Ints] | None = None) -> None:
+        """
+        Args:
+            terms: what is added up.
+            first: counts covered at first; more are computed when asked for.
+            pad: maps counts to those that are computed in their place.
+        """
+        self._terms = terms
+        self._first = first
+        self._pad = pad
+        self._ns: list[float] = []
+
+    def ns(self, count: int) -> float:
+        """ns that a step of ``count`` tokens (or sequences) pays; 0 for none."""
+        if count >= len(self._ns):
+            counts = np.arange(1, max(self._first, 2 * count if count > self._first else 0) + 1)
+            padded = counts if self._pad is None else self._pad(counts)
+            self._ns = [0.0, *total_ns(self._terms, padded).tolist()]
+        return self._ns[count]
+
+
+@dataclass(slots=True, frozen=True)
+class StageTerms:
+    """Everything but attention that a stage pays for, by what it depends on."""
+
+    blocks: list[Term]
+    """By tokens, in the transformer blocks: dense layers, experts, all-reduces."""
+    once: list[Term]
+    """By tokens, once a step: embedding, final norm."""
+    sequences: list[Term]
+    """By sequences, once a step: output logits, sampling."""
+
+    @property
+    def tokens(self) -> list[Term]:
+        """Everything that goes by tokens: layers in the order they first run, all-reduces last."""
+        reduces = [term for term in self.blocks if term.name == _ALL_REDUCE]
+        return [term for term in self.blocks if term.name != _ALL_REDUCE] + self.once + reduces
+
+
+def stage_terms(
+    architecture: Architecture,
+    stage: Stage,
+    tables: RankTables,
+    tp: int = 1,
+    link: Dimension | None = None,
+    *,
+    experts: bool = True,
+) -> StageTerms:
+    """All layers of a stage but attention; ``experts``: the expert layers among them.
+
+    ``link`` connects the ``tp`` ranks of the instance, a measured all-reduce of the bundle wins; None: no
+    all-reduces.
+
+    Raises:
+        InputError: a layer of the architecture has no rows in the bundle.
+    """
+    model, calls = stage.model, Counter[str]()
+    num_moe = len(stage.expert_blocks)
+    for is_moe, blocks in ((False, stage.num_blocks - num_moe), (True, num_moe)):
+        if blocks:
+            for layer in architecture.block_layers(is_moe):
+                calls[layer] += blocks
+    del calls[architecture.attention_layer]
+    if not experts:
+        calls = Counter({layer: n for layer, n in calls.items() if architecture.kind(layer) != "moe"})
+    in_blocks = [_token_term(layer, n, architecture, model, tables) for layer, n in calls.items()]
+    if tp > 1 and link is not None:
+        in_blocks.append(all_reduce_term(tables, model, tp, link, 2 * stage.num_blocks))
+    outside = [
+        *(architecture.sequence.prologue if stage.is_first else ()),
+        *(architecture.sequence.head if stage.is_last else ()),
+    ]
+    once = Counter(layer for layer in outside if architecture.kind(layer) != "per_sequence")
+    heads = Counter(layer for layer in outside if architecture.kind(layer) == "per_sequence")
+    source = f"{tables.folder.name}/per_sequence.csv"
+    return StageTerms(
+        in_blocks,
+        [_token_term(layer, n, architecture, model, tables) for layer, n in once.items()],
+        [
+            LayerTerm(layer, n, tables.layer("per_sequence", layer), "sequences", source)
+            for layer, n in heads.items()
+        ],
+    )
+
+
+def _token_term(
+    layer: str, calls: int, architecture: Architecture, model: ModelSpec, tables: RankTables
+) -> Term:
+    if architecture.kind(layer) != "moe":
+        source = f"{tables.folder.name}/dense.csv"
+        curve = tables.layer("dense", layer)
+        return LayerTerm(layer, calls, curve, "tokens", source, tiled=architecture.is_product(layer))
+    if tables.moe is None:
+        raise InputError(
+            f"{tables.folder / 'moe.csv'}: no such file, nor one in tp1: layer {layer} of the architecture "
+            "has no rows; profile it again with this layer"
+        )
+    return MoeTerm(layer, calls, tables.moe, model.num_experts, model.num_experts_per_tok)
+
+
+def all_reduce_term(tables: RankTables, model: ModelSpec, ranks: int, link: Dimension, calls: int) -> Term:
+    """The all-reduces of tensor parallelism: measured if the bundle has them, else over ``link``."""
+    measured = tables.collective("all_reduce", ranks)
+    if measured is not None:
+        source = f"{tables.folder.name}/comm.csv"
+        return MeasuredAllReduceTerm(_ALL_REDUCE, calls, model.hidden_size, measured, source)
+    return LinkAllReduceTerm(_ALL_REDUCE, calls, ranks, model.hidden_size, link)

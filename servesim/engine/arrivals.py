@@ -1,0 +1,67 @@
+"""When requests enter the system: at their own time, when a predecessor has ended, or when a place is
+free."""
+
+from __future__ import annotations
+
+from collections import deque
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
+
+from servesim.network.links import NEVER as NEVER
+
+if TYPE_CHECKING:
+    from servesim.workload.request import Workload
+
+
+class Arrivals:
+    """The requests still to come, in order of time and, at equal times, of index.
+
+    A request of a session enters ``tool_ns`` after its predecessor ended. With ``max_concurrency`` (closed
+    loop) a request whose time has come waits outside until fewer than that many are in the system; its
+    arrival is the moment it is let in.
+    """
+
+    def __init__(self, workload: Workload, max_concurrency: int = 0) -> None:
+        self._due = [(r.arrival_ns, r.index) for r in workload if r.predecessor < 0]
+        heapify(self._due)
+        self._tool_ns = [r.tool_ns for r in workload]
+        self._successor = {r.predecessor: r.index for r in workload if r.predecessor >= 0}
+        self._cap = max_concurrency
+        self._inside = 0
+        self._held: deque[int] = deque()
+
+    @property
+    def feedback(self) -> bool:
+        """Whether the end of one request decides when another arrives."""
+        return bool(self._cap or self._successor)
+
+    @property
+    def next_ns(self) -> int:
+        """Time of the next arrival, :data:`NEVER` if none is known yet."""
+        return self._due[0][0] if self._due else NEVER
+
+    def pop(self) -> tuple[int, int] | None:
+        """The next (time, request), or None if it has to wait outside."""
+        time_ns, index = heappop(self._due)
+        if self._cap and self._inside >= self._cap:
+            self._held.append(index)
+            return None
+        self._inside += 1
+        return time_ns, index
+
+    def ended(self, index: int, now_ns: int) -> None:
+        """Tell that a request has left the system, which may release another."""
+        self._inside -= 1
+        successor = self._successor.get(index)
+        if successor is not None:
+            heappush(self._due, (now_ns + self._tool_ns[successor], successor))
+        if self._held:
+            heappush(self._due, (now_ns, self._held.popleft()))
+
+    def drop_successors(self, index: int) -> list[int]:
+        """Remove and return the requests that can never arrive because ``index`` will not run."""
+        dropped = []
+        while (successor := self._successor.pop(index, None)) is not None:
+            dropped.append(successor)
+            index = successor
+        return dropped

@@ -1,0 +1,69 @@
+"""One step's work, reduced to the integers that decide how long it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from servesim.engine.decode_set import DecodeSet
+    from servesim.engine.request_state import RequestState
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one step computes and which requests it finishes. KV lengths are counted before the step, in
+    tokens."""
+
+    step: int
+    """Index of the step in its instance's step log."""
+    end_ns: int = 0
+    lane: DecodeSet | None = None
+    """In a pipeline: the decoding requests that travel with this batch."""
+    landing: Sequence[RequestState] = ()
+    """Requests preempted while this batch, with a token of theirs, was in flight."""
+    chunks: Sequence[tuple[int, int]] = ()
+    """(tokens, history) of every request with more than one scheduled token."""
+    num_decodes: int = 0
+    """Requests with exactly one scheduled token."""
+    kv_sum: int = 0
+    kv_min: int = 0
+    kv_max: int = 0
+    kv_lengths: list[int] | None = None
+    """KV length of every decode, kept only where each matters on its own."""
+    finishing: Sequence[RequestState] = ()
+    """Requests whose last token this step produces."""
+    preempted: Sequence[RequestState] = ()
+    """Requests preempted while the step was scheduled."""
+    hit_tokens: int = 0
+    lookup_tokens: int = 0
+    recalled_tokens: int = 0
+    """Those of ``hit_tokens`` that come from the lower tier."""
+    recalls: Sequence[int] = ()
+    """Bytes that each request admitted in this step needs from the lower tier before the step can run."""
+    entries: list[tuple[int, int]] | None = None
+    """(request, tokens) of everything in the step, kept only when the engine is traced."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not (self.num_decodes or self.chunks)
+
+    def add_request(self, tokens: int, history: int) -> None:
+        """Add ``tokens`` new tokens of a request that has ``history`` computed ones."""
+        if tokens > 1:
+            self.chunks = [*self.chunks, (tokens, history)]
+        else:
+            self.add_decodes(1, history, history, history)
+            if self.kv_lengths is not None:
+                self.kv_lengths.append(history)
+
+    def add_decodes(self, count: int, kv_sum: int, kv_min: int, kv_max: int) -> None:
+        """Add ``count`` requests of one token each."""
+        if self.num_decodes:
+            kv_min, kv_max = min(kv_min, self.kv_min), max(kv_max, self.kv_max)
+        self.kv_min, self.kv_max = kv_min, kv_max
+        self.num_decodes += count
+        self.kv_sum += kv_sum

@@ -1,0 +1,253 @@
+"""Turns a cluster description into instances ready to run."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from typing import TYPE_CHECKING
+
+from servesim.cost.bundle import range_warnings
+from servesim.cost.step_timers import StepTimers
+from servesim.engine.block_tables import BlockTables
+from servesim.engine.decode_set import DecodeSet
+from servesim.engine.hand_over import HandOver, Routes
+from servesim.engine.instance import Instance
+from servesim.engine.lower_tiers import LowerTiers
+from servesim.engine.scheduler import Scheduler, SchedulerLimits
+from servesim.engine.simulation import Simulation
+from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.engine.transfers import Transfers
+from servesim.errors import InputError
+from servesim.memory.kv_cache import KvCache
+from servesim.memory.memory_map import MemoryMap
+from servesim.memory.placement import NPU, evict_place
+from servesim.results.records import InstanceLog
+from servesim.specs.architecture import load_architecture
+from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.options import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from servesim.cost.bundle import Bundle
+    from servesim.cost.offload_timer import Offload
+    from servesim.engine.simulation import Observer
+    from servesim.engine.step_loop import WaveTimes
+    from servesim.results.records import RunLog
+    from servesim.specs.cluster import ClusterSpec
+    from servesim.specs.model import ModelSpec
+    from servesim.specs.options import InstanceOptions, RuntimeOptions
+    from servesim.workload.request import Workload
+
+_ONE_FOR_ALL = ("async_scheduling", "enable_block_copy")
+"""Options that a lock-step group has one of: they say how waves follow each other and what layers share."""
+
+
+def run(
+    cluster: ClusterSpec, workload: Workload, options: RuntimeOptions, observer: Observer | None = None
+) -> RunLog:
+    """Simulate ``workload`` on ``cluster``.
+
+    Raises:
+        InputError: the cluster cannot be built as described.
+        RunError: the run cannot be finished.
+    """
+    return build_simulation(cluster, workload, options).run(observer)
+
+
+def build_simulation(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> Simulation:
+    """The instances of a cluster, with their kernel times loaded and their memory planned.
+
+    Raises:
+        InputError: a bundle is missing or wrong, or something does not fit.
+    """
+    check_requested_models(cluster, workload)
+    builder = Builder(cluster, workload, options)
+    loops = [builder.loop(group) for group in builder.lockstep_groups()]
+    for warning in builder.warnings:
+        logging.getLogger("servesim").warning("%s", warning)
+    return Simulation(
+        loops,
+        workload,
+        options,
+        lane_times=builder.lane_times,
+        transfers=builder.transfers,
+        hand_over=builder.hand_over,
+        route=builder.routes,
+    )
+
+
+class Builder:
+    """Makes the step loops of one run; what instances have in common is made once."""
+
+    def __init__(self, cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> None:
+        self._placed = cluster.instances
+        self._models = check_cluster(cluster)
+        self._resolved = [resolve(options, spec, self._models[spec.model_name]) for _, spec in self._placed]
+        self._memories = MemoryMap(cluster, self._models, self._resolved)
+        self._timers = StepTimers(cluster)
+        self._tables = BlockTables(workload)
+        self._options = options
+        self._tiers = LowerTiers(cluster, options, self._memories)
+        separate = any(spec.pd_type for _, spec in self._placed)
+        evicting = any(
+            evict_place(spec, self._models[spec.model_name], f"instance {index}") != NPU
+            for index, (_, spec) in enumerate(self._placed)
+        )
+        self.transfers = Transfers() if separate or evicting or options.prefix_storage else None
+        """Moves KV between instances and from lower tiers; None where nothing of the kind happens."""
+        self.hand_over: HandOver | None = None
+        if separate and self.transfers:
+            self.hand_over = HandOver(self.transfers, self._models)
+        self.lane_times: list[array[int]] = []
+        """Token times of the pipelines; see :class:`servesim.results.records.RunLog`."""
+        self.warnings: dict[str, None] = {}
+        """What the user should know, each once, in order."""
+
+    @property
+    def routes(self) -> Routes:
+        """The ways that KV takes between instances."""
+        return Routes(self._timers.topology)
+
+    def lockstep_groups(self) -> list[list[int]]:
+        """Indices of the instances that go in lock-step.
+
+        Those are the members of a data-parallel group with expert layers, which exchange tokens in every
+        step. Without expert layers nothing ties them together, and vLLM (0.24) lets them run on their own.
+        """
+        groups: dict[str | int, list[int]] = {}
+        for index, (_, spec) in enumerate(self._placed):
+            tied = spec.dp_group is not None and self._models[spec.model_name].is_moe
+            groups.setdefault(f"group {spec.dp_group}" if tied else index, []).append(index)
+        return list(groups.values())
+
+    def loop(self, group: list[int]) -> StepLoop:
+        """The loop that runs the instances of ``group``."""
+        members = [self._instance(index) for index in group]
+        check_agreement(members)
+        first = members[0].log
+        stages = first.spec.pp_size
+        depth = stages if stages > 1 else 2 if first.options.async_scheduling else 1
+        jump = not self._options.stepped
+        return StepLoop(members, self._times(members), depth=depth, stages=stages, jump=jump)
+
+    def _times(self, members: list[Instance]) -> WaveTimes:
+        log = members[0].log
+        spec, model = log.spec, self._models[log.spec.model_name]
+        offloads = [self._offload(member) for member in members]
+        if len(members) == spec.pp_size == spec.ep_size == 1 and not any(offloads):
+            return SingleTimes(self._timers.of(spec, model, log.options))
+        from servesim.cost.wave_timer import build_wave_timer
+
+        routing = None
+        if spec.ep_size > 1:
+            from servesim.engine.experts import expert_routing
+
+            policy = self._options.expert_routing_policy
+            routing = expert_routing(policy, model, spec.ep_size, self._options.seed)
+        placed = [self._placed[member.log.index] for member in members]
+        return build_wave_timer(
+            placed, model, [member.log.options for member in members], self._timers, routing, offloads
+        )
+
+    def _offload(self, member: Instance) -> Offload | None:
+        """What an instance keeps elsewhere or lets memory compute, None if nothing."""
+        log = member.log
+        resident = self._memories.resident(log.index)
+        if resident is None:
+            return None
+        from servesim.cost.offload_timer import Offload
+
+        model = self._models[log.spec.model_name]
+        return Offload.of(
+            resident,
+            self._memories.ports(log.index),
+            self._memories.channels(log.index) if resident.pim else 0,
+            log.spec,
+            model,
+            log.options,
+            load_architecture(model.model_type),
+        )
+
+    def _instance(self, index: int) -> Instance:
+        node, spec = self._placed[index]
+        model = self._models[spec.model_name]
+        options = self._resolved[index]
+        bundle = self._timers.bundle(spec, model, options)
+        self.warnings.update(dict.fromkeys(warnings_about(bundle, model, options)))
+        capacity = self._memories.capacity(index)
+        host = self._timers.host(spec, options)
+        log = InstanceLog(index, node, spec, options, capacity, bundle.describe(), host)
+        tier = self._tiers.tier(index, node, spec, model, options)
+        log.tier = self._tiers.memory(index)
+        cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching, tier)
+        new_lane = None
+        if spec.pp_size > 1:
+            new_lane = lane_maker(options.block_size, self.lane_times, len(self._placed))
+        scheduler = Scheduler(limits_of(options, self._options.skip_prefill), cache, new_lane)
+        scheduler.traced = spec.pd_type == "prefill"
+        scheduler.lists_lengths = options.enable_attn_offloading
+        member = Instance(log, scheduler, self._tables)
+        member.recall_route = self._tiers.route(index)
+        return member
+
+
+def check_agreement(members: list[Instance]) -> None:
+    """Raise InputError if instances that go in lock-step want to be run in different ways."""
+    first = members[0].log
+    for name in _ONE_FOR_ALL:
+        wanted = getattr(first.options, name)
+        for member in members[1:]:
+            own = getattr(member.log.options, name)
+            if own != wanted:
+                raise InputError(
+                    f"instance {member.log.index}: {name} {str(own).lower()} is not allowed; must be "
+                    f"{str(wanted).lower()} as in instance {first.index}, the same dp_group "
+                    f"'{first.spec.dp_group}'"
+                )
+
+
+def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -> list[str]:
+    """What a user should know before trusting a run of this instance."""
+    found = range_warnings(bundle, options.max_num_batched_tokens, options.max_num_seqs)
+    if model.num_sliding_layers:
+        found.append(
+            f"{model.name}: {model.num_sliding_layers} of {model.num_hidden_layers} layers attend to a "
+            f"window of {model.sliding_window} tokens; they are simulated as if they kept and read the whole "
+            "context"
+        )
+    return found
+
+
+def lane_maker(block_size: int, lane_times: list[array[int]], num_instances: int) -> Callable[[], DecodeSet]:
+    """A function that makes decode sets, each with a new track at the end of ``lane_times``."""
+
+    def new_lane() -> DecodeSet:
+        times = array("q")
+        lane_times.append(times)
+        return DecodeSet(block_size, num_instances + len(lane_times) - 1, times)
+
+    return new_lane
+
+
+def limits_of(options: InstanceOptions, skip_prefill: bool) -> SchedulerLimits:
+    """The scheduler's view of an instance's options."""
+    return SchedulerLimits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        long_prefill_token_threshold=options.long_prefill_token_threshold,
+        chunked_prefill=options.enable_chunked_prefill,
+        reserve_full_isl=options.reserve_full_isl,
+        skip_prefill=skip_prefill,
+    )
+
+
+def check_requested_models(cluster: ClusterSpec, workload: Workload) -> None:
+    """Raise InputError if a request asks for a model that no instance serves."""
+    served = {spec.model_name for _, spec in cluster.instances}
+    for request in workload:
+        if request.model and request.model not in served:
+            raise InputError(
+                f"{workload.source}: request {request.index} asks for model {request.model}, which no "
+                f"instance serves; served: {', '.join(sorted(served))}"
+            )

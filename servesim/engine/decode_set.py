@@ -1,0 +1,147 @@
+"""The requests of an instance that decode, kept so that a step costs only what changes.
+
+From its first decode step on, everything about a request is known: it grows by one token a step, needs a new
+block whenever its length reaches a multiple of the block size, and ends at a known step. So time is counted
+in *ticks* (steps in which the decoding requests advance), and a request is filed under the ticks at which
+something happens to it: under ``tick % block_size`` for its block boundaries and under the tick of its last
+token. Its KV length is a constant plus the tick, and so are the sum, the smallest and the largest length of
+all.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, insort
+from heapq import heappop, heappush
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from servesim.engine.request_state import RequestState
+
+by_order = attrgetter("order")
+
+
+class DecodeSet:
+    """Decoding requests of one instance and the calendars they are filed in."""
+
+    __slots__ = (
+        "_bases",
+        "_block_size",
+        "_boundaries",
+        "_end_ticks",
+        "_ends",
+        "_sum",
+        "count",
+        "sharing",
+        "tick",
+        "token_times",
+        "track",
+    )
+
+    def __init__(self, block_size: int, track: int = 0, token_times: array[int] | None = None) -> None:
+        self.track = track
+        """Index of the track on which the times of these requests' tokens are noted."""
+        self.token_times = array("q") if token_times is None else token_times
+        """The track itself: end in ns of every step of these requests."""
+        self.tick = 0
+        self.count = 0
+        self.sharing: set[RequestState] = set()
+        """Requests with blocks yet to be made visible to other requests."""
+        self._ends: dict[int, list[RequestState]] = {}
+        """Tick → requests whose last token is produced at it."""
+        self._end_ticks: list[int] = []
+        """Heap of the keys of ``_ends``; keys that are gone are dropped when they come up."""
+        self._block_size = block_size
+        self._boundaries: list[list[RequestState]] = [[] for _ in range(block_size)]
+        self._bases: list[int] = []
+        self._sum = 0
+
+    def add(self, state: RequestState) -> None:
+        """File a request that has ``known`` computed tokens and decodes from the next tick on."""
+        base = state.known - self.tick
+        state.home = self
+        state.decode_base = base
+        state.last_tick = state.total_tokens - 2 - base
+        insort(self._bases, base)
+        self._sum += base
+        self.count += 1
+        if state.last_tick in self._ends:
+            self._ends[state.last_tick].append(state)
+        else:
+            self._ends[state.last_tick] = [state]
+            heappush(self._end_ticks, state.last_tick)
+        if state.table.awaits_hash:
+            self.sharing.add(state)
+        insort(self._boundaries[-base % self._block_size], state, key=by_order)
+
+    def remove(self, state: RequestState) -> None:
+        """Take a request out of every calendar."""
+        self._take_out(state)
+        ending = self._ends[state.last_tick]
+        ending.remove(state)
+        if not ending:
+            del self._ends[state.last_tick]
+
+    def _take_out(self, state: RequestState) -> None:
+        base = state.decode_base
+        del self._bases[bisect_left(self._bases, base)]
+        self._sum -= base
+        self.count -= 1
+        self._boundaries[-base % self._block_size].remove(state)
+        self.sharing.discard(state)
+
+    def length(self, state: RequestState) -> int:
+        """Computed tokens of a decoding request before the present tick."""
+        return state.decode_base + self.tick
+
+    def at_boundary(self, ahead: int = 0) -> list[RequestState]:
+        """Requests whose length is a multiple of the block size ``ahead`` ticks from now, in admission
+        order."""
+        return self._boundaries[(self.tick + ahead) % self._block_size]
+
+    def lengths(self) -> tuple[int, int, int]:
+        """Sum, minimum and maximum of the KV lengths before the present tick (zeros when nothing decodes)."""
+        if not self.count:
+            return 0, 0, 0
+        tick, bases = self.tick, self._bases
+        return self._sum + self.count * tick, bases[0] + tick, bases[-1] + tick
+
+    def each_length(self) -> list[int]:
+        """KV length of every request before the present tick, rising."""
+        return [base + self.tick for base in self._bases]
+
+    @property
+    def next_end(self) -> int:
+        """The tick at which the next request ends; there is at least one."""
+        ticks = self._end_ticks
+        while ticks[0] not in self._ends:
+            heappop(ticks)
+        return ticks[0]
+
+    def advance(self) -> Iterable[RequestState]:
+        """Give every request one token; returns those for which it is the last one (no longer filed here)."""
+        ended = self._ends.pop(self.tick, ())
+        for state in ended:
+            self._take_out(state)
+        self.tick += 1
+        return ended
+
+    def absorb(self, other: DecodeSet) -> None:
+        """Take over all requests of ``other``; their next token will be noted on this set's track."""
+        for state in [state for filed in other._boundaries for state in filed]:
+            state.known = other.length(state)
+            other.remove(state)
+            state.end_run(len(other.token_times) - 1)
+            state.run_start, state.track = len(self.token_times), self.track
+            self.add(state)
+
+    def blocks_needed(self, ticks: int) -> list[int]:
+        """New blocks needed at each of the next ``ticks`` ticks."""
+        sizes = [len(filed) for filed in self._boundaries]
+        start = self.tick % self._block_size
+        cycle = sizes[start:] + sizes[:start]
+        rounds, rest = divmod(ticks, self._block_size)
+        return cycle * rounds + cycle[:rest]

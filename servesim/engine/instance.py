@@ -1,0 +1,145 @@
+"""One model replica as the router and the clock see it: its scheduler, its inbox, its log."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from servesim.engine.request_state import RequestState
+from servesim.memory.kv_cache import BlockTable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from servesim.engine.batch import Batch
+    from servesim.engine.block_tables import BlockTables
+    from servesim.engine.scheduler import Scheduler
+    from servesim.engine.step_loop import StepLoop
+    from servesim.engine.transfers import Route
+    from servesim.results.records import InstanceLog
+    from servesim.workload.request import Request
+
+
+class Instance:
+    """A scheduler with the requests handed to it. When its steps run is up to its :class:`StepLoop`."""
+
+    __slots__ = (
+        "_inbox",
+        "_preempted",
+        "log",
+        "loop",
+        "recall_route",
+        "scheduled",
+        "scheduler",
+        "tables",
+        "trace",
+    )
+
+    loop: StepLoop
+
+    def __init__(self, log: InstanceLog, scheduler: Scheduler, tables: BlockTables) -> None:
+        self.log = log
+        self.scheduler = scheduler
+        self.tables = tables
+        self.trace: Callable[[Batch, int, int], None] | None = None
+        """Debugging hook: called after every step with its batch, its start in ns and the number of free
+        blocks."""
+        self.recall_route: Route | None = None
+        """The way from the lower tier of its prefix cache."""
+        self.scheduled: Callable[[Instance, Batch, int], None] | None = None
+        """Called with every step that was scheduled: the instance, the batch and its start in ns."""
+        self._inbox: list[RequestState] = []
+        self._preempted = 0
+
+    def counts(self) -> tuple[int, int]:
+        """Requests that hold no slot, and those that hold one."""
+        scheduler = self.scheduler
+        return len(scheduler.waiting) + len(self._inbox), len(scheduler.running)
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of the request's prompt that this instance's prefix cache holds right now."""
+        kv = self.scheduler.kv
+        table = BlockTable(self.tables.shared_ids(request, kv.block_size), 0)
+        return len(kv.lookup(table, request.input_tokens, False)) * kv.block_size
+
+    def new_state(self, request: Request, arrival_ns: int) -> RequestState:
+        """A request as this instance will keep track of it."""
+        table = self.tables.new_table(request, self.scheduler.kv.block_size)
+        return RequestState(request, self.log.index, arrival_ns, table)
+
+    def submit(self, state: RequestState, arrival_ns: int) -> None:
+        """Hand a request over; it is taken in at the next step boundary, at once if the instance is idle."""
+        self._inbox.append(state)
+        self.loop.wake(arrival_ns)
+
+    def take_in(self, now_ns: int) -> None:
+        """Queue the requests handed over since the last step boundary."""
+        if self._inbox:
+            for state in self._inbox:
+                self.scheduler.enqueue(state, now_ns)
+            self._inbox.clear()
+
+    def schedule(self, now_ns: int, in_flight: bool) -> Batch | None:
+        """The next batch, None if there is nothing to compute; see :meth:`Scheduler.schedule`."""
+        scheduler = self.scheduler
+        while scheduler.has_work:
+            batch = scheduler.schedule(len(self.log.steps), now_ns, in_flight)
+            self._preempted += len(batch.preempted)
+            if not batch.is_empty:
+                return batch
+            if in_flight or not batch.preempted:
+                break
+        return None
+
+    def note_step(self, batch: Batch, start_ns: int) -> None:
+        """Write down a step that runs from ``start_ns`` to ``batch.end_ns``."""
+        scheduler, steps = self.scheduler, self.log.steps
+        steps.start_ns.append(start_ns)
+        steps.end_ns.append(batch.end_ns)
+        steps.prefill_tokens.append(sum(tokens for tokens, _ in batch.chunks) if batch.chunks else 0)
+        steps.decode_tokens.append(batch.num_decodes)
+        steps.running.append(len(scheduler.running))
+        steps.waiting.append(len(scheduler.waiting))
+        steps.kv_blocks_used.append(scheduler.kv.pool.num_used)
+        steps.preempted.append(self._preempted)
+        steps.hit_tokens.append(batch.hit_tokens)
+        steps.lookup_tokens.append(batch.lookup_tokens)
+        tiered = scheduler.kv.tier is not None
+        recalled_bytes = sum(batch.recalls) if tiered else 0
+        steps.recalled_tokens.append(batch.recalled_tokens)
+        steps.recalled_bytes.append(recalled_bytes)
+        steps.tier_bytes.append(recalled_bytes + self._written_bytes() if tiered else 0)
+        self._preempted = 0
+        if batch.lane is not None:
+            batch.lane.token_times.append(batch.end_ns)
+
+    def finish(self, batch: Batch) -> None:
+        """Commit a step that has ended."""
+        self.scheduler.finish(batch)
+        if self.scheduler.kv.tier is not None:
+            # what ended requests leave behind
+            self.log.steps.tier_bytes[batch.step] += self._written_bytes()
+        if self.trace:
+            self.trace(batch, self.log.steps.start_ns[batch.step], self.scheduler.kv.pool.num_free)
+
+    def _written_bytes(self) -> int:
+        """Bytes written to the lower tier since the last call."""
+        tier = self.scheduler.kv.tier
+        if tier is None:
+            return 0
+        written, tier.written_bytes = tier.written_bytes, 0
+        return written
+
+    def stuck_message(self) -> str:
+        """Why nothing can go on although requests wait."""
+        waiting = self.scheduler.waiting
+        names = ", ".join(str(state.request.index) for state in islice(waiting, 5))
+        more = f" and {len(waiting) - 5} more" if len(waiting) > 5 else ""
+        state, limits, pool = waiting[0], self.scheduler.limits, self.scheduler.kv.pool
+        return (
+            f"instance {self.log.index} cannot go on: requests {names}{more} wait, nothing runs, and the "
+            f"first of them ({state.known} tokens to compute) is never admitted (token budget "
+            f"{limits.max_num_batched_tokens}, {pool.num_free} of {pool.usable} blocks free, chunked prefill "
+            f"{'on' if limits.chunked_prefill else 'off'}); raise --max-num-batched-tokens or allow chunked "
+            "prefill"
+        )

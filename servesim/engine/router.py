@@ -1,0 +1,185 @@
+"""Which instance takes a request.
+
+A policy is a callable ``policy(request, candidates) -> candidate``: it gets the request and what can be known
+of the instances that may take it, in order of their index, and returns one of them. ``module:callable`` names
+a policy of the user's own with that signature; a class is called without arguments first, once for every run
+and side (prefill and decode), so that its objects can remember things. A candidate has ``index``,
+``num_waiting``, ``num_running``, ``load`` and ``cached_tokens(request)``.
+"""
+
+from __future__ import annotations
+
+import random
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from servesim.engine.arrivals import NEVER
+from servesim.engine.own_policy import load_own_policy
+from servesim.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from servesim.engine.instance import Instance
+    from servesim.workload.request import Request
+
+    Policy = Callable[[Request, Sequence["Candidate"]], "Candidate"]
+
+_WAITING_WEIGHT = 4
+"""A waiting request counts as much as four running ones, as in vLLM's load balancer."""
+
+_load_of = attrgetter("load")
+
+_MOST_LOAD_FOR_PREFIX = 2.0
+"""PREFIX leaves the instance with the longest prefix when it has more than this times the average load."""
+
+
+class Candidate:
+    """An instance as the router sees it: its counts may be as old as the last refresh."""
+
+    __slots__ = ("_instance", "_npus", "_seen", "index", "on_the_way")
+
+    def __init__(self, instance: Instance, live: bool) -> None:
+        self._instance = instance
+        self._seen: tuple[int, int] | None = None if live else (0, 0)
+        self._npus = instance.log.spec.num_npus
+        self.index = instance.log.index
+        """Number of the instance in the cluster."""
+        self.on_the_way = 0
+        """Requests whose prompt is being computed elsewhere and that will be decoded here."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no slot."""
+        return (self._seen or self._instance.counts())[0] + self.on_the_way
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a slot."""
+        return (self._seen or self._instance.counts())[1]
+
+    @property
+    def load(self) -> float:
+        """vLLM's measure of how busy an instance is, per NPU."""
+        seen = self._seen
+        waiting, running = self._instance.counts() if seen is None else seen
+        return (_WAITING_WEIGHT * (waiting + self.on_the_way) + running) / self._npus
+
+    def cached_tokens(self, request: Request) -> int:
+        """Tokens of the request's prompt in the instance's prefix cache right now."""
+        return self._instance.cached_tokens(request)
+
+    def refresh(self) -> None:
+        """See the counts of now."""
+        self._seen = self._instance.counts()
+
+    def expect_one(self) -> None:
+        """Count a request that is queued there since the last refresh; live counts have it already."""
+        if self._seen is not None:
+            self._seen = self._seen[0] + 1, self._seen[1]
+
+
+class Router:
+    """Chooses instances by one policy, from live counts or from counts refreshed every so often."""
+
+    def __init__(self, instances: Sequence[Instance], policy: str, seed: int, refresh_ns: int = 0) -> None:
+        """
+        Args:
+            instances: in order of their index.
+            policy: LOAD, RR, RAND, PREFIX or ``module:callable``.
+            seed: of RAND.
+            refresh_ns: time between refreshes of the counts in ns; 0 means always live.
+        """
+        self._candidates = [Candidate(instance, live=not refresh_ns) for instance in instances]
+        self._policy = policy
+        self._seed = seed
+        self._policies: dict[str, Policy] = {"": load_policy(policy, seed)}
+        self._refresh_ns = refresh_ns
+        self.next_ns = refresh_ns or NEVER
+        """When the counts are refreshed next."""
+
+    def refresh(self, now_ns: int) -> None:
+        """Refresh the counts, at the last time due."""
+        for candidate in self._candidates:
+            candidate.refresh()
+        self.next_ns = (now_ns // self._refresh_ns + 1) * self._refresh_ns
+
+    def choose(self, request: Request, allowed: Iterable[int], role: str = "") -> Candidate:
+        """One of the instances ``allowed`` by index; every ``role`` has its own turn or random numbers."""
+        candidates = [self._candidates[index] for index in allowed]
+        if role not in self._policies:
+            self._policies[role] = load_policy(self._policy, self._seed + len(self._policies))
+        return candidates[0] if len(candidates) == 1 else self._policies[role](request, candidates)
+
+
+def least_loaded(request: Request, candidates: Sequence[Candidate]) -> Candidate:
+    """LOAD: the instance with the least load, the first of equals."""
+    del request
+    return min(candidates, key=_load_of)
+
+
+class RoundRobin:
+    """RR: one after the other."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def __call__(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        del request
+        self._turn += 1
+        return candidates[(self._turn - 1) % len(candidates)]
+
+
+class SeededRandom:
+    """RAND: uniformly at random, the same for the same seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def __call__(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        del request
+        return candidates[self._random.randrange(len(candidates))]
+
+
+def longest_prefix(request: Request, candidates: Sequence[Candidate]) -> Candidate:
+    """PREFIX: where most of the prompt is cached, unless that instance is far busier than the average."""
+    average = sum(candidate.load for candidate in candidates) / len(candidates)
+    best = max(candidates, key=lambda candidate: (candidate.cached_tokens(request), -candidate.load))
+    if best.cached_tokens(request) == 0 or best.load > _MOST_LOAD_FOR_PREFIX * average + _WAITING_WEIGHT:
+        return least_loaded(request, candidates)
+    return best
+
+
+def load_policy(name: str, seed: int) -> Policy:
+    """The policy called ``name``: LOAD, RR, RAND, PREFIX or ``module:callable``.
+
+    Raises:
+        InputError: the module or the callable does not exist.
+    """
+    if name == "LOAD":
+        return least_loaded
+    if name == "RR":
+        return RoundRobin()
+    if name == "RAND":
+        return SeededRandom(seed)
+    if name == "PREFIX":
+        return longest_prefix
+    own = load_own_policy(name, "--request-routing-policy", "LOAD, RR, RAND, PREFIX", "request, candidates")
+    return _Checked(name, own)
+
+
+class _Checked:
+    """A policy of the user's own, whose answers are looked at."""
+
+    def __init__(self, name: str, policy: Policy) -> None:
+        self._name = name
+        self._policy = policy
+
+    def __call__(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
+        chosen = self._policy(request, candidates)
+        if not any(chosen is candidate for candidate in candidates):
+            raise InputError(
+                f"--request-routing-policy: {self._name} returned {chosen!r} for request {request.index}; "
+                f"must be one of the {len(candidates)} candidates it is given"
+            )
+        return chosen

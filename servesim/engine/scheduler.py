@@ -1,0 +1,448 @@
+"""Decides what an instance computes in its next step, as vLLM V1's scheduler does.
+
+A step first serves the running requests in admission order, each with the tokens it lacks as far as the token
+budget goes; if no KV block can be had for one, the last running request is preempted. If none was, waiting
+requests are admitted from the head of the queue. There is no prefill phase and no decode phase: whatever has
+computed all its known tokens samples one more.
+
+Decoding requests are not visited one by one: they live in a :class:`~servesim.engine.decode_set.DecodeSet`,
+which names the few that need a block or end at the present step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from servesim.engine.batch import Batch
+from servesim.engine.decode_set import DecodeSet, by_order
+from servesim.engine.request_state import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from servesim.engine.request_state import RequestState
+    from servesim.memory.kv_cache import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What bounds a step."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    long_prefill_token_threshold: int = 0
+    """Most tokens of one request's prefill in one step; 0: no limit."""
+    chunked_prefill: bool = True
+    reserve_full_isl: bool = True
+    """Admit a request only if all its known tokens fit the free blocks."""
+    skip_prefill: bool = False
+    """The KV of all known tokens but the last is there as soon as a request is admitted."""
+
+
+class Scheduler:
+    """Waiting and running requests of one instance, and the KV cache they compete for."""
+
+    __slots__ = (
+        "_admissions",
+        "_blocked_at",
+        "_frees",
+        "_lanes",
+        "_spare_lanes",
+        "decodes",
+        "held",
+        "kv",
+        "limits",
+        "lists_lengths",
+        "new_lane",
+        "prefilling",
+        "running",
+        "traced",
+        "waiting",
+    )
+
+    def __init__(
+        self, limits: SchedulerLimits, kv: KvCache, new_lane: Callable[[], DecodeSet] | None = None
+    ) -> None:
+        self.limits = limits
+        self.kv = kv
+        self.waiting: deque[RequestState] = deque()
+        self.running: list[RequestState] = []
+        """Every request that holds a slot, in admission order."""
+        self.prefilling: list[RequestState] = []
+        """Those of ``running`` that still lack known tokens, in admission order."""
+        self.new_lane = new_lane
+        """Makes a decode set with a track of its own; given where a request is in one batch at a time, as in
+        a
+        pipeline. Then every batch takes its decoding requests along, and they come back when it has ended."""
+        self.decodes = new_lane() if new_lane else DecodeSet(kv.block_size)
+        """Decoding requests that can be scheduled."""
+        self._lanes: list[Batch] = []
+        """Batches in flight in a pipeline."""
+        self._spare_lanes: list[DecodeSet] = []
+        self.held = 0
+        """Finished requests that keep their blocks for now."""
+        self.traced = False
+        """Whether batches list their requests one by one (:attr:`Batch.entries`)."""
+        self.lists_lengths = False
+        """Whether batches list the KV lengths of their decodes (:attr:`Batch.kv_lengths`)."""
+        self._admissions = 0
+        self._frees = 0
+        self._blocked_at: tuple[int, int] | None = None
+        """State of the cache at which the head of the queue found no room; until it changes, it finds
+        none."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could compute something."""
+        return bool(self.decodes.count or self.prefilling or self.waiting)
+
+    # ------------------------------------------------------------------ a step
+
+    def schedule(self, step: int, now_ns: int, in_flight: bool) -> Batch:
+        """The batch of step ``step``; empty if nothing can be computed now.
+
+        ``in_flight``: the tokens of the step before are not known yet (asynchronous scheduling).
+        """
+        batch = Batch(step)
+        if self.traced:
+            batch.entries = []
+        if self.lists_lengths:
+            batch.kv_lengths = []
+        decodes = self.decodes
+        left, completed, stalled = self._serve_running(batch, in_flight)
+        if decodes.count:
+            batch.add_decodes(decodes.count, *decodes.lengths())
+            if batch.kv_lengths is not None:
+                batch.kv_lengths += decodes.each_length()
+            if batch.entries is not None:
+                ready = (s for s in self.running if s.phase is Phase.DECODE and s.home is decodes)
+                batch.entries += [(state.request.index, 1) for state in ready]
+            if not in_flight:
+                # the token computed now is known already, so a block it fills can be hashed at once
+                sharing = decodes.sharing
+                for state in [s for s in decodes.at_boundary(1) if s in sharing] if sharing else ():
+                    self._publish(state, decodes.length(state) + 1)
+        if self.waiting and not batch.preempted:
+            self._admit(batch, left, now_ns, completed)
+        finishing = list(decodes.advance())
+        for state in completed:
+            if self.new_lane:
+                state.track, state.run_start = decodes.track, len(decodes.token_times)
+            else:
+                state.run_start = step
+            if state.known + 1 == state.total_tokens:
+                finishing.append(state)
+            else:
+                state.phase = Phase.DECODE
+                decodes.add(state)
+        if finishing:
+            for state in finishing:
+                state.phase = Phase.DRAINING
+            batch.finishing = sorted(finishing, key=by_order)
+        if self.new_lane and not batch.is_empty:
+            batch.lane = decodes
+            self._lanes.append(batch)
+            self.decodes = self._spare_lanes.pop() if self._spare_lanes else self.new_lane()
+        for state in stalled:
+            if self.new_lane:
+                state.track, state.run_start = self.decodes.track, len(self.decodes.token_times)
+            self.decodes.add(state)
+        return batch
+
+    def _serve_running(
+        self, batch: Batch, in_flight: bool
+    ) -> tuple[int, list[RequestState], list[RequestState]]:
+        """Serve running requests; returns (budget left, prefills completed, decodes the budget did not
+        reach).
+
+        Usually the budget covers every decode, and only those at a block boundary and the prefilling requests
+        need a look. Otherwise the running requests are walked in order.
+        """
+        decodes, prefilling, budget = self.decodes, self.prefilling, self.limits.max_num_batched_tokens
+        left = budget - decodes.count
+        if not prefilling and left >= 0:
+            boundary = decodes.at_boundary()
+            if len(boundary) <= self.kv.pool.num_free:
+                self._grow(boundary)
+                return left, [], []
+            return self._serve(tuple(boundary), left, True, batch, in_flight)
+        wanted = sum(self._capped(state.known - state.computed) for state in prefilling)
+        decodes_first = left >= 0 and self.running[-len(prefilling)] is prefilling[0]
+        if wanted <= left or decodes_first:
+            due = sorted((*decodes.at_boundary(), *prefilling), key=by_order)
+            return self._serve(due, left, True, batch, in_flight)
+        return self._serve(tuple(self.running), budget, False, batch, in_flight)
+
+    def _capped(self, tokens: int) -> int:
+        threshold = self.limits.long_prefill_token_threshold
+        return min(tokens, threshold) if threshold else tokens
+
+    def _grow(self, boundary: Sequence[RequestState]) -> None:
+        """One more block for each of these decoding requests, all of whose blocks are full."""
+        taken = self.kv.pool.take(len(boundary))
+        for state, block in zip(boundary, taken):  # noqa: B905 - of equal length; checking costs
+            state.table.blocks.append(block)
+        sharing = self.decodes.sharing
+        for state in [state for state in boundary if state in sharing] if sharing else ():
+            self._publish(state, self.decodes.length(state))
+
+    def _publish(self, state: RequestState, tokens: int) -> None:
+        """Let other requests hit the full blocks among the first ``tokens`` tokens of a decoding request."""
+        self.kv.register_shared(state.table, tokens)
+        if not state.table.awaits_hash:
+            self.decodes.sharing.discard(state)
+
+    def _serve(
+        self, due: Iterable[RequestState], left: int, decodes_paid: bool, batch: Batch, in_flight: bool
+    ) -> tuple[int, list[RequestState], list[RequestState]]:
+        """Serve ``due`` in order with ``left`` tokens of budget; ``decodes_paid``: without those of the
+        decodes."""
+        decodes, kv = self.decodes, self.kv
+        completed: list[RequestState] = []
+        stalled: list[RequestState] = []
+        for state in due:
+            table = state.table
+            if state.phase is Phase.DECODE:
+                if state.home is not decodes:
+                    continue  # its token is in flight in a pipeline
+                computed = decodes.length(state)
+                if decodes_paid:
+                    tokens = 1
+                else:
+                    tokens = min(left, 1)
+                    left -= tokens
+                    if not tokens:
+                        stalled.append(state)
+            elif state.phase is Phase.PREFILL:
+                computed = state.computed
+                tokens = min(self._capped(state.known - computed), left)
+            else:
+                continue  # its last token is in flight, or it was preempted just now
+            if not tokens:
+                continue
+            reach = computed + tokens
+            if kv.shortage(table, reach) > 0 and not self._make_room(state, reach, batch, in_flight):
+                break
+            kv.grow(table, reach)
+            if state.phase is Phase.DECODE:
+                if state in decodes.sharing:
+                    self._publish(state, computed)
+                continue
+            kv.computed(table, reach)
+            left -= tokens
+            batch.add_request(tokens, computed)
+            if batch.entries is not None:
+                batch.entries.append((state.request.index, tokens))
+            state.computed = reach
+            if reach == state.known:
+                completed.append(state)
+        if completed:
+            self.prefilling = [state for state in self.prefilling if state.computed < state.known]
+        for state in stalled:
+            self._stall(state, batch.step)
+        return left, completed, stalled
+
+    def _stall(self, state: RequestState, step: int) -> None:
+        """Take a decoding request out for one step."""
+        state.known = self.decodes.length(state)
+        self.decodes.remove(state)
+        state.end_run(len(self.decodes.token_times) - 1 if self.new_lane else step - 1)
+        state.run_start = step + 1
+
+    # ------------------------------------------------------------------ preemption
+
+    def _make_room(self, state: RequestState, reach: int, batch: Batch, in_flight: bool) -> bool:
+        """Preempt running requests, last first, until ``state`` can grow; False if it had to go itself."""
+        while self.kv.shortage(state.table, reach) > 0:
+            victim = self.running.pop()
+            self._preempt(victim, batch, in_flight)
+            if victim is state:
+                return False
+        return True
+
+    def _preempt(self, victim: RequestState, batch: Batch, in_flight: bool) -> None:
+        # `cached`: tokens whose blocks the prefix cache has taken note of so far; those of prompt chunks
+        # when they are scheduled, generated ones once they are known.
+        if victim.phase is Phase.PREFILL:
+            self.prefilling.remove(victim)
+            computed = cached = victim.computed
+        else:
+            home = victim.home
+            if victim.phase is Phase.DRAINING or home is None:
+                computed, token_in_flight = victim.total_tokens - 1, True
+            else:
+                computed = home.length(victim)
+                home.remove(victim)
+                if self.new_lane:
+                    token_in_flight = home is not self.decodes
+                    victim.end_run(len(home.token_times) - 1)
+                else:
+                    token_in_flight = in_flight and victim.run_start < batch.step
+                    victim.end_run(batch.step - 1)
+            if self.new_lane and token_in_flight:
+                self._await_landing(victim)
+            cached = max(victim.known, computed - token_in_flight)
+            victim.known = computed + 1
+        self.kv.preempt(victim.table, cached)
+        self._frees += 1
+        victim.phase = Phase.WAITING
+        victim.kv_arrived = False
+        victim.computed = computed
+        victim.record.preemptions += 1
+        self.waiting.appendleft(victim)
+        batch.preempted = [*batch.preempted, victim]
+
+    # ------------------------------------------------------------------ admission
+
+    def enqueue(self, state: RequestState, now_ns: int) -> None:
+        """Take a request in."""
+        if state.record.queued_ns < 0:
+            state.record.queued_ns = now_ns
+        self.waiting.append(state)
+
+    def _admit(self, batch: Batch, left: int, now_ns: int, completed: list[RequestState]) -> None:
+        """Admit waiting requests while budget, slots and blocks last; the first that cannot be ends it."""
+        limits, kv, waiting = self.limits, self.kv, self.waiting
+        while waiting and left > 0 and len(self.running) < limits.max_num_seqs:
+            cache_state = (self._frees, kv.registrations)
+            if cache_state == self._blocked_at:
+                return
+            state = waiting[0]
+            if state.landing:
+                return
+            known, table, record = state.known, state.table, state.record
+            hits = [] if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
+            hit_tokens = len(hits) * kv.block_size
+            recall_bytes = 0
+            if limits.skip_prefill or state.kv_arrived:
+                done = known - 1
+            else:
+                done = kv.recallable_tokens(table, known, hit_tokens)
+                recall_bytes = kv.recall_bytes(hit_tokens, done)
+            tokens = self._capped(known - done)
+            if tokens > left and not limits.chunked_prefill:
+                return
+            tokens = min(tokens, left)
+            if (
+                kv.missing_blocks(hits, known if limits.reserve_full_isl else done + tokens)
+                > kv.pool.num_free
+            ):
+                if limits.reserve_full_isl:
+                    self._blocked_at = cache_state
+                return
+            waiting.popleft()
+            kv.admit(table, hits, done + tokens)
+            kv.computed(table, done + tokens)
+            state.order = self._admissions
+            self._admissions += 1
+            self.running.append(state)
+            if record.scheduled_ns < 0:
+                record.scheduled_ns = now_ns
+                record.npu_hit = hit_tokens
+                record.storage_hit = done - hit_tokens if recall_bytes else 0
+            elif not state.kv_arrived:
+                record.recomputed_tokens += state.computed - done
+            if recall_bytes:
+                batch.recalls = [*batch.recalls, recall_bytes]
+            if not state.kv_arrived:
+                batch.hit_tokens += done
+                batch.lookup_tokens += known
+                batch.recalled_tokens += done - hit_tokens
+            batch.add_request(tokens, done)
+            if batch.entries is not None:
+                batch.entries.append((state.request.index, tokens))
+            left -= tokens
+            state.computed = done + tokens
+            if state.computed == known:
+                completed.append(state)
+            else:
+                state.phase = Phase.PREFILL
+                self.prefilling.append(state)
+
+    # ------------------------------------------------------------------ end of a step
+
+    def finish(self, batch: Batch) -> None:
+        """Commit a finished step: requests that produced their last token leave and give their blocks
+        back."""
+        for state in batch.finishing:
+            if state.phase is Phase.WAITING:  # preempted while its last token was in flight
+                self.waiting.remove(state)
+                state.keeps_blocks = False  # they went when it was preempted
+            else:
+                self.running.remove(state)
+                self.kv.computed(state.table, state.total_tokens - 1)
+                if state.keeps_blocks:
+                    self.held += 1
+                else:
+                    self.kv.free(state.table, state.total_tokens - 1)
+            state.phase = Phase.FINISHED
+            state.end_run(batch.step if batch.lane is None else len(batch.lane.token_times) - 1)
+            state.record.end_ns = batch.end_ns
+            self._frees += 1
+        if batch.lane is not None:
+            self._bring_back(batch, batch.lane)
+
+    def release(self, state: RequestState) -> None:
+        """Give back the blocks of a finished request, if it kept them."""
+        if state.keeps_blocks:
+            self.held -= 1
+            self.kv.free(state.table, state.total_tokens - 1)
+            self._frees += 1
+
+    # ------------------------------------------------------------------ pipelines
+
+    def _await_landing(self, victim: RequestState) -> None:
+        """Keep a preempted request from being admitted until the batch that has its token has ended."""
+        for batch in self._lanes:
+            if batch.lane is victim.home or victim in batch.finishing:
+                batch.landing = [*batch.landing, victim]
+                victim.landing = True
+
+    def _bring_back(self, batch: Batch, lane: DecodeSet) -> None:
+        """Make the requests of a batch that has ended available again."""
+        self._lanes.remove(batch)
+        for state in batch.landing:
+            state.landing = False
+        ready, other = (self.decodes, lane) if self.decodes.count > lane.count else (lane, self.decodes)
+        if other.count:
+            ready.absorb(other)
+        self.decodes = ready
+        self._spare_lanes.append(other)
+
+    # ------------------------------------------------------------------ quiet stretches
+
+    def quiet_ticks(self, most: int) -> int:
+        """How many coming steps, up to ``most``, are sure to be the same decodes growing by a token and no
+        more.
+
+        0 unless only decodes run, nothing can be admitted, no request ends, blocks suffice and no block has
+        to be made visible to other requests.
+        """
+        decodes = self.decodes
+        count = decodes.count
+        if not count or self.prefilling or decodes.sharing or count > self.limits.max_num_batched_tokens:
+            return 0
+        most = min(most, decodes.next_end - decodes.tick)
+        if most <= 0 or (self.waiting and not self._is_blocked()):
+            return 0
+        free = self.kv.pool.num_free
+        if count * self.kv.blocks_for(most) > free and sum(decodes.blocks_needed(most)) > free:
+            return 0
+        return most
+
+    def _is_blocked(self) -> bool:
+        if len(self.running) >= self.limits.max_num_seqs:
+            return True
+        if self.decodes.count >= self.limits.max_num_batched_tokens:
+            return True
+        return self._blocked_at == (self._frees, self.kv.registrations)
+
+    def run_quietly(self, ticks: int) -> None:
+        """Advance by ``ticks`` steps that :meth:`quiet_ticks` has vouched for."""
+        for _ in range(ticks):
+            boundary = self.decodes.at_boundary()
+            if boundary:
+                self._grow(boundary)
+            self.decodes.tick += 1

@@ -1,0 +1,324 @@
+"""Runs steps: schedules batches, puts them on the NPUs, commits them when they end.
+
+A loop drives one instance, or several that go in lock-step (a data-parallel group). What it puts on the NPUs
+at once is a *wave*: one batch of every member that has work. A wave passes the pipeline stages one after the
+other; a stage takes it up when the stage before has handed it over and the wave before has left.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Protocol
+
+from servesim.engine.arrivals import NEVER
+from servesim.engine.batch import Batch
+from servesim.errors import RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from servesim.engine.decode_set import DecodeSet
+    from servesim.engine.instance import Instance
+    from servesim.engine.noise import StepNoise
+    from servesim.engine.request_state import RequestState
+    from servesim.engine.transfers import Transfers
+
+_MIN_JUMP = 2  # steps; below this, there is nothing to gain
+_MIN_VECTOR = 16  # steps; below this, their durations are computed faster one by one
+_MAX_JUMP = 8192
+
+
+_ZERO_WHEN_QUIET = (
+    "prefill_tokens",
+    "preempted",
+    "hit_tokens",
+    "lookup_tokens",
+    "recalled_tokens",
+    "recalled_bytes",
+    "tier_bytes",
+)
+"""Columns of the step log that stay 0 while nothing but decoding goes on."""
+
+
+class StepTimes(Protocol):
+    """Durations of the steps of one instance; see :class:`servesim.cost.step_timer.StepTimer`."""
+
+    def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int: ...
+
+    def decode_run_ns(
+        self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
+    ) -> NDArray[np.int64]: ...
+
+    def mixed_ns(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> int: ...
+
+
+class WaveTimes(Protocol):
+    """Durations of the waves of a loop with several members or several stages."""
+
+    def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
+        """(compute, hand-over to the next stage) of every pipeline stage, for one batch or None per
+        member."""
+
+
+@dataclass(slots=True)
+class Wave:
+    """One batch (or None) of every member, on its way through the stages."""
+
+    batches: Sequence[Batch | None]
+    end_ns: int
+
+
+class SingleTimes:
+    """The wave times of one instance of one stage."""
+
+    __slots__ = ("steps",)
+
+    def __init__(self, steps: StepTimes) -> None:
+        self.steps = steps
+
+    def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
+        """See :class:`WaveTimes`."""
+        (batch,) = batches
+        assert batch is not None
+        lengths = batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max
+        if batch.chunks:
+            return ((self.steps.mixed_ns(batch.chunks, *lengths), 0),)
+        return ((self.steps.decode_ns(*lengths), 0),)
+
+
+class StepLoop:
+    """Keeps up to ``depth`` waves in flight on ``stages`` pipeline stages.
+
+    With synchronous scheduling (``depth`` 1) a wave is scheduled when the one before has ended. With
+    asynchronous scheduling (``depth`` 2), vLLM's default, it is scheduled while the one before still runs,
+    before its tokens are known. A pipeline holds as many waves as it has stages, and a request is in one of
+    them at a time. Requests that arrive during a step are seen at the next step boundary.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Instance],
+        times: WaveTimes,
+        *,
+        depth: int = 2,
+        stages: int = 1,
+        jump: bool = True,
+        noise: StepNoise | None = None,
+    ) -> None:
+        self.members = members
+        self.times = times
+        self.next_ns = NEVER
+        """When this loop acts next: the end of its oldest wave, or an arrival if it is idle."""
+        self.finished: list[RequestState] = []
+        """Requests that ended since the owner last emptied this list."""
+        self.index = members[0].log.index
+        for member in members:
+            member.loop = self
+        self._depth = depth
+        self._quiet: StepTimes | None = times.steps if jump and isinstance(times, SingleTimes) else None
+        self.noise = noise
+        """Makes every step a little faster or slower."""
+        self.transfers: Transfers | None = None
+        """Brings KV from lower tiers; needed if a member's prefix cache has one."""
+        self.woken: Callable[[], None] | None = None
+        """Called when :attr:`next_ns` has changed from outside :meth:`run`."""
+        self._gated: Wave | None = None
+        """The wave that waits for KV from a lower tier; nothing is scheduled behind it meanwhile."""
+        self._gate_ns = 0
+        """When the gated wave would have started."""
+        self._reads_left = 0
+        self._launched = 0
+        self._in_flight: deque[Wave] = deque()
+        self._stage_free_ns = [0] * stages
+
+    def wake(self, arrival_ns: int) -> None:
+        """Act at ``arrival_ns`` unless something is in flight."""
+        if not self._in_flight and arrival_ns < self.next_ns:
+            self.next_ns = arrival_ns
+            self._tell()
+
+    def _tell(self) -> None:
+        if self.woken:
+            self.woken()
+
+    def run(self, horizon_ns: int, one_finish: bool) -> None:
+        """Run from :attr:`next_ns` until the next action would be at ``horizon_ns`` or later.
+
+        ``one_finish``: also return as soon as a request has ended, so that what it releases can be placed in
+        time.
+
+        Raises:
+            RunError: requests wait that can never be scheduled.
+        """
+        in_flight, members = self._in_flight, self.members
+        now = self.next_ns
+        while True:
+            if in_flight and in_flight[0].end_ns <= now:
+                self._complete(in_flight.popleft())
+            for member in members:
+                member.take_in(now)
+            released = one_finish and self.finished  # what that releases may arrive within a jump
+            if self._quiet and not released and not self._gated and len(in_flight) == self._depth - 1:
+                self._jump_ahead(self._quiet, now, horizon_ns)
+            while not self._gated and len(in_flight) < self._depth and self._launch(now):
+                pass
+            if not in_flight:
+                for member in members:
+                    if member.scheduler.waiting and not member.scheduler.held:
+                        raise RunError(member.stuck_message())
+                self.next_ns = NEVER
+                return
+            if in_flight[0] is self._gated:
+                self.next_ns = NEVER
+                return
+            self.next_ns = now = in_flight[0].end_ns
+            if now >= horizon_ns or (one_finish and self.finished):
+                return
+
+    def _launch(self, now_ns: int) -> bool:
+        """Schedule a wave and put it behind those in flight; False if no member has work."""
+        in_flight = self._in_flight
+        batches: Sequence[Batch | None]
+        if len(self.members) == 1:
+            batch = self.members[0].schedule(now_ns, bool(in_flight))
+            if batch is None:
+                return False
+            batches, recalls = (batch,), bool(batch.recalls)
+        else:
+            batches = [
+                member.schedule(now_ns, any(wave.batches[index] for wave in in_flight))
+                for index, member in enumerate(self.members)
+            ]
+            if not any(batches):
+                return False
+            recalls = any(batch.recalls for batch in batches if batch is not None)
+        wave = Wave(batches, NEVER)
+        in_flight.append(wave)
+        start = max(self._stage_free_ns[0], now_ns)
+        if recalls:
+            self._recall(wave, start)
+        else:
+            self._start(wave, start, start)
+        return True
+
+    def _recall(self, wave: Wave, start_ns: int) -> None:
+        """Let a wave wait for the KV its members need from a lower tier; reads begin when it would start."""
+        assert self.transfers is not None
+        self._gated, self._gate_ns = wave, start_ns
+        for member, batch in zip(self.members, wave.batches, strict=True):
+            for size in batch.recalls if batch is not None else ():
+                assert member.recall_route is not None
+                self._reads_left += 1
+                self.transfers.plan(start_ns, size, member.recall_route, self._read)
+
+    def _read(self, now_ns: int) -> None:
+        """One read from a lower tier has ended; after the last one the wave starts."""
+        self._reads_left -= 1
+        if self._reads_left == 0:
+            assert self._gated is not None
+            wave, self._gated = self._gated, None
+            self._start(wave, self._gate_ns, now_ns)
+            self.next_ns = self._in_flight[0].end_ns
+            self._tell()
+
+    def _start(self, wave: Wave, since_ns: int, compute_ns: int) -> None:
+        """Put a wave on the NPUs: it has been theirs since ``since_ns`` and computes from ``compute_ns``
+        on."""
+        free, time = self._stage_free_ns, compute_ns
+        for stage, (compute, hand_over) in enumerate(self.times.stages_ns(wave.batches)):
+            if self.noise:
+                compute = self.noise.step_ns(self._launched, compute)
+            time = max(time, free[stage]) + compute
+            free[stage] = time
+            time += hand_over
+        for member, batch in zip(self.members, wave.batches, strict=True):
+            if batch is not None:
+                batch.end_ns = time
+                member.note_step(batch, since_ns)
+                if member.scheduled:
+                    member.scheduled(member, batch, since_ns)
+        wave.end_ns = time
+        self._launched += 1
+
+    def _complete(self, wave: Wave) -> None:
+        for member, batch in zip(self.members, wave.batches, strict=True):
+            if batch is not None:
+                member.finish(batch)
+                self.finished += batch.finishing
+
+    # ------------------------------------------------------------------ quiet stretches of a single instance
+
+    def _jump_ahead(self, times: StepTimes, now_ns: int, horizon_ns: int) -> None:
+        """Do many steps at once while nothing but decoding goes on, with the same outcome as one by one."""
+        member, in_flight = self.members[0], self._in_flight
+        scheduler, steps = member.scheduler, member.log.steps
+        for wave in in_flight:
+            batch = wave.batches[0]
+            if batch is None or batch.finishing:
+                return
+        most = _MAX_JUMP
+        if horizon_ns < NEVER and len(steps):
+            last_ns = steps.end_ns[-1] - steps.start_ns[-1]
+            most = min(most, (horizon_ns - now_ns) // max(last_ns, 1) + 2)
+        count = scheduler.quiet_ticks(most)
+        if count < _MIN_JUMP:
+            return
+        start = max(self._stage_free_ns[0], now_ns)
+        ends = list(accumulate(self._quiet_ns(times, scheduler.decodes, count), initial=start))
+        del ends[0]
+        # A step is scheduled when the step `depth` before it has ended; that must be before the horizon.
+        known = [now_ns, *(wave.end_ns for wave in in_flight), *ends]
+        count = bisect_left(known, horizon_ns, 0, count)
+        if count < self._depth:
+            return
+        del ends[count:]
+        log_quiet_steps(member, start, ends)
+        scheduler.run_quietly(count)
+        self._stage_free_ns[0] = ends[-1]
+        self._launched += count
+        in_flight.clear()
+        for step in range(len(steps) - self._depth, len(steps)):
+            end_ns = steps.end_ns[step]
+            in_flight.append(Wave([Batch(step, end_ns)], end_ns))
+
+    def _quiet_ns(self, times: StepTimes, decodes: DecodeSet, count: int) -> Sequence[int]:
+        """Durations of the next ``count`` steps, which nothing but the present decodes takes part in."""
+        n, (kv_sum, kv_min, kv_max) = decodes.count, decodes.lengths()
+        if count < _MIN_VECTOR and not self.noise:
+            step_ns = times.decode_ns
+            return [step_ns(n, kv_sum + i * n, kv_min + i, kv_max + i) for i in range(count)]
+        durations = times.decode_run_ns(n, kv_sum, kv_min, kv_max, count)
+        if self.noise:
+            durations = self.noise.run_ns(self._launched, durations)
+        counted: list[int] = durations.tolist()
+        return counted
+
+
+def log_quiet_steps(member: Instance, start_ns: int, ends: list[int]) -> None:
+    """Write down steps of the present decodes that follow each other from ``start_ns`` on, ending at
+    ``ends``."""
+    scheduler, steps, count = member.scheduler, member.log.steps, len(ends)
+    used = list(accumulate(scheduler.decodes.blocks_needed(count), initial=scheduler.kv.pool.num_used))
+    steps.start_ns.append(start_ns)
+    steps.start_ns.extend(ends[:-1])
+    steps.end_ns.extend(ends)
+    steps.kv_blocks_used.extend(used[1:])
+    one, nothing = array("q", (0,)), bytes(8 * count)
+    for column, value in (
+        (steps.decode_tokens, scheduler.decodes.count),
+        (steps.running, len(scheduler.running)),
+        (steps.waiting, len(scheduler.waiting)),
+    ):
+        one[0] = value
+        column.extend(one * count)
+    for name in _ZERO_WHEN_QUIET:
+        getattr(steps, name).frombytes(nothing)

@@ -1,0 +1,243 @@
+"""Which layer's weights and which block's KV cache lie in which memory, and how many bytes that is.
+
+A place is ``npu`` (each rank's own memory), ``cpu`` (memory of the node), ``cxl:<device>`` or ``pim`` (memory
+of the node that computes attention; it is there when attention is offloaded). Bytes are of one rank unless
+said otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from servesim.errors import InputError
+from servesim.memory.sizing import attention_params, kv_bytes_per_token, stage_layers
+from servesim.specs.architecture import load_architecture
+from servesim.specs.dtypes import dtype_bytes
+from servesim.specs.validation import hint
+
+if TYPE_CHECKING:
+    from servesim.specs.architecture import Architecture
+    from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.model import ModelSpec
+    from servesim.specs.options import InstanceOptions
+    from servesim.specs.placement import PlacementRule
+
+NPU, CPU, PIM = "npu", "cpu", "pim"
+_HALF = 2  # bytes of a 16-bit float
+
+
+@dataclass(slots=True, frozen=True)
+class PlacedLayer:
+    """One layer in the running order of a pipeline stage."""
+
+    name: str
+    place: str
+    """Where its weights are."""
+    stored_bytes: int = 0
+    read_bytes: int = 0
+    """Of its weights, read by every step."""
+    expert_bytes: int = 0
+    """Of all experts together; a step reads those that its tokens choose."""
+    bytes_per_token: int = 0
+    """Of its weights, read for every token of a step: rows of the embedding."""
+    block: int | None = None
+    """The transformer block it belongs to."""
+    kv_place: str | None = None
+    """Where the KV cache of its block is, for attention layers."""
+
+
+def uses_placement(instance: InstanceSpec, options: InstanceOptions) -> bool:
+    """Whether an instance keeps or reads anything but in the ordinary way."""
+    return instance.placement is not None or options.enable_local_offloading or options.enable_attn_offloading
+
+
+def rule_for(instance: InstanceSpec, layer: str, block: int | None) -> tuple[str, str]:
+    """(place of the weights, place of the KV cache) of a layer; ``block`` is None outside the blocks.
+
+    The general rule first, then those for the block in the order they are listed, then the layer's; each
+    changes only what it names.
+    """
+    places = _places(instance, layer, block)
+    return places["weights"], places["kv_loc"]
+
+
+def _places(instance: InstanceSpec, layer: str, block: int | None) -> dict[str, str]:
+    """Key of a rule -> place, for one layer."""
+    places = {"weights": NPU, "kv_loc": NPU, "kv_evict_loc": NPU}
+    spec = instance.placement
+    if spec is None:
+        return places
+    rules: list[PlacementRule] = [spec.default]
+    rules += [rule for rule in spec.blocks if block is not None and block in rule.block_indices]
+    if layer in spec.layers:
+        rules.append(spec.layers[layer])
+    for rule in rules:
+        places.update(rule.places)
+    return places
+
+
+def evict_place(instance: InstanceSpec, model: ModelSpec, where: str) -> str:
+    """Where an instance's placement sends KV that its NPUs evict; ``npu`` means that it is dropped.
+
+    Raises:
+        InputError: it differs by block; a chunk of KV is of use only with all blocks, and kept in one memory.
+    """
+    if instance.placement is None:
+        return NPU
+    layer = load_architecture(model.model_type).attention_layer
+    blocks = range(model.num_hidden_layers)
+    first, *others = (_places(instance, layer, block)["kv_evict_loc"] for block in blocks)
+    for block, place in enumerate(others, 1):
+        if place != first:
+            raise InputError(
+                f"{where}.placement: kv_evict_loc: is {first!r} for block 0 and {place!r} for block {block}; "
+                "evicted KV is kept whole, all blocks in one memory, so name it once, in default"
+            )
+    return first
+
+
+def check_placement(instance: InstanceSpec, architecture: Architecture, where: str) -> None:
+    """Raise InputError for rules about layers that the model does not have."""
+    if instance.placement is None:
+        return
+    kinds = architecture.catalog
+    known = [*kinds.dense, *kinds.per_sequence, *kinds.attention, *kinds.moe]
+    for layer in instance.placement.layers:
+        if layer not in known:
+            raise InputError(
+                f"{where}.placement.layers.{layer}: {architecture.model_type} has no such layer; "
+                f"{hint(layer, known)}"
+            )
+
+
+def placed_stages(
+    instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, architecture: Architecture
+) -> list[list[PlacedLayer]]:
+    """The layers of every pipeline stage in running order, with bytes and places."""
+    stages, first = [], 0
+    for count in stage_layers(model.num_hidden_layers, instance.pp_size):
+        stages.append(_stage(instance, model, options, architecture, range(first, first + count)))
+        first += count
+    return stages
+
+
+def _stage(
+    instance: InstanceSpec,
+    model: ModelSpec,
+    options: InstanceOptions,
+    architecture: Architecture,
+    blocks: range,
+) -> list[PlacedLayer]:
+    plain = max(dtype_bytes(options.dtype), _HALF)
+    vocabulary = model.vocab_size * model.hidden_size * plain // instance.tp_size
+    tied = model.tie_word_embeddings and instance.pp_size == 1
+    layers = []
+    if blocks.start == 0:
+        for name in architecture.sequence.prologue:
+            place, _ = rule_for(instance, name, None)
+            if name == "embedding":
+                layers.append(
+                    PlacedLayer(name, place, vocabulary, 0, 0, model.hidden_size * plain // instance.tp_size)
+                )
+            else:
+                layers.append(PlacedLayer(name, place))
+    for block in blocks:
+        layers += _block(instance, model, options, architecture, block)
+    if blocks.stop == model.num_hidden_layers:
+        for name in architecture.sequence.head:
+            place, _ = rule_for(instance, name, None)
+            if name == "lm_head":
+                if tied:  # it is the embedding, and lies where that lies
+                    place, _ = rule_for(instance, "embedding", None)
+                layers.append(PlacedLayer(name, place, 0 if tied else vocabulary, vocabulary))
+            else:
+                size = model.hidden_size * plain if name == "final_layernorm" else 0
+                layers.append(PlacedLayer(name, place, size, size))
+    return layers
+
+
+def _block(
+    instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, architecture: Architecture, block: int
+) -> list[PlacedLayer]:
+    has_experts = model.has_experts(block)
+    names = architecture.block_layers(has_experts)
+    weights, experts = block_weights(
+        model, options.dtype, instance.tp_size, instance.ep_size, names, has_experts=has_experts
+    )
+    layers = []
+    for name, size in zip(names, weights, strict=True):
+        place, kv_place = rule_for(instance, name, block)
+        if options.enable_attn_offloading:
+            kv_place = PIM
+        if name == architecture.attention_layer:
+            layers.append(PlacedLayer(name, place, size, size, block=block, kv_place=kv_place))
+        elif name in architecture.catalog.moe:
+            layers.append(PlacedLayer(name, place, size + experts, size, experts, block=block))
+        else:
+            layers.append(PlacedLayer(name, place, size, size, block=block))
+    return layers
+
+
+def block_weights(
+    model: ModelSpec, dtype: str, tp: int, ep: int, names: list[str], *, has_experts: bool
+) -> tuple[list[int], int]:
+    """Bytes of each layer of one block on one rank, and apart from them of all its experts.
+
+    The sum is that of the memory plan (:mod:`servesim.memory.sizing`). Weights of a layer that the
+    architecture file does not name on its own count to the largest that it names.
+    """
+    size = dtype_bytes(dtype)
+    plain, hidden = max(size, _HALF), model.hidden_size
+    out = model.num_attention_heads // tp * model.head_dim * hidden * size
+    parts = {"o_proj": out, "qkv_proj": attention_params(model, tp) * size - out}
+    experts = 0
+    if has_experts:
+        experts = (
+            3 * hidden * model.moe_intermediate_size * model.num_experts * size // (ep if ep > 1 else tp)
+        )
+        parts["moe"] = hidden * model.num_experts * plain
+    else:
+        mlp = hidden * model.intermediate_size * size
+        parts |= {"gate_up_proj": 2 * mlp // tp, "down_proj": mlp // tp}
+    norm = hidden * plain
+    weights = [norm if name == "layernorm" else parts.get(name, 0) for name in names]
+    lost = sum(part for name, part in parts.items() if name not in names)
+    lost += max(2 - names.count("layernorm"), 0) * norm
+    weights[weights.index(max(weights))] += lost
+    return weights, experts
+
+
+@dataclass(slots=True, frozen=True)
+class Holding:
+    """What an instance keeps in one memory: of one rank in its own, of all ranks in a shared one."""
+
+    weight_bytes: int = 0
+    kv_bytes_per_token: int = 0
+
+
+def holdings(
+    stages: list[list[PlacedLayer]], instance: InstanceSpec, model: ModelSpec, options: InstanceOptions
+) -> tuple[list[Holding], dict[str, Holding]]:
+    """(NPU memory of each stage's ranks, other memories by place)."""
+    per_layer = kv_bytes_per_layer(model, options, instance.tp_size)
+    own: list[Holding] = []
+    shared: dict[str, list[int]] = {}
+    for layers in stages:
+        weights = kv = 0
+        for layer in layers:
+            if layer.place == NPU:
+                weights += layer.stored_bytes
+            elif layer.stored_bytes:
+                shared.setdefault(layer.place, [0, 0])[0] += layer.stored_bytes * instance.tp_size
+            if layer.kv_place == NPU:
+                kv += per_layer
+            elif layer.kv_place is not None:
+                shared.setdefault(layer.kv_place, [0, 0])[1] += per_layer * instance.tp_size
+        own.append(Holding(weights, kv))
+    return own, {place: Holding(*sizes) for place, sizes in sorted(shared.items())}
+
+
+def kv_bytes_per_layer(model: ModelSpec, options: InstanceOptions, tp: int) -> int:
+    """KV-cache bytes of one token in one block on one rank."""
+    return kv_bytes_per_token(model, options.kv_dtype, tp) // model.num_hidden_layers

@@ -1,0 +1,145 @@
+"""The sweep: every missing shot of every table, in a random order, saved as it goes."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from servesim.errors import RunError
+from servesim.profiler.measure.progress import SweepProgress
+from servesim.profiler.measure.table_file import TableFile
+from servesim.profiler.measure.tasks import CATEGORIES, TABLE_HEADERS, VALUES, Shot, shots
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from typing import TextIO
+
+    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.measure.grid import SweepGrid
+    from servesim.profiler.measure.meter import Meter
+    from servesim.profiler.measure.table_file import Row
+
+_SAVE_EVERY_S = 1.0
+_SAVE_EVERY_ROWS = 32
+_ORDER_SEED = 20
+_NO_LIMIT = 1 << 62
+
+
+@dataclass(slots=True)
+class SweepReport:
+    """What a sweep did."""
+
+    measured: int = 0
+    kept: int = 0
+    seconds: float = 0.0
+
+
+def open_table(folder: Path, tp: int, category: str) -> TableFile:
+    """The table of a category below the bundle folder, made where there is none."""
+    path = folder / f"tp{tp}" / f"{category}.csv"
+    return TableFile(path, TABLE_HEADERS[category], VALUES.get(category, 1))
+
+
+def sweep(
+    job: ProfileJob,
+    grid: SweepGrid,
+    meter: Meter,
+    folder: Path,
+    stream: TextIO,
+    only: Sequence[str] = CATEGORIES,
+) -> SweepReport:
+    """Measure what the tables below ``folder`` lack; returns how many rows were measured and kept.
+
+    Shots run in a random order (always the same one): the rate so far is then a fair guess of what is left,
+    and a clock that drifts while the device warms up does not bend a curve.
+
+    Raises:
+        RunError: a shot gave no sensible time, or a table cannot be written.
+    """
+    started_s = time.monotonic()
+    report = SweepReport()
+    parts = {f"tp{tp} {category}": (tp, category) for tp in job.tp_degrees for category in wanted(job, only)}
+    planned = {}
+    for part, (tp, category) in parts.items():
+        table = open_table(folder, tp, category)
+        report.kept += len(table.rows)
+        planned[part] = len(shots(category, job, grid, _NO_LIMIT, table))
+        table.close()
+    progress = SweepProgress(stream, planned)
+    try:
+        for tp in job.tp_degrees:
+            mine = {
+                part: category for part, (degree, category) in parts.items() if degree == tp and planned[part]
+            }
+            if mine:
+                report.measured += _sweep_rank(job, grid, meter, folder, tp, mine, progress)
+    finally:
+        progress.close()
+    report.seconds = time.monotonic() - started_s
+    return report
+
+
+def _sweep_rank(
+    job: ProfileJob,
+    grid: SweepGrid,
+    meter: Meter,
+    folder: Path,
+    tp: int,
+    parts: dict[str, str],
+    progress: SweepProgress,
+) -> int:
+    meter.start_rank(tp)
+    kv_tokens = meter.kv_capacity_tokens()
+    measured = 0
+    missing = {}
+    for part, category in parts.items():
+        table = open_table(folder, tp, category)
+        missing[part] = shots(category, job, grid, kv_tokens, table)
+        progress.replan(part, len(missing[part]))
+        table.close()
+    for part, category in parts.items():
+        random.Random(_ORDER_SEED).shuffle(missing[part])
+        table = open_table(folder, tp, category)
+        try:
+            measured += _run(missing[part], meter, table, progress, part)
+        finally:
+            table.close()
+    return measured
+
+
+def wanted(job: ProfileJob, only: Sequence[str]) -> list[str]:
+    """The categories to measure, in the order of the tables; experts only where the model has them."""
+    return [name for name in CATEGORIES if name in only and (name != "moe" or job.model.is_moe)]
+
+
+def _run(missing: list[Shot], meter: Meter, table: TableFile, progress: SweepProgress, part: str) -> int:
+    """Measure and save; rows are on the disk within a second, also when interrupted."""
+    rows: list[Row] = []
+    measured = 0
+    saved_s = time.monotonic()
+    try:
+        for shot in missing:
+            before_s = time.monotonic()
+            results = shot.measure(meter)
+            for key, result in zip(shot.keys, results, strict=True):
+                _check(part, key, result)
+                rows.append((*key, *result))
+            measured += len(shot.keys)
+            now_s = time.monotonic()
+            progress.step(part, now_s - before_s)
+            if now_s - saved_s >= _SAVE_EVERY_S or len(rows) >= _SAVE_EVERY_ROWS:
+                table.append(rows)
+                rows, saved_s = [], now_s
+    finally:
+        if rows:
+            table.append(rows)
+    return measured
+
+
+def _check(part: str, key: Row, result: Row) -> None:
+    if not all(math.isfinite(value) for value in result) or min(result[: max(1, len(result) - 1)]) < 0.0:
+        raise RunError(f"{part}: shot {key} gave {result}; a time is a finite number that is not negative")

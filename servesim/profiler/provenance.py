@@ -1,0 +1,49 @@
+"""What ``meta.yaml`` says about every bundle alike, wherever its times come from."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from servesim.profiler import grids
+from servesim.specs import paths
+
+if TYPE_CHECKING:
+    from servesim.profiler.bundle_writer import BundleContent
+    from servesim.profiler.job import ProfileJob
+
+
+def profiled(job: ProfileJob) -> dict[str, Any]:
+    """Of what the times are: the job's hardware, model, formats, degrees and limits."""
+    return {
+        "hardware": job.hardware.name,
+        "architecture": job.architecture.model_type,
+        "architecture_sha256": _architecture_sha256(job),
+        "model": job.model.name,
+        "variant": job.variant,
+        "kv_dtype": job.kv_dtype,
+        "tp_degrees": list(job.tp_degrees),
+        "engine_effective": {
+            "max_num_batched_tokens": job.max_num_batched_tokens,
+            "max_num_seqs": job.max_num_seqs,
+        },
+    }
+
+
+def _architecture_sha256(job: ProfileJob) -> str:
+    """Of the file's text, its lines ended by line feeds as in a checkout anywhere."""
+    path = paths.find(f"profiler/models/{job.architecture.model_type}.yaml")
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+
+
+def attention_axes(job: ProfileJob, content: BundleContent) -> dict[str, Any]:
+    """The points of a computed bundle's attention table."""
+    rows = content.tables[min(job.tp_degrees), "attention.csv"]
+    return {
+        "max_kv": job.max_kv,
+        "chunks": sorted({row[0] for row in rows}),
+        "histories": sorted({row[1] for row in rows}),
+        "n_decode": sorted({row[2] for row in rows}),
+        "kv": sorted({row[3] for row in rows}),
+        "max_decode_tokens": grids.MAX_DECODE_TOKENS,
+    }

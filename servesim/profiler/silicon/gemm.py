@@ -1,0 +1,219 @@
+"""Times of dense matrix products from the measured (m, n, k) table.
+
+A kernel works on tiles, so its time is a staircase in m: a sample at m is representative of the tile edge
+above it. The table was measured by cycling through six copies of the weights. Those of a small product are
+found in L2 again, as a served model's never are: where a table shows that, they take at least what slightly
+larger ones, read from DRAM, take in proportion to their bytes. ``benchmarks/gemm_interpolation.py`` tests on
+the tables themselves which do, and how to tell products of sizes between the measured ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from servesim.errors import InputError
+from servesim.profiler.silicon.tables import read_table
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from servesim.profiler.silicon.tables import Gpu, KernelTable
+
+LAUNCH_US = 1.5
+"""Time of a kernel in a stream of different kernels beyond its time in a replayed loop."""
+WEIGHT_COPIES = 6
+"""Copies of the weights that a measurement cycles through; it reads none from DRAM while all fit L2.
+
+Where L2 is much faster than DRAM (RTX PRO 6000, L40S), tables jump at a sixth of L2: smaller products take
+0.6 to 0.7 of the time of reading their weights from DRAM, larger ones all of it.
+"""
+WARM_SHOWS = 0.85
+"""Share of that time below which half of the small products of a table must lie; others lie above 0.93."""
+SMALLEST_SHARE, LARGEST_SHARE = 1 / 12, 0.5
+"""Weights as shares of L2: those from here to a sixth tell whether a table is warm, those from there to here
+what reading from DRAM takes."""
+STREAM_TOKENS = 16
+"""Rows up to which a product is bound by reading its weights."""
+STREAM_WIDTH = 1024
+"""Least n and k at which it keeps all SMs reading."""
+WEIGHT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "nvfp4": 0.5625}
+"""Bytes of one weight, scales included."""
+
+
+Tile = tuple[int, int, float]
+"""Rows and columns of a thread block's tile, and its time relative to its size."""
+SQUARE: tuple[Tile, ...] = ((128, 128, 1.0),)
+WIDE: tuple[Tile, ...] = ((128, 256, 1.0),)
+BEST: tuple[Tile, ...] = ((64, 128, 1.1), (128, 128, 1.0), (128, 256, 0.92), (256, 128, 0.92))
+"""A library that picks the tile with the fewest waves; larger tiles are the more efficient ones."""
+TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
+    ("rtx_pro_6000_server", "bfloat16"): BEST,
+    ("rtx_pro_6000_server", "fp8"): SQUARE,
+    ("l40s", "bfloat16"): WIDE,
+    ("a100_sxm", "bfloat16"): WIDE,
+}
+"""Tiles where counting waves of thread blocks tells the width n better than a straight line does.
+
+Chosen by leaving every measured n out once (``benchmarks/gemm_interpolation.py``): the median error above 512
+rows falls from 5.2 to 3.8 %, 2.6 to 1.4 %, 9.3 to 7.4 % and 7.0 to 2.8 %. Persistent kernels (Hopper and
+later) have no waves; a line is best there.
+"""
+WAVES_FROM = 257
+"""Rows from which products run in such tiles."""
+
+
+def waves(tokens: NDArray[np.float64], n: int, tiles: tuple[Tile, ...], sms: int) -> NDArray[np.float64]:
+    """Time of a product of ``n`` columns in units of a full wave of 128 x 128 tiles, by its best tile."""
+    if not tiles:
+        return np.ones(len(tokens))
+    counted = [
+        np.ceil(np.ceil(tokens / rows) * math.ceil(n / columns) / sms) * (rows * columns / 16384 * cost)
+        for rows, columns, cost in tiles
+    ]
+    return np.where(tokens >= WAVES_FROM, np.min(counted, axis=0), 1.0)
+
+
+def tile_edge(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Row count at which a product of ``tokens`` rows fills its last tile (32 rows to 256, 128 beyond)."""
+    fine = -(-tokens // 32) * 32
+    coarse = -(-tokens // 128) * 128
+    return np.where(tokens <= 128, tokens, np.where(tokens <= 256, fine, coarse))
+
+
+def _bracket(value: int, grid: NDArray[np.int64]) -> list[tuple[int, float]]:
+    """Grid indices and weights of a linear interpolation; proportional above the grid, clamped below it."""
+    if value >= grid[-1]:
+        return [(len(grid) - 1, value / float(grid[-1]))]
+    above = int(np.searchsorted(grid, value))
+    if above == 0 or grid[above] == value:
+        return [(above, 1.0)]
+    weight = (value - grid[above - 1]) / float(grid[above] - grid[above - 1])
+    return [(above - 1, 1.0 - weight), (above, float(weight))]
+
+
+@dataclass(slots=True)
+class GemmTimes:
+    """Times of ``[m, k] x [k, n]`` products in one dtype on one GPU."""
+
+    gpu: Gpu
+    dtype: str
+    table: KernelTable
+    widths: NDArray[np.int64] = field(init=False)
+    """Every measured n, rising."""
+    depths: NDArray[np.int64] = field(init=False)
+    """Every measured k, rising."""
+    columns: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = field(init=False)
+    """(n, k) to the tile edges it was measured at and the times there, weights from DRAM."""
+    stream_start_us: float = field(init=False)
+    """Time of a product that reads its weights from DRAM beyond the time of their bytes."""
+    stream_byte_us: float = field(init=False)
+    """Time per byte of weights."""
+    warm: bool = field(init=False)
+    """Whether small products were measured with their weights in L2, to be seen from their times."""
+
+    def __post_init__(self) -> None:
+        rows = self.table.where(gemm_dtype=self.dtype)
+        if not len(rows):
+            raise InputError(
+                f"no {self.dtype} matrix products were measured on {self.gpu.folder} with vLLM "
+                f"{self.table.version}; measured: {', '.join(self.table.values('gemm_dtype'))}"
+            )
+        m, n, k = rows.integers("m"), rows.integers("n"), rows.integers("k")
+        self.widths, self.depths = np.unique(n), np.unique(k)
+        order = np.lexsort((m, k, n))
+        m, n, k, time = m[order], n[order], k[order], rows.latency_us[order]
+        starts = np.flatnonzero(np.r_[True, (np.diff(n) != 0) | (np.diff(k) != 0)])
+        self.columns = {}
+        for start, end in zip(starts, np.r_[starts[1:], len(m)], strict=True):
+            edges, inverse = np.unique(tile_edge(m[start:end]), return_inverse=True)
+            mean = np.bincount(inverse, weights=time[start:end]) / np.bincount(inverse)
+            self.columns[int(n[start]), int(k[start])] = (edges.astype(np.float64), mean)
+        self._fit_stream()
+        if self.warm:
+            for (width, depth), (_, column_us) in self.columns.items():
+                if self.in_l2(width, depth):
+                    np.maximum(column_us, self.weight_stream_us(width, depth), out=column_us)
+
+    def weight_bytes(self, n: int, k: int) -> float:
+        """Bytes of the [k, n] weights."""
+        return n * k * WEIGHT_BYTES[self.dtype]
+
+    def in_l2(self, n: int, k: int) -> bool:
+        """Whether all copies of the [k, n] weights fitted L2 when they were measured."""
+        return WEIGHT_COPIES * self.weight_bytes(n, k) <= self.gpu.l2_bytes
+
+    def _stream_samples(self, least: float, most: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Weight bytes and times of products of few rows, weights of over ``least`` to ``most`` of L2."""
+        sizes, times = [], []
+        for (n, k), (edges, column_us) in self.columns.items():
+            size = self.weight_bytes(n, k)
+            inside = min(n, k) >= STREAM_WIDTH and least < size / self.gpu.l2_bytes <= most
+            if inside and edges[0] <= STREAM_TOKENS:
+                sizes.append(size)
+                times.append(float(np.median(column_us[edges <= STREAM_TOKENS])))
+        return np.array(sizes), np.array(times)
+
+    def _fit_stream(self) -> None:
+        """A line through the products whose weights just do not stay in L2: median slope, median rest.
+
+        No byte is read faster than at the nominal bandwidth.
+        """
+        sizes, times = self._stream_samples(1 / WEIGHT_COPIES, LARGEST_SHARE)
+        few, many = np.triu_indices(len(sizes), 1)
+        differ = sizes[few] != sizes[many]
+        few, many = few[differ], many[differ]
+        self.stream_start_us, self.stream_byte_us = 0.0, 1e6 / self.gpu.bandwidth_bytes_s
+        if len(few):
+            slopes = (times[many] - times[few]) / (sizes[many] - sizes[few])
+            self.stream_byte_us = max(self.stream_byte_us, float(np.median(slopes)))
+            self.stream_start_us = max(0.0, float(np.median(times - self.stream_byte_us * sizes)))
+        sizes, times = self._stream_samples(SMALLEST_SHARE, 1 / WEIGHT_COPIES)
+        over = times / (self.stream_start_us + self.stream_byte_us * sizes)
+        self.warm = bool(len(few) and len(over) and np.median(over) < WARM_SHOWS)
+
+    def _column_us(self, tokens: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
+        edges, times = self.columns[n, k]
+        at = tile_edge(tokens).astype(np.float64)
+        beyond = np.maximum(at / edges[-1], 1.0)
+        return np.asarray(np.interp(at, edges, times) * beyond)
+
+    def measured(self, n: int, k: int) -> bool:
+        """Whether (n, k) itself was measured, so that only m is interpolated."""
+        return (n, k) in self.columns
+
+    def weight_stream_us(self, n: int, k: int) -> float:
+        """Time of a product of few rows whose [k, n] weights come from DRAM."""
+        return self.stream_start_us + self.stream_byte_us * self.weight_bytes(n, k)
+
+    def time_us(self, tokens: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
+        """Products of ``tokens`` rows: linear between tile edges per (n, k), then bilinear in (n, k).
+
+        Along n, what is interpolated is the time of a wave of thread blocks where the kernel has them.
+        """
+        total = np.zeros(len(tokens), dtype=np.float64)
+        tiles, sms = TILES.get((self.gpu.folder, self.dtype), ()), self.gpu.sm_count
+        edges = tile_edge(tokens).astype(np.float64)
+        own_waves = waves(edges, n, tiles, sms)
+        for row, row_weight in _bracket(n, self.widths):
+            width = int(self.widths[row])
+            full = np.where(edges >= WAVES_FROM, own_waves / waves(edges, width, tiles, sms), 1.0)
+            if tiles and row_weight > 1.0:  # beyond the table the waves alone say how much more there is
+                full = np.where(edges >= WAVES_FROM, full / row_weight, 1.0)
+            for column, column_weight in _bracket(k, self.depths):
+                measured_us = self._column_us(tokens, width, int(self.depths[column]))
+                total += row_weight * column_weight * full * measured_us
+        return LAUNCH_US + total
+
+
+def smallest_us(times: GemmTimes) -> float:
+    """What the table's quickest product took, in us; a kernel takes a few, the rest is the program's own."""
+    return float(times.table.where(gemm_dtype=times.dtype).latency_us.min())
+
+
+def gemm_times(gpu: Gpu, dtype: str) -> GemmTimes:
+    """Products in ``dtype`` (bfloat16, fp8, fp8_block, nvfp4) on ``gpu``."""
+    return GemmTimes(gpu, dtype, read_table(gpu.folder, "gemm", "gemm_perf"))

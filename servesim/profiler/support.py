@@ -1,0 +1,200 @@
+"""Whether a model can be simulated on a hardware: the bundle there is and its reach, or how to make one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from servesim.cost.bundle import load_bundle
+from servesim.cost.variant import profile_command
+from servesim.errors import MissingFileError, ServingError
+from servesim.profiler.job import ProfileJob
+from servesim.specs import paths
+from servesim.specs.dtypes import variant_name
+
+if TYPE_CHECKING:
+    from servesim.cost.bundle import Bundle, RankTables
+    from servesim.profiler.bundle_writer import BundleContent
+
+VARIANTS = (("bfloat16", "auto"), ("bfloat16", "fp8"), ("fp8", "auto"), ("fp8", "fp8"))
+"""Dtype combinations of the matrix, in the order of a cell's letters."""
+LETTERS = {"vllm": "M", "torch": "M", "silicon": "S", "roofline": "R"}
+"""Source -> letter of a cell: measured, derived from public measurements, computed."""
+COMPUTING = ("silicon", "roofline")
+"""Sources that make a bundle on any machine."""
+PROBE = 16
+"""Size of the bundle that is made in memory to see whether a source can make one."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundBundle:
+    """A bundle that a run would read; ranges are (first, last) of each table axis at the degree asked for."""
+
+    folder: str
+    place: str
+    """shipped, yours (the user's data folder) or here (below the working folder)."""
+    source: str
+    gpu: str | None
+    versions: list[str]
+    """Of the data it was made from and of the engine measured."""
+    confidence: str | None
+    tables: dict[str, str]
+    degrees: list[int]
+    ranges: dict[str, tuple[int, int]]
+    extrapolated: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A source that could make the bundle, or the reason why it could not."""
+
+    source: str
+    possible: bool
+    about: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What there is for one model on one hardware in one variant at one degree."""
+
+    model: str
+    hardware: str
+    variant: str
+    tp: int
+    bundle: FoundBundle | None
+    problem: str | None
+    """Why a bundle that is there cannot be used for this degree."""
+    ways: list[Way] = field(default_factory=list)
+
+    @property
+    def letter(self) -> str:
+        """In the matrix: a capital for a bundle that is there, a small letter for one that can be made."""
+        if self.bundle is not None and self.problem is None:
+            return LETTERS.get(self.bundle.source, "M")
+        made = [LETTERS[way.source].lower() for way in self.ways if way.possible and way.source in COMPUTING]
+        return made[0] if made else "-"
+
+
+def answer(job: ProfileJob, asked: dict[str, int], ways: bool = True) -> Answer:
+    """What there is for a job of one degree; ``asked`` are the sizes the run may reach, by range name.
+
+    ``ways=False`` looks for ways to make a bundle only where there is none, and only for the first that does.
+    """
+    tp = job.tp_degrees[0]
+    found, problem = find_bundle(job, tp, asked)
+    told = Answer(job.model.name, job.hardware.name, job.variant, tp, found, problem)
+    if ways or found is None or problem is not None:
+        told = replace(told, ways=_ways(job, all_of_them=ways))
+    return told
+
+
+def _ways(job: ProfileJob, all_of_them: bool) -> list[Way]:
+    tried: list[Way] = []
+    for source in COMPUTING:
+        tried.append(way(job, source))
+        if tried[-1].possible and not all_of_them:
+            break
+    return tried
+
+
+def find_bundle(job: ProfileJob, tp: int, asked: dict[str, int]) -> tuple[FoundBundle | None, str | None]:
+    """The bundle a run would read, and what is wrong with it for this degree."""
+    try:
+        bundle = load_bundle(job.hardware.name, job.model.name, job.variant, tp)
+    except MissingFileError:
+        return None, None
+    problem, tables = None, None
+    try:
+        tables = bundle.tables(tp)
+    except ServingError as error:
+        problem = str(error).splitlines()[0]
+    return _described(bundle, tables, asked), problem
+
+
+def _described(bundle: Bundle, tables: RankTables | None, asked: dict[str, int]) -> FoundBundle:
+    meta = bundle.meta
+    ranges = axis_ranges(tables) if tables is not None else {}
+    versions = [f"vLLM {meta['vllm_version']}"] if meta.get("vllm_version") else []
+    if meta.get("data_package"):
+        versions.insert(0, f"{meta['data_package']} {meta.get('data_version', '')}".rstrip())
+    return FoundBundle(
+        folder=str(bundle.folder),
+        place=_place(bundle.folder),
+        source=str(meta.get("source") or ("vllm" if meta.get("vllm_version") else "unknown")),
+        gpu=str(meta["gpu"]) if meta.get("gpu") else None,
+        versions=versions,
+        confidence=_confidence(meta),
+        tables={str(name): str(claim) for name, claim in (meta.get("tables") or {}).items()},
+        degrees=sorted(int(path.name[2:]) for path in bundle.folder.glob("tp*") if path.name[2:].isdecimal()),
+        ranges=ranges,
+        extrapolated=[
+            f"{name} {ranges[name][1] + 1} to {most}"
+            for name, most in asked.items()
+            if name in ranges and most > ranges[name][1]
+        ],
+    )
+
+
+def axis_ranges(tables: RankTables) -> dict[str, tuple[int, int]]:
+    """First and last point of every axis of the tables."""
+    tokens = [curve.points for curve in tables.dense.values()]
+    sequences = [curve.points for curve in tables.per_sequence.values()]
+    chunks, decodes, histories, lengths = tables.attention.axes
+    ranges = {
+        "tokens": (max(int(points[0]) for points in tokens), min(int(points[-1]) for points in tokens)),
+        "sequences": (max(int(at[0]) for at in sequences), min(int(at[-1]) for at in sequences)),
+    }
+    axes = {"chunk": chunks, "history": histories, "decodes": decodes, "decode KV": lengths}
+    return ranges | {
+        name: (int(axis[axis > 0][0]), int(axis[-1])) for name, axis in axes.items() if axis[-1] > 0
+    }
+
+
+def _confidence(meta: dict[str, Any]) -> str | None:
+    level = meta.get("confidence")
+    if isinstance(level, dict):
+        return ", ".join(f"{name} {value}" for name, value in level.items())
+    return str(level) if level else None
+
+
+def _place(folder: Path) -> str:
+    whole = folder.resolve()
+    for name, root in (("shipped", paths.packaged_data_dir()), ("yours", paths.user_data_dir())):
+        if whole.is_relative_to((root / "profiler").resolve()):
+            return name
+    return "here"
+
+
+def way(job: ProfileJob, source: str) -> Way:
+    """Whether a computing source can make the bundle: it is asked to make a very small one."""
+    if source == "silicon" and job.hardware.silicon is None:
+        about = "nobody published kernel measurements of this hardware"
+        return Way(source, False, about, command_for(job, source))
+    small = replace(job, max_num_batched_tokens=PROBE, max_num_seqs=PROBE, max_kv=PROBE)
+    try:
+        content = _build(small, source)
+    except ServingError as error:
+        return Way(source, False, str(error).splitlines()[0], command_for(job, source))
+    return Way(source, True, str(content.meta["confidence"]), command_for(job, source))
+
+
+def _build(job: ProfileJob, source: str) -> BundleContent:
+    if source == "silicon":
+        from servesim.profiler.silicon.build import build_bundle as from_silicon
+
+        return from_silicon(job)
+    from servesim.profiler.roofline.build import build_bundle as from_roofline
+
+    return from_roofline(job)
+
+
+def command_for(job: ProfileJob, source: str) -> str:
+    """The command line that makes the bundle."""
+    return profile_command(job.hardware.name, job.model.name, job.variant, job.tp_degrees[0], source=source)
+
+
+def variant_letters() -> list[str]:
+    """Names of the matrix's variants, in the order of a cell's letters."""
+    return [variant_name(*dtypes) for dtypes in VARIANTS]

@@ -1,0 +1,136 @@
+"""What servesim adds to a vLLM worker: time the layers of one step.
+
+vLLM mixes this class into its worker (``worker_extension_cls``); names start with ``servesim_`` since it
+refuses any that the worker has already. Runs in the worker's process, where PyTorch and vLLM are.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+
+class LayerTimes:
+    """Methods that the driver calls through ``collective_rpc``; arguments and results are plain data."""
+
+    model_runner: Any
+
+    def servesim_prepare(self, architecture: dict[str, Any], top_k: int) -> dict[str, Any]:
+        """Find and hook the layers of ``architecture`` (a file's content); returns what was found.
+
+        ``top_k``: experts a token picks; 0 for a dense model.
+        """
+        import torch
+        from vllm import SamplingParams
+        from vllm.v1.core.sched import output
+
+        from servesim.profiler.vllm_source.modules import layers_of
+        from servesim.profiler.vllm_source.ranges import LayerRanges
+        from servesim.profiler.vllm_source.steps import StepMaker
+        from servesim.specs.architecture import Architecture
+
+        runner = self.model_runner
+        parsed = Architecture.model_validate(architecture)
+        layers = layers_of(parsed, [("model", runner.get_model()), ("sampler", runner.sampler)])
+        ranges = LayerRanges(torch.profiler.record_function)
+        ranges.attach(layers)
+        config = runner.kv_cache_config
+        sampling = SamplingParams(temperature=0.0, max_tokens=1 << 20, ignore_eos=True)
+        self._servesim_steps = StepMaker(output, sampling, config.num_blocks, len(config.kv_cache_groups))
+        self._servesim_router = _Router(top_k)
+        for _, block in (pair for layer in parsed.catalog.moe for pair in layers[layer]):
+            self._servesim_router.attach(block)
+        return {
+            "num_blocks": config.num_blocks,
+            "modules": {layer: [path for path, _ in modules] for layer, modules in layers.items()},
+            "gpu": torch.cuda.get_device_name(),
+            "torch_version": str(torch.__version__),
+            "cuda_version": str(torch.version.cuda),
+        }
+
+    def servesim_time(self, shot: dict[str, Any]) -> dict[str, float]:
+        """Layer -> µs of all its kernels in one step; the median over ``iterations`` steps.
+
+        ``shot``: chunk, history, decodes as (count, KV length), iterations, activated (experts; None: as
+        routed).
+        """
+        from servesim.profiler.vllm_source.steps import requests_of
+
+        requests = requests_of(shot["chunk"], shot["history"], [(n, kv) for n, kv in shot["decodes"]])
+        self._servesim_router.activated = shot.get("activated")
+        steered = self._servesim_router.steered
+        self._servesim_step(requests)  # warm up
+        if shot.get("activated") is not None and self._servesim_router.steered == steered:
+            raise RuntimeError(
+                "the expert block did not call its gate: the experts of a step cannot be chosen"
+            )
+        times = [self._servesim_profiled(requests) for _ in range(shot["iterations"])]
+        self._servesim_router.activated = None
+        return {layer: statistics.median(time.get(layer, 0.0) for time in times) for layer in times[0]}
+
+    def _servesim_profiled(self, requests: list[Any]) -> dict[str, float]:
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        from servesim.profiler.vllm_source.ranges import kernel_us
+
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            self._servesim_step(requests)
+            torch.cuda.synchronize()
+        return kernel_us(profiler.events())
+
+    def _servesim_step(self, requests: list[Any]) -> None:
+        """One step through the worker's own entry; newer versions sample in a second call."""
+        worker: Any = self
+        if worker.execute_model(self._servesim_steps.output(requests)) is None:
+            worker.sample_tokens(None)
+
+
+class _Router:
+    """Overrides the logits of an expert block's gate so that a step touches exactly ``activated`` experts."""
+
+    def __init__(self, top_k: int) -> None:
+        self.activated: int | None = None
+        self._top_k = top_k
+        self.steered = 0
+        """Calls overridden so far; a shot that should steer and does not is worth nothing."""
+
+    def attach(self, block: Any) -> None:
+        """Hook the block's gate (its child ``gate`` or ``router``).
+
+        Raises:
+            NotSupportedError: the block has neither.
+        """
+        from servesim.errors import NotSupportedError
+
+        gate = getattr(block, "gate", None) or getattr(block, "router", None)
+        if gate is None or not hasattr(gate, "register_forward_hook"):
+            raise NotSupportedError(
+                f"--source vllm: {type(block).__name__} has no gate that could be steered"
+            )
+        gate.register_forward_hook(self._steer)
+
+    def _steer(self, module: Any, inputs: Any, output: Any) -> Any:
+        del module, inputs
+        if self.activated is None:
+            return output
+        logits = output[0] if isinstance(output, tuple) else output
+        steered = steered_logits(logits, self.activated, self._top_k)
+        self.steered += 1
+        return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def steered_logits(logits: Any, activated: int, top_k: int) -> Any:
+    """Logits (tokens, experts) by which ``top_k`` experts a token fall on the first ``activated``, evenly.
+
+    Token t prefers experts t k, t k + 1, ... (modulo ``activated``), so that slots are dealt out in turn.
+    """
+    import torch
+
+    tokens, experts = logits.shape
+    expert = torch.arange(experts, device=logits.device)[None, :]
+    first = torch.arange(tokens, device=logits.device)[:, None] * top_k
+    rank = (expert - first) % activated
+    wanted = torch.where(expert < activated, -rank, -rank - 2 * experts)
+    return wanted.to(logits.dtype)

@@ -1,0 +1,130 @@
+"""Output files appear whole or not at all: written to a temporary sibling, then renamed over the old file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from servesim.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _open_new(path: Path, mode: str) -> IO[Any]:
+    if "b" in mode:
+        return path.open(mode)
+    return path.open(mode, encoding="utf-8", newline="")
+
+
+def _missing_folders(folder: Path) -> list[Path]:
+    """``folder`` and those above it that do not exist, innermost first."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = folder.parent
+    return missing
+
+
+@contextmanager
+def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open ``path`` for writing so that readers see the old file or the finished new one, never half of it.
+
+    Parent folders are created; a symbolic link stays a link and its target is replaced; text is UTF-8 with
+    ``\\n`` line ends. An existing path that is no regular file (``/dev/null``, a pipe) is written to
+    directly. If the body raises, the old file is untouched and the temporary one removed, and so are the
+    folders created for it.
+
+    Raises:
+        RunError: the file cannot be created, written or renamed (full disk, missing permission).
+    """
+    target = Path(os.path.realpath(path))
+    direct = target.exists() and not target.is_file()
+    temporary = target if direct else _temporary_sibling(target)
+    created = [] if direct else _missing_folders(target.parent)
+    try:
+        if not direct:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with _open_new(temporary, mode) as handle:
+            yield handle
+        if not direct:
+            if target.exists():
+                shutil.copymode(target, temporary)
+            temporary.replace(target)
+    except BaseException as error:
+        if not direct:
+            with suppress(OSError):
+                temporary.unlink()
+            with suppress(OSError):  # one that another has put something into stays, and those above it
+                for folder in created:
+                    folder.rmdir()
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def check_writable(path: str | Path, what: str) -> None:
+    """Find out before a run whether the file ``path`` can be written after it; nothing is left behind.
+
+    Args:
+        path: output file; folders that are missing on the way to it are made when it is written.
+        what: the option that names the file, for the message (``--output``).
+
+    Raises:
+        InputError: the path is a folder, or nothing can be created beside it.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.isdir(target):  # noqa: PTH112 - pathlib raises for a name that is too long
+        raise InputError(
+            f"{what} {path}: is a folder; give the path of a file, such as {Path(path) / 'run.csv'}"
+        )
+    if os.path.exists(target) and not target.is_file():  # noqa: PTH110
+        return  # a device or a pipe: nothing to create beside it
+    try:
+        _rehearse(target)
+    except OSError as error:
+        raise InputError(
+            f"{what} {path}: cannot be written ({error.strerror or error}); "
+            "give a path in a folder you can write to"
+        ) from error
+
+
+def check_creatable(folder: Path, what: str) -> None:
+    """As :func:`check_writable`, for a folder that is made later and does not exist yet.
+
+    Raises:
+        InputError: it cannot be created.
+    """
+    try:
+        _rehearse(Path(os.path.realpath(folder)) / "file")
+    except OSError as error:
+        raise InputError(f"{what} {folder}: cannot be created ({error.strerror or error})") from None
+
+
+def _rehearse(target: Path) -> None:
+    """Create and remove a sibling of ``target``, or, where its folder is missing, a folder of another name
+    with the same below it: another process may be making the real one meanwhile.
+
+    Raises:
+        OSError: that is not possible.
+    """
+    missing = _missing_folders(target.parent)
+    if not missing:
+        probe = _temporary_sibling(target)
+        probe.open("wb").close()
+        probe.unlink()
+        return
+    rehearsal = missing[-1].with_name(f".servesim.{os.getpid()}.tmp")
+    try:
+        folder = rehearsal / target.parent.relative_to(missing[-1].parent)
+        folder.mkdir(parents=True)
+        (folder / target.name).open("wb").close()
+    finally:
+        shutil.rmtree(rehearsal, ignore_errors=True)

@@ -1,0 +1,216 @@
+"""What is printed before the first step: options as resolved, memory, where kernel times come from."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from servesim._version import __version__
+from servesim.results.prefix_cache import tier_line
+from servesim.results.units import gib, seconds
+from servesim.specs.dtypes import short_dtype
+from servesim.specs.options import UNLIMITED, InstanceOptions, RuntimeOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from servesim.memory.sizing import KvCapacity, Outside
+    from servesim.results.records import InstanceLog
+    from servesim.specs.cluster import InstanceSpec
+    from servesim.workload.request import Workload
+
+_LINE = 100
+_ALREADY_SHOWN = frozenset({"variant", "kv_dtype", "npu_memory_utilization"})
+"""Instance options that the lines of their instance show anyway."""
+_SHOWN_WHEN_CHANGED = frozenset(
+    {
+        *(
+            "enable_local_offloading",
+            "enable_attn_offloading",
+            "enable_sub_batch_interleaving",
+            "enable_block_copy",
+        ),
+        *(
+            "cudagraph",
+            "num_reqs",
+            "max_concurrency",
+            "request_rate",
+            "skip_prefill",
+            "enable_prefix_sharing",
+        ),
+        *("prefix_storage", "request_routing_policy", "expert_routing_policy", "seed", "stepped"),
+    }
+)
+"""Options that are worth a word only when they differ from their default."""
+
+
+def banner(options: RuntimeOptions, workload: Workload, instances: Sequence[InstanceLog]) -> str:
+    """The text above the heartbeat.
+
+    Args:
+        options: the options of the run; those an instance resolves for itself are shown as resolved.
+        workload: the requests of the run.
+        instances: as the engine set them up.
+    """
+    lines = [
+        f"servesim {__version__}",
+        f"cluster   {options.cluster_config}, {_count(len(instances), 'instance')}",
+    ]
+    lines.append(f"workload  {workload_line(workload)}")
+    common = _common_options(instances)
+    shown = {**common, **_run_options(options)}
+    lines += _wrapped("options   ", [_option(name, value) for name, value in shown.items()])
+    for group in _alike(instances):
+        lines += _instance_lines(group, common)
+    return "\n".join(lines)
+
+
+def workload_line(workload: Workload) -> str:
+    """``name: 300 requests, 120000 input + 60000 output tokens, arrivals over 29.8s``."""
+    requests = workload.requests
+    prompt = sum(request.input_tokens for request in requests)
+    output = sum(request.output_tokens for request in requests)
+    first = [request.arrival_ns for request in requests if request.predecessor < 0]
+    parts = [f"{_count(len(requests), 'request')}, {prompt} input + {output} output tokens"]
+    if first:
+        parts.append(f"arrivals over {seconds(max(first) - min(first))}")
+    follow_ups = len(requests) - len(first)
+    if follow_ups:
+        parts.append(f"{follow_ups} follow-ups in sessions")
+    if workload.skipped:
+        parts.append(f"{_count(workload.skipped, 'bad line')} skipped")
+    return f"{workload.source or 'given'}: {', '.join(parts)}"
+
+
+def kv_cache_line(instance: InstanceLog) -> str:
+    """The documented line about one instance's KV cache."""
+    capacity = instance.capacity
+    overridden = ", set by num_gpu_blocks" if capacity.overridden else ""
+    return (
+        f"KV cache: {capacity.tokens} tokens / {capacity.num_blocks} blocks of {capacity.block_size} "
+        f"({gib(capacity.kv_bytes)} GiB per NPU at utilization {capacity.utilization:.2f}{overridden}), "
+        f"{capacity.bytes_per_token} bytes/token (kv {short_dtype(instance.options.kv_dtype)})"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _option(name: str, value: object) -> str:
+    shown = str(value)
+    if isinstance(value, bool):
+        shown = "on" if value else "off"
+    elif value == UNLIMITED:
+        shown = "unlimited"
+    return f"{name.removeprefix('enable_').replace('_', '-')} {shown}"
+
+
+def _wrapped(first: str, parts: Sequence[str]) -> list[str]:
+    """``parts`` joined by `` · `` into indented lines of at most 100 characters."""
+    lines = []
+    line = first
+    for part in parts:
+        joined = line + part if line == first or not line.strip() else f"{line} · {part}"
+        if len(joined) > _LINE and line.strip():
+            lines.append(line)
+            line = " " * len(first) + part
+        else:
+            line = joined
+    return [*lines, line.rstrip()]
+
+
+def _is_default(name: str, value: object) -> bool:
+    return bool(RuntimeOptions.model_fields[name].default == value)
+
+
+def _run_options(options: RuntimeOptions) -> dict[str, Any]:
+    """Options of the whole run, as opposed to one instance, that differ from their default."""
+    of_instances = {field.name for field in fields(InstanceOptions)}
+    chosen = {
+        name: getattr(options, name) for name in RuntimeOptions.model_fields if name not in of_instances
+    }
+    return {
+        name: value
+        for name, value in chosen.items()
+        if name in _SHOWN_WHEN_CHANGED and not _is_default(name, value)
+    }
+
+
+def _options_of(options: InstanceOptions) -> dict[str, Any]:
+    """What an instance runs with, without what is at its default and rarely touched."""
+    chosen = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {
+        name: value
+        for name, value in chosen.items()
+        if name not in _ALREADY_SHOWN
+        and not (name in _SHOWN_WHEN_CHANGED and _is_default(name, value))
+        and (name, value) != ("long_prefill_token_threshold", UNLIMITED)
+    }
+
+
+def _common_options(instances: Sequence[InstanceLog]) -> dict[str, Any]:
+    """The options that every instance has the same value of."""
+    if not instances:
+        return {}
+    first, *others = [_options_of(instance.options) for instance in instances]
+    return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
+
+
+def _alike(instances: Sequence[InstanceLog]) -> list[list[InstanceLog]]:
+    """Instances in groups that need to be described only once, in order of first appearance."""
+    groups: dict[str, list[InstanceLog]] = {}
+    for instance in instances:
+        tier = tier_line(instance.tier) if instance.tier else ""
+        key = repr((instance.spec, instance.options, instance.capacity, instance.bundle_source, tier))
+        groups.setdefault(key, []).append(instance)
+    return list(groups.values())
+
+
+def _index_ranges(indices: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` -> ``0-2, 5``."""
+    ranges: list[list[int]] = []
+    for index in indices:
+        if ranges and index == ranges[-1][1] + 1:
+            ranges[-1][1] = index
+        else:
+            ranges.append([index, index])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
+
+
+def _shape(spec: InstanceSpec) -> list[str]:
+    """How an instance is spread over NPUs and what part it has: ``tp 2``, ``pp 2``, ``decode``."""
+    shape = [f"tp {spec.tp_size}"]
+    shape += [f"pp {spec.pp_size}"] if spec.pp_size > 1 else []
+    shape += [f"ep {spec.ep_size}"] if spec.ep_size > 1 else []
+    shape += [f"dp_group {spec.dp_group}"] if spec.dp_group is not None else []
+    return [*shape, spec.pd_type] if spec.pd_type else shape
+
+
+def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> list[str]:
+    instance = group[0]
+    spec, capacity = instance.spec, instance.capacity
+    name = f"instance{'s' if len(group) > 1 else ''} {_index_ranges([member.index for member in group])}"
+    lines = [f"{name}: {spec.model_name} on {spec.num_npus} x {spec.hardware} ({', '.join(_shape(spec))})"]
+    own = {key: value for key, value in _options_of(instance.options).items() if key not in common}
+    if own:
+        lines += _wrapped("  options   ", [_option(key, value) for key, value in own.items()])
+    lines.append(f"  kernels   {instance.options.variant}: {instance.bundle_source}")
+    lines.append(f"  host      {instance.host}")
+    lines.append(
+        f"  memory    {gib(capacity.total_bytes)} GiB per NPU: weights {gib(capacity.weight_bytes)}, "
+        f"activations {gib(capacity.activation_bytes)}, other {gib(capacity.non_torch_bytes)} GiB"
+    )
+    lines.append(f"  {kv_cache_line(instance)}")
+    if instance.tier:
+        lines.append(f"  {tier_line(instance.tier)}")
+    lines += [f"  {_outside_line(place, capacity)}" for place in capacity.outside]
+    return lines
+
+
+def _outside_line(memory: Outside, capacity: KvCapacity) -> str:
+    """What an instance keeps in a memory that is not its NPUs'."""
+    parts = [f"weights {gib(memory.weight_bytes)}"] if memory.weight_bytes else []
+    if memory.kv_bytes_per_token:
+        parts.append(f"KV cache {gib(memory.kv_bytes_per_token * capacity.tokens)}")
+    return f"{memory.place:<10}{', '.join(parts)} of {gib(memory.total_bytes)} GiB"

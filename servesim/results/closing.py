@@ -1,0 +1,82 @@
+"""What is printed after the last step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from servesim.results.energy import energy_line
+from servesim.results.prefix_cache import prefix_cache_lines
+from servesim.results.saturation import saturation_line
+from servesim.results.table import Table
+from servesim.results.units import digits
+
+if TYPE_CHECKING:
+    from servesim.results.result import Result
+
+LATENCY_ROWS = (
+    ("TTFT", "ttft"),
+    ("TPOT", "tpot"),
+    ("ITL", "itl"),
+    ("latency", "e2el"),
+    ("queuing delay", "queuing_delay"),
+)
+"""Shown name and name in the summary's keys."""
+STATISTICS = (("mean", "mean"), ("median", "median"), ("P90", "p90"), ("P95", "p95"), ("P99", "p99"))
+
+
+def closing(result: Result, wall_s: float | None = None) -> str:
+    """Totals, throughput, latencies, memory and energy of a run.
+
+    Args:
+        result: the run.
+        wall_s: how long the simulation took in real seconds; None leaves the line out.
+    """
+    summary = result.summary
+    lines = ["", *_totals(summary), "", latency_table(summary).plain(), "", *_memory(summary)]
+    near = saturation_line(summary["saturation"])
+    if near:
+        lines.append(f"saturation     {near}")
+    for rejected in result.rejected[:3]:
+        lines.append(f"rejected request {rejected.request}: {rejected.reason}")
+    if len(result.rejected) > 3:
+        lines.append(f"… and {len(result.rejected) - 3} more rejected")
+    if wall_s is not None:
+        lines.append(wall_line(result.log.end_ns, wall_s))
+    return "\n".join(lines)
+
+
+def latency_table(summary: dict[str, Any]) -> Table:
+    """Mean and percentiles of every latency, in ms."""
+    table = Table(["ms", *(title for title, _ in STATISTICS)])
+    for title, name in LATENCY_ROWS:
+        table.rows.append(
+            [title, *(digits(summary[f"{statistic}_{name}_ms"]) for _, statistic in STATISTICS)]
+        )
+    return table
+
+
+def wall_line(end_ns: int, wall_s: float) -> str:
+    """Real time taken and how much faster than real time that is."""
+    ratio = f", {digits(end_ns / 1e9 / wall_s)} times real time" if wall_s > 0 else ""
+    return f"wall time      {wall_s:.2f} s for {end_ns / 1e9:.1f} simulated seconds{ratio}"
+
+
+def _totals(summary: dict[str, Any]) -> list[str]:
+    rejected = f", {summary['failed']} rejected" if summary["failed"] else ""
+    return [
+        f"requests       {summary['completed']} completed{rejected} in {summary['duration']:.2f} simulated "
+        f"seconds, {summary['steps']} steps",
+        f"tokens         {summary['total_input_tokens']} input, {summary['total_output_tokens']} output",
+        f"throughput     {digits(summary['request_throughput'])} req/s, "
+        f"{digits(summary['output_throughput'])} output tok/s, "
+        f"{digits(summary['total_token_throughput'])} total tok/s",
+    ]
+
+
+def _memory(summary: dict[str, Any]) -> list[str]:
+    return [
+        f"KV cache       peak {summary['kv_cache']['peak']:.1%}, peak batch {summary['peak_batch']}",
+        f"preemptions    {summary['preemptions']}, {summary['recomputed_tokens']} tokens recomputed",
+        *prefix_cache_lines(summary["prefix_cache"]),
+        f"energy         {energy_line(summary['energy'])}",
+    ]

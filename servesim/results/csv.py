@@ -1,0 +1,175 @@
+"""The per-request file: CSV or Parquet, and the list of rejected requests beside it."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from servesim.errors import InputError
+from servesim.results.atomic import atomic_write
+from servesim.results.token_gaps import GapText
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from servesim.results.result import Result
+
+MODEL_COLUMN = "model"
+ITL_COLUMN = "ITL"
+SESSION_COLUMN = "session id"
+COLUMNS = (
+    "instance id", "request id", MODEL_COLUMN, "input", "output", "arrival", "end_time", "latency",
+    "queuing_delay", "TTFT", "TPOT", ITL_COLUMN, "queued", SESSION_COLUMN, "sub request", "prefix hit",
+    "npu hit", "storage hit", "preemptions", "decode instance",
+)  # fmt: skip
+"""Columns of the file in order; the first twelve are a fixed contract, times are integer ns."""
+
+NUMERIC_COLUMNS = tuple(name for name in COLUMNS if name not in (MODEL_COLUMN, ITL_COLUMN, SESSION_COLUMN))
+
+_PARQUET_ROWS = 4096
+"""Requests per Parquet row group: bounds the inter-token latencies held in memory at once."""
+
+
+def is_parquet(path: str | Path) -> bool:
+    """Whether a file of this name is written as Parquet rather than CSV."""
+    return Path(path).suffix.lower() == ".parquet"
+
+
+def require_parquet(path: str | Path, what: str) -> None:
+    """Refuse a ``.parquet`` path when pyarrow is not installed.
+
+    Raises:
+        InputError: with the command that installs it.
+    """
+    if is_parquet(path) and find_spec("pyarrow") is None:
+        raise InputError(
+            f"{what} {path}: writing Parquet needs pyarrow, which is not installed; "
+            "pip install 'servesim[parquet]', or give a path that ends in .csv"
+        )
+
+
+def rejected_path(path: str | Path) -> Path:
+    """Where the rejected requests of a run are listed: ``<output>.rejected.jsonl``."""
+    return Path(f"{path}.rejected.jsonl")
+
+
+def save_requests(result: Result, path: str | Path, *, itl: bool = True) -> None:
+    """Write one row per finished request, ordered by request id.
+
+    Rejected requests go to ``<path>.rejected.jsonl``; without any, that file is removed.
+
+    Args:
+        result: the run.
+        path: ``.parquet`` is written as Parquet (pyarrow), everything else as CSV.
+        itl: write the inter-token latencies; without them the column stays empty.
+    """
+    if is_parquet(path):
+        require_parquet(path, "output")
+        with atomic_write(path, "wb") as handle:
+            _write_parquet(result, handle, itl=itl)
+    else:
+        with atomic_write(path, "w") as handle:
+            _write_csv(result, handle, itl=itl)
+    _save_rejected(result, rejected_path(path))
+
+
+@lru_cache(maxsize=4096)
+def _csv_text(text: str) -> str:
+    """A CSV field, quoted when it holds a separator, a quote or a line end."""
+    if any(character in text for character in ',"\r\n'):
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def text_columns(result: Result) -> dict[str, list[str]]:
+    """The columns of text but ITL: name → a value per finished request, empty where there is none."""
+    models = [instance.spec.model_name for instance in result.instances]
+    requests = result.workload.requests
+    return {
+        MODEL_COLUMN: [models[record.instance] for record in result.records],
+        SESSION_COLUMN: [requests[record.request].session_id or "" for record in result.records],
+    }
+
+
+def _write_csv(result: Result, handle: IO[str], *, itl: bool) -> None:
+    handle.write(",".join(COLUMNS) + "\n")
+    rows = result.requests[[name.replace(" ", "_") for name in NUMERIC_COLUMNS]].tolist()
+    gap_text = GapText(result.token_gaps) if itl else None
+    texts = zip(*text_columns(result).values(), strict=True)
+    places = COLUMNS.index(MODEL_COLUMN), COLUMNS.index(ITL_COLUMN), COLUMNS.index(SESSION_COLUMN)
+    for row, record, (model, session) in zip(rows, result.records, texts, strict=True):
+        fields = list(map(str, row))
+        gaps = f'"{gap_text.of(record)}"' if gap_text is not None else ""
+        for place, text in zip(places, (_csv_text(model), gaps, _csv_text(session)), strict=True):
+            fields.insert(place, text)
+        handle.write(",".join(fields) + "\n")
+
+
+def _gap_lists(result: Result, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Inter-token latencies of requests start..stop-1 end to end, and where each one's begin."""
+    lists = [result.token_gaps.of(record) for record in result.records[start:stop]]
+    offsets = np.zeros(len(lists) + 1, dtype=np.int64)
+    np.cumsum([len(gaps) for gaps in lists], out=offsets[1:])
+    values = np.concatenate(lists) if lists else np.empty(0, dtype=np.int64)
+    return values, offsets
+
+
+def _write_parquet(result: Result, handle: IO[bytes], *, itl: bool) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {ITL_COLUMN: pa.large_list(pa.int64()), MODEL_COLUMN: pa.string(), SESSION_COLUMN: pa.string()}
+    schema = pa.schema([(name, types.get(name, pa.int64())) for name in COLUMNS])
+    texts = text_columns(result)
+    with pq.ParquetWriter(handle, schema, compression="zstd") as writer:
+        for start in range(0, max(len(result.requests), 1), _PARQUET_ROWS):
+            rows = result.requests[start : start + _PARQUET_ROWS]
+            columns = []
+            for name in COLUMNS:
+                if name in texts:
+                    column = pa.array(
+                        [text or None for text in texts[name][start : start + _PARQUET_ROWS]], pa.string()
+                    )
+                elif name != ITL_COLUMN:
+                    column = pa.array(np.ascontiguousarray(rows[name.replace(" ", "_")]))
+                elif itl:
+                    values, offsets = _gap_lists(result, start, start + _PARQUET_ROWS)
+                    column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
+                else:
+                    column = pa.nulls(len(rows), types[ITL_COLUMN])
+                columns.append(column)
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def _save_rejected(result: Result, path: Path) -> None:
+    """Write one JSON line per rejected request; without any, remove what an earlier run left at ``path``."""
+    if not result.rejected:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_write(path, "w") as handle:
+        handle.writelines(_rejected_lines(result))
+
+
+def _rejected_lines(result: Result) -> Sequence[str]:
+    lines = []
+    for rejected in sorted(result.rejected, key=lambda entry: entry.request):
+        request = result.workload.requests[rejected.request]
+        line = {
+            "request id": rejected.request,
+            "instance id": rejected.instance,
+            "arrival": rejected.arrival_ns,
+            "input": request.input_tokens,
+            "output": request.output_tokens,
+            "session id": request.session_id,
+            "sub request": request.sub_request,
+            "reason": rejected.reason,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return lines

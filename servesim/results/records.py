@@ -1,0 +1,165 @@
+"""What the engine writes down while it runs: one row a step and one record a request, nothing per token.
+
+The time of a token is the end of the step that produced it, so a request only remembers *which* steps
+produced its tokens (:attr:`RequestRecord.token_steps`); inter-token latencies are differences of the step
+ends, computed when the results are written.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from servesim.memory.sizing import KvCapacity
+    from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.options import InstanceOptions
+
+
+class StepLog:
+    """One row per engine step of one instance, in columns of 64-bit integers."""
+
+    COLUMNS = (
+        "start_ns",
+        "end_ns",
+        "prefill_tokens",  # tokens of chunks (more than one scheduled token)
+        "decode_tokens",  # sequences with exactly one scheduled token
+        "running",  # requests that hold a slot while the step runs
+        "waiting",  # requests queued while the step runs
+        "kv_blocks_used",
+        "preempted",  # requests preempted while the step was scheduled
+        "hit_tokens",  # prompt tokens found in the prefix cache by requests admitted in this step
+        "lookup_tokens",  # tokens looked up in the prefix cache by requests admitted in this step
+        "recalled_tokens",  # those of hit_tokens that were read from the lower tier of the prefix cache
+        "recalled_bytes",  # bytes read for them
+        "tier_bytes",  # bytes read from and written to the lower tier
+    )
+    __slots__ = COLUMNS
+
+    def __init__(self) -> None:
+        for name in self.COLUMNS:
+            setattr(self, name, array("q"))
+
+    start_ns: array[int]
+    end_ns: array[int]
+    prefill_tokens: array[int]
+    decode_tokens: array[int]
+    running: array[int]
+    waiting: array[int]
+    kv_blocks_used: array[int]
+    preempted: array[int]
+    hit_tokens: array[int]
+    lookup_tokens: array[int]
+    recalled_tokens: array[int]
+    recalled_bytes: array[int]
+    tier_bytes: array[int]
+
+    def __len__(self) -> int:
+        return len(self.start_ns)
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """A copy of one column, shape (steps,)."""
+        return np.array(getattr(self, name), dtype=np.int64)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What happened to one finished request. Times in ns on the simulation clock."""
+
+    request: int
+    """Index of the request in the workload."""
+    instance: int
+    """Instance that took the request in (the prefill side when prefill and decode are separate)."""
+    arrival_ns: int
+    queued_ns: int
+    """Step boundary at which the engine took the request in."""
+    scheduled_ns: int
+    """Start of scheduling of the first step that worked on the request."""
+    first_token_ns: int
+    end_ns: int
+    token_steps: list[tuple[int, int, int]] = field(default_factory=list)
+    """(track, first, last): runs of consecutive entries, ``last`` included, of a track of :class:`RunLog`;
+    each is
+    the time of one token."""
+    npu_hit: int = 0
+    """Prompt tokens found in the NPU's prefix cache at first admission."""
+    storage_hit: int = 0
+    """Prompt tokens recalled from a lower tier at first admission."""
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    decode_instance: int = -1
+    """Instance that decoded the request; equals ``instance`` unless prefill and decode are separate."""
+
+
+@dataclass(slots=True)
+class RejectedRequest:
+    """A request that could never run, with the reason given to the user."""
+
+    request: int
+    instance: int
+    arrival_ns: int
+    reason: str
+
+
+@dataclass(slots=True, frozen=True)
+class TierMemory:
+    """The lower tier of an instance's prefix cache."""
+
+    storage: str
+    """``CPU`` or ``CXL``."""
+    pool: int
+    """Instances with the same number use the same chunks and the same capacity."""
+    shared: bool
+    """Whether the pool is for all instances of the node."""
+    capacity_bytes: int
+    chunk_tokens: int
+    chunk_bytes: int
+    bandwidth_gbs: float
+    """What all that read from the memory have together."""
+    latency_ns: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that fit, in whole chunks."""
+        return self.capacity_bytes // self.chunk_bytes * self.chunk_tokens
+
+
+@dataclass(slots=True)
+class InstanceLog:
+    """Everything recorded about one instance."""
+
+    index: int
+    node: int
+    spec: InstanceSpec
+    options: InstanceOptions
+    capacity: KvCapacity
+    bundle_source: str
+    """One line: where the kernel times come from."""
+    host: str
+    """One line: what its host adds to them."""
+    steps: StepLog = field(default_factory=StepLog)
+    tier: TierMemory | None = None
+    """Where its prefix cache keeps what the NPUs overwrite; None: nowhere."""
+
+
+@dataclass(slots=True)
+class RunLog:
+    """Raw outcome of a run; :class:`servesim.results.result.Result` is the public view of it."""
+
+    instances: list[InstanceLog]
+    requests: list[RequestRecord] = field(default_factory=list)
+    rejected: list[RejectedRequest] = field(default_factory=list)
+    end_ns: int = 0
+    lane_times: list[array[int]] = field(default_factory=list)
+    """Step ends in ns of the groups of requests that travel together through a pipeline."""
+
+    def tracks(self) -> list[NDArray[np.int64]]:
+        """Token times in ns: track i is the step ends of instance i, and after those come
+        :attr:`lane_times`."""
+        columns = [instance.steps.end_ns for instance in self.instances] + self.lane_times
+        return [np.array(times, dtype=np.int64) for times in columns]

@@ -1,0 +1,193 @@
+"""The public view of a finished run."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from servesim.results.csv import COLUMNS, NUMERIC_COLUMNS, save_requests, text_columns
+from servesim.results.energy import power_series, series_interval_ns
+from servesim.results.steps import save_steps, steps_array
+from servesim.results.summary import save_summary, summarise
+from servesim.results.token_gaps import TokenGaps
+from servesim.results.units import SECOND
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from servesim.results.records import InstanceLog, RejectedRequest, RequestRecord, RunLog
+    from servesim.specs.cluster import ClusterSpec
+    from servesim.specs.options import RuntimeOptions
+    from servesim.workload.request import Workload
+
+REQUEST_DTYPE = np.dtype([(name.replace(" ", "_"), np.int64) for name in NUMERIC_COLUMNS])
+
+
+class Result:
+    """What a run produced, as NumPy arrays, a summary and files.
+
+    Everything is derived on first use from the engine's log and kept; nothing holds one number per token.
+    """
+
+    def __init__(
+        self,
+        log: RunLog,
+        workload: Workload,
+        options: RuntimeOptions | None = None,
+        cluster: ClusterSpec | None = None,
+    ) -> None:
+        self.log = log
+        self.workload = workload
+        self.options = options
+        self.cluster = cluster
+
+    @cached_property
+    def records(self) -> list[RequestRecord]:
+        """The engine's record of each finished request, ordered by request id."""
+        return sorted(self.log.requests, key=lambda record: record.request)
+
+    @property
+    def rejected(self) -> list[RejectedRequest]:
+        """Requests that could never run, each with its reason."""
+        return self.log.rejected
+
+    @property
+    def instances(self) -> list[InstanceLog]:
+        """Per instance: its options, KV-cache capacity, bundle and step log."""
+        return self.log.instances
+
+    @cached_property
+    def token_gaps(self) -> TokenGaps:
+        """Token times, as tracks and runs of their entries."""
+        return TokenGaps(self.log.tracks(), self.records)
+
+    @cached_property
+    def requests(self) -> NDArray[np.void]:
+        """One row per finished request, ordered by request id; shape (requests,), every field int64.
+
+        The fields are the numeric columns of the per-request file with underscores for spaces:
+
+        - ``instance_id``, ``request_id``; ``decode_instance`` (differs with separate prefill and decode)
+        - ``input``, ``output``: tokens of the prompt, tokens generated
+        - ``arrival``, ``queued``, ``end_time``: ns on the simulation clock; ``queued`` is the step boundary
+          at which the engine took the request in
+        - ``latency`` (arrival to end), ``queuing_delay`` (arrival to the first step that schedules it),
+          ``TTFT`` (arrival to first token): ns
+        - ``TPOT``: (latency - TTFT) // (output - 1) in ns, 0 for a single token
+        - ``sub_request``: position in its session
+        - ``prefix_hit`` = ``npu_hit`` + ``storage_hit``: prompt tokens found in the NPU's prefix cache, and
+          recalled from a lower tier
+        - ``preemptions``: times it lost its KV blocks
+        """
+        records = self.records
+        asked = self.workload.requests
+        table = np.empty(len(records), dtype=REQUEST_DTYPE)
+
+        def fill(name: str, values: list[int]) -> NDArray[np.int64]:
+            table[name] = values
+            column: NDArray[np.int64] = table[name]
+            return column
+
+        fill("instance_id", [record.instance for record in records])
+        fill("request_id", [record.request for record in records])
+        fill("input", [asked[record.request].input_tokens for record in records])
+        fill("sub_request", [asked[record.request].sub_request for record in records])
+        fill("queued", [record.queued_ns for record in records])
+        fill("preemptions", [record.preemptions for record in records])
+        fill("decode_instance", [record.decode_instance for record in records])
+        undivided = table["decode_instance"] < 0
+        table["decode_instance"][undivided] = table["instance_id"][undivided]
+        arrival = fill("arrival", [record.arrival_ns for record in records])
+        end = fill("end_time", [record.end_ns for record in records])
+        table["queuing_delay"] = (
+            np.array([record.scheduled_ns for record in records], dtype=np.int64) - arrival
+        )
+        first_token = np.array([record.first_token_ns for record in records], dtype=np.int64)
+        table["latency"] = end - arrival
+        table["TTFT"] = first_token - arrival
+        tokens = self.token_gaps.tokens()
+        table["output"] = tokens
+        table["TPOT"] = np.where(tokens > 1, (end - first_token) // np.maximum(tokens - 1, 1), 0)
+        npu_hit = fill("npu_hit", [record.npu_hit for record in records])
+        table["prefix_hit"] = npu_hit + fill("storage_hit", [record.storage_hit for record in records])
+        return table
+
+    @cached_property
+    def steps(self) -> NDArray[np.void]:
+        """One row per engine step, instance by instance; shape (steps,), every field int64.
+
+        ``instance``, ``step``, ``start_ns``, ``end_ns``, ``prefill_tokens`` (tokens of chunks),
+        ``decode_tokens`` (sequences with one token), ``running``, ``waiting``, ``kv_blocks_used``,
+        ``preempted``, ``hit_tokens`` and ``lookup_tokens`` (prompt tokens found and looked up in the prefix
+        cache by the requests it admitted), ``recalled_tokens`` (those found that came from the lower tier),
+        ``recalled_bytes`` (read for them), ``tier_bytes`` (read from and written to the tier).
+        """
+        return steps_array(self.instances)
+
+    def inter_token_latencies(self, request: int) -> NDArray[np.int64]:
+        """Times between successive tokens of one request in ns, shape (output - 1,).
+
+        Raises:
+            KeyError: no request of this id finished.
+        """
+        position = int(np.searchsorted(self.requests["request_id"], request))
+        if position >= len(self.records) or self.records[position].request != request:
+            raise KeyError(f"request {request} did not finish in this run")
+        return self.token_gaps.of(self.records[position])
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Figures of the run under the names of ``vllm bench serve``, and ours; ready for JSON."""
+        return summarise(self)
+
+    def power(self, interval_s: float = 1.0) -> NDArray[np.void]:
+        """Mean power of every node with a ``power`` section over the run, shape (nodes * intervals,).
+
+        ``node``, ``start_ns``, ``end_ns`` (the last interval is what is left), ``power_w`` in W.
+
+        Raises:
+            ValueError: the interval is shorter than a nanosecond.
+        """
+        return power_series(self, round(interval_s * SECOND))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The per-request table as a DataFrame with the columns of the file (without ITL).
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        frame = pandas.DataFrame(self.requests)
+        frame.columns = pandas.Index(NUMERIC_COLUMNS)
+        for name, values in text_columns(self).items():
+            frame[name] = [value or None for value in values]
+        return frame[[name for name in COLUMNS if name in frame.columns]]
+
+    def save(self, path: str | Path, *, itl: bool = True) -> None:
+        """Write the per-request file: Parquet for a path ending in ``.parquet``, CSV otherwise.
+
+        Args:
+            path: its folder is created; rejected requests go to ``<path>.rejected.jsonl``.
+            itl: False leaves the inter-token latencies out.
+        """
+        save_requests(self, path, itl=itl)
+
+    def save_steps(self, path: str | Path) -> None:
+        """Write the step log: Parquet for a path ending in ``.parquet``, CSV otherwise."""
+        save_steps(self.steps, path)
+
+    def save_timeline(self, path: str | Path) -> None:
+        """Write the run as a Chrome trace, for ui.perfetto.dev."""
+        from servesim.results.timeline import save_timeline
+
+        save_timeline(self.log, path, power_series(self, series_interval_ns(self)))
+
+    def save_summary(self, path: str | Path) -> None:
+        """Write :attr:`summary` as JSON; byte-identical for the same input and seed."""
+        save_summary(self.summary, path)

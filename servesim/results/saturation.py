@@ -1,0 +1,124 @@
+"""Whether a run was near saturation: where a little more load, or slightly slower steps, change a lot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from servesim.results.units import digits
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from servesim.results.records import InstanceLog
+    from servesim.results.result import Result
+
+FULL_SHARE = 0.10
+"""Share of the busy time with every slot taken from which on an instance counts as saturated."""
+KV_PEAK = 0.95
+"""Share of the KV cache in use from which on it counts as full."""
+GROWTH = 2.0
+"""The queue grows if it is this many times longer while the second half of the requests arrives…"""
+GROWN_QUEUE = 1.0
+"""… and then at least this many requests long on average."""
+
+
+@dataclass(slots=True, frozen=True)
+class Saturation:
+    """How close one instance came to its limits."""
+
+    instance: int
+    full_share: float
+    """Share of the busy time during which ``max_num_seqs`` requests held a slot."""
+    queue_early: float
+    """Mean number of waiting requests during the first half of the time over which requests arrived."""
+    queue_late: float
+    """The same during the second half."""
+    kv_peak: float
+    """Most KV blocks in use, as a share of the usable ones."""
+    preemptions: int
+
+    @property
+    def growing(self) -> bool:
+        """Whether requests came faster than they were served."""
+        return self.queue_late >= max(GROWTH * self.queue_early, GROWN_QUEUE)
+
+    def reasons(self) -> list[str]:
+        """What says that the instance was near saturation, in words; empty when nothing does."""
+        found = []
+        if self.full_share >= FULL_SHARE:
+            found.append(f"every slot (max_num_seqs) was taken for {self.full_share:.0%} of the busy time")
+        if self.growing:
+            early, late = digits(self.queue_early), digits(self.queue_late)
+            found.append(f"the queue grew while requests arrived (mean {early}, then {late} waiting)")
+        if self.kv_peak >= KV_PEAK:
+            found.append(f"the KV cache was {self.kv_peak:.1%} full at its peak")
+        if self.preemptions:
+            found.append(f"{self.preemptions} preemptions")
+        return found
+
+
+def saturation(result: Result) -> list[Saturation]:
+    """How close every instance came to its limits."""
+    arrivals: list[list[int]] = [[] for _ in result.instances]
+    for record in result.records:
+        arrivals[record.instance].append(record.arrival_ns)
+    return [_of_instance(instance, times) for instance, times in zip(result.instances, arrivals, strict=True)]
+
+
+def saturation_entry(result: Result) -> dict[str, Any]:
+    """:func:`saturation` for the summary: ``near`` for the whole run, and the figures of every instance."""
+    instances = saturation(result)
+    return {
+        "near": any(each.reasons() for each in instances),
+        "instances": [
+            {
+                name: round(value, 6) if isinstance(value, float) else value
+                for name, value in {**asdict(each), "reasons": each.reasons()}.items()
+            }
+            for each in instances
+        ],
+    }
+
+
+def saturation_line(entry: dict[str, Any]) -> str | None:
+    """One line for people from :func:`saturation_entry`; None for a run with room to spare."""
+    if not entry["near"]:
+        return None
+    several = len(entry["instances"]) > 1
+    found = [
+        (f"instance {each['instance']}: " if several else "") + ", ".join(each["reasons"])
+        for each in entry["instances"]
+        if each["reasons"]
+    ]
+    return f"near saturation: {'; '.join(found)}"
+
+
+def _of_instance(instance: InstanceLog, arrivals: list[int]) -> Saturation:
+    steps = instance.steps
+    start = steps.column("start_ns")
+    durations = steps.column("end_ns") - start
+    waiting = steps.column("waiting")
+    full = steps.column("running") >= instance.options.max_num_seqs
+    early = late = 0.0
+    if arrivals and max(arrivals) > min(arrivals):
+        first, last = min(arrivals), max(arrivals)
+        middle = (first + last) // 2
+        early = _weighted_mean(waiting, durations, (start >= first) & (start < middle))
+        late = _weighted_mean(waiting, durations, (start >= middle) & (start <= last))
+    busy = int(durations.sum())
+    return Saturation(
+        instance=instance.index,
+        full_share=int(durations[full].sum()) / busy if busy else 0.0,
+        queue_early=early,
+        queue_late=late,
+        kv_peak=max(steps.kv_blocks_used, default=0) / instance.capacity.usable_blocks,
+        preemptions=sum(steps.preempted),
+    )
+
+
+def _weighted_mean(values: NDArray[np.int64], weights: NDArray[np.int64], where: NDArray[np.bool_]) -> float:
+    total = int(weights[where].sum())
+    return int((values[where] * weights[where]).sum()) / total if total else 0.0

@@ -1,0 +1,204 @@
+"""Figures of a whole run, under the names that ``vllm bench serve`` gives them in its result file."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from servesim._version import __version__
+from servesim.results.atomic import atomic_write
+from servesim.results.energy import energy_entry
+from servesim.results.prefix_cache import prefix_cache_entry
+from servesim.results.saturation import saturation_entry
+from servesim.results.stats import Distribution, describe
+from servesim.results.units import MS, SECOND
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from servesim.results.records import InstanceLog
+    from servesim.results.result import Result
+
+_PROFILES = "profiler/perf/"
+_NOT_IN_SUMMARY = frozenset(
+    {
+        *("cluster_config", "dataset", "output", "summary", "steps", "timeline", "run_id"),
+        *("itl", "log_interval", "log_level", "lenient", "stepped"),
+        *("ensemble", "step_noise", "run_noise", "arrival_jitter"),
+    }
+)
+"""Options that say where files are or what is written, and so do not belong to the outcome."""
+
+
+def distributions(result: Result) -> dict[str, Distribution]:
+    """``ttft``, ``tpot``, ``itl``, ``e2el`` and ``queuing_delay`` of all finished requests, in ns.
+
+    As in vLLM's benchmark, a request with a single token has no TPOT; ITL counts every gap of every request
+    once.
+    """
+    rows = result.requests
+    gaps, counts = result.token_gaps.histogram()
+    return {
+        "ttft": describe(rows["TTFT"]),
+        "tpot": describe(rows["TPOT"][rows["output"] > 1]),
+        "itl": describe(gaps, counts),
+        "e2el": describe(rows["latency"]),
+        "queuing_delay": describe(rows["queuing_delay"]),
+    }
+
+
+def duration_ns(result: Result) -> int:
+    """First arrival to last end of a finished request, in ns; 0 when none finished."""
+    rows = result.requests
+    return int(rows["end_time"].max() - rows["arrival"].min()) if len(rows) else 0
+
+
+def _per_second(amount: int, elapsed_ns: int) -> float:
+    return round(amount * SECOND / elapsed_ns, 6) if elapsed_ns > 0 else 0.0
+
+
+def _latency_keys(result: Result) -> dict[str, float]:
+    keys = {}
+    for name, figures in distributions(result).items():
+        for statistic, value in (
+            ("mean", figures.mean),
+            ("median", figures.median),
+            ("std", figures.std),
+            ("p90", figures.p90),
+            ("p95", figures.p95),
+            ("p99", figures.p99),
+        ):
+            keys[f"{statistic}_{name}_ms"] = round(value / MS, 6)
+    return keys
+
+
+def kv_peak_blocks(instance: InstanceLog) -> int:
+    """Most KV blocks in use during any step of the instance."""
+    return max(instance.steps.kv_blocks_used, default=0)
+
+
+def _kv_cache(instance: InstanceLog) -> dict[str, Any]:
+    capacity = instance.capacity
+    peak = kv_peak_blocks(instance)
+    return {
+        "tokens": capacity.tokens,
+        "blocks": capacity.num_blocks,
+        "block_size": capacity.block_size,
+        "bytes_per_token": capacity.bytes_per_token,
+        "bytes_per_block": capacity.bytes_per_block,
+        "peak_blocks": peak,
+        "peak": round(peak / capacity.usable_blocks, 6),
+    }
+
+
+def _portable(bundle_source: str) -> str:
+    """The source of kernel times without the folder in which this machine keeps the profiles."""
+    _, root, rest = bundle_source.partition(_PROFILES)
+    return root + rest if root else bundle_source
+
+
+def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, Any]:
+    steps = instance.steps
+    options = asdict(instance.options) if is_dataclass(instance.options) else {}
+    return {
+        "instance": instance.index,
+        "node": instance.node,
+        "model": instance.spec.model_name,
+        "hardware": instance.spec.hardware,
+        "bundle": _portable(instance.bundle_source),
+        "host": instance.host,
+        "options": options,
+        "weight_bytes": instance.capacity.weight_bytes,
+        "outside": [
+            {
+                "place": memory.place,
+                "weight_bytes": memory.weight_bytes,
+                "kv_bytes": memory.kv_bytes_per_token * instance.capacity.tokens,
+            }
+            for memory in instance.capacity.outside
+        ],
+        "kv_cache": _kv_cache(instance),
+        "prefix_cache": prefix_cache_entry([instance], rows[rows["instance_id"] == instance.index]),
+        "steps": len(steps),
+        "peak_batch": max(steps.running, default=0),
+        "preemptions": sum(steps.preempted),
+        "busy_s": round(int((steps.column("end_ns") - steps.column("start_ns")).sum()) / SECOND, 9),
+    }
+
+
+def _kv_cache_totals(result: Result) -> dict[str, Any]:
+    """Capacity over all instances; ``peak`` is the fullest one's, ``bytes_per_block`` null if they differ."""
+    per_instance = [_kv_cache(instance) for instance in result.instances]
+    sizes = {entry["bytes_per_block"] for entry in per_instance}
+    return {
+        "tokens": sum(entry["tokens"] for entry in per_instance),
+        "blocks": sum(entry["blocks"] for entry in per_instance),
+        "bytes_per_block": sizes.pop() if len(sizes) == 1 else None,
+        "peak": max((entry["peak"] for entry in per_instance), default=0.0),
+    }
+
+
+def _options(result: Result) -> dict[str, Any] | None:
+    if result.options is None:
+        return None
+    chosen: dict[str, Any] = result.options.model_dump(mode="json")
+    return {
+        name: "inf" if value == math.inf else value
+        for name, value in chosen.items()
+        if name not in _NOT_IN_SUMMARY
+    }
+
+
+def summarise(result: Result) -> dict[str, Any]:
+    """All figures of a run as plain numbers and strings, ready for JSON.
+
+    Times named ``_ms`` are milliseconds, ``duration`` is in seconds; nothing depends on the wall clock, the
+    machine or the place of the files.
+    """
+    rows = result.requests
+    elapsed = duration_ns(result)
+    input_tokens, output_tokens = int(rows["input"].sum()), int(rows["output"].sum())
+    return {
+        "duration": elapsed / SECOND,
+        "completed": len(rows),
+        "failed": len(result.rejected),
+        "total_input_tokens": input_tokens,
+        "total_output_tokens": output_tokens,
+        "request_throughput": _per_second(len(rows), elapsed),
+        "output_throughput": _per_second(output_tokens, elapsed),
+        "total_token_throughput": _per_second(input_tokens + output_tokens, elapsed),
+        **_latency_keys(result),
+        "kv_cache": _kv_cache_totals(result),
+        "peak_batch": max(
+            (max(instance.steps.running, default=0) for instance in result.instances), default=0
+        ),
+        "steps": sum(len(instance.steps) for instance in result.instances),
+        "preemptions": int(rows["preemptions"].sum()),
+        "recomputed_tokens": sum(record.recomputed_tokens for record in result.records),
+        "prefix_cache": prefix_cache_entry(result.instances, rows),
+        "saturation": saturation_entry(result),
+        "energy": energy_entry(result),
+        "skipped_lines": result.workload.skipped,
+        "options": _options(result),
+        "instances": [_instance_entry(instance, rows) for instance in result.instances],
+        "bundle": sorted({_portable(instance.bundle_source) for instance in result.instances}),
+        "versions": {"servesim": __version__},
+    }
+
+
+def save_summary(summary: dict[str, Any], path: str | Path) -> None:
+    """Write a summary as indented JSON."""
+    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    with atomic_write(path, "w") as handle:
+        handle.write(text + "\n")
+
+
+def _plain(value: object) -> object:
+    """NumPy numbers as Python numbers, everything else as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)

@@ -1,0 +1,335 @@
+"""A cluster: nodes with CPU memory, and on them instances, each one model replica on some NPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
+
+from servesim.errors import InputError
+from servesim.specs import paths
+from servesim.specs.base import BandwidthGbs, Count, LatencyNs, SizeGb, Spec, Unit, list_as_tuple
+from servesim.specs.hardware import EngineSpec, HardwareSpec, load_hardware
+from servesim.specs.options import (
+    AsyncScheduling,
+    BlockSize,
+    EnableAttnOffloading,
+    EnableBlockCopy,
+    EnableChunkedPrefill,
+    EnableLocalOffloading,
+    EnablePrefixCaching,
+    EnableSubBatchInterleaving,
+    KvCacheDtype,
+    LongPrefillTokenThreshold,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    ReserveFullIsl,
+    RuntimeOptions,
+    WeightDtype,
+)
+from servesim.specs.placement import PlacementSpec
+from servesim.specs.power import PowerSpec
+from servesim.specs.reading import read_json_object
+from servesim.specs.validation import hint, nearest, validated
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Degree = Annotated[int, Field(ge=1, le=65536)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+
+
+def _check_one_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError(f"{json.dumps(value)} is not allowed; must be one line of plain text")
+    return value
+
+
+def _number_or_list(value: object) -> str:
+    return "list" if isinstance(value, list | tuple) else "number"
+
+
+def _word_or_list(value: object) -> str:
+    return "list" if isinstance(value, list | tuple) else "word"
+
+
+LinkBandwidth = Annotated[
+    Annotated[BandwidthGbs, Tag("number")]
+    | Annotated[
+        tuple[BandwidthGbs, ...],
+        BeforeValidator(list_as_tuple),
+        Field(min_length=1, max_length=4),
+        Tag("list"),
+    ],
+    Discriminator(_number_or_list),
+]
+LinkLatency = Annotated[
+    Annotated[LatencyNs, Tag("number")]
+    | Annotated[
+        tuple[LatencyNs, ...], BeforeValidator(list_as_tuple), Field(min_length=1, max_length=4), Tag("list")
+    ],
+    Discriminator(_number_or_list),
+]
+
+Wiring = Literal["ring", "fully_connected", "switch"]
+LinkTopology = Annotated[
+    Annotated[Wiring, Tag("word")]
+    | Annotated[
+        tuple[Wiring, ...], BeforeValidator(list_as_tuple), Field(min_length=1, max_length=4), Tag("list")
+    ],
+    Discriminator(_word_or_list),
+]
+
+
+class NpuMemory(Spec):
+    """Memory of one NPU."""
+
+    mem_size: Annotated[SizeGb, Field(description="GB (2**30 bytes) of one NPU")]
+    mem_bw: Annotated[BandwidthGbs, Field(description="GB/s (1e9 bytes per second)")]
+    mem_latency: Annotated[LatencyNs, Field(description="ns")]
+    mem_util: Annotated[float, Field(gt=0, le=1, description="share for weights and KV cache")] | None = None
+    """Wins over ``--npu-memory-utilization``."""
+    reserve: (
+        Annotated[float, Field(ge=0, le=1e6, description="GB kept from the KV cache"), Unit("GB")] | None
+    ) = None
+    """In place of the estimate of what activations and the runtime take; 0: nothing."""
+
+
+class CpuMemory(Spec):
+    """Host memory of a node, shared by its instances."""
+
+    mem_size: Annotated[SizeGb, Field(description="GB (2**30 bytes)")]
+    mem_bw: Annotated[BandwidthGbs, Field(description="GB/s (1e9 bytes per second)")]
+    mem_latency: Annotated[LatencyNs, Field(description="ns")]
+    pim_config: Word | None = None
+    """Name of a processing-in-memory device, ``configs/pim/<name>.ini``."""
+
+
+class CxlMemory(Spec):
+    """CXL memory pool of the cluster."""
+
+    mem_size: Annotated[SizeGb, Field(description="GB (2**30 bytes) of one device")]
+    mem_bw: Annotated[BandwidthGbs, Field(description="GB/s of one device")]
+    mem_latency: Annotated[LatencyNs, Field(description="ns")]
+    num_devices: Count = 1
+
+
+class InstanceSpec(Spec):
+    """One model replica: a scheduler and the NPUs it drives.
+
+    The options under the last comment win over the flag of the same name.
+    """
+
+    model_name: Annotated[
+        str,
+        AfterValidator(_check_one_line),
+        Field(min_length=1, max_length=1000, description="<org>/<name>, or a config.json"),
+    ]
+    hardware: Annotated[Word, Field(description="first folder of the profile bundles, such as RTXPRO6000")]
+    npu_mem: NpuMemory
+    num_npus: Degree
+    """tp_size * pp_size; one of ``num_npus`` and ``tp_size`` may be left out."""
+    tp_size: Degree
+    pp_size: Degree = 1
+    ep_size: Degree = 1
+    dp_group: Annotated[str, Field(min_length=1, max_length=100)] | None = None
+    pd_type: Literal["prefill", "decode"] | None
+    placement: PlacementSpec | None = None
+    num_gpu_blocks: Annotated[int, Field(ge=2, le=2**31 - 1), Unit("blocks")] | None = None
+    """KV blocks as the engine counts them, in place of the computed number (one of them is never used)."""
+    engine: EngineSpec | None = None
+    """What it states wins over the hardware file."""
+    moe_backend: Annotated[
+        Literal["allgather_reducescatter", "all_to_all"],
+        Field(description="how tokens reach experts on other members of the dp_group"),
+    ] = "allgather_reducescatter"
+    """Every member sees the tokens of all (vLLM's default), or each token only travels to its experts."""
+
+    # Runtime options of this instance; None: the flag holds.
+    dtype: WeightDtype = None
+    kv_cache_dtype: KvCacheDtype | None = None
+    block_size: BlockSize | None = None
+    max_num_seqs: MaxNumSeqs | None = None
+    max_num_batched_tokens: MaxNumBatchedTokens | None = None
+    long_prefill_token_threshold: LongPrefillTokenThreshold | None = None
+    enable_chunked_prefill: EnableChunkedPrefill | None = None
+    reserve_full_isl: ReserveFullIsl | None = None
+    enable_prefix_caching: EnablePrefixCaching | None = None
+    async_scheduling: AsyncScheduling | None = None
+    enable_local_offloading: EnableLocalOffloading | None = None
+    enable_attn_offloading: EnableAttnOffloading | None = None
+    enable_sub_batch_interleaving: EnableSubBatchInterleaving | None = None
+    enable_block_copy: EnableBlockCopy | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_degrees(cls, data: Any) -> Any:
+        """Fill in whichever of num_npus and tp_size is left out."""
+        if not isinstance(data, dict):
+            return data
+        npus, tp, pp = data.get("num_npus"), data.get("tp_size"), data.get("pp_size", 1)
+        if npus is None and tp is None:
+            unknown = [str(key) for key in data if key not in cls.model_fields]
+            if any(nearest(key, ("num_npus", "tp_size")) for key in unknown):
+                return data  # misspelt: told as an unknown key
+            raise ValueError("num_npus or tp_size is missing; one of them is required")
+        if type(pp) is not int or pp < 1:
+            return data  # told by the field's own check
+        # A degree that is wrong by itself is told by its own check, so the one derived from it is kept legal.
+        if npus is None and type(tp) is int:
+            return {**data, "num_npus": min(max(tp * pp, 1), 65536)}
+        if tp is None and type(npus) is int:
+            return {**data, "tp_size": min(max(npus // pp, 1), 65536)}
+        return data
+
+
+class NodeSpec(Spec):
+    """One host."""
+
+    num_instances: Count
+    cpu_mem: CpuMemory
+    instances: Annotated[tuple[InstanceSpec, ...], BeforeValidator(list_as_tuple), Field(min_length=1)]
+    power: PowerSpec | None = None
+
+
+class ClusterSpec(Spec):
+    """Everything that serves: nodes and the links between NPUs."""
+
+    num_nodes: Count
+    link_bw: Annotated[LinkBandwidth, Field(description="GB/s; a number, or one per topology dimension")]
+    link_latency: Annotated[LinkLatency, Field(description="ns; a number, or one per topology dimension")]
+    link_topology: Annotated[
+        LinkTopology, Field(description="how ranks are wired; a word, or one per topology dimension")
+    ] = "ring"
+    collectives: Annotated[
+        Literal["auto", "measured", "links"],
+        Field(description="what collectives take: measured tables of the bundles, or the links given here"),
+    ] = "auto"
+    """auto: measured, but over PCIe, where machines differ, the links."""
+    nodes: Annotated[tuple[NodeSpec, ...], BeforeValidator(list_as_tuple), Field(min_length=1)]
+    cxl_mem: CxlMemory | None = None
+
+    _source: str = PrivateAttr("cluster")
+
+    @property
+    def source(self) -> str:
+        """The file the cluster was read from, for messages."""
+        return self._source
+
+    @property
+    def instances(self) -> list[tuple[int, InstanceSpec]]:
+        """(node index, instance) in the order that numbers the instances."""
+        return [(index, instance) for index, node in enumerate(self.nodes) for instance in node.instances]
+
+    @property
+    def link_bandwidths_gbs(self) -> tuple[float, ...]:
+        """Link bandwidth per topology dimension; a single one holds for all."""
+        return self.link_bw if isinstance(self.link_bw, tuple) else (self.link_bw,)
+
+    @property
+    def link_wirings(self) -> tuple[Wiring, ...]:
+        """Wiring per topology dimension; a single one holds for all."""
+        return self.link_topology if isinstance(self.link_topology, tuple) else (self.link_topology,)
+
+    @property
+    def link_latencies_ns(self) -> tuple[float, ...]:
+        """Link latency per topology dimension; a single one holds for all."""
+        return self.link_latency if isinstance(self.link_latency, tuple) else (self.link_latency,)
+
+
+def load_cluster(source: str | os.PathLike[str] | Mapping[str, Any]) -> ClusterSpec:
+    """The cluster of a JSON file (looked up as :func:`servesim.specs.paths.find` does) or of a parsed object.
+
+    Everything that can be said without the models' configs is checked; the rest is
+    :func:`servesim.specs.cluster_checks.check_cluster`'s.
+
+    Raises:
+        InputError: one message with the file, the field path, what was found and what is allowed.
+    """
+    from servesim.specs.cluster_checks import check_structure
+
+    if isinstance(source, str | os.PathLike):
+        path = paths.find(os.fspath(source), "cluster config")
+        data: Mapping[str, Any] = read_json_object(path)
+        name = str(path)
+    else:
+        data, name = source, "cluster"
+    data = {key: value for key, value in data.items() if key != "$schema"}  # editors' own key
+    cluster = validated(ClusterSpec, data, name)
+    cluster._source = name
+    check_structure(cluster)
+    return cluster
+
+
+def cluster_of(options: RuntimeOptions) -> ClusterSpec:
+    """The cluster that the options name, on the hardware, model and degree they name.
+
+    Raises:
+        InputError: as :func:`load_cluster` and :func:`with_hardware`.
+    """
+    return with_options(load_cluster(options.cluster_config), options)
+
+
+def with_options(cluster: ClusterSpec, options: RuntimeOptions) -> ClusterSpec:
+    """:func:`with_hardware` for what ``--hardware``, ``--model`` and ``--tp`` say."""
+    return with_hardware(cluster, options.hardware, options.model, options.tp)
+
+
+def with_hardware(
+    cluster: ClusterSpec, hardware: str | None = None, model: str | None = None, tp: int | None = None
+) -> ClusterSpec:
+    """The cluster with all its instances on other hardware, with another model or degree; None: as it is.
+
+    Memory and links are those of ``configs/hardware/<hardware>.yaml``. What an instance says of its former
+    hardware goes: a number of KV blocks, engine constants. Doing it twice is doing it once.
+
+    Raises:
+        InputError: there is no such hardware, its file says nothing of its memory, or the result is no valid
+            cluster.
+    """
+    from servesim.specs.cluster_checks import check_structure
+
+    spec = None if hardware is None else _known_hardware(hardware)
+    moved = {instance.hardware for _, instance in cluster.instances} - {hardware} if spec else set()
+    nodes = [
+        node.model_copy(
+            update={"instances": tuple(_moved(instance, spec, model, tp) for instance in node.instances)}
+        )
+        for node in cluster.nodes
+    ]
+    changes: dict[str, Any] = {"nodes": tuple(nodes)}
+    if spec is not None and moved and spec.link is not None:
+        # latency_us is what two ranks' all-reduce of next to nothing takes: two passes of one hop.
+        changes |= {"link_bw": spec.link.bandwidth_gbs, "link_latency": spec.link.latency_us * 1e3 / 2}
+    changed = cluster.model_copy(update=changes)
+    changed._source = cluster.source
+    check_structure(changed)
+    return changed
+
+
+def _known_hardware(name: str) -> HardwareSpec:
+    spec = load_hardware(name)
+    if spec.memory_gib is None or spec.memory_bandwidth_gbs is None:
+        known = [path.stem for path in paths.find_all("configs/hardware/*.yaml")]
+        if name not in known:
+            raise InputError(f"--hardware: {name} is not known; {hint(name, known)}")
+        missing = "memory_gib" if spec.memory_gib is None else "memory_bandwidth_gbs"
+        raise InputError(f"configs/hardware/{name}.yaml: {missing}: is missing; --hardware goes by it")
+    return spec
+
+
+def _moved(
+    instance: InstanceSpec, spec: HardwareSpec | None, model: str | None, tp: int | None
+) -> InstanceSpec:
+    changes: dict[str, Any] = {}
+    if spec is not None and spec.name != instance.hardware:
+        memory = {"mem_size": spec.memory_gib, "mem_bw": spec.memory_bandwidth_gbs, "reserve": None}
+        npu_mem = instance.npu_mem.model_copy(update=memory)
+        changes |= {"hardware": spec.name, "npu_mem": npu_mem, "num_gpu_blocks": None, "engine": None}
+    if model is not None and model != instance.model_name:
+        changes |= {"model_name": model, "num_gpu_blocks": None}
+    if tp is not None and tp != instance.tp_size:
+        changes |= {"tp_size": tp, "num_npus": tp * instance.pp_size, "num_gpu_blocks": None}
+    return instance.model_copy(update=changes)

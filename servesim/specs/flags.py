@@ -1,0 +1,165 @@
+"""Command-line flags generated from a pydantic model: a flag, its help and its check are written once."""
+
+from __future__ import annotations
+
+import argparse
+import types
+import typing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel
+
+from servesim.specs.validation import validated
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from pydantic.fields import FieldInfo
+
+    from servesim.specs.validation import Location
+
+OptionsT = TypeVar("OptionsT", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """What a field needs to be a flag; stands in the field's ``Annotated`` metadata."""
+
+    help: str
+    group: str
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    """Values shown and accepted; empty: those of the field's ``Literal``, or any."""
+    default_text: str | None = None
+    """The default in words, where its value alone says little."""
+    negative: bool | None = None
+    """Whether ``--no-<name>`` exists; None: when the field is on by default."""
+    per_instance: bool = False
+    """Whether an instance of the cluster config may set the field for itself."""
+
+
+def flag_of(field: FieldInfo) -> Flag | None:
+    """The flag a field carries, if any."""
+    return next((entry for entry in field.metadata if isinstance(entry, Flag)), None)
+
+
+def flag_name(field_name: str) -> str:
+    """``max_num_seqs`` -> ``--max-num-seqs``."""
+    return "--" + field_name.replace("_", "-")
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    model: type[BaseModel],
+    *,
+    only: Collection[str] | None = None,
+    exclude: Collection[str] = (),
+) -> None:
+    """Add the flags of ``model``'s fields, grouped.
+
+    A flag that the user leaves out is absent from the namespace: defaults belong to the model.
+    """
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, field in model.model_fields.items():
+        flag = flag_of(field)
+        if flag is None or name in exclude or (only is not None and name not in only):
+            continue
+        if flag.group not in groups:
+            groups[flag.group] = parser.add_argument_group(flag.group)
+        groups[flag.group].add_argument(flag_name(name), dest=name, **_argument(field, flag))
+
+
+def from_flags(model: type[OptionsT], namespace: argparse.Namespace, **overrides: Any) -> OptionsT:
+    """The options of a parsed command line; other attributes of the namespace are passed over.
+
+    Raises:
+        InputError: a value is out of bounds; the message names the flag.
+    """
+    given = {name: value for name, value in vars(namespace).items() if name in model.model_fields}
+    return validated(model, {**given, **overrides}, "", _flag_path)
+
+
+def _flag_path(location: Location) -> str:
+    return flag_name(str(location[0])) if location else "options"
+
+
+def _argument(field: FieldInfo, flag: Flag) -> dict[str, Any]:
+    """Keyword arguments of ``add_argument`` for one field."""
+    argument: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field, flag)}
+    base = base_type(field.annotation)
+    if base is bool:
+        negative = flag.negative if flag.negative is not None else field.default is True
+        return {**argument, "action": _OnOff if negative else "store_true"}
+    choices = choices_of(field, flag)
+    if choices:
+        argument["choices"] = choices
+    if base in (int, float):
+        argument["type"] = _whole_number if base is int else _number
+    if flag.metavar or not choices:
+        argument["metavar"] = flag.metavar or {int: "N", float: "X"}.get(base, "TEXT")
+    return argument
+
+
+def choices_of(field: FieldInfo, flag: Flag) -> tuple[str, ...]:
+    """The words a field accepts; empty when it is not a matter of choice."""
+    if flag.choices:
+        return flag.choices
+    annotation = field.annotation
+    members = get_args(annotation) if _is_union(annotation) else (annotation,)
+    return tuple(
+        str(word) for member in members if get_origin(member) is typing.Literal for word in get_args(member)
+    )
+
+
+def base_type(annotation: Any) -> type:
+    """The plain type under ``Annotated`` and ``| None``: int, float, bool or str."""
+    if get_origin(annotation) is typing.Annotated:
+        return base_type(get_args(annotation)[0])
+    if _is_union(annotation):
+        return base_type(next(part for part in get_args(annotation) if part is not type(None)))
+    return annotation if isinstance(annotation, type) else str
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _help(field: FieldInfo, flag: Flag) -> str:
+    if flag.default_text is not None:
+        default = flag.default_text
+    elif isinstance(field.default, bool):
+        default = "on" if field.default else "off"
+    else:
+        default = "none" if field.default is None else str(field.default)
+    return f"{flag.help} (default: {default})".replace("%", "%%")
+
+
+class _OnOff(argparse.Action):
+    """``--x`` and ``--no-x`` in one line of help."""
+
+    def __init__(
+        self, option_strings: list[str], dest: str, default: Any = None, help: str | None = None
+    ) -> None:
+        names = [*option_strings, *("--no-" + name.removeprefix("--") for name in option_strings)]
+        super().__init__(names, dest, nargs=0, default=default, help=help)
+
+    def __call__(self, _parser: Any, namespace: Any, _values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, not (option or "").startswith("--no-"))
+
+    def format_usage(self) -> str:
+        return " | ".join(self.option_strings)
+
+
+def _converter(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return convert(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f"{text!r} is not allowed; must be {expected}") from None
+
+    return parse
+
+
+_whole_number = _converter(int, "a whole number")
+_number = _converter(float, "a number")

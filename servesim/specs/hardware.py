@@ -1,0 +1,200 @@
+"""An accelerator's public facts and the engine constants of a machine: ``configs/hardware/<name>.yaml``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+from typing_extensions import TypeAliasType
+
+from servesim.errors import MissingFileError
+from servesim.specs import paths
+from servesim.specs.base import BandwidthGbs, Count, SizeGb, Spec, Unit, list_as_tuple
+from servesim.specs.reading import read_yaml_object
+from servesim.specs.validation import validated
+
+OverheadUs = Annotated[float, Field(ge=0, le=1e7), Unit("us")]
+Megabytes = Annotated[float, Field(gt=0, le=1e6), Unit("MiB")]
+Teraflops = Annotated[float, Field(gt=0, le=1e7), Unit("TFLOPS")]
+StartUs = Annotated[float, Field(ge=0, le=1e5), Unit("us")]
+
+
+def _number_or_list(value: object) -> str:
+    return "list" if isinstance(value, list | tuple) else "number"
+
+
+Fraction = Annotated[float, Field(gt=0, le=2)]
+"""Above 1 where a datasheet understates what the chip does."""
+Point = Annotated[tuple[Annotated[float, Field(ge=0)], Fraction], BeforeValidator(list_as_tuple)]
+Share = TypeAliasType(
+    "Share",
+    Annotated[
+        Annotated[Fraction, Tag("number")]
+        | Annotated[tuple[Point, ...], BeforeValidator(list_as_tuple), Field(min_length=1), Tag("list")],
+        Discriminator(_number_or_list),
+    ],
+)
+"""Share of a peak rate that kernels reach: a number, or a curve of (size, share) points.
+
+The size is the step's tokens, or its sequences for a decode share; between points the share is linear in the
+size's logarithm, outside it stays.
+"""
+
+
+class EngineSpec(Spec):
+    """Host time that does not hide behind the accelerator, and how the engine launches its work.
+
+    The overheads belong to one machine; a hardware file that sets them says under ``calibration`` whose they
+    are. Without one they are 0, and predictions lean to the fast side.
+    """
+
+    prefill_step_overhead_us: OverheadUs = 0.0
+    """Added to every step with a prefill chunk."""
+    decode_step_overhead_us: OverheadUs = 0.0
+    """Added to every step of decodes alone."""
+    skew_in_mixed_steps: bool = False
+    """Whether decodes of unequal length cost extra in steps that also prefill, by the bundle's skew fit.
+
+    Off: the fit's buckets jump by tens of milliseconds a step, which recorded steps do not.
+    """
+    tail_in_mixed_steps: bool = True
+    """Whether such steps wait for their longest decode; without effect beside the skew fit."""
+    cudagraph: bool = True
+    """Whether small steps are padded to the size of a captured graph."""
+    chunked_attention: bool = True
+    """Whether every prefill chunk of a step is looked up on its own, instead of their sum."""
+
+
+NO_HOST_TIME = EngineSpec(prefill_step_overhead_us=0.0, decode_step_overhead_us=0.0)
+"""Kernels alone, whatever a hardware file says of its host."""
+
+
+class LinkSpec(Spec):
+    """What one accelerator sends to its peers in the same machine, over all its links together."""
+
+    bandwidth_gbs: BandwidthGbs
+    """One direction."""
+    latency_us: OverheadUs = 5.0
+    """Time of a collective over next to nothing: launch and synchronisation."""
+
+
+class RooflineSpec(Spec):
+    """How close kernels come to an accelerator's peak rates; None: what measured GPUs do.
+
+    A start is the time of a kernel with next to nothing to do.
+    """
+
+    launch_us: StartUs | None = None
+    """Time from one kernel to the next beyond its own; the fitted starts hold 1.5 us of it."""
+    product_start_us: StartUs | None = None
+    product_compute: Share | None = None
+    """Matrix products: share of the peak rate of their dtype."""
+    product_compute_8bit: Share | None = None
+    product_stream: Share | None = None
+    """Matrix products: share of the memory bandwidth at which weights arrive."""
+    decode_start_us: StartUs | None = None
+    decode_block_us: StartUs | None = None
+    """Decode attention: for every KV head of every sequence, on top of its bytes."""
+    decode_stream: Share | None = None
+    """Decode attention: share of the memory bandwidth at which 16-bit KV arrives."""
+    decode_stream_8bit: Share | None = None
+    prefill_start_us: StartUs | None = None
+    prefill_compute: Share | None = None
+    """Prefill attention: share of the 16-bit peak rate, 16-bit KV."""
+    prefill_compute_8bit: Share | None = None
+    prefill_tail: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Prefill attention: longest row tiles for which all SMs wait at the end."""
+    moe_start_us: StartUs | None = None
+    moe_compute: Share | None = None
+    moe_compute_8bit: Share | None = None
+    moe_stream: Share | None = None
+    moved_start_us: StartUs | None = None
+    """Layers that only move bytes: norms, activation, rotary embedding."""
+    moved_stream: Share | None = None
+    link_share: Share | None = None
+    """All-reduce: share of the link's bandwidth."""
+
+
+class CalibrationSpec(Spec):
+    """Where engine constants that were fitted come from; ``servesim bench calibrate`` writes it."""
+
+    machine: str
+    """The host they belong to."""
+    recording: str
+    engine: str
+    """What was recorded, such as ``vLLM 0.19.0``."""
+    model: str
+    bundle: str
+    """The kernel times they were fitted beside."""
+    requests: Count
+    anchor: str
+    error_percent: dict[str, float]
+    """Metric -> error of its simulated mean after the fit."""
+    uncalibrated_error_percent: dict[str, float]
+    """The same without the constants."""
+
+
+class HardwareSpec(Spec):
+    """What is publicly known about an accelerator; None where nobody said."""
+
+    name: Annotated[str, Field(min_length=1)]
+    gpu: str | None = None
+    """The product's full name."""
+    memory_gib: SizeGb | None = None
+    memory_bandwidth_gbs: BandwidthGbs | None = None
+    l2_mib: Megabytes | None = None
+    sm_count: Count | None = None
+    peak_tflops: dict[str, Teraflops] = Field(default_factory=dict)
+    """Dense peak rate per dtype."""
+    link: LinkSpec | None = None
+    silicon: str | None = None
+    """Folder of this GPU in the public kernel measurements; None: it is not among them."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Field -> where its value is from."""
+    roofline: RooflineSpec = Field(default_factory=RooflineSpec)
+    engine: EngineSpec = Field(default_factory=EngineSpec)
+    calibration: CalibrationSpec | None = None
+    """None: nobody fitted the engine constants to a recorded run."""
+
+
+def load_hardware(name: str) -> HardwareSpec:
+    """The facts about ``name``; a hardware without a file gets the defaults.
+
+    Raises:
+        InputError: there is a file and it is wrong.
+    """
+    try:
+        path = paths.find(f"configs/hardware/{name}.yaml")
+    except MissingFileError:
+        return HardwareSpec(name=name)
+    return validated(HardwareSpec, {"name": name, **read_yaml_object(path)}, str(path))
+
+
+def resolve_engine(
+    hardware: HardwareSpec, override: EngineSpec | None, *, cudagraph: bool = True
+) -> EngineSpec:
+    """The engine constants of an instance: those it states itself, else the hardware's.
+
+    ``cudagraph=False`` (``--no-cudagraph``) turns padding off whatever the files say.
+    """
+    engine = hardware.engine
+    if override is not None:
+        stated = {name: getattr(override, name) for name in override.model_fields_set}
+        engine = engine.model_copy(update=stated)
+    return engine if cudagraph else engine.model_copy(update={"cudagraph": False})
+
+
+def describe_host(hardware: HardwareSpec, engine: EngineSpec) -> str:
+    """One line: the host time of ``engine``, and whose it is: the hardware file's, if it says the same."""
+    prefill_us, decode_us = engine.prefill_step_overhead_us, engine.decode_step_overhead_us
+    own = hardware.engine
+    stated = (prefill_us, decode_us) != (own.prefill_step_overhead_us, own.decode_step_overhead_us)
+    if not prefill_us and not decode_us:
+        why = "as the cluster config says" if stated else "no machine is calibrated"
+        return f"no time beside the kernels: {why}, so predictions lean to the fast side"
+    times = f"{prefill_us / 1000:g} ms a step that prefills, {decode_us / 1000:g} ms a step of decodes"
+    if stated:
+        return f"{times}, as the cluster config says"
+    if hardware.calibration is None:
+        return f"{times}, as the hardware file says"
+    return f"{times}, fitted on the {hardware.calibration.machine}"

@@ -1,0 +1,293 @@
+"""A model's shape: the fields of a Hugging Face ``config.json`` that decide sizes and kernel times."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from servesim.errors import InputError, MissingFileError, NotSupportedError
+from servesim.specs import paths
+from servesim.specs.base import Spec, list_as_tuple
+from servesim.specs.reading import read_json_object
+from servesim.specs.validation import nearest, validated
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Size = Annotated[int, Field(ge=1, le=100_000_000)]
+OptionalCount = Annotated[int, Field(ge=0, le=1_000_000)]
+LayerType = Literal["full_attention", "sliding_attention"]
+
+_ALIASES = {
+    "num_local_experts": "num_experts",
+    "n_routed_experts": "num_experts",
+    "n_shared_experts": "num_shared_experts",
+    "dtype": "torch_dtype",
+}
+"""Other models' names for the same fact."""
+_TORCH_DTYPES = ("float16", "bfloat16", "float32", "fp8", "int8")
+
+
+class ModelSpec(Spec):
+    """The shape of one model. Counts are of the whole model, before any sharding."""
+
+    name: Annotated[str, Field(min_length=1)]
+    """``<org>/<name>``: the folder of the model's profile bundles."""
+    model_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    """Names the architecture file ``profiler/models/<model_type>.yaml``."""
+    hidden_size: Size
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    intermediate_size: Size
+    vocab_size: Size
+    max_position_embeddings: Size
+    tie_word_embeddings: bool = False
+    torch_dtype: str = "bfloat16"
+    """Format the weights are published in; the default of ``--dtype``."""
+    quantization: str | None = None
+    """``quant_method`` of a quantised checkpoint."""
+
+    num_experts: OptionalCount = 0
+    """Routed experts of a layer; 0: the model is dense."""
+    num_experts_per_tok: OptionalCount = 0
+    moe_intermediate_size: Annotated[int, Field(ge=0, le=100_000_000)] = 0
+    """Width of one expert; models that name only ``intermediate_size`` mean this one by it."""
+    num_shared_experts: OptionalCount = 0
+    first_k_dense_replace: OptionalCount = 0
+    """So many first layers have a dense MLP in place of experts."""
+    decoder_sparse_step: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Every so many layers one has experts."""
+    mlp_only_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Layers that have a dense MLP although their neighbours have experts."""
+
+    sliding_window: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """Tokens a sliding-window layer looks back; None: every layer sees the whole context."""
+    layer_types: tuple[LayerType, ...] | None = None
+    """Which layers slide, one entry a layer; None: all of them when there is a window."""
+
+    kv_lora_rank: Size | None = None
+    """Width of the compressed KV of multi-head latent attention (MLA); None: ordinary attention."""
+    q_lora_rank: Size | None = None
+    qk_rope_head_dim: Size | None = None
+    qk_nope_head_dim: Size | None = None
+    v_head_dim: Size | None = None
+
+    @field_validator("layer_types", "mlp_only_layers", mode="before")
+    @classmethod
+    def _lists_as_tuples(cls, value: object) -> object:
+        return list_as_tuple(value)
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} is not allowed; must divide "
+                f"num_attention_heads ({self.num_attention_heads})"
+            )
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types: {len(self.layer_types)} entries are not allowed; must be num_hidden_layers "
+                f"({self.num_hidden_layers})"
+            )
+        if self.layer_types and "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("sliding_window: is missing; layer_types names sliding_attention layers")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok: {self.num_experts_per_tok} is not allowed; must be 1 to num_experts "
+                f"({self.num_experts})"
+            )
+        if self.num_experts and not self.moe_intermediate_size:
+            raise ValueError("moe_intermediate_size: is missing; required beside num_experts")
+        if self.kv_lora_rank and not self.qk_rope_head_dim:
+            raise ValueError("qk_rope_head_dim: is missing; required beside kv_lora_rank")
+        return self
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def is_mla(self) -> bool:
+        return self.kv_lora_rank is not None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether transformer block ``layer`` (from 0) routes to experts instead of running a dense MLP."""
+        return (
+            self.is_moe
+            and layer >= self.first_k_dense_replace
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.has_experts(layer) for layer in range(self.num_hidden_layers))
+
+    @property
+    def num_sliding_layers(self) -> int:
+        """Blocks whose attention, and KV cache, reach back at most :attr:`sliding_window` tokens."""
+        if self.sliding_window is None:
+            return 0
+        if self.layer_types is None:
+            return self.num_hidden_layers
+        return self.layer_types.count("sliding_attention")
+
+
+def load_model(name_or_path: str | Path) -> ModelSpec:
+    """The model of a name (``configs/model/<org>/<name>.json``), of a ``config.json`` or its folder.
+
+    Raises:
+        InputError: no such model (the nearest known one is suggested), or a field is missing or wrong.
+    """
+    path, name = _locate(str(name_or_path))
+    return model_from_config(read_json_object(path), name, str(path))
+
+
+def model_from_config(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
+    """The model that the fields of a Hugging Face config describe; fields without influence are passed over.
+
+    Raises:
+        InputError: a field is missing or wrong; ``source`` names the file in the message.
+    """
+    if "hidden_size" not in config and isinstance(config.get("text_config"), dict):
+        config = {**config, **config["text_config"]}  # multimodal: the language model's own section
+    fields = {"name": name}
+    for key, value in config.items():
+        field = _ALIASES.get(key, key)
+        # null is how a config says "not used"; a field's own name wins over its alias.
+        if value is not None and field in ModelSpec.model_fields and (field == key or field not in config):
+            fields[field] = value
+    _refuse_misspelt(config, fields, source)
+    _fill_defaults(config, fields, source)
+    return validated(ModelSpec, fields, source)
+
+
+def _fill_defaults(config: Mapping[str, Any], fields: dict[str, Any], source: str) -> None:
+    """What Hugging Face leaves out of a config because it follows from the rest."""
+    heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
+    if heads is not None:
+        fields.setdefault("num_key_value_heads", heads)
+    if type(heads) is int and type(hidden) is int and heads > 0 and "head_dim" not in fields:
+        if hidden % heads:
+            raise InputError(
+                f"{source}: head_dim: is missing; required, as hidden_size {hidden} is not a multiple of "
+                f"num_attention_heads {heads}"
+            )
+        fields["head_dim"] = hidden // heads
+    if fields.get("num_experts") and "moe_intermediate_size" not in fields and "intermediate_size" in fields:
+        fields["moe_intermediate_size"] = fields["intermediate_size"]
+    if config.get("use_sliding_window") is False:
+        fields.pop("sliding_window", None)
+    elif (
+        "sliding_window" in fields
+        and "layer_types" not in fields
+        and config.get("use_sliding_window") is True
+    ):
+        _slide_upper_layers(config, fields)
+    _read_dtype(config, fields, source)
+    _refuse_unknown_layers(fields, source)
+
+
+def _slide_upper_layers(config: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """Qwen2's way to say which layers slide: those from ``max_window_layers`` on."""
+    layers, first = fields.get("num_hidden_layers"), config.get("max_window_layers")
+    if type(layers) is int and type(first) is int and 0 < first <= layers <= 10_000:
+        fields["layer_types"] = ["full_attention"] * first + ["sliding_attention"] * (layers - first)
+
+
+def _read_dtype(config: Mapping[str, Any], fields: dict[str, Any], source: str) -> None:
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if isinstance(method, str):
+        fields["quantization"] = method
+        if method == "fp8":
+            fields["torch_dtype"] = "fp8"
+        elif fields.get("torch_dtype") not in ("fp8", "int8"):
+            raise NotSupportedError(
+                f"{source}: quantization_config.quant_method: {method!r} is not supported yet; supported: "
+                "'fp8' (or drop the section and give the weights' format with --dtype)"
+            )
+    dtype = fields.get("torch_dtype")
+    if isinstance(dtype, str):
+        dtype = dtype.removeprefix("torch.")
+        fields["torch_dtype"] = "bfloat16" if dtype == "auto" else dtype
+        if fields["torch_dtype"] not in _TORCH_DTYPES:
+            raise InputError(
+                f"{source}: torch_dtype: {dtype!r} is not allowed; must be one of {', '.join(_TORCH_DTYPES)}"
+            )
+
+
+def _refuse_unknown_layers(fields: Mapping[str, Any], source: str) -> None:
+    kinds = fields.get("layer_types")
+    for index, kind in enumerate(kinds if isinstance(kinds, list) else ()):
+        if isinstance(kind, str) and kind not in ("full_attention", "sliding_attention"):
+            raise NotSupportedError(
+                f"{source}: layer_types[{index}]: {kind!r} is not supported yet; supported: full_attention, "
+                "sliding_attention"
+            )
+
+
+def _refuse_misspelt(config: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> None:
+    """A config may hold any number of fields we do not read, but not a slip of the pen for one we do."""
+    wanted = [field for field in ModelSpec.model_fields if field not in config and field != "name"]
+    required = {name for name, field in ModelSpec.model_fields.items() if field.is_required()} - set(fields)
+    for key in config:
+        if not isinstance(key, str) or key in ModelSpec.model_fields or key in _ALIASES:
+            continue
+        near = nearest(key, wanted)
+        if near and ((near in required and _likeness(key, near) >= 0.8) or _likeness(key, near) >= 0.95):
+            raise InputError(f"{source}: {key}: unknown key; did you mean {near!r}?")
+
+
+def _likeness(one: str, other: str) -> float:
+    from difflib import SequenceMatcher
+
+    return SequenceMatcher(None, one, other).ratio()
+
+
+def _locate(name: str) -> tuple[Path, str]:
+    """The config file of a model and the name its bundles are filed under."""
+    direct = Path(name).expanduser()
+    try:
+        if direct.is_file():
+            return direct, _name_of(direct.parent if direct.name == "config.json" else direct.with_suffix(""))
+        if (direct / "config.json").is_file():
+            return direct / "config.json", _name_of(direct)
+        return paths.find(f"configs/model/{name}.json"), name
+    except (OSError, ValueError):  # not found, or a name no file system takes
+        raise _unknown_model(name) from None
+
+
+def _name_of(path: Path) -> str:
+    """The model's name as its path tells it.
+
+    ``.../models--Qwen--Qwen3-32B/snapshots/<hash>`` -> ``Qwen/Qwen3-32B``; else the known model the path
+    ends in; else the last part of the path.
+    """
+    parts = path.resolve().parts
+    for part in parts:
+        if match := re.fullmatch(r"models--(.+?)--(.+)", part):
+            return f"{match[1]}/{match[2]}"
+    ending = "/".join(parts[-2:])
+    return ending if ending in known_models() else parts[-1]
+
+
+def known_models() -> list[str]:
+    """Names of every model with a file under ``configs/model``."""
+    found = paths.find_all("configs/model/*/*.json")
+    return sorted({f"{path.parent.name}/{path.stem}" for path in found})
+
+
+def _unknown_model(name: str) -> MissingFileError:
+    known = known_models()
+    near = nearest(name, known)
+    ask = f"did you mean {near!r}? " if near else ""
+    return MissingFileError(
+        f"configs/model/{name}.json: no such model config; {ask}known models: {', '.join(known) or 'none'}. "
+        "For another model put its config.json there, or give the folder that holds one as model_name"
+    )

@@ -1,0 +1,424 @@
+"""The runtime options: the one source of flags, help, checks, and of what an instance may override."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field
+
+from servesim.errors import InputError
+from servesim.specs.base import Spec, Unit
+from servesim.specs.dtypes import (
+    KV_CACHE_ALIASES,
+    KV_CACHE_DTYPES,
+    KvCacheDtypeName,
+    WeightDtypeName,
+    resolve_kv_dtype,
+    variant_name,
+)
+from servesim.specs.flags import Flag, add_flags, flag_of, from_flags
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Collection
+
+    from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.model import ModelSpec
+
+UNLIMITED = 2**31 - 1
+"""What a 0 that means "no limit" is resolved to."""
+
+_INPUT = "what to simulate"
+_ENGINE = "engine (an instance of the cluster config may set these for itself)"
+_CLUSTER = "cluster"
+_RUN = "how requests arrive and run"
+_UNCERTAINTY = "uncertainty"
+_OUTPUT = "output"
+
+ROUTING_POLICIES = ("LOAD", "RR", "RAND", "PREFIX", "CUSTOM")
+EXPERT_POLICIES = ("BALANCED", "RR", "RAND", "ZIPF", "CUSTOM")
+
+
+def _text_path(value: object) -> object:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _kv_alias(value: object) -> object:
+    return KV_CACHE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+
+def _none_word(value: object) -> object:
+    return None if value == "None" else value
+
+
+def _policy(known: tuple[str, ...]) -> BeforeValidator:
+    def check(value: object) -> object:
+        words = [word for word in known if word != "CUSTOM"]
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{value!r} is not allowed; must be one of {', '.join(words)}, or module:callable"
+            )
+        module, colon, name = value.removeprefix("CUSTOM:").partition(":")
+        if value in words or (
+            colon and name.isidentifier() and all(map(str.isidentifier, module.split(".")))
+        ):
+            return value
+        raise ValueError(
+            f"'{value}' is not allowed; must be one of {', '.join(words)}, or module:callable for your own"
+        )
+
+    return BeforeValidator(check)
+
+
+FilePath = Annotated[str, BeforeValidator(_text_path), Field(min_length=1)]
+Limit = Annotated[int, Field(ge=0, le=UNLIMITED)]
+
+# The options an instance may set for itself: each a type of its own, used here and by the cluster config.
+WeightDtype = Annotated[
+    WeightDtypeName | None,
+    Flag("weight dtype", _ENGINE, default_text="the model's torch_dtype, else bfloat16", per_instance=True),
+]
+KvCacheDtype = Annotated[
+    KvCacheDtypeName,
+    BeforeValidator(_kv_alias),
+    Flag(
+        "KV cache dtype; fp8_e4m3 and fp8_e5m2 are the same as fp8",
+        _ENGINE,
+        choices=KV_CACHE_DTYPES,
+        default_text="auto = the weights' dtype, but 16-bit when the weights are 8-bit",
+        per_instance=True,
+    ),
+]
+BlockSize = Annotated[
+    int, Field(ge=1, le=65536), Unit("tokens"), Flag("tokens per KV block", _ENGINE, per_instance=True)
+]
+MaxNumSeqs = Annotated[Limit, Flag("running requests; 0 = unlimited", _ENGINE, per_instance=True)]
+MaxNumBatchedTokens = Annotated[
+    Limit, Flag("token budget of a step; 0 = the model's max_position_embeddings", _ENGINE, per_instance=True)
+]
+LongPrefillTokenThreshold = Annotated[
+    Limit, Flag("most prompt tokens of one request in one step; 0 = no cap", _ENGINE, per_instance=True)
+]
+EnableChunkedPrefill = Annotated[
+    bool, Flag("split long prompts over several steps", _ENGINE, per_instance=True)
+]
+ReserveFullIsl = Annotated[
+    bool, Flag("admit a request only if the KV cache holds its whole prompt", _ENGINE, per_instance=True)
+]
+EnablePrefixCaching = Annotated[
+    bool, Flag("reuse the KV blocks of prompts that begin alike", _ENGINE, per_instance=True)
+]
+AsyncScheduling = Annotated[
+    bool, Flag("keep two batches in flight, as vLLM does", _ENGINE, per_instance=True)
+]
+EnableLocalOffloading = Annotated[
+    bool, Flag("stream weights from their placement every step", _ENGINE, per_instance=True)
+]
+EnableAttnOffloading = Annotated[bool, Flag("decode attention on PIM", _ENGINE, per_instance=True)]
+EnableSubBatchInterleaving = Annotated[
+    bool,
+    Flag(
+        "overlap NPU and PIM halves of a batch; needs --enable-attn-offloading, pp_size 1",
+        _ENGINE,
+        per_instance=True,
+    ),
+]
+EnableBlockCopy = Annotated[bool, Flag("one transformer block stands for all", _ENGINE, per_instance=True)]
+Utilization = Annotated[
+    float,
+    Field(gt=0, le=1),
+    Flag(
+        "share of NPU memory for weights and KV cache, in (0, 1]; npu_mem.mem_util of an instance wins",
+        _ENGINE,
+    ),
+]
+
+
+def _no_single_run(value: object) -> object:
+    if value == 1 and type(value) is int:
+        raise ValueError("1 is not allowed; must be 0 (off) or at least 2 runs")
+    return value
+
+
+class RuntimeOptions(Spec):
+    """Everything a run can be told beside its cluster and its workload. Field ``x_y`` is flag ``--x-y``."""
+
+    cluster_config: Annotated[FilePath, Flag("cluster description (JSON)", _INPUT, "PATH")] = (
+        "configs/cluster/single_node_single_instance.json"
+    )
+    dataset: Annotated[FilePath, Flag("workload; its format is found by content", _INPUT, "PATH")] = (
+        "workloads/example_trace.jsonl"
+    )
+    hardware: Annotated[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)] | None,
+        Flag(
+            "run every instance on this accelerator: bundles, memory and links as configs/hardware has them",
+            _INPUT,
+            "NAME",
+            default_text="as in the cluster config",
+        ),
+    ] = None
+    model: Annotated[
+        Annotated[str, Field(min_length=1, max_length=1000)] | None,
+        Flag("every instance serves this model", _INPUT, "NAME", default_text="as in the cluster config"),
+    ] = None
+    tp: Annotated[
+        Annotated[int, Field(ge=1, le=65536)] | None,
+        Flag(
+            "tensor-parallel degree of every instance", _INPUT, "N", default_text="as in the cluster config"
+        ),
+    ] = None
+    num_reqs: Annotated[
+        Limit, Flag("entries of the workload to load; a session is one", _INPUT, default_text="0 = all")
+    ] = 0
+    lenient: Annotated[bool, Flag("skip and count bad lines of the workload instead of stopping", _INPUT)] = (
+        False
+    )
+
+    dtype: WeightDtype = None
+    kv_cache_dtype: KvCacheDtype = "auto"
+    block_size: BlockSize = 16
+    max_num_seqs: MaxNumSeqs = 128
+    max_num_batched_tokens: MaxNumBatchedTokens = 2048
+    long_prefill_token_threshold: LongPrefillTokenThreshold = 0
+    enable_chunked_prefill: EnableChunkedPrefill = True
+    npu_memory_utilization: Utilization = 0.9
+    reserve_full_isl: ReserveFullIsl = True
+    enable_prefix_caching: EnablePrefixCaching = True
+    async_scheduling: AsyncScheduling = True
+    enable_local_offloading: EnableLocalOffloading = False
+    enable_attn_offloading: EnableAttnOffloading = False
+    enable_sub_batch_interleaving: EnableSubBatchInterleaving = False
+    enable_block_copy: EnableBlockCopy = True
+
+    enable_prefix_sharing: Annotated[
+        bool, Flag("share the lower tier of the prefix cache among a node's instances", _CLUSTER)
+    ] = False
+    prefix_storage: Annotated[
+        Literal["CPU", "CXL"] | None,
+        BeforeValidator(_none_word),
+        Flag("lower tier of the prefix cache", _CLUSTER, choices=("None", "CPU", "CXL"), default_text="None"),
+    ] = None
+    request_routing_policy: Annotated[
+        str,
+        _policy(ROUTING_POLICIES),
+        Flag(
+            "which instance takes a request: LOAD (least loaded), RR, RAND, PREFIX (longest cached prefix), "
+            "or module:callable for your own",
+            _CLUSTER,
+            "POLICY",
+        ),
+    ] = "LOAD"
+    router_refresh: Annotated[
+        Annotated[float, Field(ge=0, le=1e6)],
+        Unit("s"),
+        Flag(
+            "time between refreshes of the load figures the router goes by; vLLM's data-parallel front end "
+            "refreshes every 0.1 s",
+            _CLUSTER,
+            "SECONDS",
+            default_text="0 = always up to date",
+        ),
+    ] = 0.0
+    sticky_sessions: Annotated[
+        bool, Flag("all requests of a session go to the instance that took the first one", _CLUSTER)
+    ] = False
+    expert_routing_policy: Annotated[
+        str,
+        _policy(EXPERT_POLICIES),
+        Flag("how tokens choose experts: BALANCED, RR, RAND, ZIPF, or module:callable", _CLUSTER, "POLICY"),
+    ] = "BALANCED"
+
+    skip_prefill: Annotated[bool, Flag("decode only: prompts are already in the cache", _RUN)] = False
+    max_concurrency: Annotated[
+        Limit,
+        Flag("closed loop: at most this many requests in the system", _RUN, default_text="0 = open loop"),
+    ] = 0
+    request_rate: Annotated[
+        Annotated[float, Field(gt=0, allow_inf_nan=True)] | None,
+        Unit("req/s"),
+        Flag(
+            "rescale or replace the arrivals; inf = all at once",
+            _RUN,
+            "REQ/S",
+            default_text="as in the workload",
+        ),
+    ] = None
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1), Flag("of every random choice", _RUN)] = 42
+    auto_profile: Annotated[
+        bool,
+        Flag(
+            "make a profile bundle that is missing from public kernel measurements, where the silicon extra "
+            "is installed, and keep it in the user's data folder",
+            _RUN,
+        ),
+    ] = True
+    cudagraph: Annotated[bool, Flag("pad small steps to the size of a captured CUDA graph", _RUN)] = True
+    stepped: Annotated[
+        bool, Flag("debugging: run every step on its own instead of jumping over many", _RUN)
+    ] = False
+
+    ensemble: Annotated[
+        Annotated[int, Field(ge=0, le=100_000)],
+        BeforeValidator(_no_single_run),
+        Flag(
+            "repeat the run this often with seeded noise and report every figure's spread",
+            _UNCERTAINTY,
+            default_text="0 = off",
+        ),
+    ] = 0
+    step_noise: Annotated[
+        Annotated[float, Field(ge=0, le=0.5)],
+        Flag("relative noise of every step's time in an ensemble, each step on its own", _UNCERTAINTY),
+    ] = 0.01
+    run_noise: Annotated[
+        Annotated[float, Field(ge=0, le=0.5)],
+        Flag("relative noise that all steps of a run of an ensemble have in common", _UNCERTAINTY),
+    ] = 0.01
+    arrival_jitter: Annotated[
+        Annotated[float, Field(ge=0, le=1e6)],
+        Unit("s"),
+        Flag(
+            "every arrival moves by up to this much, either way, in the runs of an ensemble",
+            _UNCERTAINTY,
+            "SECONDS",
+            default_text="0 = the workload's arrivals as they are",
+        ),
+    ] = 0.0
+
+    output: Annotated[
+        FilePath | None, Flag("per-request results, .csv or .parquet; {run_id} is replaced", _OUTPUT, "PATH")
+    ] = None
+    summary: Annotated[FilePath | None, Flag("run summary as JSON", _OUTPUT, "PATH")] = None
+    steps: Annotated[FilePath | None, Flag("step log, .csv or .parquet", _OUTPUT, "PATH")] = None
+    timeline: Annotated[FilePath | None, Flag("Chrome trace, opens in ui.perfetto.dev", _OUTPUT, "PATH")] = (
+        None
+    )
+    itl: Annotated[bool, Flag("write every request's inter-token latencies", _OUTPUT)] = True
+    log_interval: Annotated[
+        float,
+        Field(gt=0, le=1e9),
+        Unit("s"),
+        Flag("simulated seconds between heartbeats", _OUTPUT, "SECONDS"),
+    ] = 1.0
+    log_level: Annotated[
+        Literal["WARNING", "INFO", "DEBUG"], Flag("the heartbeat prints at every level", _OUTPUT)
+    ] = "WARNING"
+    run_id: Annotated[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)] | None,
+        Flag("name of the run", _OUTPUT, default_text="generated"),
+    ] = None
+
+    if not TYPE_CHECKING:  # type checkers know the fields as keywords
+
+        def __init__(self, **values: Any) -> None:
+            """Raises InputError, as everything else does, when a value is not allowed."""
+            from pydantic import ValidationError
+
+            from servesim.specs.validation import field_path, joined, problems
+
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise InputError(joined("options", problems(error, type(self), field_path))) from None
+
+        __init__.__pydantic_base_init__ = (
+            True  # model_validate goes its own way and reports all problems itself
+        )
+
+    def replace(self, **changes: Any) -> Self:
+        """These options with some changed, checked again. What the user set stays in ``model_fields_set``."""
+        from servesim.specs.validation import validated
+
+        return validated(type(self), {**self.model_dump(exclude_unset=True), **changes}, "")
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceOptions:
+    """The options of one instance, every default and every 0 resolved."""
+
+    dtype: str
+    kv_cache_dtype: str
+    """As asked for: auto, fp8 or int8."""
+    kv_dtype: str
+    """What the KV cache is stored in."""
+    variant: str
+    """Folder name of the profile variant."""
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    long_prefill_token_threshold: int
+    enable_chunked_prefill: bool
+    reserve_full_isl: bool
+    enable_prefix_caching: bool
+    async_scheduling: bool
+    enable_local_offloading: bool
+    enable_attn_offloading: bool
+    enable_sub_batch_interleaving: bool
+    enable_block_copy: bool
+    npu_memory_utilization: float
+    max_model_len: int
+    """Longest context, in tokens: the model's max_position_embeddings."""
+    cudagraph: bool = True
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, *, only: Collection[str] | None = None, exclude: Collection[str] = ()
+) -> None:
+    """Add the flags of :class:`RuntimeOptions` (fields named in ``only``, without ``exclude``) to ``parser``.
+
+    A flag not given is absent from the parsed namespace; :func:`from_namespace` fills in the defaults.
+    """
+    add_flags(parser, RuntimeOptions, only=only, exclude=exclude)
+
+
+def from_namespace(namespace: argparse.Namespace, **overrides: Any) -> RuntimeOptions:
+    """The options of a parsed command line, ``overrides`` winning.
+
+    Raises:
+        InputError: a value is not allowed; the message names its flag.
+    """
+    return from_flags(RuntimeOptions, namespace, **overrides)
+
+
+def per_instance_fields() -> list[str]:
+    """Names of the options an ``instances[i]`` object may set."""
+    fields = RuntimeOptions.model_fields.items()
+    return [name for name, field in fields if (flag := flag_of(field)) is not None and flag.per_instance]
+
+
+def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -> InstanceOptions:
+    """What holds for one instance: its own settings, else the flags, else the model's.
+
+    Raises:
+        InputError: options that exclude each other.
+    """
+    chosen: dict[str, Any] = {}
+    for name in per_instance_fields():
+        own = getattr(instance, name)
+        chosen[name] = own if own is not None else getattr(options, name)
+    if chosen["enable_sub_batch_interleaving"]:
+        if not chosen["enable_attn_offloading"]:
+            raise InputError("--enable-sub-batch-interleaving: needs --enable-attn-offloading beside it")
+        if instance.pp_size != 1:
+            raise InputError(
+                f"--enable-sub-batch-interleaving: pp_size {instance.pp_size} is not allowed; must be 1"
+            )
+    dtype = chosen.pop("dtype") or model.torch_dtype
+    utilization = instance.npu_mem.mem_util
+    return InstanceOptions(
+        **{
+            **chosen,
+            "max_num_seqs": chosen["max_num_seqs"] or UNLIMITED,
+            "max_num_batched_tokens": chosen["max_num_batched_tokens"] or model.max_position_embeddings,
+            "long_prefill_token_threshold": chosen["long_prefill_token_threshold"] or UNLIMITED,
+        },
+        dtype=dtype,
+        kv_dtype=resolve_kv_dtype(dtype, chosen["kv_cache_dtype"]),
+        variant=variant_name(dtype, chosen["kv_cache_dtype"]),
+        npu_memory_utilization=options.npu_memory_utilization if utilization is None else utilization,
+        max_model_len=model.max_position_embeddings,
+        cudagraph=options.cudagraph,
+    )

@@ -1,0 +1,169 @@
+"""Reading JSON and YAML files so that whatever is wrong with one is told with its file and line."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from servesim.errors import InputError, MissingFileError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import yaml
+
+
+def read_text(path: Path) -> str:
+    """The whole file as text.
+
+    Raises:
+        InputError: a folder, not UTF-8, or unreadable; MissingFileError when it is not there.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: this is a folder; a file is expected") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason})") from None
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}: line {line}: byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8 text"
+        ) from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. NaN, Infinity and repeated keys are errors."""
+    return parse_json_object(read_text(path), str(path))
+
+
+def parse_json_object(text: str, source: str) -> dict[str, Any]:
+    """The JSON object in ``text``; ``source`` names it in messages.
+
+    Raises:
+        InputError: empty, not JSON (with line and column), NaN, a repeated key, or not an object.
+    """
+    if not text.strip():
+        raise InputError(f"{source}: line 1: the file is empty; a JSON object {{...}} is expected")
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        ends_early = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        cut = " (is the file cut short?)" if ends_early else ""
+        raise InputError(
+            f"{source}: line {error.lineno} column {error.colno}: not valid JSON: {error.msg}{cut}"
+        ) from None
+    except _RepeatedKeyError as error:
+        raise InputError(
+            f"{source}: line {_line_of_repeat(text, error.key)}: key {_quoted(error.key)} stands twice in "
+            "one object; keep one"
+        ) from None
+    except _NotANumberError as error:
+        line = _line_of(text, error.name)
+        raise InputError(
+            f"{source}: line {line}: {error.name} is not allowed; must be a finite number"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{source}: line 1: nested too deeply to be a configuration") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise InputError(f"{source}: line 1: {str(error).split(';')[0]}") from None
+    return _object(value, source, "JSON object {...}")
+
+
+def read_yaml_object(path: Path) -> dict[str, Any]:
+    """The YAML mapping in ``path``. Repeated keys are errors."""
+    import yaml
+
+    text = read_text(path)
+    if not text.strip():
+        raise InputError(f"{path}: line 1: the file is empty; a mapping `key: value` is expected")
+    try:
+        value = yaml.load(text, Loader=_yaml_loader())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1} column {mark.column + 1}" if mark else "line 1"
+        reason = getattr(error, "problem", None) or getattr(error, "reason", "cannot be parsed")
+        raise InputError(f"{path}: {where}: not valid YAML: {reason}") from None
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}: line 1: not valid YAML: {error}") from None
+    return _object(value, str(path), "mapping `key: value`")
+
+
+def _object(value: object, source: str, expected: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        found = {list: "a list", str: "a text", type(None): "nothing"}.get(type(value), "a single value")
+        raise InputError(f"{source}: line 1: {found} is not allowed here; must be a {expected}")
+    return value
+
+
+class _RepeatedKeyError(Exception):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+class _NotANumberError(Exception):
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _RepeatedKeyError(key)
+            seen.add(key)
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise _NotANumberError(name)
+
+
+def _quoted(key: str) -> str:
+    return json.dumps(key, ensure_ascii=False)
+
+
+def _line_of(text: str, needle: str) -> int:
+    return text.count("\n", 0, max(text.find(needle), 0)) + 1
+
+
+def _line_of_repeat(text: str, key: str) -> int:
+    """The line of the second place where the key is written; exact unless other objects carry it too."""
+    first = text.find(_quoted(key))
+    second = text.find(_quoted(key), first + 1)
+    return text.count("\n", 0, max(second, 0)) + 1
+
+
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    """A safe loader (C when there) that refuses repeated keys."""
+    import yaml
+
+    base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class UniqueKeyLoader(base):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen: set[Any] = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, str | int | float | bool):
+                    raise yaml.constructor.ConstructorError(
+                        None, None, "a key must be a word", key_node.start_mark
+                    )
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key!r} stands twice in one mapping", key_node.start_mark
+                    )
+                seen.add(key)
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
+
+    return UniqueKeyLoader

@@ -1,0 +1,211 @@
+"""Turning pydantic's findings into one message in servesim's form.
+
+``configs/cluster/x.json: nodes[0].instances[1].npu_mem.mem_size: -3 is not allowed; must be > 0 GB``
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from servesim.errors import InputError
+from servesim.specs.base import Unit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    Location = Sequence[int | str]
+
+SpecT = TypeVar("SpecT", bound=BaseModel)
+
+_SHOWN = 8  # problems listed before "and N more"
+_UNION_TAGS = frozenset({"number", "list"})
+"""Tags of our `number or list` unions; pydantic puts them into locations, users never wrote them."""
+_EXPECTED_TYPES = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number below 2**63",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text",
+    "string_too_short": "a text that is not empty",
+    "finite_number": "a finite number",
+    "model_type": "an object {...}",
+    "model_attributes_type": "an object {...}",
+    "dict_type": "an object {...}",
+    "tuple_type": "a list [...]",
+    "list_type": "a list [...]",
+    "union_tag_not_found": "a number, or a list of numbers",
+}
+_BOUNDS = {
+    "greater_than": ("gt", ">"),
+    "greater_than_equal": ("ge", ">="),
+    "less_than": ("lt", "<"),
+    "less_than_equal": ("le", "<="),
+}
+
+
+def validated(
+    model: type[SpecT], data: object, source: str, path: Callable[[Location], str] | None = None
+) -> SpecT:
+    """``data`` as a ``model``; ``path`` spells a location (default: ``nodes[0].instances[1].tp_size``).
+
+    Raises:
+        InputError: one message that lists every problem, the most telling first.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise InputError(joined(source, problems(error, model, path or field_path))) from None
+
+
+def joined(source: str, found: Sequence[str]) -> str:
+    """One message for several problems: the first on the first line, the others below it."""
+    prefix = f"{source}: " if source else ""
+    lines = [prefix + found[0], *(f"  also {problem}" for problem in found[1:_SHOWN])]
+    if len(found) > _SHOWN:
+        lines.append(f"  and {len(found) - _SHOWN} more")
+    return "\n".join(lines)
+
+
+def problems(error: ValidationError, model: type[BaseModel], path: Callable[[Location], str]) -> list[str]:
+    """Every finding as ``path: what was found; what is allowed``, unknown keys first.
+
+    A missing key is left out when an unknown key beside it is evidently its misspelling.
+    """
+    unknown: list[str] = []
+    others: list[tuple[tuple[int | str, ...], str]] = []
+    misspelt: set[tuple[int | str, ...]] = set()
+    for finding in error.errors(include_url=False):
+        location = tuple(part for part in finding["loc"] if part not in _UNION_TAGS)
+        if finding["type"] == "extra_forbidden":
+            key, parent = str(location[-1]), location[:-1]
+            owner = _model_at(model, parent)
+            known = list(owner.model_fields) if owner else []
+            near = nearest(key, known)
+            if near:
+                misspelt.add((*parent, near))
+            unknown.append(f"{path(location)}: unknown key; {hint(key, known)}")
+        else:
+            text = _problem(finding, model, location)
+            # A check over a whole file names its field itself.
+            others.append((location, f"{path(location)}: {text}" if location else text))
+    return unknown + [text for location, text in others if location not in misspelt]
+
+
+def field_path(location: Location) -> str:
+    """``("nodes", 0, "tp_size")`` -> ``nodes[0].tp_size``."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            key = part if part.isprintable() and part.strip() else json.dumps(part)
+            text += f".{key}" if text else key
+    return text or "(top level)"
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """The known word most like ``key``, upper and lower case alike; None when nothing comes near."""
+    by_lower = {word.lower(): word for word in known}
+    close = get_close_matches(key.lower(), by_lower, n=1, cutoff=0.5)
+    close = close or [word for word in by_lower if len(key) > 2 and key.lower() in word]
+    return by_lower[close[0]] if close else None
+
+
+def hint(key: str, known: Sequence[str]) -> str:
+    """``did you mean 'tp_size'?``, or the known words when none is near."""
+    near = nearest(key, known)
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+
+
+def shown(value: object) -> str:
+    """A value as the user wrote it, cut to a readable length."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # not JSON: a Python object, or an integer of thousands of digits
+        text = repr(value) if not isinstance(value, int) else "an integer of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _problem(finding: Any, model: type[BaseModel], location: tuple[int | str, ...]) -> str:
+    kind, context = finding["type"], finding.get("ctx", {})
+    if kind == "missing":
+        return "is missing; it is required"
+    if kind == "value_error":
+        return str(context["error"])
+    value = shown(finding["input"])
+    if kind in _BOUNDS:
+        name, sign = _BOUNDS[kind]
+        unit = _unit_at(model, location)
+        return f"{value} is not allowed; must be {sign} {context[name]:g}{f' {unit}' if unit else ''}"
+    if kind == "literal_error":
+        choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
+        near = nearest(str(finding["input"]), choices)
+        ask = f"; did you mean {near!r}?" if near else ""
+        return f"{value} is not allowed; must be one of {', '.join(choices)}{ask}"
+    if kind in _EXPECTED_TYPES:
+        return f"{value} is not allowed; must be {_EXPECTED_TYPES[kind]}"
+    if kind == "too_short" and isinstance(finding["input"], str):
+        return f"{value} is not allowed; must be {_EXPECTED_TYPES['string_too_short']}"
+    if kind == "too_short":
+        return f"needs at least {context['min_length']} of them, not {context['actual_length']}"
+    if kind == "string_pattern_mismatch":
+        return f"{value} is not allowed; letters, digits and . _ + - only"
+    return f"{value} is not allowed; {finding['msg'][0].lower()}{finding['msg'][1:]}"
+
+
+def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The model whose object stands at ``location``."""
+    current: type[BaseModel] | None = model
+    for part in location:
+        if isinstance(part, int) or current is None:
+            continue
+        field = current.model_fields.get(part)
+        # A key of a dict field (such as a layer name) is no field: the dict's value model stays current.
+        if field is not None:
+            current = next(_models_in(field.annotation), None)
+    return current
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _unit_at(model: type[BaseModel], location: tuple[int | str, ...]) -> str | None:
+    names = [index for index, part in enumerate(location) if isinstance(part, str)]
+    if not names:
+        return None
+    owner = _model_at(model, location[: names[-1]])
+    field = owner.model_fields.get(str(location[names[-1]])) if owner else None
+    if field is None:
+        return None
+    return next(
+        (
+            entry.name
+            for entry in [*field.metadata, *_metadata_in(field.annotation)]
+            if isinstance(entry, Unit)
+        ),
+        None,
+    )
+
+
+def _metadata_in(annotation: Any) -> Iterator[Any]:
+    """Metadata of ``Annotated`` types inside unions and lists, such as ``SizeGb | None``."""
+    if get_origin(annotation) is typing.Annotated:
+        yield from annotation.__metadata__
+        yield from _metadata_in(get_args(annotation)[0])
+    elif get_origin(annotation) in (typing.Union, types.UnionType, tuple, list):
+        for argument in get_args(annotation):
+            yield from _metadata_in(argument)

@@ -1,0 +1,80 @@
+"""Results of ``vllm bench serve --save-result --save-detailed``: lengths and start times of a real run."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from servesim.errors import InputError
+from servesim.workload.arrivals import start_at_zero
+from servesim.workload.entries import MAX_TIME_NS, MAX_TOKENS, EntryError, collect, shown, whole_number
+from servesim.workload.request import Request, Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+KEYS = ("input_lens", "output_lens", "start_times")
+
+
+def load_bench_result(
+    source: str, lines: Iterable[tuple[int, bytes]], *, num_reqs: int = 0, lenient: bool = False
+) -> Workload:
+    """The workload that a benchmark run sent: one request a list item; the earliest arrives at 0.
+
+    Result files without start times give arrivals that are all 0; `--request-rate` sets others.
+    Requests that failed have no output: they are errors, and `lenient` leaves them out.
+    """
+    document = b"\n".join(line for _, line in lines)
+    try:
+        result = json.loads(document)  # not orjson: figures of a run that went wrong can be NaN
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{source}: is not one whole JSON document: {error}; a workload is JSON lines, "
+            f"one object a line, or one result of `vllm bench serve` (append mode writes several: split them)"
+        ) from None
+    columns = _columns(source, result)
+
+    def requests(row: tuple[Any, ...], index: int) -> list[Request]:
+        start = row[2]
+        if type(start) not in (int, float) or not (math.isfinite(start) and 0 <= start * 1e9 < 2**62):
+            raise EntryError(f"start_times: {shown(start)} is not possible; must be seconds >= 0")
+        return [
+            Request(
+                index,
+                whole_number(row[0], "input_lens", 1, MAX_TOKENS),
+                whole_number(row[1], "output_lens", 1, MAX_TOKENS),
+                round(start * 1e9),
+            )
+        ]
+
+    rows = enumerate(zip(*columns, strict=True), 1)
+    workload = collect(source, rows, requests, num_reqs=num_reqs, lenient=lenient, place=": request ")
+    start_at_zero(workload)
+    if max(request.arrival_ns for request in workload.requests) > MAX_TIME_NS:
+        raise InputError(
+            f"{source}: start_times: span more than {MAX_TIME_NS} ns; must be seconds of one run"
+        )
+    return workload
+
+
+def _columns(source: str, result: object) -> list[list[object]]:
+    """The three lists, of equal length; start times that were not recorded are 0."""
+    if not isinstance(result, dict):
+        raise InputError(
+            f"{source}: is JSON, but a {'list' if isinstance(result, list) else 'value'}; a workload is "
+            f"JSON lines, one object a line (`jq -c '.[]'` makes such), or one result of `vllm bench serve`"
+        )
+    for key in KEYS[:2]:
+        if not isinstance(result.get(key), list):
+            raise InputError(
+                f"{source}: {key}: is missing; a `vllm bench serve` result has it when made with "
+                f"--save-detailed, and JSON lines must be one object a line"
+            )
+    inputs, outputs = result["input_lens"], result["output_lens"]
+    starts = result.get("start_times") or [0.0] * len(inputs)
+    if not isinstance(starts, list) or not len(inputs) == len(outputs) == len(starts):
+        raise InputError(
+            f"{source}: input_lens, output_lens and start_times must be lists of the same length"
+        )
+    return [inputs, outputs, starts]

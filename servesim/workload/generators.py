@@ -1,0 +1,217 @@
+"""Synthetic workloads: drawn lengths and arrivals, prompts with shared prefixes, sessions of many turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from servesim.errors import InputError
+from servesim.workload.arrivals import ARRIVALS, arrivals_ns, check_rate
+from servesim.workload.distribution import parse_distribution, whole_below
+from servesim.workload.request import Request, Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from servesim.workload.distribution import Distribution
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SynthSpec:
+    """What a synthetic workload looks like. Lengths and times are distributions in text form."""
+
+    num_reqs: int
+    """Entries: requests, or sessions when `sessions`."""
+    rate: float
+    """Entries per second; inf: all arrive at 0."""
+    arrival: str = "poisson"
+    cv: float = 2.0
+    """Coefficient of variation of the gaps of gamma arrivals."""
+    burst_size: int = 10
+    input_len: str = "lognormal:512:512:4:8192"
+    """New prompt tokens of a request or a turn, shared prefix not counted."""
+    output_len: str = "lognormal:256:256:4:4096"
+    prefix_groups: int = 0
+    """Number of shared prefixes; 0: none."""
+    prefix_len: str = "fixed:256"
+    """Tokens of each shared prefix."""
+    prefix_share: float = 1.0
+    """Share of the entries that begin with one of the prefixes."""
+    sessions: bool = False
+    turns: str = "uniform:2:6"
+    tool_time: str = "lognormal:2:2:0:60"
+    """Seconds between the end of a turn and the arrival of the next."""
+    ids: bool = True
+    """Whether token ids are written: without them nothing is shared."""
+    vocab_size: int = 32_000
+    seed: int = 42
+
+
+def synthesise(spec: SynthSpec) -> Workload:
+    """The workload that `spec` describes; always the same for the same spec. InputError for an impossible
+    one.
+
+    Output ids are drawn for sessions only: there the next prompt contains them, elsewhere nothing could.
+    """
+    _check(spec)
+    # One stream for each kind of draw: changing, say, the arrivals leaves lengths and tokens as they were.
+    arrival_rng, length_rng, group_rng, turn_rng, token_rng = (
+        np.random.Generator(np.random.PCG64(seed)) for seed in np.random.SeedSequence(spec.seed).spawn(5)
+    )
+    arrivals = arrivals_ns(
+        spec.arrival, spec.num_reqs, spec.rate, arrival_rng, cv=spec.cv, burst_size=spec.burst_size
+    )
+    turns, tool_ns = _turns(spec, turn_rng)
+    total = int(turns.sum())
+    input_lengths = parse_distribution(spec.input_len, "--input-len").draw_whole(total, length_rng)
+    output_lengths = parse_distribution(spec.output_len, "--output-len").draw_whole(total, length_rng)
+    tokens = _Tokens(spec, group_rng, token_rng)
+
+    workload = Workload(source=f"synthetic, seed {spec.seed}")
+    turn = 0
+    for entry in range(spec.num_reqs):
+        prefix = tokens.prefix_of(entry)
+        context = len(prefix)
+        past = prefix
+        for position in range(int(turns[entry])):
+            index = len(workload.requests)
+            context += int(input_lengths[turn])
+            request = Request(index, context, int(output_lengths[turn]), int(arrivals[entry]))
+            context += request.output_tokens
+            if spec.ids:
+                request.input_ids = np.concatenate((past, tokens.draw(int(input_lengths[turn]))))
+            if spec.sessions:
+                request.session_id = f"s{entry}"
+                request.sub_request = position
+                if position:
+                    request.predecessor = index - 1
+                    request.tool_ns = int(tool_ns[turn - 1])
+                if request.input_ids is not None:
+                    request.output_ids = tokens.draw(request.output_tokens)
+                    past = np.concatenate((request.input_ids, request.output_ids))
+            workload.requests.append(request)
+            turn += 1
+    return workload
+
+
+def _check(spec: SynthSpec) -> None:
+    whole = {"--num-reqs": spec.num_reqs, "--vocab-size": spec.vocab_size, "--burst-size": spec.burst_size}
+    for flag, value in whole.items():
+        if not 1 <= value < 2**31:
+            raise InputError(f"{flag}: {value} is not possible; must be >= 1")
+    if spec.arrival not in ARRIVALS:
+        raise InputError(f"--arrival: {spec.arrival!r} is not known; must be one of {', '.join(ARRIVALS)}")
+    check_rate(spec.rate)
+    if spec.prefix_groups < 0:
+        raise InputError(f"--prefix-groups: {spec.prefix_groups} is not possible; must be >= 0")
+    if spec.prefix_groups and not spec.ids:
+        raise InputError("--prefix-groups: shared prefixes need token ids; leave --no-ids out")
+    if not 0 <= spec.prefix_share <= 1:
+        raise InputError(f"--prefix-share: {spec.prefix_share} is not possible; must be from 0 to 1")
+    if spec.seed < 0:
+        raise InputError(f"--seed: {spec.seed} is not possible; must be >= 0")
+
+
+def _turns(spec: SynthSpec, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Turns of each entry, shape (num_reqs,), and tool time in ns after each turn, shape (all turns,)."""
+    if not spec.sessions:
+        return np.ones(spec.num_reqs, dtype=np.int64), np.zeros(spec.num_reqs, dtype=np.int64)
+    turns = parse_distribution(spec.turns, "--turns").draw_whole(spec.num_reqs, rng)
+    seconds: Distribution = parse_distribution(spec.tool_time, "--tool-time", whole=False, least=0)
+    tool_us = np.rint(seconds.draw(int(turns.sum()), rng) * 1e6).astype(np.int64)
+    return turns, tool_us * 1000
+
+
+class _Tokens:
+    """Draws token ids, and deals out the shared prefixes."""
+
+    def __init__(
+        self, spec: SynthSpec, group_rng: np.random.Generator, token_rng: np.random.Generator
+    ) -> None:
+        self._vocab_size = spec.vocab_size
+        self._rng = token_rng
+        self._none = np.empty(0, dtype=np.int64)
+        self._prefixes = [self._none]
+        self._group = np.zeros(spec.num_reqs, dtype=np.int64)  # 0: no prefix, g: prefix g
+        if spec.prefix_groups:
+            lengths = parse_distribution(spec.prefix_len, "--prefix-len").draw_whole(
+                spec.prefix_groups, group_rng
+            )
+            self._prefixes += [self.draw(int(length)) for length in lengths]
+            shares = group_rng.random(spec.num_reqs) < spec.prefix_share
+            self._group = np.where(shares, 1 + whole_below(spec.prefix_groups, spec.num_reqs, group_rng), 0)
+
+    def prefix_of(self, entry: int) -> NDArray[np.int64]:
+        return self._prefixes[int(self._group[entry])]
+
+    def draw(self, count: int) -> NDArray[np.int64]:
+        return whole_below(self._vocab_size, count, self._rng)
+
+
+def check_output(path: str | Path) -> None:
+    """InputError unless `path` ends as a workload file must."""
+    if not str(path).endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(
+            f"{path}: a workload is written as JSON lines; the name must end in .jsonl or .jsonl.gz"
+        )
+
+
+def write_jsonl(workload: Workload, path: str | Path) -> None:
+    """Write `workload` as JSON lines to `path`, packed when it ends in ``.gz``; all of it or nothing."""
+    import gzip
+
+    from servesim.results.atomic import atomic_write
+
+    check_output(path)
+    with atomic_write(path) as handle:
+        if str(path).endswith(".gz"):
+            # neither name nor time goes in: the same workload gives the same bytes
+            with gzip.GzipFile(filename="", fileobj=handle, mode="wb", mtime=0) as packed:
+                packed.writelines(json_lines(workload))
+        else:
+            handle.writelines(json_lines(workload))
+
+
+def json_lines(workload: Workload) -> Iterator[bytes]:
+    """The lines of a JSON lines file with this workload; `jsonl.load_jsonl` gives the same workload back."""
+    import orjson
+
+    requests = workload.requests
+    at = 0
+    while at < len(requests):
+        first = requests[at]
+        end = at + 1
+        while end < len(requests) and requests[end].predecessor == end - 1:
+            end += 1
+        if first.session_id is None:
+            entry = _fields(first) | {"arrival_time_ns": first.arrival_ns}
+            entry |= _ids(first)
+        else:
+            subs = []
+            for place in range(at, end):
+                sub = _fields(requests[place])
+                if place + 1 < end:
+                    sub["tool_duration_ns"] = requests[place + 1].tool_ns
+                subs.append(sub | _ids(requests[place]))
+            entry = {
+                "session_id": first.session_id,
+                "arrival_time_ns": first.arrival_ns,
+                "sub_requests": subs,
+            }
+        yield orjson.dumps(entry) + b"\n"
+        at = end
+
+
+def _fields(request: Request) -> dict[str, object]:
+    fields: dict[str, object] = {"input_toks": request.input_tokens, "output_toks": request.output_tokens}
+    return fields if request.model is None else fields | {"model": request.model}
+
+
+def _ids(request: Request) -> dict[str, object]:
+    ids = {"input_tok_ids": request.input_ids, "output_tok_ids": request.output_ids}
+    return {key: value.tolist() for key, value in ids.items() if value is not None}

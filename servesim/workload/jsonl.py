@@ -1,0 +1,188 @@
+"""JSON lines workloads: every line a request or a session.
+
+A request line is ``{"input_toks", "output_toks", "arrival_time_ns"}`` with optional ``input_tok_ids``,
+``output_tok_ids`` and ``model``; a session line is ``{"arrival_time_ns", "sub_requests": [...]}`` with
+optional ``session_id`` and ``model``, and each sub-request ``{"input_toks", "output_toks"}`` with optional
+``tool_duration_ns``, ids and ``model``. Requests are numbered in file order, sub-requests in their place. A
+sub-request is released when its predecessor has ended and the predecessor's ``tool_duration_ns`` has passed.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from servesim.workload.entries import (
+    MAX_TIME_NS,
+    MAX_TOKENS,
+    EntryError,
+    collect,
+    shown,
+    text,
+    token_ids,
+    unknown_key,
+    whole_number,
+)
+from servesim.workload.request import Request, Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+REQUEST_KEYS = ("input_toks", "output_toks", "arrival_time_ns", "input_tok_ids", "output_tok_ids", "model")
+SESSION_KEYS = ("session_id", "arrival_time_ns", "sub_requests", "model")
+SUB_REQUEST_KEYS = (
+    "input_toks",
+    "output_toks",
+    "tool_duration_ns",
+    "input_tok_ids",
+    "output_tok_ids",
+    "model",
+)
+
+_request_keys = frozenset(REQUEST_KEYS)
+_session_keys = frozenset(SESSION_KEYS)
+_sub_request_keys = frozenset(SUB_REQUEST_KEYS)
+
+
+def load_jsonl(
+    source: str, lines: Iterable[tuple[int, bytes]], *, num_reqs: int = 0, lenient: bool = False
+) -> Workload:
+    """The workload of numbered JSON lines; InputError names the line and the field that is wrong."""
+    reader = EntryReader()
+    workload = collect(source, lines, reader.requests, num_reqs=num_reqs, lenient=lenient)
+    _name_sessions(workload, reader.session_ids)
+    return workload
+
+
+class EntryReader:
+    """Turns lines into requests and remembers the session ids that were used."""
+
+    __slots__ = ("session_ids",)
+
+    def __init__(self) -> None:
+        self.session_ids: set[str] = set()
+
+    def requests(self, line: bytes, first: int) -> list[Request]:
+        """The requests of one line, numbered from `first`; EntryError says what is wrong with it."""
+        try:
+            entry = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            entry = _salvage(line, error)
+        if type(entry) is not dict:
+            raise EntryError(f"{shown(entry)} is not an entry; must be a JSON object")
+        if "sub_requests" in entry:
+            return self._session(entry, first)
+        if not entry.keys() <= _request_keys:
+            if "session_id" in entry:
+                raise EntryError(
+                    "sub_requests: is missing; a line with session_id needs a list of sub_requests"
+                )
+            raise unknown_key(entry, REQUEST_KEYS)
+        request = _request(entry, first, "", None)
+        request.arrival_ns = whole_number(
+            _required(entry, "arrival_time_ns"), "arrival_time_ns", 0, MAX_TIME_NS
+        )
+        return [request]
+
+    def _session(self, entry: dict[str, Any], first: int) -> list[Request]:
+        if not entry.keys() <= _session_keys:
+            raise unknown_key(entry, SESSION_KEYS)
+        arrival_ns = whole_number(_required(entry, "arrival_time_ns"), "arrival_time_ns", 0, MAX_TIME_NS)
+        subs = entry["sub_requests"]
+        if type(subs) is not list or not subs:
+            found = "is empty" if subs == [] else f"{shown(subs)} is not a list"
+            raise EntryError(f"sub_requests: {found}; must be a list of at least one sub-request")
+        model = None if entry.get("model") is None else text(entry["model"], "model")
+        session_id = _session_id(entry.get("session_id"))
+        if session_id and session_id in self.session_ids:
+            raise EntryError(
+                f"session_id: {session_id!r} was used on an earlier line; must differ for every session"
+            )
+
+        requests: list[Request] = []
+        tool_ns = 0  # the tool that runs between the previous sub-request and this one
+        for position, sub in enumerate(subs):
+            where = f"sub_requests[{position}]."
+            if type(sub) is not dict:
+                raise EntryError(f"{where[:-1]}: {shown(sub)} is not an object; must be a sub-request")
+            if not sub.keys() <= _sub_request_keys:
+                raise unknown_key(sub, SUB_REQUEST_KEYS, where)
+            request = _request(sub, first + position, where, model)
+            request.arrival_ns = arrival_ns
+            request.session_id = session_id
+            request.sub_request = position
+            if position:
+                request.predecessor = first + position - 1
+                request.tool_ns = tool_ns
+            duration = sub.get("tool_duration_ns")
+            tool_ns = (
+                0 if duration is None else whole_number(duration, f"{where}tool_duration_ns", 0, MAX_TIME_NS)
+            )
+            requests.append(request)
+        if session_id:  # only now: a line that was skipped uses up no name
+            self.session_ids.add(session_id)
+        return requests
+
+
+def _request(entry: dict[str, Any], index: int, where: str, model: str | None) -> Request:
+    """What requests and sub-requests have in common: lengths, ids, model; arrival_ns is left 0."""
+    input_tokens = whole_number(_required(entry, "input_toks", where), f"{where}input_toks", 1, MAX_TOKENS)
+    output_tokens = whole_number(_required(entry, "output_toks", where), f"{where}output_toks", 1, MAX_TOKENS)
+    request = Request(index, input_tokens, output_tokens, 0, model=model)
+    ids = entry.get("input_tok_ids")
+    if ids is not None:
+        request.input_ids = token_ids(ids, f"{where}input_tok_ids", input_tokens, "input_toks")
+    ids = entry.get("output_tok_ids")
+    if ids is not None:
+        request.output_ids = token_ids(ids, f"{where}output_tok_ids", output_tokens, "output_toks")
+    if entry.get("model") is not None:
+        request.model = text(entry["model"], f"{where}model")
+    return request
+
+
+def _required(entry: dict[str, Any], key: str, where: str = "") -> object:
+    try:
+        return entry[key]
+    except KeyError:
+        raise EntryError(f"{where}{key}: is missing; must be an integer") from None
+
+
+def _session_id(value: object) -> str:
+    """The session's own name, or "" for one that gets its name when the whole file is read."""
+    if value is None:
+        return ""
+    return str(value) if type(value) is int else text(value, "session_id")
+
+
+def _name_sessions(workload: Workload, taken: set[str]) -> None:
+    """Call a session without an id ``session-<index of its first request>``, or the next such free name."""
+    name = ""
+    for request in workload.requests:
+        if request.session_id != "":
+            continue
+        if request.sub_request == 0:
+            name = f"session-{request.index}"
+            while name in taken:
+                name += "-"
+            taken.add(name)
+        request.session_id = name
+
+
+def _salvage(line: bytes, error: orjson.JSONDecodeError) -> object:
+    """What the line would mean if NaN, Infinity and huge integers were allowed, so that the field can be
+    named.
+
+    Raises EntryError with the place in the line when it is no JSON even then.
+    """
+    try:
+        words = line.decode()
+    except UnicodeDecodeError as wrong:
+        raise EntryError(
+            f"column {wrong.start + 1}: byte 0x{line[wrong.start]:02x} is not UTF-8; must be JSON in UTF-8"
+        ) from None
+    try:
+        return json.loads(words)
+    except (ValueError, RecursionError):
+        raise EntryError(f"column {error.pos + 1}: {error.msg}; must be a whole JSON object") from None

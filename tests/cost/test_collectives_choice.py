@@ -1,0 +1,56 @@
+"""Measured collectives or the cluster's links: the cluster decides, and auto goes by the bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from servesim.cost.step_timer import build_step_timer
+from servesim.errors import InputError
+from servesim.specs.hardware import EngineSpec
+from tests.cost.bundles import HARDWARE, VARIANT, Toy, cluster_links, toy_model
+
+MEASURED, LINKS = 7.0, 2 * (1000 + 80) / 1000
+"""us of an all-reduce of 10 tokens, 160 bytes: in comm.csv, and over 1 GB/s with 1000 ns."""
+
+
+def _all_reduce_us(root: Path, wanted: str, meta: dict[str, Any]) -> float:
+    toy = Toy(tp=2, comm=[("all_reduce", 2, 0, MEASURED), ("all_reduce", 2, 1 << 30, MEASURED)])
+    toy.meta = {"source": "silicon", **meta}
+    toy.timer(root)  # writes the bundle and the architecture
+    cluster = cluster_links(bw=1.0, latency=1000.0)
+    cluster.collectives = wanted
+    instance = SimpleNamespace(hardware=HARDWARE, tp_size=2, engine=EngineSpec())
+    options = SimpleNamespace(variant=VARIANT, cudagraph=True, max_num_seqs=256, max_num_batched_tokens=2048)
+    timer = build_step_timer(instance, toy_model(), options, cluster)  # type: ignore[arg-type]
+    return float(timer.token_terms[-1].us(np.array([10]))[0])
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("wanted", "meta", "us"),
+    [
+        ("auto", {}, MEASURED),
+        ("auto", {"collectives": {"link": "nvlink"}}, MEASURED),
+        ("auto", {"collectives": {"link": "pcie"}}, LINKS),
+        ("measured", {"collectives": {"link": "pcie"}}, MEASURED),
+        ("links", {"collectives": {"link": "nvlink"}}, LINKS),
+        ("links", {}, LINKS),
+    ],
+)
+def test_who_wins(root: Path, wanted: str, meta: dict[str, Any], us: float) -> None:
+    assert _all_reduce_us(root, wanted, meta) == pytest.approx(us)
+
+
+def test_a_link_nobody_knows_is_refused(root: Path) -> None:
+    with pytest.raises(InputError, match=r"collectives\.link: 'rope' is not allowed; must be one of pcie"):
+        _all_reduce_us(root, "auto", {"collectives": {"link": "rope"}})

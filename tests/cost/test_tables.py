@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from servesim.cost.tables import Curve, bracket, brackets, densify, describe_lookup, resample
+from tests.cost.bundles import Rows, attention_rows, slow_lookup
+
+
+def test_lookups_are_linear_between_clamped_below_and_extrapolated_above() -> None:
+    curve = Curve.from_rows(np.array([30.0, 10.0, 20.0]), np.array([9.0, 1.0, 3.0]))
+    assert curve.at([0, 10, 15, 20, 25, 30, 40]).tolist() == [1, 1, 2, 3, 6, 9, 15]
+
+
+def test_a_single_point_holds_everywhere() -> None:
+    assert Curve.from_rows(np.array([7.0]), np.array([3.0])).at([0, 7, 99]).tolist() == [3, 3, 3]
+
+
+def test_measured_points_come_back_bit_for_bit() -> None:
+    points, values = np.array([1, 3, 10, 11]), np.array([0.1, 0.7, 1 / 3, 0.3])
+    assert resample(points, values, points).tolist() == values.tolist()
+
+
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=8, unique=True), st.integers(0, 400))
+def test_scalar_and_vector_brackets_are_the_same_floats(points: list[int], query: int) -> None:
+    grid = np.array(sorted(points))
+    low, high, weight = brackets(grid, [query])
+    s_low, s_high, s_weight = bracket(grid.tolist(), query)
+    values = np.arange(len(grid)) ** 2 + 0.1
+    assert weight[0] == s_weight
+    assert (1 - weight[0]) * values[low[0]] + weight[0] * values[high[0]] == pytest.approx(
+        (1 - s_weight) * values[s_low] + s_weight * values[s_high], abs=1e-12
+    )
+
+
+@st.composite
+def ragged(draw: st.DrawFn, axes: int = 4) -> Rows:
+    """Measurements whose points differ under every point of the axes before."""
+
+    def grow(prefix: tuple[int, ...]) -> list[tuple[int, ...]]:
+        if len(prefix) == axes:
+            return [prefix]
+        points = draw(st.lists(st.integers(0, 12), min_size=1, max_size=3, unique=True))
+        return [key for point in points for key in grow((*prefix, point))]
+
+    return {key: float(draw(st.integers(0, 1000))) for key in grow(())}
+
+
+@settings(max_examples=40, deadline=None)
+@given(ragged(), st.lists(st.tuples(*[st.integers(0, 16)] * 4), min_size=1, max_size=6))
+def test_the_dense_tensor_equals_the_ragged_lookup_everywhere(
+    rows: Rows, queries: list[tuple[int, ...]]
+) -> None:
+    surface = densify(np.array(list(rows)), np.array(list(rows.values())))
+    scale = max(1.0, float(np.abs(surface.tensor).max()))
+    for query in queries:
+        expected = slow_lookup(rows, query)
+        assert surface.at(*([x] for x in query))[0] == pytest.approx(expected, rel=1e-9, abs=1e-9 * scale)
+
+
+def test_the_tensor_of_a_bundle_like_grid_equals_the_ragged_lookup() -> None:
+    rows = attention_rows()
+    surface = densify(np.array(list(rows)), np.array(list(rows.values())))
+    assert [axis.tolist() for axis in surface.axes] == [
+        [0, 16, 64],
+        [0, 1, 4, 8],
+        [0, 32, 128],
+        [0, 16, 64, 256],
+    ]
+    for query in [(16, 0, 0, 0), (0, 8, 0, 300), (40, 6, 50, 100), (100, 9, 200, 1000), (5, 0, 0, 0)]:
+        assert surface.at(*([x] for x in query))[0] == pytest.approx(slow_lookup(rows, query))
+
+
+def test_cutting_a_surface_removes_the_axis() -> None:
+    rows = attention_rows()
+    cut = densify(np.array(list(rows)), np.array(list(rows.values()))).along(0, 0).along(1, 0)
+    assert cut.at([4], [64])[0] == rows[0, 4, 0, 64]
+
+
+def test_a_lookup_says_where_its_number_comes_from() -> None:
+    points = np.array([96, 112])
+    assert describe_lookup(points, 96, "tokens") == "profiled at 96 tokens"
+    assert describe_lookup(points, 100, "tokens") == "interpolated between 96 and 112 tokens"
+    assert describe_lookup(points, 200, "tokens") == "extrapolated to 200 from 96 and 112 tokens"
+    assert describe_lookup(points, 1, "tokens") == "held at 96 tokens, the smallest"
+    assert describe_lookup(points[:1], 200, "tokens") == "held at 96 tokens, the only row"
