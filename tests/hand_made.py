@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from servesim.memory.sizing import GIB, KvCapacity
+from servesim.memory.plan import KvCapacity
+from servesim.memory.sizing import GIB
 from servesim.results.records import InstanceLog, RejectedRequest, RequestRecord, RunLog
 from servesim.results.result import Result
 from servesim.specs.options import InstanceOptions, RuntimeOptions
@@ -28,6 +29,9 @@ def capacity(num_blocks: int = 101, **changes: Any) -> KvCapacity:
         "total_bytes": 8 * GIB,
         "utilization": 0.9,
         "overridden": False,
+        "graph_bytes": 0,
+        "band_blocks": (num_blocks, num_blocks),
+        "engine": "0.11 to 0.20",
     }
     return KvCapacity(**{**values, **changes})
 

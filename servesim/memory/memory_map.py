@@ -16,14 +16,15 @@ from servesim.memory.placement import (
     placed_stages,
     uses_placement,
 )
-from servesim.memory.sizing import GIB, Outside, kv_cache_capacity
+from servesim.memory.plan import Outside, kv_cache_capacity
+from servesim.memory.sizing import GIB
 from servesim.specs.architecture import load_architecture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from servesim.memory.placement import PlacedLayer
-    from servesim.memory.sizing import KvCapacity
+    from servesim.memory.plan import KvCapacity
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions

@@ -14,7 +14,7 @@ from servesim.specs.options import UNLIMITED, InstanceOptions, RuntimeOptions
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from servesim.memory.sizing import KvCapacity, Outside
+    from servesim.memory.plan import KvCapacity, Outside
     from servesim.results.records import InstanceLog
     from servesim.specs.cluster import InstanceSpec
     from servesim.workload.request import Workload
@@ -197,15 +197,34 @@ def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> lis
         lines += _wrapped("  options   ", [_option(key, value) for key, value in own.items()])
     lines.append(f"  kernels   {instance.options.variant}: {instance.bundle_source}")
     lines.append(f"  host      {instance.host}")
-    lines.append(
-        f"  memory    {gib(capacity.total_bytes)} GiB per NPU: weights {gib(capacity.weight_bytes)}, "
-        f"activations {gib(capacity.activation_bytes)}, other {gib(capacity.non_torch_bytes)} GiB"
-    )
+    lines.append(f"  memory    {_memory_parts(capacity)}")
     lines.append(f"  {kv_cache_line(instance)}")
+    lines += [f"  band      {line}" for line in _band(capacity)]
     if instance.tier:
         lines.append(f"  {tier_line(instance.tier)}")
     lines += [f"  {_outside_line(place, capacity)}" for place in capacity.outside]
     return lines
+
+
+def _memory_parts(capacity: KvCapacity) -> str:
+    """What one NPU's memory goes to, beside the KV cache."""
+    graphs = f", CUDA graphs {gib(capacity.graph_bytes)}" if capacity.graph_bytes else ""
+    return (
+        f"{gib(capacity.total_bytes)} GiB per NPU: weights {gib(capacity.weight_bytes)}, activations "
+        f"{gib(capacity.activation_bytes)}{graphs}, other {gib(capacity.non_torch_bytes)} GiB"
+    )
+
+
+def _band(capacity: KvCapacity) -> list[str]:
+    """How sure the size of the KV cache is; nothing where it is not estimated."""
+    low, high = capacity.band_tokens
+    if low == high:
+        return []
+    changes = [f"{(end / capacity.tokens - 1) * 100:+.1f}%" for end in (low, high)]
+    return [
+        f"{low} to {high} tokens ({changes[0]}, {changes[1]}): activations and other are estimated as "
+        f"vLLM {capacity.engine} starts"
+    ]
 
 
 def _outside_line(memory: Outside, capacity: KvCapacity) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from servesim.memory.sizing import KvCapacity
+    from servesim.memory.plan import KvCapacity
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.options import InstanceOptions
 

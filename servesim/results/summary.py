@@ -88,7 +88,9 @@ def _kv_cache(instance: InstanceLog) -> dict[str, Any]:
     peak = kv_peak_blocks(instance)
     return {
         "tokens": capacity.tokens,
+        "tokens_band": list(capacity.band_tokens),
         "blocks": capacity.num_blocks,
+        "blocks_band": list(capacity.band_blocks),
         "block_size": capacity.block_size,
         "bytes_per_token": capacity.bytes_per_token,
         "bytes_per_block": capacity.bytes_per_block,
@@ -133,12 +135,17 @@ def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, 
 
 
 def _kv_cache_totals(result: Result) -> dict[str, Any]:
-    """Capacity over all instances; ``peak`` is the fullest one's, ``bytes_per_block`` null if they differ."""
+    """Capacity over all instances; ``peak`` is the fullest one's, ``bytes_per_block`` null if they differ.
+
+    The ends of a band are those of every instance together: what makes one estimate wrong does so with all.
+    """
     per_instance = [_kv_cache(instance) for instance in result.instances]
     sizes = {entry["bytes_per_block"] for entry in per_instance}
     return {
         "tokens": sum(entry["tokens"] for entry in per_instance),
+        "tokens_band": [sum(entry["tokens_band"][end] for entry in per_instance) for end in (0, 1)],
         "blocks": sum(entry["blocks"] for entry in per_instance),
+        "blocks_band": [sum(entry["blocks_band"][end] for entry in per_instance) for end in (0, 1)],
         "bytes_per_block": sizes.pop() if len(sizes) == 1 else None,
         "peak": max((entry["peak"] for entry in per_instance), default=0.0),
     }

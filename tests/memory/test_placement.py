@@ -9,7 +9,8 @@ import pytest
 from servesim.errors import InputError
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.placement import block_weights, evict_place, rule_for
-from servesim.memory.sizing import GIB, block_weight_bytes, kv_cache_capacity, weight_bytes_per_npu
+from servesim.memory.plan import kv_cache_capacity
+from servesim.memory.sizing import GIB, block_weight_bytes, weight_bytes_per_npu
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster import load_cluster
 from servesim.specs.cluster_checks import check_cluster

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from servesim.errors import InputError
+from servesim.memory.plan import KvCapacity, Outside, kv_cache_capacity
 from servesim.memory.sizing import (
     GIB,
     kv_bytes_per_token,
-    kv_cache_capacity,
     stage_layers,
     weight_bytes_per_npu,
 )
@@ -21,7 +21,16 @@ from servesim.specs.options import RuntimeOptions, resolve
 LLAMA, QWEN_MOE = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B-Instruct-2507"
 
 
-def plan(instance: dict[str, Any] | None = None, **flags: Any) -> Any:
+def plan(instance: dict[str, Any] | None = None, **flags: Any) -> KvCapacity:
+    return plan_with(None, (), instance, **flags)
+
+
+def plan_with(
+    on_npus: list[tuple[int, int]] | None,
+    outside: tuple[Outside, ...],
+    instance: dict[str, Any] | None = None,
+    **flags: Any,
+) -> KvCapacity:
     made = {
         "model_name": LLAMA,
         "hardware": "RTXPRO6000",
@@ -38,7 +47,8 @@ def plan(instance: dict[str, Any] | None = None, **flags: Any) -> Any:
     cluster = load_cluster({"num_nodes": 1, "link_bw": 16, "link_latency": 20000, "nodes": [node]})
     spec = cluster.instances[0][1]
     model = load_model(spec.model_name)
-    return kv_cache_capacity(model, spec, resolve(RuntimeOptions(**flags), spec, model))
+    options = resolve(RuntimeOptions(**flags), spec, model)
+    return kv_cache_capacity(model, spec, options, on_npus=on_npus, outside=outside)
 
 
 def test_llama_has_eight_billion_weights() -> None:
@@ -94,10 +104,27 @@ def test_a_reserve_of_zero_gives_all_that_weights_leave_to_the_cache() -> None:
     assert plan({"npu_mem": memory}).num_blocks == left // (16 * 131072) == 36578
 
 
-def test_the_estimate_comes_near_what_vllm_gave() -> None:
+def test_the_band_holds_what_vllm_gave() -> None:
     # vLLM 0.19 on an RTX 4090 (25,250,627,584 bytes): 2588 blocks, max_num_seqs 256, 2048 batched tokens
     memory = {"mem_size": 25_250_627_584 / GIB, "mem_bw": 1008, "mem_latency": 0}
-    assert plan({"npu_mem": memory}, max_num_seqs=256).num_blocks == pytest.approx(2588, rel=0.09)
+    capacity = plan({"npu_mem": memory}, max_num_seqs=256)
+    assert capacity.num_blocks == pytest.approx(2588, rel=0.04)
+    low, high = capacity.band_blocks
+    assert low <= capacity.num_blocks <= high
+    assert low <= 2588 <= high
+
+
+def test_what_is_given_has_no_band() -> None:
+    memory = {"mem_size": 96, "mem_bw": 1597, "mem_latency": 0, "reserve": 4}
+    for capacity in (plan({"num_gpu_blocks": 500}), plan({"npu_mem": memory})):
+        assert capacity.band_blocks == (capacity.num_blocks, capacity.num_blocks)
+        assert capacity.band_tokens == (capacity.tokens, capacity.tokens)
+
+
+def test_kv_that_lies_elsewhere_has_no_band() -> None:
+    elsewhere = Outside("cpu", 0, 131072, 100 * GIB, 512 * GIB)
+    capacity = plan_with([(16 * GIB, 0)], (elsewhere,))
+    assert capacity.band_blocks == (capacity.num_blocks, capacity.num_blocks) == (51200, 51200)
 
 
 def test_the_number_of_blocks_can_be_given() -> None:

@@ -17,6 +17,15 @@ def test_the_kv_cache_line_is_the_documented_one() -> None:
     )
 
 
+def test_the_banner_says_how_sure_the_cache_is() -> None:
+    plan = capacity(100, band_blocks=(90, 115), graph_bytes=GIB // 2)
+    text = banner(RuntimeOptions(), two_requests().workload, [instance(capacity=plan)])
+    assert "1440 to 1840 tokens (-10.0%, +15.0%): " in text
+    assert "as vLLM 0.11 to 0.20 starts" in text
+    assert "CUDA graphs 0.50, other 0.25 GiB" in text
+    assert "  band" not in banner(RuntimeOptions(), two_requests().workload, [instance()])
+
+
 def test_instances_that_are_alike_are_described_once() -> None:
     logs = [instance(0), instance(1), instance(2, options=instance_options(block_size=32)), instance(3)]
     text = banner(RuntimeOptions(), two_requests().workload, logs)

@@ -75,7 +75,14 @@ def test_the_summary_speaks_the_language_of_vllm_bench_serve() -> None:
     assert summary["p99_e2el_ms"] == pytest.approx(41 + 0.99 * 7)
     assert summary["preemptions"] == 1
     assert summary["recomputed_tokens"] == 52
-    assert summary["kv_cache"] == {"tokens": 1616, "blocks": 101, "bytes_per_block": 16 << 20, "peak": 0.11}
+    assert summary["kv_cache"] == {
+        "tokens": 1616,
+        "tokens_band": [1616, 1616],
+        "blocks": 101,
+        "blocks_band": [101, 101],
+        "bytes_per_block": 16 << 20,
+        "peak": 0.11,
+    }
     assert summary["prefix_cache"]["hit_rate"] == pytest.approx(32 / 150, abs=1e-6)
     assert summary["energy"] is None
     assert summary["options"]["kv_cache_dtype"] == "fp8"

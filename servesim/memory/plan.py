@@ -1,0 +1,219 @@
+"""The start-up plan: how many KV-cache blocks fit beside the weights, and how sure that is.
+
+Follows what vLLM does at start-up: it profiles the memory that weights, activations and libraries need and
+gives the rest of ``utilization x total`` to the KV cache. What it would measure is estimated here
+(:mod:`servesim.memory.engine_memory`), and the spread of the estimate carried along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from servesim.errors import InputError
+from servesim.memory.engine_memory import (
+    Estimate,
+    activations,
+    cuda_graphs,
+    engine_memory,
+    exactly,
+    outside_torch,
+    total,
+)
+from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.model import ModelSpec
+    from servesim.specs.options import InstanceOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What an instance, all its ranks together, keeps in a memory that is not its NPUs'."""
+
+    place: str
+    """``cpu``, ``cxl:<device>`` or ``pim``."""
+    weight_bytes: int
+    kv_bytes_per_token: int
+    room_bytes: int
+    """For the instance's KV cache."""
+    total_bytes: int
+    """Of the memory."""
+
+    def blocks(self, block_size: int) -> int:
+        """KV blocks that fit."""
+        return self.room_bytes // (self.kv_bytes_per_token * block_size)
+
+    def no_room(self, block_size: int) -> str:
+        """That not even two blocks fit, with the figures."""
+        return (
+            f"no room for the KV cache in {self.place}: of {self.total_bytes} bytes, {self.room_bytes} are "
+            "left to this instance beside weights and other instances, for blocks of "
+            f"{self.kv_bytes_per_token * block_size} bytes (2 are needed at least); choose a larger memory "
+            "or another kv_loc"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KvCapacity:
+    """Memory plan of one NPU of an instance, in bytes; the same on every rank."""
+
+    num_blocks: int
+    """Blocks of the pool, vLLM's null block included."""
+    block_size: int
+    bytes_per_token: int
+    bytes_per_block: int
+    kv_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    non_torch_bytes: int
+    graph_bytes: int
+    """Of CUDA graphs, as far as they are taken from the KV cache."""
+    total_bytes: int
+    utilization: float
+    overridden: bool
+    """Whether ``num_gpu_blocks`` of the cluster config set the number of blocks."""
+    band_blocks: tuple[int, int]
+    """The least and the most blocks that the start-ups behind the estimate allow; equal where nothing is
+    estimated."""
+    engine: str
+    """Versions of vLLM whose start-ups the estimate follows."""
+    outside: tuple[Outside, ...] = ()
+    """What lies elsewhere; ``weight_bytes`` and ``kv_bytes`` are without it, bytes per token and block with
+    it."""
+
+    @property
+    def npu_bytes_per_block(self) -> int:
+        """KV bytes of a block on the NPU that holds most of it."""
+        return self.kv_bytes // self.num_blocks
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the pool holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def band_tokens(self) -> tuple[int, int]:
+        """Tokens at the ends of :attr:`band_blocks`."""
+        low, high = self.band_blocks
+        return low * self.block_size, high * self.block_size
+
+    @property
+    def usable_blocks(self) -> int:
+        """Blocks that requests can hold."""
+        return self.num_blocks - 1
+
+
+_WEIGHT_ERROR = 0.001
+"""Weights as start-up logs give them are within this share of the parameters' bytes (21 checkpoints)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Reserve:
+    """What is kept from the KV cache, by what takes it."""
+
+    activations: Estimate
+    non_torch: Estimate
+    graphs: Estimate
+
+    @property
+    def sum(self) -> Estimate:
+        return total([self.activations, self.non_torch, self.graphs])
+
+
+def _reserve(
+    model: ModelSpec, instance: InstanceSpec, options: InstanceOptions, version: str | None
+) -> _Reserve:
+    if instance.npu_mem.reserve is not None:
+        return _Reserve(exactly(int(instance.npu_mem.reserve * GIB)), exactly(0), exactly(0))
+    engine = engine_memory(version)
+    tp, ep = instance.tp_size, instance.ep_size
+    seqs, tokens = options.max_num_seqs, options.max_num_batched_tokens
+    return _Reserve(
+        activations(model, tokens, seqs, tp, ep, engine),
+        outside_torch(alone=instance.num_npus == 1 and ep == 1),
+        cuda_graphs(engine, captured=options.cudagraph),
+    )
+
+
+def kv_cache_capacity(
+    model: ModelSpec,
+    instance: InstanceSpec,
+    options: InstanceOptions,
+    where: str = "instance",
+    on_npus: Sequence[tuple[int, int]] | None = None,
+    outside: tuple[Outside, ...] = (),
+    version: str | None = None,
+) -> KvCapacity:
+    """Plan the memory of one NPU of ``instance``.
+
+    ``npu_mem.reserve`` (GiB) replaces the estimate of everything that is neither weights nor KV cache;
+    ``num_gpu_blocks`` sets the number of blocks outright.
+
+    ``on_npus``: (weight bytes, KV bytes per token) of a rank of each pipeline stage, where some of them lie
+    ``outside``; None: everything is on the NPUs. The memory that is full first bounds the blocks.
+    ``version``: of the vLLM to plan as; None: see :func:`servesim.memory.engine_memory.engine_memory`.
+
+    Raises:
+        InputError: the weights do not fit, or no block is left for the KV cache.
+    """
+    tp, pp, ep = instance.tp_size, instance.pp_size, instance.ep_size
+    whole = int(instance.npu_mem.mem_size * GIB)
+    budget = int(whole * options.npu_memory_utilization)
+    per_token = kv_bytes_per_token(model, options.kv_dtype, tp, pp)
+    if on_npus is None:
+        on_npus = [(weight_bytes_per_npu(model, options.dtype, tp, pp, ep), per_token)]
+    weights = max(stage for stage, _ in on_npus)
+    reserve = _reserve(model, instance, options, version)
+
+    def blocks_beside(reserved_bytes: int) -> int:
+        room = budget - reserved_bytes
+        fits = [(room - own) // (size * options.block_size) for own, size in on_npus if size]
+        return min(
+            fits + [memory.blocks(options.block_size) for memory in outside if memory.kv_bytes_per_token]
+        )
+
+    if weights > budget:
+        raise InputError(
+            f"{where}: the {options.dtype} weights of {model.name} take {weights / GIB:.2f} GiB per NPU "
+            f"(tp_size {tp}, pp_size {pp}), but npu_mem allows {budget / GIB:.2f} GiB "
+            f"({instance.npu_mem.mem_size:g} GB x utilization {options.npu_memory_utilization:g}); raise "
+            "tp_size, choose a smaller --dtype, or an NPU with more memory"
+        )
+    for memory in outside:
+        if memory.kv_bytes_per_token and memory.blocks(options.block_size) < 2:
+            raise InputError(f"{where}: {memory.no_room(options.block_size)}")
+    given = instance.num_gpu_blocks
+    num_blocks = blocks_beside(reserve.sum.likely) if given is None else given
+    left = budget - weights - reserve.sum.likely
+    if given is None and (num_blocks < 2 or left < 0):  # the KV cache may lie elsewhere altogether
+        raise InputError(
+            f"{where}: no room for the KV cache: of {budget / GIB:.2f} GiB, weights take {weights / GIB:.2f} "
+            f"GiB and activations and libraries {reserve.sum.likely / GIB:.2f} GiB, which leaves "
+            f"{left} bytes for blocks of {per_token * options.block_size} bytes (2 are needed at least); "
+            "lower --max-num-batched-tokens or --max-num-seqs, raise --npu-memory-utilization or tp_size"
+        )
+    band = num_blocks, num_blocks
+    if given is None and instance.npu_mem.reserve is None:
+        slack = int(weights * _WEIGHT_ERROR)
+        band = max(blocks_beside(reserve.sum.high + slack), 2), blocks_beside(reserve.sum.low - slack)
+    return KvCapacity(
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        bytes_per_token=per_token,
+        bytes_per_block=per_token * options.block_size,
+        kv_bytes=num_blocks * options.block_size * max(size for _, size in on_npus),
+        weight_bytes=weights,
+        activation_bytes=reserve.activations.likely,
+        non_torch_bytes=reserve.non_torch.likely,
+        graph_bytes=reserve.graphs.likely,
+        total_bytes=whole,
+        utilization=options.npu_memory_utilization,
+        overridden=given is not None,
+        band_blocks=band,
+        engine=engine_memory(version).versions,
+        outside=outside,
+    )
