@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError, MissingFileError
@@ -13,14 +14,59 @@ if TYPE_CHECKING:
     import yaml
 
 
-def read_text(path: Path) -> str:
-    """The whole file as text.
+LIMIT_VARIABLE = "SERVESIM_MAX_INPUT_MIB"
+"""Environment variable: MiB that one input file may have, unpacked, and the memory its requests may take."""
+_DEFAULT_LIMIT_MIB = 4096
+_CONFIG_BYTES = 64 << 20  # a configuration that a person writes; the longest published ones have 100 kB
+
+
+def input_limit_bytes() -> int:
+    """Bytes that one input may have: :data:`LIMIT_VARIABLE`, 4 GiB without it.
 
     Raises:
-        InputError: a folder, not UTF-8, or unreadable; MissingFileError when it is not there.
+        InputError: the variable holds no whole number of MiB from 1 on.
     """
+    text = os.environ.get(LIMIT_VARIABLE, "").strip()
+    if not text:
+        return _DEFAULT_LIMIT_MIB << 20
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text)):
+        raise InputError(
+            f"{LIMIT_VARIABLE}: {text[:40]!r} is not allowed; must be a whole number of MiB >= 1"
+        )
+    return int(text) << 20
+
+
+def too_large(source: object, limit_bytes: int) -> InputError:
+    """The refusal of an input of more than ``limit_bytes``, which :func:`input_limit_bytes` gave."""
+    return InputError(
+        f"{source}: has more than {limit_bytes >> 20:,} MiB; give a smaller file, or raise the limit with "
+        f"the environment variable {LIMIT_VARIABLE}"
+    )
+
+
+def read_text(path: Path) -> str:
+    """The whole file as text, of at most :func:`input_limit_bytes`.
+
+    Raises:
+        InputError: a folder, not UTF-8, too large, or unreadable; MissingFileError when it is not there.
+    """
+    limit = input_limit_bytes()
+    return _read_text(path, limit, too_large(path, limit))
+
+
+def _read_config(path: Path) -> str:
+    """As :func:`read_text`, for a file that a person writes."""
+    refusal = InputError(f"{path}: has more than {_CONFIG_BYTES >> 20} MiB, which no configuration has")
+    return _read_text(path, _CONFIG_BYTES, refusal)
+
+
+def _read_text(path: Path, limit: int, refusal: InputError) -> str:
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as handle:
+            # A device such as /dev/zero never ends: no more is read than is allowed.
+            raw = handle.read(min(limit, _CONFIG_BYTES) + 1)
+            if len(raw) > _CONFIG_BYTES and b"\0" not in raw[:4096] and limit > _CONFIG_BYTES:
+                raw += handle.read(limit - _CONFIG_BYTES)
     except FileNotFoundError:
         raise MissingFileError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -28,6 +74,10 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason})") from None
+    if b"\0" in raw[:4096]:
+        raise InputError(f"{path}: line 1: holds zero bytes; a text file in UTF-8 is expected")
+    if len(raw) > limit:
+        raise refusal
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -39,7 +89,7 @@ def read_text(path: Path) -> str:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``. NaN, Infinity and repeated keys are errors."""
-    return parse_json_object(read_text(path), str(path))
+    return parse_json_object(_read_config(path), str(path))
 
 
 def parse_json_object(text: str, source: str) -> dict[str, Any]:
@@ -79,7 +129,7 @@ def read_yaml_object(path: Path) -> dict[str, Any]:
     """The YAML mapping in ``path``. Repeated keys are errors."""
     import yaml
 
-    text = read_text(path)
+    text = _read_config(path)
     if not text.strip():
         raise InputError(f"{path}: line 1: the file is empty; a mapping `key: value` is expected")
     try:
@@ -153,6 +203,10 @@ def _yaml_loader() -> type[yaml.SafeLoader]:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen: set[Any] = set()
             for key_node, _ in node.value:
+                if key_node.tag == "tag:yaml.org,2002:merge":  # a few lines of merges can stand for terabytes
+                    raise yaml.constructor.ConstructorError(
+                        None, None, "merge keys (<<) are not allowed; write the keys out", key_node.start_mark
+                    )
                 key = self.construct_object(key_node, deep=True)
                 if not isinstance(key, str | int | float | bool):
                     raise yaml.constructor.ConstructorError(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import types
 import typing
 from difflib import get_close_matches
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 SpecT = TypeVar("SpecT", bound=BaseModel)
 
+_SHOWN_CHARACTERS = 60
 _SHOWN = 8  # problems listed before "and N more"
 _UNION_TAGS = frozenset({"number", "list"})
 """Tags of our `number or list` unions; pydantic puts them into locations, users never wrote them."""
@@ -129,11 +131,16 @@ def hint(key: str, known: Sequence[str]) -> str:
 
 def shown(value: object) -> str:
     """A value as the user wrote it, cut to a readable length."""
+    text = ""
     try:
-        text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):  # not JSON: a Python object, or an integer of thousands of digits
-        text = repr(value) if not isinstance(value, int) else "an integer of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
+        # Piece by piece: a few lines of YAML can name a value whose text would fill the memory.
+        for piece in json.JSONEncoder(ensure_ascii=False).iterencode(value):
+            text += piece
+            if len(text) > _SHOWN_CHARACTERS:
+                break
+    except (TypeError, ValueError, RecursionError):  # not JSON, or an integer of thousands of digits
+        text = reprlib.repr(value) if not isinstance(value, int) else "an integer of thousands of digits"
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
 def _problem(finding: Any, model: type[BaseModel], location: tuple[int | str, ...]) -> str:

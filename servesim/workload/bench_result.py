@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import numpy as np
 
 from servesim.errors import InputError
-from servesim.workload.arrivals import start_at_zero
+from servesim.workload.arrivals import arrivals_ns, start_at_zero
 from servesim.workload.entries import MAX_TIME_NS, MAX_TOKENS, EntryError, collect, shown, whole_number
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_log = logging.getLogger("servesim")
 KEYS = ("input_lens", "output_lens", "start_times")
 
 
 def load_bench_result(
-    source: str, lines: Iterable[tuple[int, bytes]], *, num_reqs: int = 0, lenient: bool = False
+    source: str,
+    lines: Iterable[tuple[int, bytes]],
+    *,
+    num_reqs: int = 0,
+    lenient: bool = False,
+    seed: int | None = 42,
 ) -> Workload:
     """The workload that a benchmark run sent: one request a list item; the earliest arrives at 0.
 
-    Result files without start times give arrivals that are all 0; `--request-rate` sets others.
+    Results without start times (vLLM before 2026, SGLang) get arrivals at the ``request_rate`` and with the
+    ``burstiness`` that they state, made from `seed` as the client makes them, and a warning says so; with
+    `seed` None they are all 0, for a rate given by the user is to replace them.
     Requests that failed have no output: they are errors, and `lenient` leaves them out.
     """
     document = b"\n".join(line for _, line in lines)
@@ -33,7 +44,7 @@ def load_bench_result(
             f"{source}: is not one whole JSON document: {error}; a workload is JSON lines, "
             f"one object a line, or one result of `vllm bench serve` (append mode writes several: split them)"
         ) from None
-    columns = _columns(source, result)
+    columns = _columns(source, result, seed)
 
     def requests(row: tuple[Any, ...], index: int) -> list[Request]:
         start = row[2]
@@ -58,8 +69,8 @@ def load_bench_result(
     return workload
 
 
-def _columns(source: str, result: object) -> list[list[object]]:
-    """The three lists, of equal length; start times that were not recorded are 0."""
+def _columns(source: str, result: object, seed: int | None) -> list[list[object]]:
+    """The three lists, of equal length."""
     if not isinstance(result, dict):
         raise InputError(
             f"{source}: is JSON, but a {'list' if isinstance(result, list) else 'value'}; a workload is "
@@ -72,9 +83,43 @@ def _columns(source: str, result: object) -> list[list[object]]:
                 f"--save-detailed, and JSON lines must be one object a line"
             )
     inputs, outputs = result["input_lens"], result["output_lens"]
-    starts = result.get("start_times") or [0.0] * len(inputs)
+    starts = result.get("start_times") or _made_starts(source, result, len(inputs), seed)
     if not isinstance(starts, list) or not len(inputs) == len(outputs) == len(starts):
         raise InputError(
             f"{source}: input_lens, output_lens and start_times must be lists of the same length"
         )
     return [inputs, outputs, starts]
+
+
+def _made_starts(source: str, result: dict[str, Any], count: int, seed: int | None) -> list[float]:
+    """Start times in s of a result that has none: as its client made them, from another random seed.
+
+    vLLM draws gamma gaps of shape ``burstiness`` (1: a Poisson process) and stretches them so that the last
+    request comes at the time that the rate says.
+    """
+    if seed is None or count < 2:
+        return [0.0] * count
+    rate, burstiness = result.get("request_rate"), result.get("burstiness", 1.0)
+    if rate in (math.inf, "inf"):
+        return [0.0] * count
+    if not (_is_positive(rate) and _is_positive(burstiness)):
+        _log.warning(
+            "%s: holds neither start_times nor a request_rate: all requests arrive at 0 s; "
+            "--request-rate gives them a rate",
+            source,
+        )
+        return [0.0] * count
+    cv = 1 / math.sqrt(burstiness)
+    arrivals = arrivals_ns("gamma", count, rate, np.random.default_rng(seed), cv=cv)
+    stretch = (count - 1) / rate / max(int(arrivals[-1]) / 1e9, 1e-9)
+    most = result.get("max_concurrency")
+    _log.warning(
+        "%s: holds no start_times: arrivals are made at its request_rate %g and burstiness %g, seed %d%s",
+        *(source, rate, burstiness, seed),
+        f"; its client kept at most {most} requests in flight: --max-concurrency {most}" if most else "",
+    )
+    return [float(at) * 1e-9 * stretch for at in arrivals]
+
+
+def _is_positive(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and 1e-9 <= value <= 1e9

@@ -1,4 +1,7 @@
-"""Published traces in CSV: Azure LLM inference (2023, 2024) and BurstGPT. Lengths and times, no token ids."""
+"""Published traces in CSV: Azure LLM inference (2023, 2024), BurstGPT, and the form that simulators exchange.
+
+Lengths and times, no token ids.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +52,25 @@ def _seconds_to_ns(words: str) -> int:
 FORMATS = (
     CsvFormat("Azure LLM trace", "timestamp", "contexttokens", "generatedtokens", _date_to_ns),
     CsvFormat("BurstGPT", "timestamp", "request tokens", "response tokens", _seconds_to_ns),
+    CsvFormat("simulator's trace", "arrived_at", "num_prefill_tokens", "num_decode_tokens", _seconds_to_ns),
 )
+KNOWN = (
+    "TIMESTAMP,ContextTokens,GeneratedTokens (Azure), Timestamp,Model,Request tokens,Response tokens "
+    "(BurstGPT), and arrived_at,num_prefill_tokens,num_decode_tokens"
+)
+"""The headers, for messages."""
 
 
-def is_csv_trace(header: bytes) -> bool:
-    """Whether a file's first line is the header of a known CSV trace."""
-    return _format_of(_columns(header)) is not None
+def is_csv(line: bytes) -> bool:
+    """Whether a file's first line looks like a CSV file's: short words between commas, and no JSON."""
+    words = line.decode("utf-8", "replace").split(",")
+    return len(words) > 1 and line.isascii() and line[:1] not in b'"[{' and all(map(_is_word, words))
+
+
+def _is_word(text: str) -> bool:
+    """Whether a cell may be a column's name or a number: there is something in it, and no sentence."""
+    text = text.strip()
+    return 0 < len(text) <= 60 and text.isprintable() and text.count(" ") < 4
 
 
 def _columns(header: bytes) -> list[str]:
@@ -80,7 +96,8 @@ def load_csv_trace(
     known = _format_of(columns)
     if known is None:
         raise InputError(
-            f"{source}:1: is not the header of a known CSV trace; known are the Azure and BurstGPT ones"
+            f"{source}:1: {shown(header.decode('utf-8', 'replace').strip())} is no known CSV header; known: "
+            f"{KNOWN}; give the columns these names, or make JSON lines of it"
         )
     at_time, at_input, at_output = (
         columns.index(name) for name in (known.timestamp, known.input_tokens, known.output_tokens)

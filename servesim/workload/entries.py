@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from servesim.errors import InputError
+from servesim.specs.reading import LIMIT_VARIABLE, input_limit_bytes
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ Item = TypeVar("Item")
 
 MAX_TOKENS = 2**31 - 1
 """Longest prompt or output that is taken for meant."""
+MAX_MADE_IDS = 2**24
+"""Longest prompt whose token ids are made up from hash ids: more than any model's context."""
+_REQUEST_BYTES = 200
+"""About what a request takes in memory, beside 8 bytes for every token id."""
 MAX_TIME_NS = 2**53
 """Latest time: 104 days, and the last integer that survives every tool that reads JSON numbers as doubles."""
 
@@ -69,6 +74,11 @@ def text(value: object, field: str) -> str:
     raise EntryError(f"{field}: {shown(value)} is not a name; must be a text that is not empty")
 
 
+def session_name(value: object) -> str:
+    """A session's own name, a text or a whole number; EntryError otherwise."""
+    return str(value) if type(value) is int else text(value, "session_id")
+
+
 def unknown_key(keys: Iterable[str], allowed: Collection[str], where: str = "") -> EntryError:
     """The error for the first of `keys` that is not allowed, with the nearest allowed key."""
     key = next(key for key in keys if key not in allowed)
@@ -107,16 +117,19 @@ def collect(
     num_reqs: int = 0,
     lenient: bool = False,
     place: str = ":",
+    onto: Workload | None = None,
 ) -> Workload:
     """Parse numbered items into a workload, in their order.
 
     `parse(item, first_index)` gives the requests of one entry, none where it is to be left out, or raises
     EntryError, which becomes an InputError at `source` + `place` + number, or leaves the entry out when
     `lenient`. What is left out is counted in `Workload.skipped`. At most `num_reqs` entries are taken (0:
-    all); what follows is not even read.
+    all), where later turns of a session are no entries; what follows is not even read. Raises InputError too
+    when the requests take more memory than `input_limit_bytes`. `onto`: a workload to add to.
     """
-    workload = Workload(source=source)
+    workload = Workload(source=source) if onto is None else onto
     requests = workload.requests
+    left_bytes = input_limit_bytes()
     entries = 0
     number = 0
     for number, item in items:
@@ -133,10 +146,22 @@ def collect(
             workload.skipped += 1
             continue
         requests += found
-        entries += 1
-        if entries == num_reqs:
+        left_bytes -= sum(map(_memory_bytes, found))
+        if left_bytes < 0:
+            raise InputError(
+                f"{source}{place}{number}: the requests so far take more than "
+                f"{input_limit_bytes() >> 20:,} MiB of memory; take fewer with --num-reqs, or raise the "
+                f"limit with the environment variable {LIMIT_VARIABLE}"
+            )
+        entries += found[0].predecessor < 0
+        if num_reqs and entries == num_reqs:
             break
     if not requests:
         why = f"all {workload.skipped} entries are left out" if workload.skipped else "holds no request"
         raise InputError(f"{source}: {why}; a workload needs at least one request")
     return workload
+
+
+def _memory_bytes(request: Request) -> int:
+    ids = 0 if request.input_ids is None else request.input_ids.nbytes
+    return _REQUEST_BYTES + ids + (0 if request.output_ids is None else request.output_ids.nbytes)

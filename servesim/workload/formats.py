@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KNOWN = (
     "JSON lines of requests and sessions, Mooncake JSON lines, Azure LLM trace CSV, BurstGPT CSV, "
-    "vLLM `bench serve` result JSON, ShareGPT JSON (by a tokenizer)"
+    "simulators' CSV, vLLM `bench serve` result JSON, ShareGPT JSON (by a tokenizer)"
 )
 
 
@@ -49,7 +49,8 @@ def load_workload(
         first = next(lines)
     except StopIteration:
         raise InputError(f"{source}: is empty; a workload needs at least one request") from None
-    workload = _load(source, first, lines, num_reqs, lenient, tokenizer)
+    seed_of_rate = seed if request_rate is None else None
+    workload = _load(source, first, lines, num_reqs, lenient, tokenizer, seed_of_rate)
     if request_rate is not None:
         from servesim.workload.arrivals import change_rate
 
@@ -64,6 +65,7 @@ def _load(
     num_reqs: int,
     lenient: bool,
     tokenizer: str | Path | None,
+    seed_of_rate: int | None,
 ) -> Workload:
     lines: Iterator[tuple[int, bytes]] = chain([first], rest)
     kind = detect(first[1])
@@ -91,7 +93,7 @@ def _load(
         case "json":
             from servesim.workload.bench_result import load_bench_result
 
-            return load_bench_result(source, lines, num_reqs=num_reqs, lenient=lenient)
+            return load_bench_result(source, lines, num_reqs=num_reqs, lenient=lenient, seed=seed_of_rate)
         case "sharegpt":
             from servesim.workload.sharegpt import load_sharegpt
 
@@ -111,9 +113,9 @@ def detect(line: bytes) -> str:
         return _detect_object(line)
     if line.startswith(b"["):
         return "sharegpt" if b'"conversations"' in line else "list"
-    from servesim.workload.csv_traces import is_csv_trace
+    from servesim.workload.csv_traces import is_csv
 
-    if is_csv_trace(line):
+    if is_csv(line):
         return "csv"
     # any other line is shown as a bad line of the main format, unless it is not even text
     return "jsonl" if line.isascii() and line[:1] in b'"-0123456789tfn' else "unknown"

@@ -19,6 +19,7 @@ from servesim.workload.entries import (
     MAX_TOKENS,
     EntryError,
     collect,
+    session_name,
     shown,
     text,
     token_ids,
@@ -95,7 +96,8 @@ class EntryReader:
             found = "is empty" if subs == [] else f"{shown(subs)} is not a list"
             raise EntryError(f"sub_requests: {found}; must be a list of at least one sub-request")
         model = None if entry.get("model") is None else text(entry["model"], "model")
-        session_id = _session_id(entry.get("session_id"))
+        # "": it gets its name when the whole file is read
+        session_id = "" if entry.get("session_id") is None else session_name(entry["session_id"])
         if session_id and session_id in self.session_ids:
             raise EntryError(
                 f"session_id: {session_id!r} was used on an earlier line; must differ for every session"
@@ -147,13 +149,6 @@ def _required(entry: dict[str, Any], key: str, where: str = "") -> object:
         return entry[key]
     except KeyError:
         raise EntryError(f"{where}{key}: is missing; must be an integer") from None
-
-
-def _session_id(value: object) -> str:
-    """The session's own name, or "" for one that gets its name when the whole file is read."""
-    if value is None:
-        return ""
-    return str(value) if type(value) is int else text(value, "session_id")
 
 
 def _name_sessions(workload: Workload, taken: set[str]) -> None:

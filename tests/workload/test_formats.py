@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from servesim.errors import InputError
+from servesim.workload.description import describe
 from servesim.workload.formats import detect, load_workload
 from servesim.workload.hashes import block_ids
 
@@ -80,6 +82,73 @@ def test_a_bad_mooncake_line_is_reported(tmp_path: Path, line: str, expected: st
     with pytest.raises(InputError, match=f"trace:2: {expected}"):
         from_text(tmp_path, mooncake(0, 5, [1]) + line)
     assert from_text(tmp_path, mooncake(0, 5, [1]) + line, lenient=True).skipped == 1
+
+
+def turn(session: object, **fields: object) -> str:
+    return json.dumps({"session_id": session, "input_length": 100, "output_length": 9} | fields) + "\n"
+
+
+INTERLEAVED = (
+    turn("a", timestamp=100, hash_ids=[1])
+    + turn("b", timestamp=600)
+    + turn("a", delay=2000, input_length=700, hash_ids=[1, 2])
+    + mooncake(1100, 50, None)
+    + turn("b", delay=0.5)
+    + turn("a", delay=10)
+)
+
+
+def test_turns_of_a_session_follow_its_first(tmp_path: Path) -> None:
+    workload = from_text(tmp_path, INTERLEAVED)
+    found = [(r.session_id, r.sub_request, r.predecessor, r.arrival_ns, r.tool_ns) for r in workload]
+    assert found == [
+        ("a", 0, -1, 0, 0),
+        ("a", 1, 0, 0, 2_000_000_000),
+        ("a", 2, 1, 0, 10_000_000),
+        ("b", 0, -1, 500_000_000, 0),
+        ("b", 1, 3, 500_000_000, 500_000),
+        (None, 0, -1, 1_000_000_000, 0),
+    ]
+    assert [request.index for request in workload] == list(range(6))
+    assert workload.requests[1].input_tokens == 700
+    assert len(block_ids(workload, 16).ids[1]) == 100 // 16
+
+
+def test_a_session_is_one_entry(tmp_path: Path) -> None:
+    assert [r.session_id for r in from_text(tmp_path, INTERLEAVED, num_reqs=1)] == ["a"] * 3
+    assert [r.session_id for r in from_text(tmp_path, INTERLEAVED, num_reqs=2)] == ["a"] * 3 + ["b"] * 2
+
+
+def test_a_turn_needs_its_delay(tmp_path: Path) -> None:
+    text = turn("a", timestamp=0) + turn("a", timestamp=5)
+    with pytest.raises(InputError, match="trace:2: delay: is missing; a later turn of session 'a'"):
+        from_text(tmp_path, text)
+
+
+CHATS = """\
+{"chat_id": 4, "parent_chat_id": -1, "timestamp": 0.5, "input_length": 40, "output_length": 30, \
+"type": "text", "turn": 1, "hash_ids": [7, 8, 9]}
+{"chat_id": 5, "parent_chat_id": 4, "timestamp": 2.25, "input_length": 56, "output_length": 6, \
+"type": "text", "turn": 2, "hash_ids": [7, 8, 9, 10]}
+"""
+
+
+def test_chat_traces_count_seconds_and_16_tokens(tmp_path: Path) -> None:
+    workload = from_text(tmp_path, CHATS)
+    assert rows(workload) == [(0, 40, 30), (1_750_000_000, 56, 6)]
+    # The third hash id covers 8 tokens of the first prompt and 8 of its answer.
+    assert describe(workload)["reusable_prompt_tokens"] == 48
+    assert workload.requests[0].output_ids is not None
+    assert len(set(workload.requests[0].output_ids.tolist())) == 8 + 1
+
+
+def test_traces_of_simulators_count_seconds(tmp_path: Path) -> None:
+    text = "arrived_at,num_prefill_tokens,num_decode_tokens\n0.5,374,44\n1.75,396,109\n5.0,879,55\n"
+    assert rows(from_text(tmp_path, text)) == [
+        (0, 374, 44),
+        (1_250_000_000, 396, 109),
+        (4_500_000_000, 879, 55),
+    ]
 
 
 def test_azure_traces_have_dates(tmp_path: Path) -> None:
@@ -164,11 +233,52 @@ def test_a_benchmark_result_is_the_workload_it_was_measured_with(tmp_path: Path,
     assert rows(from_text(tmp_path, json.dumps(RESULT, indent=indent))) == expected
 
 
-def test_a_benchmark_result_without_start_times_can_be_given_a_rate(tmp_path: Path) -> None:
-    text = json.dumps({key: value for key, value in RESULT.items() if key != "start_times"})
+def without_starts(**changes: object) -> str:
+    return json.dumps({key: value for key, value in (RESULT | changes).items() if key != "start_times"})
+
+
+def test_a_result_without_start_times_keeps_its_rate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lengths = {"input_lens": [500] * 40, "output_lens": [100] * 40}
+    text = without_starts(**lengths, request_rate=2.0, max_concurrency=8)
+    arrivals = [arrival for arrival, _, _ in rows(from_text(tmp_path, text))]
+    assert (arrivals[0], round(arrivals[-1] / 1e9, 3)) == (0, 19.5)
+    assert len(set(arrivals)) == 40
+    assert arrivals == sorted(arrivals)
+    assert arrivals != [arrival for arrival, _, _ in rows(from_text(tmp_path, text, seed=7))]
+    assert "holds no start_times: arrivals are made at its request_rate 2 and burstiness 1" in caplog.text
+    assert "--max-concurrency 8" in caplog.text
+
+
+def test_a_burstier_client_makes_burstier_arrivals(tmp_path: Path) -> None:
+    lengths = {"input_lens": [5] * 2000, "output_lens": [1] * 2000}
+
+    def variation(burstiness: float) -> float:
+        text = without_starts(**lengths, request_rate=10.0, burstiness=burstiness)
+        gaps = np.diff([request.arrival_ns for request in from_text(tmp_path, text)])
+        return float(gaps.std() / gaps.mean())
+
+    assert variation(1.0) == pytest.approx(1.0, rel=0.1)
+    assert variation(0.25) == pytest.approx(2.0, rel=0.15)
+
+
+@pytest.mark.parametrize(("rate", "told"), [("inf", False), (float("inf"), False), (None, True), (-1, True)])
+def test_a_result_without_a_rate_arrives_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rate: object, told: bool
+) -> None:
+    text = without_starts(request_rate=rate)
     assert rows(from_text(tmp_path, text)) == [(0, 100, 10), (0, 200, 20), (0, 50, 5)]
+    assert ("--request-rate gives them a rate" in caplog.text) == told
+
+
+def test_a_result_without_start_times_can_be_given_a_rate(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = without_starts(request_rate=5.0)
     arrivals = [arrival for arrival, _, _ in rows(from_text(tmp_path, text, request_rate=2.0))]
     assert arrivals[0] == 0 < arrivals[1] < arrivals[2]
+    assert not caplog.text
 
 
 def test_a_failed_request_of_a_benchmark_is_reported(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import subprocess
 import sys
+import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -185,7 +186,10 @@ BAD_FILES = {
     "damaged zstd": (b"\x28\xb5\x2f\xfd" + b"\xff" * 40, "is not a sound zstd file"),
     "binary": (b"PAR1\x15\x04\x15\x10\x80\xff\n", "is no known workload format"),
     "binary with zeros": (b"\x00\x01\x02\n", "is no known workload format"),
-    "unknown CSV": (b"when,in,out\n1,2,3\n", "is no known workload format"),
+    "unknown CSV": (b"when,in,out\n1,2,3\n", "'when,in,out' is no known CSV header; known: TIMESTAMP"),
+    "CSV without times": (b"num_prefill_tokens,num_decode_tokens\n1,2\n", "is no known CSV header"),
+    "CSV without a header": (b"374,44\n396,109\n", "'374,44' is no known CSV header"),
+    "zeros without end": (bytes(3 << 20), "holds zero bytes"),
     "prose": (b"Dear reader,\n", "is no known workload format"),
     "JSON list": (b"[" + GOOD.strip() + b"]", "is JSON, but a list"),
     "unfinished document": (b'{\n  "input_lens": [1,\n', "is not one whole JSON document"),
@@ -209,6 +213,60 @@ def test_a_bad_file_is_reported_as_a_whole(tmp_path: Path, content: bytes, expec
         assert str(caught.value).startswith(str(path))
         assert expected in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def packed_bomb() -> dict[str, bytes]:
+    """Small files that unpack to 64 MiB: many good lines, one line without an end."""
+    lines, line = GOOD * (64 * 2**20 // len(GOOD)), b"7" * (64 << 20)
+    return {
+        f"{name} {kind}": pack(content)
+        for name, content in (("lines", lines), ("a line", line))
+        for kind, pack in (("gzip", lambda data: gzip.compress(data, 1)), ("zstd", zstandard.compress))
+    }
+
+
+def test_an_input_is_bounded_before_it_takes_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVESIM_MAX_INPUT_MIB", "8")
+    for name, packed in packed_bomb().items():
+        assert len(packed) < 2**20
+        path = tmp_path / name
+        path.write_bytes(packed)
+        tracemalloc.start()
+        with pytest.raises(InputError, match="SERVESIM_MAX_INPUT_MIB"):
+            load_workload(path)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 60 << 20
+
+
+def test_the_memory_of_requests_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.jsonl"
+    line = '{"timestamp": 0, "input_length": 100000, "output_length": 1, "hash_ids": [1]}\n'
+    path.write_text(line * 20)
+    assert len(load_workload(path)) == 20
+    monkeypatch.setenv("SERVESIM_MAX_INPUT_MIB", "8")
+    with pytest.raises(InputError, match=r"x\.jsonl:11: the requests so far take more than 8 MiB"):
+        load_workload(path)
+    assert len(load_workload(path, num_reqs=10)) == 10
+    monkeypatch.setenv("SERVESIM_MAX_INPUT_MIB", "much")
+    with pytest.raises(InputError, match="SERVESIM_MAX_INPUT_MIB: 'much' is not allowed"):
+        load_workload(path)
+
+
+def test_ids_are_not_made_for_an_absurd_length(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 2147483647, "output_length": 1, "hash_ids": [1]}\n')
+    tracemalloc.start()
+    with pytest.raises(InputError, match="input_length: 2147483647 is too large for a prompt with hash_ids"):
+        load_workload(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 << 20
+
+
+def test_a_device_without_end_is_no_input() -> None:
+    with pytest.raises(InputError, match="holds zero bytes"):
+        load_workload("/dev/zero")
 
 
 def test_a_file_of_bad_lines_only_is_an_error_even_when_lenient(tmp_path: Path) -> None:
