@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _WAY_OUT = "profile it again, or restore the file"
 _REAL_COLUMNS = frozenset({"time_us", "alpha"})
 _NUMBERS = frozenset({int, float})
+_MOST_US = 1e9  # a quarter of an hour for one kernel; a thousand times what the longest one takes
+_MOST_ALPHA = 1e9
 _EXACT = 2**53  # floats represent every whole number below it
 
 
@@ -126,7 +128,12 @@ def _fits(table: NDArray[np.float64], columns: Sequence[str]) -> bool:
     if not np.isfinite(table).all():
         return False
     for name, values in zip(columns, table.T, strict=True):
-        if name != "alpha" and values.min() < 0:
+        if name == "alpha":
+            if np.abs(values).max() > _MOST_ALPHA:
+                return False
+        elif values.min() < 0:
+            return False
+        if name == "time_us" and values.max() > _MOST_US:
             return False
         if name not in _REAL_COLUMNS and not ((values == np.floor(values)) & (values < _EXACT)).all():
             return False
@@ -168,9 +175,11 @@ def _problem(name: str, found: str) -> str | None:
     if not math.isfinite(value):
         return "must be a finite number"
     if name == "alpha":
-        return None
+        return None if abs(value) <= _MOST_ALPHA else f"must be at most {_MOST_ALPHA:g}"
     if value < 0:
         return "must not be negative"
+    if name == "time_us" and value > _MOST_US:
+        return f"must be at most {_MOST_US:g} us"
     if name not in _REAL_COLUMNS and (value != math.floor(value) or value >= _EXACT):
         return "must be a whole number"
     return None

@@ -33,9 +33,11 @@ def list_as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-SizeGb = Annotated[float, Field(gt=0, le=1e6), Unit("GB")]
+# Every number has bounds that no real thing reaches, and within which no time or size that is worked out
+# from it leaves the 64 bits it is kept in.
+SizeGb = Annotated[float, Field(ge=1e-6, le=1e6), Unit("GB")]
 """Memory size; 1 GB here is 2**30 bytes."""
-BandwidthGbs = Annotated[float, Field(gt=0, le=1e6), Unit("GB/s")]
+BandwidthGbs = Annotated[float, Field(ge=1e-6, le=1e6), Unit("GB/s")]
 """Bandwidth; 1 GB/s is 1e9 bytes per second."""
 LatencyNs = Annotated[float, Field(ge=0, le=1e12), Unit("ns")]
 PowerW = Annotated[float, Field(ge=0, le=1e6), Unit("W")]

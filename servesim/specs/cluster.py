@@ -89,7 +89,9 @@ class NpuMemory(Spec):
     mem_size: Annotated[SizeGb, Field(description="GB (2**30 bytes) of one NPU")]
     mem_bw: Annotated[BandwidthGbs, Field(description="GB/s (1e9 bytes per second)")]
     mem_latency: Annotated[LatencyNs, Field(description="ns")]
-    mem_util: Annotated[float, Field(gt=0, le=1, description="share for weights and KV cache")] | None = None
+    mem_util: Annotated[float, Field(ge=1e-6, le=1, description="share for weights and KV cache")] | None = (
+        None
+    )
     """Wins over ``--npu-memory-utilization``."""
     reserve: (
         Annotated[float, Field(ge=0, le=1e6, description="GB kept from the KV cache"), Unit("GB")] | None

@@ -14,8 +14,9 @@ from servesim.specs.reading import read_yaml_object
 from servesim.specs.validation import validated
 
 OverheadUs = Annotated[float, Field(ge=0, le=1e7), Unit("us")]
-Megabytes = Annotated[float, Field(gt=0, le=1e6), Unit("MiB")]
-Teraflops = Annotated[float, Field(gt=0, le=1e7), Unit("TFLOPS")]
+Megabytes = Annotated[float, Field(ge=1e-3, le=1e6), Unit("MiB")]
+Teraflops = Annotated[float, Field(ge=1e-6, le=1e7), Unit("TFLOPS")]
+ErrorPercent = Annotated[float, Field(ge=-1e9, le=1e9), Unit("%")]
 StartUs = Annotated[float, Field(ge=0, le=1e5), Unit("us")]
 
 
@@ -23,9 +24,9 @@ def _number_or_list(value: object) -> str:
     return "list" if isinstance(value, list | tuple) else "number"
 
 
-Fraction = Annotated[float, Field(gt=0, le=2)]
+Fraction = Annotated[float, Field(ge=1e-6, le=2)]
 """Above 1 where a datasheet understates what the chip does."""
-Point = Annotated[tuple[Annotated[float, Field(ge=0)], Fraction], BeforeValidator(list_as_tuple)]
+Point = Annotated[tuple[Annotated[float, Field(ge=0, le=1e9)], Fraction], BeforeValidator(list_as_tuple)]
 Share = TypeAliasType(
     "Share",
     Annotated[
@@ -128,9 +129,9 @@ class CalibrationSpec(Spec):
     """The kernel times they were fitted beside."""
     requests: Count
     anchor: str
-    error_percent: dict[str, float]
+    error_percent: dict[str, ErrorPercent]
     """Metric -> error of its simulated mean after the fit."""
-    uncalibrated_error_percent: dict[str, float]
+    uncalibrated_error_percent: dict[str, ErrorPercent]
     """The same without the constants."""
 
 

@@ -62,7 +62,7 @@ class ModelSpec(Spec):
     """So many first layers have a dense MLP in place of experts."""
     decoder_sparse_step: Annotated[int, Field(ge=1, le=10_000)] = 1
     """Every so many layers one has experts."""
-    mlp_only_layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    mlp_only_layers: tuple[Annotated[int, Field(ge=0, le=10_000)], ...] = ()
     """Layers that have a dense MLP although their neighbours have experts."""
 
     sliding_window: Annotated[int, Field(ge=1, le=100_000_000)] | None = None

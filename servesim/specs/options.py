@@ -128,7 +128,7 @@ EnableSubBatchInterleaving = Annotated[
 EnableBlockCopy = Annotated[bool, Flag("one transformer block stands for all", _ENGINE, per_instance=True)]
 Utilization = Annotated[
     float,
-    Field(gt=0, le=1),
+    Field(ge=1e-6, le=1),
     Flag(
         "share of NPU memory for weights and KV cache, in (0, 1]; npu_mem.mem_util of an instance wins",
         _ENGINE,
@@ -237,7 +237,7 @@ class RuntimeOptions(Spec):
         Flag("closed loop: at most this many requests in the system", _RUN, default_text="0 = open loop"),
     ] = 0
     request_rate: Annotated[
-        Annotated[float, Field(gt=0, allow_inf_nan=True)] | None,
+        Annotated[float, Field(ge=1e-9, allow_inf_nan=True)] | None,
         Unit("req/s"),
         Flag(
             "rescale or replace the arrivals; inf = all at once",
@@ -299,7 +299,7 @@ class RuntimeOptions(Spec):
     itl: Annotated[bool, Flag("write every request's inter-token latencies", _OUTPUT)] = True
     log_interval: Annotated[
         float,
-        Field(gt=0, le=1e9),
+        Field(ge=1e-6, le=1e9),
         Unit("s"),
         Flag("simulated seconds between heartbeats", _OUTPUT, "SECONDS"),
     ] = 1.0

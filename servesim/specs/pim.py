@@ -24,7 +24,7 @@ class DramChannel(Spec):
 
     capacity_gb: SizeGb
     """In units of 2**30 bytes."""
-    data_rate_mts: Annotated[float, Field(gt=0, le=1e6), Unit("MT/s")]
+    data_rate_mts: Annotated[float, Field(ge=1e-3, le=1e6), Unit("MT/s")]
     bus_width_bits: Count
     burst_length: Count
     row_to_column_ns: LatencyNs
@@ -47,7 +47,7 @@ class AttentionCost(Spec):
     Of the reference shape, Llama-3.1-8B's: 32 query and 8 KV heads of 128, KV in 16 bit.
     """
 
-    slope: Annotated[float, Field(gt=0, le=1e9), Unit("ns/token")]
+    slope: Annotated[float, Field(ge=1e-6, le=1e9), Unit("ns/token")]
     intercept: Annotated[float, Field(ge=0, le=1e12), Unit("ns")]
 
 

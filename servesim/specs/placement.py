@@ -17,7 +17,7 @@ def _check_place(value: str) -> str:
 
 
 def _check_range(value: str) -> str:
-    if not re.fullmatch(r"\d{1,6}(-\d{1,6})?(,\d{1,6}(-\d{1,6})?)*", value.replace(" ", "")):
+    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?){0,9999}", value.replace(" ", "")):
         raise ValueError(f'"{value}" is not allowed; must be block numbers such as "0-3" or "8,9,10"')
     for part in value.replace(" ", "").split(","):
         first, _, last = part.partition("-")

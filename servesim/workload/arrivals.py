@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from servesim.workload.request import Workload
 
+_LEAST_RATE = 1e-9  # one request in 32 years
 ARRIVALS = ("poisson", "gamma", "uniform", "burst")
 
 
@@ -62,8 +63,10 @@ def arrivals_ns(
 
 def check_rate(rate: float) -> None:
     """InputError unless `rate` is a positive number of requests per second, or inf."""
-    if not rate > 0:
-        raise InputError(f"request rate: {rate} is not possible; must be > 0 requests per second, or inf")
+    if not rate >= _LEAST_RATE:
+        raise InputError(
+            f"request rate: {rate} is not possible; must be >= {_LEAST_RATE:g} requests per second, or inf"
+        )
 
 
 def change_rate(workload: Workload, rate: float, seed: int) -> None:

@@ -147,9 +147,9 @@ CLUSTERS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "negative size": (
         cluster(instance(npu_mem=npu_mem(mem_size=-3))),
         f"{HERE}.npu_mem.mem_size",
-        ("-3 is not allowed", "must be > 0 GB"),
+        ("-3 is not allowed", "must be >= 1e-06 GB"),
     ),
-    "no bandwidth": (cluster(link_bw=0), "link_bw", ("0 is not allowed", "must be > 0 GB/s")),
+    "no bandwidth": (cluster(link_bw=0), "link_bw", ("0 is not allowed", "must be >= 1e-06 GB/s")),
     "one of the bandwidths negative": (
         cluster(link_bw=[16, -1]),
         "link_bw[1]",
@@ -173,7 +173,7 @@ CLUSTERS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "share of nothing": (
         cluster(instance(npu_mem=npu_mem(mem_util=0))),
         f"{HERE}.npu_mem.mem_util",
-        ("must be > 0",),
+        ("must be >= 1e-06",),
     ),
     "negative reserve": (
         cluster(instance(npu_mem=npu_mem(reserve=-1))),
@@ -481,7 +481,7 @@ HARDWARE: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "repeated key": ("gpu: a\ngpu: b\n", "line 2", ("'gpu' stands twice",)),
     "typo": ("l2_mb: 128\n", "l2_mb", ("unknown key", "'l2_mib'")),
     "text for a number": ("sm_count: many\n", "sm_count", ('"many" is not allowed', "a whole number")),
-    "negative": ("memory_bandwidth_gbs: -1\n", "memory_bandwidth_gbs", ("must be > 0 GB/s",)),
+    "negative": ("memory_bandwidth_gbs: -1\n", "memory_bandwidth_gbs", ("must be >= 1e-06 GB/s",)),
     "not a number": ("memory_gib: .nan\n", "memory_gib", ("NaN is not allowed",)),
     "engine typo": ("engine:\n  skew: true\n", "engine.skew", ("unknown key", "'skew_in_mixed_steps'")),
     "engine number for a switch": (
@@ -588,16 +588,16 @@ OPTIONS: dict[str, tuple[list[str], str, tuple[str, ...]]] = {
         "--max-num-batched-tokens",
         ("is not allowed",),
     ),
-    "share of zero": (["--npu-memory-utilization", "0"], "--npu-memory-utilization", ("must be > 0",)),
+    "share of zero": (["--npu-memory-utilization", "0"], "--npu-memory-utilization", ("must be >= 1e-06",)),
     "share above one": (["--npu-memory-utilization", "1.5"], "--npu-memory-utilization", ("must be <= 1",)),
     "share of NaN": (
         ["--npu-memory-utilization", "nan"],
         "--npu-memory-utilization",
         ("NaN is not allowed",),
     ),
-    "rate of zero": (["--request-rate", "0"], "--request-rate", ("must be > 0 req/s",)),
+    "rate of zero": (["--request-rate", "0"], "--request-rate", ("must be >= 1e-09 req/s",)),
     "rate of NaN": (["--request-rate", "nan"], "--request-rate", ("NaN is not allowed",)),
-    "no interval": (["--log-interval", "0"], "--log-interval", ("must be > 0 s",)),
+    "no interval": (["--log-interval", "0"], "--log-interval", ("must be >= 1e-06 s",)),
     "endless interval": (["--log-interval", "inf"], "--log-interval", ("is not allowed",)),
     "negative seed": (["--seed", "-1"], "--seed", (">= 0",)),
     "unknown policy": (
