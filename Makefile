@@ -1,28 +1,37 @@
-# make check      what CI runs, in this environment (`.ci/run` makes a fresh one)
-# make docs       real output into README.md and docs/*.md
-# make bench      speed and memory of the simulator into benchmarks/RESULTS.md
+# make            this list
+# `.ci/run` does the same as `make check` in a fresh environment, with every extra.
 
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+.DEFAULT_GOAL := help
+.PHONY: help check lint format types test wheel docs site bench
 
-.PHONY: check lint types test wheel docs bench
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-check: lint types test wheel
+check: lint types test wheel  ## lint, types, tests and wheel in this environment
 
-lint:
+lint:  ## style, without changing files
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-types:
+format:  ## change files to the style
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+types:  ## mypy --strict
 	$(PYTHON) -m mypy
 
-test:
+test:  ## all tests that the installed extras allow
 	$(PYTHON) -m pytest -q -n 2
 
-wheel:
+wheel:  ## the wheel, into dist/
 	$(PYTHON) -m build --wheel --outdir dist
 
-docs:
+docs:  ## put real output into README.md and docs/*.md
 	$(PYTHON) docs/refresh.py
 
-bench:
+site:  ## the docs as a site with search, into site/ (extra `docs`)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
+
+bench:  ## speed and memory of the simulator, into benchmarks/RESULTS.md
 	$(PYTHON) benchmarks/speed.py
