@@ -1,14 +1,25 @@
-"""Measured times of the all-reduce that tensor parallelism does twice a block."""
+"""Measured times of the all-reduce that tensor parallelism does twice a block.
+
+The tables' ``message_size`` is a number of elements (see ``silicon/columns.py``); bundles and formulas count
+bytes.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servesim.errors import MissingFileError
+import numpy as np
+
+from servesim.errors import InputError, MissingFileError
 from servesim.profiler.silicon.tables import has_fast_links, read_table
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from servesim.profiler.silicon.tables import Gpu, KernelTable
+
+ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "half": 2, "fp8": 1, "int8": 1}
+"""Bytes of one element of a message, by the table's name of its dtype."""
 
 
 def link_of(gpu: Gpu) -> str:
@@ -34,7 +45,21 @@ def all_reduce_rows(gpu: Gpu) -> tuple[list[tuple[str, int, int, float]], Kernel
         rows = table
     found: dict[tuple[int, int], list[float]] = {}
     for ranks, size, time in zip(
-        rows.integers("num_gpus"), rows.integers("message_size"), rows.latency_us, strict=True
+        rows.integers("num_gpus"), payload_bytes(rows).tolist(), rows.latency_us, strict=True
     ):
-        found.setdefault((int(ranks), int(size)), []).append(float(time))
+        found.setdefault((int(ranks), size), []).append(float(time))
     return [("all_reduce", *key, sum(times) / len(times)) for key, times in sorted(found.items())], rows
+
+
+def payload_bytes(rows: KernelTable) -> NDArray[np.int64]:
+    """Bytes that one rank brings into each row's all-reduce: elements times the bytes of their dtype."""
+    sizes = rows.integers("message_size")
+    names = np.broadcast_to(rows.columns.get("allreduce_dtype", np.array("bfloat16")), sizes.shape)
+    unknown = sorted({str(name) for name in names} - set(ELEMENT_BYTES))
+    if unknown:
+        raise InputError(
+            f"{rows.name} {rows.version}: allreduce_dtype: {', '.join(unknown)} is not known, so that its "
+            f"message_size, a number of elements, says no bytes (known: {', '.join(ELEMENT_BYTES)})"
+        )
+    elements = np.array([ELEMENT_BYTES[str(name)] for name in names], dtype=np.int64)
+    return sizes * elements
