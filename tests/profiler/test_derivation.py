@@ -14,6 +14,7 @@ from servesim.profiler import derivation, on_demand, roofline, silicon
 from servesim.profiler.bundle_writer import write_bundle
 from servesim.profiler.derivation import outdated
 from servesim.profiler.roofline.build import build_bundle
+from servesim.profiler.roofline.efficiency import fits
 from servesim.specs.reading import read_yaml_object
 from tests.profiler.roofline_toy import PERFECT, job
 from tests.profiler.silicon_data import needs_silicon, toy_attention
@@ -70,7 +71,10 @@ def test_a_change_of_the_roofline_formulas_raises_their_revision() -> None:
     assert content.meta["derivation"] == roofline.DERIVATION
     rows = {(name, *row[:-1]): row[-1] for (_, name), table in content.tables.items() for row in table}
     assert {key: rows[key] for key in figures} == pytest.approx(figures, rel=1e-6), AGAIN
-    assert roofline.DERIVATION == 1, AGAIN
+    assert sum(sum(gpu.values()) for gpu in fits()["gpus"].values()) == pytest.approx(513.36035, rel=1e-6), (
+        AGAIN
+    )
+    assert roofline.DERIVATION == 2, AGAIN
 
 
 def test_a_change_of_the_silicon_formulas_raises_their_revision() -> None:
@@ -83,7 +87,7 @@ def test_a_change_of_the_silicon_formulas_raises_their_revision() -> None:
     }
     times = toy_attention()
     assert {point: times.mixed_us(*point) for point in figures} == pytest.approx(figures, rel=1e-6), AGAIN
-    assert silicon.DERIVATION == 1, AGAIN
+    assert silicon.DERIVATION == 2, AGAIN
 
 
 def test_shipped_bundles_are_of_the_current_revision() -> None:
@@ -120,7 +124,8 @@ def test_what_makes_a_bundle_old(
 
 def test_without_the_package_its_version_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derivation, "_installed_version", lambda: None)
-    assert outdated({"source": "silicon", "data_version": "0.1"}) is None
+    current = {"source": "silicon", "derivation": silicon.DERIVATION, "data_version": "0.1"}
+    assert outdated(current) is None
 
 
 def test_a_current_bundle_is_read_without_a_word(home: Path) -> None:
@@ -137,7 +142,7 @@ def test_an_old_bundle_that_cannot_be_made_again_is_told_once(
     told, (warning,) = _read(wanted=wanted)
     assert told == []
     assert warning == (
-        f"{folder}: this bundle is old: its formulas are of revision 0, now 1; "
+        f"{folder}: this bundle is old: its formulas are of revision 0, now {roofline.DERIVATION}; "
         "servesim[silicon], installed and not switched off, makes it again"
     )
 
@@ -158,7 +163,8 @@ def test_the_commands_look_at_what_they_read(home: Path, caplog: pytest.LogCaptu
     _shipped_like(home, derivation=0)
     with bundles_on_demand(True):
         load_bundle("H100", LLAMA, "bf16", 1)
-    assert "this bundle is old: its formulas are of revision 0, now 1" in caplog.text
+    now = roofline.DERIVATION
+    assert f"this bundle is old: its formulas are of revision 0, now {now}" in caplog.text
 
 
 def test_bundles_elsewhere_are_their_owners_business(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +181,8 @@ def test_an_old_bundle_made_on_demand_is_made_again_with_all_its_degrees(home: P
     (line,), warned = _read()
     assert warned == []
     assert line.startswith(
-        f"made the profile bundle H100/{LLAMA}/bf16 again, for its formulas are of revision 0, now 1, from "
+        f"made the profile bundle H100/{LLAMA}/bf16 again, "
+        f"for its formulas are of revision 0, now {silicon.DERIVATION}, from "
     )
     meta = yaml.safe_load((folder / "meta.yaml").read_text(encoding="utf-8"))
     assert meta["derivation"] == silicon.DERIVATION
@@ -206,4 +213,4 @@ def test_what_is_no_longer_covered_is_kept_and_told(home: Path, monkeypatch: pyt
     _shipped_like(home, source="silicon", derivation=0, made_on_demand=True)
     told, (warning,) = _read()
     assert told == []
-    assert warning.endswith("now 1; it was not made again: not measured any more")
+    assert warning.endswith(f"now {silicon.DERIVATION}; it was not made again: not measured any more")

@@ -1,4 +1,7 @@
-"""Profile bundles derived from the public kernel measurements of the PyPI package ``aiconfigurator-core``."""
+"""Profile bundles derived from the public kernel measurements of the PyPI package ``aiconfigurator-core``.
+
+What each column of its tables counts is in :mod:`servesim.profiler.silicon.columns`.
+"""
 
 DERIVATION = 2
 """Revision of the formulas: raise it with every change of numbers, here, in ``grids`` and in ``shapes``.
