@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
 from servesim._version import __version__
 
+TYPE_CHECKING = False  # typing's own takes longer to load than everything else here
 if TYPE_CHECKING:
+    from typing import Any
+
     from servesim.api import simulate
     from servesim.errors import InputError, RunError, ServingError
     from servesim.explore.compare import Comparison, compare
@@ -58,6 +58,8 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'servesim' has no attribute {name!r}")
+    from importlib import import_module
+
     value = getattr(import_module(home), name)
     globals()[name] = value
     return value

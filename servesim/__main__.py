@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # before anything is loaded: the door listens to Ctrl-C from the start
+    from servesim.door import main as door
+
+    sys.exit(door())
+
 import argparse
+import errno
 import gc
 import os
-import sys
+import signal
+from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 from servesim._version import __version__
 from servesim.errors import MissingFileError, ServingError
+from servesim.terminal import prepare_streams
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 COMMANDS = {
     "run": ("servesim.cli.run", "simulate a workload on a cluster (what happens without a command)"),
@@ -38,6 +48,10 @@ COMMANDS = {
 _COLLECT_AFTER = 200_000  # objects made and not freed
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell shows for a program ended by a closed pipe
+_OUTPUT_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EINVAL, errno.ENXIO, errno.EDQUOT}
+)
+"""What writing to a stream ends with when nothing can take the text."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,32 +61,44 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in ``argv`` (the process's own arguments by default) and return its exit status."""
+def main(argv: Sequence[str] | None = None, at_work: Callable[[], None] | None = None) -> int:
+    """Run the command in ``argv`` (the process's own arguments by default) and return its exit status.
+
+    ``at_work`` is called when the command starts, from which on Ctrl-C has something to clean up.
+    """
     # NumPy's linear algebra is not used; starting its threads would cost a tenth of a second of CPU.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # What a run makes lives to its end and is hardly ever circular: looking for garbage as often as Python
     # does by default would cost up to a sixth of the run.
     gc.set_threshold(_COLLECT_AFTER)
     words = list(sys.argv[1:] if argv is None else argv)
+    if sys.stdout is None:  # the interpreter found it closed
+        print("error: standard output is closed; give it a file, or /dev/null", file=sys.stderr)
+        return 1
+    prepare_streams()
     try:
-        status = _dispatch(words)
+        status = _dispatch(words, at_work)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
+        if at_work is not None:  # the process is ours: a second Ctrl-C adds nothing but a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output is gone; the interpreter would complain when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return _BROKEN_PIPE
     except Exception as error:
+        if _is_output_error(error):
+            _give_up_stdout()
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+            return 1
         if _wants_traceback(words):
             raise
         return _report(error)
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], at_work: Callable[[], None] | None) -> int:
     if words[:1] in (["-h"], ["--help"], ["help"]):
         print(_help())
         return 0
@@ -96,6 +122,8 @@ def _dispatch(words: list[str]) -> int:
     args, unknown = parser.parse_known_args(words)
     if unknown:
         _refuse(unknown, commands.choices[command])
+    if at_work is not None:
+        at_work()
     status: int = module.run(args)
     return status
 
@@ -115,6 +143,21 @@ def _suggestion(word: str, known: Sequence[str] | dict[str, tuple[str, str]]) ->
     if near:
         return f"did you mean {near[0]!r}?"
     return f"known: {', '.join(known)}" if len(known) < 12 else "no known one comes near"
+
+
+def _is_output_error(error: Exception) -> TypeGuard[OSError]:
+    """Whether stdout failed: files are opened by name, and those that fail while they are written are told
+    by the code that writes them."""
+    ours = isinstance(error, ServingError)
+    return (
+        isinstance(error, OSError) and not ours and error.filename is None and error.errno in _OUTPUT_ERRORS
+    )
+
+
+def _give_up_stdout() -> None:
+    """Nothing more can be written; the interpreter would complain when it flushes stdout at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _wants_traceback(words: list[str]) -> bool:
@@ -139,14 +182,10 @@ def _help() -> str:
     lines = [
         "servesim: a simulator of LLM serving",
         "",
-        "usage: servesim [COMMAND] [OPTIONS]      (also: python -m serving)",
+        "usage: servesim [COMMAND] [OPTIONS]      (also: python -m servesim)",
         "",
         *(f"  {name.ljust(width)}  {text}" for name, (_, text) in COMMANDS.items()),
         "",
         "servesim COMMAND --help lists the options of a command; servesim --version prints the version.",
     ]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import servesim
+
+TYPE_CHECKING = False  # as in servesim itself
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def __getattr__(name: str) -> Any:  # ``serving.simulate`` of older scripts

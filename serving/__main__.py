@@ -2,7 +2,7 @@
 
 import sys
 
-from servesim.__main__ import main
+from servesim.door import main
 
 if __name__ == "__main__":
     sys.exit(main())
