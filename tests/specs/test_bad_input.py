@@ -153,7 +153,7 @@ CLUSTERS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "one of the bandwidths negative": (
         cluster(link_bw=[16, -1]),
         "link_bw[1]",
-        ("-1 is not allowed", "> 0 GB/s"),
+        ("-1 is not allowed", "must be >= 1e-06 GB/s"),
     ),
     "no bandwidth at all": (cluster(link_bw=[]), "link_bw", ("at least 1",)),
     "negative latency": (cluster(link_latency=-1), "link_latency", ("must be >= 0 ns",)),
