@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from servesim.bench.recording import Recording
+from servesim.bench.recording import Recording, check_span
 from servesim.errors import InputError
 from servesim.specs.reading import read_text
 from servesim.specs.validation import shown
@@ -35,7 +35,7 @@ def load_client_recording(path: Path) -> Recording:
     table = np.empty((len(rows), 5), dtype=np.int64)
     for i, (prompt, output, _, ttft, gaps) in enumerate(rows):
         for key, value in (("input_lens", prompt), ("output_lens", output)):
-            if type(value) is not int or value < 1:
+            if type(value) is not int or not 1 <= value < 2**31:
                 raise InputError(
                     f"{path}: {key}[{i}]: {shown(value)} is not allowed; must be a whole number > 0 (did the "
                     "request fail? a recording to compare with needs every request to have ended)"
@@ -45,6 +45,7 @@ def load_client_recording(path: Path) -> Recording:
         arrival = starts[i] - first_start
         first_token = arrival + _time(path, "ttfts", i, ttft)
         last_token = first_token + math.fsum(_time(path, "itls", i, gap) for gap in gaps)
+        check_span(path, np.array([last_token]))
         table[i] = prompt, output, *(round(seconds * 1e9) for seconds in (arrival, first_token, last_token))
     prompts, outputs, arrivals, first_tokens, last_tokens = (table[:, i].copy() for i in range(5))
     return Recording(

@@ -23,6 +23,7 @@ import numpy as np
 from servesim.errors import InputError, MissingFileError
 from servesim.specs.reading import parse_json_object, read_json_object, read_text
 from servesim.specs.validation import shown
+from servesim.workload.entries import MAX_TIME_NS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -149,6 +150,8 @@ def _load_folder(folder: Path) -> Recording:
     start = _start_s(meta, meta_path, arrival)
     # The two clocks tick alike; the request that travelled fastest shows how far they are apart.
     engine_start = start + float((queued - arrival).min())
+    check_span(folder, arrival - start)
+    check_span(folder, stamps[:, 1:] - engine_start)
     on_engine_clock = [_ns(stamps[:, i] - engine_start) for i in range(1, 5)]
     ticks, cluster = folder / "timeseries.csv", folder / "cluster.json"
     stamps_of = meta.get("stamps")
@@ -271,6 +274,20 @@ def _seconds(entry: dict[str, Any], key: str, where: str) -> float:
 
 def _found(entry: dict[str, Any], key: str) -> str:
     return f"{shown(entry[key])} is not allowed" if key in entry else "is missing"
+
+
+def check_span(source: Path, seconds: NDArray[np.float64]) -> None:
+    """Refuse stamps, in s since the start, that no recording can hold.
+
+    Raises:
+        InputError: they reach further than a workload's clock does.
+    """
+    low, high = float(seconds.min()), float(seconds.max())
+    if low < -MAX_TIME_NS / _SECOND or high > MAX_TIME_NS / _SECOND:
+        raise InputError(
+            f"{source}: its stamps span {high - min(low, 0.0):g} s; a recording of at most "
+            f"{MAX_TIME_NS / _SECOND:.0f} s (104 days) is expected: do all its requests use the same clock?"
+        )
 
 
 def _ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -122,7 +122,14 @@ def spread_around(result: Result, options: RuntimeOptions) -> Ensemble:
 
 
 def save_outputs(result: Result, options: RuntimeOptions, spread: Ensemble | None = None) -> list[str]:
-    """Write the files the options ask for; returns their paths."""
+    """Write the files the options ask for, all of them or none; returns their paths."""
+    from servesim.results.atomic import all_or_none
+
+    with all_or_none():
+        return _save_outputs(result, options, spread)
+
+
+def _save_outputs(result: Result, options: RuntimeOptions, spread: Ensemble | None) -> list[str]:
     from servesim.results.csv import rejected_path
     from servesim.results.summary import save_summary
 

@@ -1,10 +1,16 @@
-"""Output files appear whole or not at all: written to a temporary sibling, then renamed over the old file."""
+"""Output files appear whole or not at all: written to a temporary sibling, then renamed over the old file.
+
+The files of one run appear together (:func:`all_or_none`). What a killed process leaves are temporary
+siblings named after its process id; nobody reads them, and the next process of that id writes over them.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -33,6 +39,84 @@ def _missing_folders(folder: Path) -> list[Path]:
     return missing
 
 
+@dataclass(slots=True)
+class _Pending:
+    """A file that is written and has not its name yet; without ``temporary`` one that is to go."""
+
+    target: Path
+    temporary: Path | None = None
+    created: list[Path] = field(default_factory=list)
+    """Folders that were made for it, innermost first."""
+
+    def settle(self) -> None:
+        """Give the file its name.
+
+        Raises:
+            OSError: that is not possible.
+        """
+        if self.temporary is None:
+            self.target.unlink(missing_ok=True)
+            return
+        if self.target.exists():
+            shutil.copymode(self.target, self.temporary)
+        self.temporary.replace(self.target)
+
+    def discard(self) -> None:
+        """Leave everything as it was."""
+        if self.temporary is not None:
+            with suppress(OSError):
+                self.temporary.unlink()
+        with suppress(OSError):  # one that another has put something into stays, and those above it
+            for folder in self.created:
+                folder.rmdir()
+
+
+_batch: ContextVar[list[_Pending] | None] = ContextVar("batch", default=None)
+"""Files that wait for the others of their run; None: each gets its name at once."""
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Inside the block, files written by :func:`atomic_write` get their names only at its end, all at once.
+
+    If the block raises, or one of them cannot be written, all files stay as they were: the outputs of one
+    run are of one age.
+
+    Raises:
+        RunError: a file cannot be renamed.
+    """
+    pending: list[_Pending] = []
+    token = _batch.set(pending)
+    settled = 0
+    try:
+        yield
+        for settled, each in enumerate(pending):  # noqa: B007 - how far it came is looked at below
+            each.settle()
+        settled = len(pending)
+    except BaseException as error:
+        for each in pending[settled:]:
+            each.discard()
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            name = pending[settled].target
+            raise RunError(f"{name}: cannot be written: {error.strerror or error}") from error
+        raise
+    finally:
+        _batch.reset(token)
+
+
+def _settle(pending: _Pending) -> None:
+    batch = _batch.get()
+    if batch is None:
+        pending.settle()
+    else:
+        batch.append(pending)
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file that an earlier run may have left; with the others of its run, if there are any."""
+    _settle(_Pending(Path(path)))
+
+
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open ``path`` for writing so that readers see the old file or the finished new one, never half of it.
@@ -48,23 +132,17 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     target = Path(os.path.realpath(path))
     direct = target.exists() and not target.is_file()
     temporary = target if direct else _temporary_sibling(target)
-    created = [] if direct else _missing_folders(target.parent)
+    pending = _Pending(target, temporary, [] if direct else _missing_folders(target.parent))
     try:
         if not direct:
             target.parent.mkdir(parents=True, exist_ok=True)
         with _open_new(temporary, mode) as handle:
             yield handle
         if not direct:
-            if target.exists():
-                shutil.copymode(target, temporary)
-            temporary.replace(target)
+            _settle(pending)
     except BaseException as error:
         if not direct:
-            with suppress(OSError):
-                temporary.unlink()
-            with suppress(OSError):  # one that another has put something into stays, and those above it
-                for folder in created:
-                    folder.rmdir()
+            pending.discard()
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise RunError(f"{path}: cannot be written: {error.strerror or error}") from error
         raise

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from servesim.errors import InputError
-from servesim.results.atomic import atomic_write
+from servesim.results.atomic import atomic_write, remove
 from servesim.results.token_gaps import GapText
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ COLUMNS = (
 
 NUMERIC_COLUMNS = tuple(name for name in COLUMNS if name not in (MODEL_COLUMN, ITL_COLUMN, SESSION_COLUMN))
 
+RUN_ID_KEY = "servesim.run_id"
+"""Where the metadata of a Parquet file's schema has the run's name."""
 _PARQUET_ROWS = 4096
 """Requests per Parquet row group: bounds the inter-token latencies held in memory at once."""
 
@@ -127,6 +129,7 @@ def _write_parquet(result: Result, handle: IO[bytes], *, itl: bool) -> None:
 
     types = {ITL_COLUMN: pa.large_list(pa.int64()), MODEL_COLUMN: pa.string(), SESSION_COLUMN: pa.string()}
     schema = pa.schema([(name, types.get(name, pa.int64())) for name in COLUMNS])
+    schema = schema.with_metadata({RUN_ID_KEY: result.run_id})
     texts = text_columns(result)
     with pq.ParquetWriter(handle, schema, compression="zstd") as writer:
         for start in range(0, max(len(result.requests), 1), _PARQUET_ROWS):
@@ -151,7 +154,7 @@ def _write_parquet(result: Result, handle: IO[bytes], *, itl: bool) -> None:
 def _save_rejected(result: Result, path: Path) -> None:
     """Write one JSON line per rejected request; without any, remove what an earlier run left at ``path``."""
     if not result.rejected:
-        path.unlink(missing_ok=True)
+        remove(path)
         return
     with atomic_write(path, "w") as handle:
         handle.writelines(_rejected_lines(result))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from servesim._version import __version__
 from servesim.results.csv import COLUMNS, NUMERIC_COLUMNS, save_requests, text_columns
 from servesim.results.energy import power_series, series_interval_ns
 from servesim.results.steps import save_steps, steps_array
@@ -141,6 +143,17 @@ class Result:
         return self.token_gaps.of(self.records[position])
 
     @cached_property
+    def run_id(self) -> str:
+        """Name of the run in the summary, the timeline and the metadata of Parquet files.
+
+        ``--run-id`` where it was given; else 16 hexadecimal digits that follow from the per-request table:
+        files with the same name hold the same run. A CSV file has no place for it.
+        """
+        if self.options is not None and self.options.run_id:
+            return self.options.run_id
+        return hashlib.sha256(__version__.encode() + self.requests.tobytes()).hexdigest()[:16]
+
+    @cached_property
     def summary(self) -> dict[str, Any]:
         """Figures of the run under the names of ``vllm bench serve``, and ours; ready for JSON."""
         return summarise(self)
@@ -180,13 +193,13 @@ class Result:
 
     def save_steps(self, path: str | Path) -> None:
         """Write the step log: Parquet for a path ending in ``.parquet``, CSV otherwise."""
-        save_steps(self.steps, path)
+        save_steps(self.steps, path, self.run_id)
 
     def save_timeline(self, path: str | Path) -> None:
         """Write the run as a Chrome trace, for ui.perfetto.dev."""
         from servesim.results.timeline import save_timeline
 
-        save_timeline(self.log, path, power_series(self, series_interval_ns(self)))
+        save_timeline(self.log, path, power_series(self, series_interval_ns(self)), self.run_id)
 
     def save_summary(self, path: str | Path) -> None:
         """Write :attr:`summary` as JSON; byte-identical for the same input and seed."""

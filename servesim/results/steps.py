@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.results.atomic import atomic_write
-from servesim.results.csv import is_parquet, require_parquet
+from servesim.results.csv import RUN_ID_KEY, is_parquet, require_parquet
 from servesim.results.records import StepLog
 
 if TYPE_CHECKING:
@@ -44,12 +44,15 @@ def steps_array(instances: Sequence[InstanceLog]) -> NDArray[np.void]:
     return rows
 
 
-def save_steps(steps: NDArray[Any], path: str | Path) -> None:
-    """Write the step log as Parquet when ``path`` ends in ``.parquet``, as CSV otherwise."""
+def save_steps(steps: NDArray[Any], path: str | Path, run_id: str = "") -> None:
+    """Write the step log as Parquet when ``path`` ends in ``.parquet``, as CSV otherwise.
+
+    ``run_id``: see :attr:`servesim.results.result.Result.run_id`.
+    """
     if is_parquet(path):
         require_parquet(path, "steps")
         with atomic_write(path, "wb") as handle:
-            _write_parquet(steps, handle)
+            _write_parquet(steps, handle, run_id)
         return
     line = ",".join(["%d"] * len(FILE_COLUMNS)) + "\n"
     with atomic_write(path, "w") as handle:
@@ -59,9 +62,9 @@ def save_steps(steps: NDArray[Any], path: str | Path) -> None:
             handle.write("".join([line % row for row in rows]))
 
 
-def _write_parquet(steps: NDArray[Any], handle: IO[bytes]) -> None:
+def _write_parquet(steps: NDArray[Any], handle: IO[bytes], run_id: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.table({name: np.ascontiguousarray(steps[name]) for name in FILE_COLUMNS})
-    pq.write_table(table, handle, compression="zstd")
+    pq.write_table(table.replace_schema_metadata({RUN_ID_KEY: run_id}), handle, compression="zstd")

@@ -195,6 +195,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "options": _options(result),
         "instances": [_instance_entry(instance, rows) for instance in result.instances],
         "bundle": sorted({_portable(instance.bundle_source) for instance in result.instances}),
+        "run_id": result.run_id,
         "versions": {"servesim": __version__},
     }
 

@@ -133,6 +133,22 @@ def test_a_wrong_time_series_is_told(tmp_path: Path, text: str, told: str) -> No
         load_recording(recordings.write(tmp_path, [row()], timeseries=text))
 
 
+def test_stamps_of_different_clocks_are_refused(tmp_path: Path) -> None:
+    folder = recordings.write(tmp_path / "a", [row(0, at=1.0), row(1, arrival_time=0)])
+    with pytest.raises(InputError, match=r"a: its stamps span 1.7e\+09 s; .* the same clock"):
+        load_recording(folder)
+    late = {"queued_ts": 1e11, "scheduled_ts": 1e11, "first_token_ts": 1e11, "last_token_ts": 1e11}
+    with pytest.raises(InputError, match="its stamps span"):
+        load_recording(recordings.write(tmp_path / "b", [row(0, at=1.0), row(1, **late)]))
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(bench_result(ttfts=[1e11, 0.1])))
+    with pytest.raises(InputError, match=r"result\.json: its stamps span"):
+        load_recording(path)
+    path.write_text(json.dumps(bench_result(input_lens=[2**63, 3])))
+    with pytest.raises(InputError, match=r"input_lens\[0\]"):
+        load_recording(path)
+
+
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="no such recording"):
         load_recording(tmp_path / "nothing")

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from servesim.cli.run import save_outputs
 from servesim.errors import InputError, RunError
-from servesim.results.atomic import atomic_write, check_writable
+from servesim.results.atomic import all_or_none, atomic_write, check_writable, remove
+from servesim.results.result import Result
+from servesim.specs.options import RuntimeOptions
+from tests import hand_made
 
 
 def test_the_old_file_survives_a_failure_half_way(tmp_path: Path) -> None:
@@ -108,3 +117,121 @@ def test_a_folder_that_somebody_else_uses_meanwhile_stays(tmp_path: Path) -> Non
 def test_a_folder_is_no_output_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder"):
         check_writable(tmp_path, "--output")
+
+
+def write(path: Path, text: str) -> None:
+    with atomic_write(path, "w") as handle:
+        handle.write(text)
+
+
+def test_files_of_one_run_appear_together(tmp_path: Path) -> None:
+    one, two, old = tmp_path / "a" / "one", tmp_path / "a" / "two", tmp_path / "old"
+    old.write_text("old")
+    with all_or_none():
+        write(one, "1")
+        write(two, "2")
+        remove(old)
+        assert not one.exists()
+        assert old.exists()
+    assert (one.read_text(), two.read_text(), old.exists()) == ("1", "2", False)
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+def test_a_file_that_fails_keeps_all_others_back(tmp_path: Path) -> None:
+    one, two, old = tmp_path / "one", tmp_path / "new" / "two", tmp_path / "old"
+    one.write_text("before")
+    old.write_text("old")
+
+    def fail() -> None:
+        with all_or_none():
+            write(one, "1")
+            write(two, "2")
+            remove(old)
+            with atomic_write(tmp_path / "three", "w") as handle:
+                handle.write("half")
+                raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"three: cannot be written: No space left"):
+        fail()
+    assert (one.read_text(), old.read_text()) == ("before", "old")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "one"]
+
+
+def test_a_rename_that_fails_is_told(tmp_path: Path) -> None:
+    def fail() -> None:
+        with all_or_none():
+            write(tmp_path / "one", "1")
+            write(tmp_path / "two", "2")
+            (tmp_path / "two").mkdir()  # somebody puts a folder there meanwhile
+
+    with pytest.raises(RunError, match=r"two: cannot be written"):
+        fail()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def outputs(**changes: str) -> RuntimeOptions:
+    paths = {"output": "run.parquet", "summary": "run.json", "steps": "steps.parquet", "timeline": "t.json"}
+    return RuntimeOptions(**paths, **changes)
+
+
+@pytest.mark.parametrize("named", [None, "night-3"])
+def test_every_output_says_which_run_it_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
+) -> None:
+    import pyarrow.parquet as pq
+
+    monkeypatch.chdir(tmp_path)
+    made = hand_made.two_requests()
+    options = outputs(run_id=named) if named else outputs()
+    save_outputs(Result(made.log, made.workload, options), options)
+    run_id = json.loads(Path("run.json").read_text())["run_id"]
+    assert run_id == named or (named is None and len(run_id) == 16)
+    assert json.loads(Path("t.json").read_text())["otherData"] == {"run_id": run_id}
+    for name in ("run.parquet", "steps.parquet"):
+        assert pq.read_schema(name).metadata[b"servesim.run_id"] == run_id.encode()
+
+
+def test_the_name_of_a_run_follows_from_what_happened() -> None:
+    one, same, other = hand_made.two_requests(), hand_made.two_requests(), hand_made.two_requests()
+    other.log.requests[0].end_ns += 1
+    assert one.run_id == same.run_id != other.run_id
+
+
+_SLOW = """
+import sys, time
+from servesim.cli import run as command
+from servesim.results.atomic import all_or_none, atomic_write
+
+def work(_):
+    with all_or_none(), atomic_write("new/run.csv", "w") as handle:
+        handle.write("half")
+        handle.flush()
+        print("at work", flush=True)
+        time.sleep(60)
+
+command.run = work
+from servesim.door import main
+sys.argv = ["servesim", "run"]
+sys.exit(main())
+"""
+
+
+def test_a_process_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "at work\n"
+    assert list(tmp_path.rglob("*.tmp"))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    (tmp_path / f".run.csv.{os.getpid()}.tmp").write_text("half of something, longer than the new one")
+    write(path, "new\n")
+    assert path.read_text() == "new\n"
+    assert list(tmp_path.iterdir()) == [path]
