@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from servesim.workload.request import Request
 
 _OK = 200
+_SPARE_TOKENS = 10_000
+_BYTES_PER_TOKEN = 16 << 10  # with usage statistics and log-probabilities a chunk has about 1 kB
+_LONGEST_NAME = 1000
 _CACHE_FACTS = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _CACHE_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -48,6 +51,8 @@ class EndpointSettings:
     seed: int = 42
     timeout_s: float = 600.0
     """Longest silence between two chunks."""
+    most_s: float = 3600.0
+    """Longest time that one answer may take."""
     extra_body: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,7 +85,8 @@ class Endpoint:
     async def answer(self, request: Request) -> Answer:
         """See :class:`servesim.bench.target.Target`."""
         path = "/v1/chat/completions" if self.settings.chat else "/v1/completions"
-        stream, lines = TokenStream(counted=self.settings.vllm), EventLines()
+        most_tokens = max(4 * request.output_tokens, request.output_tokens + _SPARE_TOKENS)
+        stream, lines = TokenStream(self.settings.vllm, most_tokens), EventLines()
 
         def take(data: bytes, now_s: float) -> None:
             for payload in lines.feed(data):
@@ -95,6 +101,8 @@ class Endpoint:
                 orjson.dumps(self.body(request)),
                 on_body=take,
                 timeout_s=self.settings.timeout_s,
+                most_s=self.settings.most_s,
+                most_bytes=most_tokens * _BYTES_PER_TOKEN,
             )
         except RequestFailedError as error:
             raise RequestFailedError(error.status, self._hide(error.message)) from None
@@ -137,7 +145,8 @@ class Endpoint:
                 f"{self._hide(_error_of(reply))}; give one with --api-key or OPENAI_API_KEY"
             )
         try:
-            return [str(model["id"]) for model in orjson.loads(reply.body)["data"]]
+            names = [str(model["id"]) for model in orjson.loads(reply.body)["data"]]
+            return [name for name in names if len(name) <= _LONGEST_NAME]
         except (ValueError, KeyError, TypeError):
             return []
 
@@ -145,7 +154,7 @@ class Endpoint:
         """vLLM's version, and what its metrics say about its KV cache; nothing where it says nothing."""
         reply = await self._get("/version")
         try:
-            version = str(orjson.loads(reply.body)["version"])
+            version = str(orjson.loads(reply.body)["version"])[:_LONGEST_NAME]
         except (ValueError, KeyError, TypeError):
             version = None
         metrics = await self._get("/metrics")

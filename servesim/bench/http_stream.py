@@ -8,6 +8,7 @@ HTTP client takes 150 µs and more over each of them, and the last would be stam
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 CONNECT_S = 30.0
 """Longest time a connection may take to open."""
+PAGE_S = 60.0
+"""Longest time that an answer without a stream may take."""
+PAGE_BYTES = 32 << 20
+"""Largest body that is kept: the metrics of a busy server have less than 1 MiB."""
+_HEAD_BYTES = 64 << 10
+_SIZE_LINE_BYTES = 1024
+_HEXADECIMAL = re.compile(rb"[0-9A-Fa-f]{1,15}")
 _OK = 200
 
 
@@ -86,6 +94,8 @@ async def exchange(
     *,
     on_body: Callable[[bytes, float], None] | None = None,
     timeout_s: float = CONNECT_S,
+    most_s: float = PAGE_S,
+    most_bytes: int = PAGE_BYTES,
 ) -> Reply:
     """Send one request and wait for the end of its answer.
 
@@ -98,16 +108,18 @@ async def exchange(
         on_body: called with every piece of the answer's body and the time of its receipt, if the status is
             200; what it raises ends the exchange.
         timeout_s: longest silence of the server.
+        most_s: longest time from the request to the end of its answer.
+        most_bytes: largest body; of one that is kept, :data:`PAGE_BYTES` at most.
 
     Raises:
         OSError: no connection.
-        HttpError: the server answers something else, falls silent, or closes too early.
+        HttpError: the server answers something else or too much, falls silent, or closes too early.
     """
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(CONNECT_S):
             transport, protocol = await loop.create_connection(
-                lambda: _Exchange(on_body), address.host, address.port, ssl=address.tls
+                lambda: _Exchange(on_body, most_bytes), address.host, address.port, ssl=address.tls
             )
     except TimeoutError:
         raise HttpError(f"no connection within {CONNECT_S:g} s") from None
@@ -123,7 +135,7 @@ async def exchange(
     try:
         sent_s = perf_counter()
         cast("asyncio.WriteTransport", transport).write("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
-        await protocol.ended(timeout_s)
+        await protocol.ended(timeout_s, most_s)
     finally:
         transport.abort()
     return Reply(protocol.status, bytes(protocol.body), sent_s)
@@ -132,20 +144,25 @@ async def exchange(
 class _Exchange(asyncio.Protocol):
     """Reads one answer."""
 
-    def __init__(self, on_body: Callable[[bytes, float], None] | None) -> None:
+    def __init__(self, on_body: Callable[[bytes, float], None] | None, most_bytes: int) -> None:
         self.status = 0
         self.body = bytearray()
         self._on_body = on_body
+        self._most_bytes = self._left_bytes = most_bytes
         self._head: bytes | None = b""
         self._framing: ChunkedBody | PlainBody = PlainBody(None)
         self._heard_s = perf_counter()
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def ended(self, timeout_s: float) -> None:
+    async def ended(self, timeout_s: float, most_s: float) -> None:
         """Wait for the end of the answer."""
         self._heard_s = perf_counter()
+        last_s = self._heard_s + most_s
         while not self._done.done():
-            left_s = self._heard_s + timeout_s - perf_counter()
+            now_s = perf_counter()
+            left_s = min(self._heard_s + timeout_s, last_s) - now_s
+            if now_s >= last_s:
+                raise HttpError(f"the answer was not complete after {most_s:g} s")
             if left_s <= 0:
                 raise HttpError(f"nothing was received for {timeout_s:g} s")
             await asyncio.wait([self._done], timeout=left_s)
@@ -176,6 +193,8 @@ class _Exchange(asyncio.Protocol):
     def _take(self, data: bytes, now_s: float) -> None:
         if self._head is not None:
             head, blank, data = (self._head + data).partition(b"\r\n\r\n")
+            if len(head) > _HEAD_BYTES:
+                raise HttpError(f"the server's header has more than {_HEAD_BYTES:,} bytes")
             if not blank:
                 self._head = head
                 return
@@ -183,8 +202,13 @@ class _Exchange(asyncio.Protocol):
             self._read_head(head.decode("latin-1"))
         content = self._framing.feed(data)
         if content:
+            self._left_bytes -= len(content)
+            if self._left_bytes < 0:
+                raise HttpError(f"the server's answer has more than {self._most_bytes:,} bytes")
             if self._on_body and self.status == _OK:
                 self._on_body(content, now_s)
+            elif len(self.body) + len(content) > PAGE_BYTES:
+                raise HttpError(f"the server's answer has more than {PAGE_BYTES:,} bytes")
             else:
                 self.body += content
         if self._framing.ended:
@@ -247,6 +271,10 @@ class ChunkedBody:
             if self._left == 0:
                 end = data.find(b"\r\n", place)
                 if end < 0:
+                    if len(data) - place > _SIZE_LINE_BYTES:
+                        raise HttpError(
+                            f"the server sent a chunk without a size: {data[place : place + 40]!r}"
+                        )
                     break
                 size = _size(data[place:end])
                 place = end + 2
@@ -264,7 +292,7 @@ class ChunkedBody:
 
 
 def _size(line: bytes) -> int:
-    try:
-        return int(line.split(b";")[0], 16)
-    except ValueError:
-        raise HttpError(f"the server sent a chunk without a size: {line[:40]!r}") from None
+    digits = line.split(b";")[0].strip()
+    if not _HEXADECIMAL.fullmatch(digits):
+        raise HttpError(f"the server sent a chunk without a size: {line[:40]!r}")
+    return int(digits, 16)

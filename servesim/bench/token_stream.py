@@ -9,6 +9,7 @@ import orjson
 
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls")
 _LONGEST_MESSAGE = 500  # characters of a server's error that are kept
+_LONGEST_LINE = 4 << 20  # bytes of one event: log-probabilities of a whole answer have less
 
 
 class RequestFailedError(Exception):
@@ -28,8 +29,14 @@ class EventLines:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Payloads of the ``data:`` lines that ``data`` completes."""
+        """Payloads of the ``data:`` lines that ``data`` completes.
+
+        Raises:
+            RequestFailedError: a line does not end.
+        """
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > _LONGEST_LINE:
+            raise RequestFailedError(None, f"the server streamed a line of more than {_LONGEST_LINE:,} bytes")
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
 
@@ -39,6 +46,8 @@ class TokenStream:
 
     counted: bool
     """Whether every chunk says how many tokens there are so far (vLLM's continuous usage statistics)."""
+    most_tokens: int
+    """A server that sends more does not do what it was asked for, and might never end."""
     token_s: list[float] = field(default_factory=list)
     """Receipt of every token; of every chunk with text where chunks say no count."""
     prompt_tokens: int | None = None
@@ -50,7 +59,8 @@ class TokenStream:
         """Note one event received at ``now_s``.
 
         Raises:
-            RequestFailedError: the event is an error, or no JSON object.
+            RequestFailedError: the event is an error, no JSON object of the expected form, or one token too
+                many.
         """
         if payload == b"[DONE]":
             self.finished = True
@@ -58,9 +68,13 @@ class TokenStream:
         event = _parsed(payload)
         if event.get("error"):
             raise RequestFailedError(_status(event["error"]), error_text(event))
-        usage, choices = event.get("usage") or {}, event.get("choices") or []
-        self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
-        self.total_tokens = usage.get("completion_tokens", self.total_tokens)
+        usage, choices = _fields(event, "usage"), event.get("choices") or []
+        self.prompt_tokens = _count(usage, "prompt_tokens", self.prompt_tokens)
+        self.total_tokens = _count(usage, "completion_tokens", self.total_tokens)
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise RequestFailedError(None, "the server streamed choices that are no list of objects")
+        if max(self.total_tokens or 0, len(self.token_s)) > self.most_tokens:
+            raise RequestFailedError(None, f"the server sent more than {self.most_tokens:,} tokens")
         if not choices:
             return
         if self.counted and usage:
@@ -97,8 +111,26 @@ def _parsed(payload: bytes) -> dict[str, Any]:
     return event
 
 
+def _fields(event: dict[str, Any], key: str) -> dict[str, Any]:
+    """The object under a key; empty where there is none."""
+    found = event.get(key) or {}
+    if not isinstance(found, dict):
+        raise RequestFailedError(None, f"the server streamed a {key} that is no object")
+    return found
+
+
+def _count(usage: dict[str, Any], key: str, before: int | None) -> int | None:
+    """A number of tokens; ``before`` where this event does not say it."""
+    found = usage.get(key)
+    if found is None:
+        return before
+    if type(found) is not int or not 0 <= found < 2**31:
+        raise RequestFailedError(None, f"the server streamed {key} that are no number of tokens")
+    return found
+
+
 def _has_text(choice: dict[str, Any]) -> bool:
-    delta = choice.get("delta") or {}
+    delta = _fields(choice, "delta")
     return bool(choice.get("text")) or any(delta.get(key) for key in _TEXT_KEYS)
 
 

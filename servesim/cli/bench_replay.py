@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from servesim.workload.request import Workload
 
 _KEY_VARIABLE = "OPENAI_API_KEY"
-_NOT_IDENTITY = ("output", "api_key", "action", "module", "command", "run", "dataset", "timeout")
+_NOT_IDENTITY = (
+    "output",
+    "api_key",
+    "action",
+    "module",
+    "command",
+    "run",
+    "dataset",
+    "timeout",
+    "max_duration",
+)
 """Arguments that do not decide what is recorded."""
 
 
@@ -99,6 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="more fields of every request, as a JSON object or a file with one",
     )
     add(
+        "--max-duration",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="longest time that one answer may take (default: 3600)",
+    )
+    add(
         "--timeout",
         type=float,
         default=600.0,
@@ -144,8 +161,9 @@ def check(args: argparse.Namespace) -> None:
     ):
         if value < least:
             raise InputError(f"{flag}: {value} is not allowed; must be >= {least}")
-    if not args.timeout > 0:
-        raise InputError(f"--timeout: {args.timeout:g} is not allowed; must be seconds > 0")
+    for flag, seconds in (("--timeout", args.timeout), ("--max-duration", args.max_duration)):
+        if not 0 < seconds <= 1e9:
+            raise InputError(f"{flag}: {seconds:g} is not allowed; must be seconds > 0")
     if args.engine == "vllm":
         if not args.model:
             raise InputError("--engine vllm: needs --model, the name or folder of the model to load")
@@ -183,6 +201,7 @@ def endpoint_settings(args: argparse.Namespace) -> EndpointSettings:
         model=args.model,
         seed=args.seed,
         timeout_s=args.timeout,
+        most_s=args.max_duration,
         extra_body=json_object("--extra-body", args.extra_body),
     )
 
@@ -223,11 +242,12 @@ def json_object(flag: str, text: str | None) -> dict[str, Any]:
 
 def file_hash(path: str) -> str:
     """SHA-256 of a workload file."""
-    from hashlib import sha256
+    from hashlib import file_digest
 
     from servesim.workload.files import resolve
 
-    return sha256(resolve(path).read_bytes()).hexdigest()
+    with resolve(path).open("rb") as handle:
+        return file_digest(handle, "sha256").hexdigest()
 
 
 def report(tally: Tally, output: str, workload: Workload) -> str:

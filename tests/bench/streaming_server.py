@@ -29,7 +29,7 @@ class Served:
     path: str
     received_s: float
     sent_s: list[float] = field(default_factory=list)
-    """When each token was written to the socket."""
+    """Just before each token was written to the socket."""
     ended_s: float = 0.0
 
 
@@ -166,8 +166,8 @@ class StreamingServer:
             # some tokens, such as parts of a letter, have no text of their own
             text = "" if every_chunk and done % 5 == 4 else " x"
             choice |= {"delta": {"content": text}} if chat else {"text": text}
-            event(choices=[choice], **({"usage": usage(done)} if every_chunk else {}))
             served.sent_s.append(perf_counter())
+            event(choices=[choice], **({"usage": usage(done)} if every_chunk else {}))
             await writer.drain()
         if usage_wanted.get("include_usage"):
             event(choices=[], usage=usage(total))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from servesim.bench import http_stream
 from servesim.bench.http_stream import ChunkedBody, HttpError, PlainBody, Reply, exchange, parse_url
 from servesim.errors import InputError
 
@@ -34,9 +35,15 @@ def test_a_body_of_known_length_ends_there() -> None:
     assert (body.feed(b"defg"), body.ended) == (b"de", True)
 
 
-def answered(pieces: Sequence[bytes], *, silence_s: float = 0.0, path: str = "/x") -> tuple[Reply, bytes]:
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def answered(
+    pieces: Sequence[bytes], *, silence_s: float = 0.0, path: str = "/x", most_s: float = 60.0
+) -> tuple[Reply, bytes]:
     """The reply to one request by a server that sends these bytes, and what it was sent."""
     asked = b""
+    quiet_s = 0.1 if silence_s else 30.0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal asked
@@ -54,7 +61,7 @@ def answered(pieces: Sequence[bytes], *, silence_s: float = 0.0, path: str = "/x
         async with server:
             port = server.sockets[0].getsockname()[1]
             address = parse_url(f"http://127.0.0.1:{port}/base/v1/")
-            return await exchange(address, "GET", path, {"X-Key": "1"}, timeout_s=0.1)
+            return await exchange(address, "GET", path, {"X-Key": "1"}, timeout_s=quiet_s, most_s=most_s)
 
     return asyncio.run(go()), asked
 
@@ -79,6 +86,43 @@ def test_a_page_that_lasts_until_the_connection_closes_is_read() -> None:
 def test_an_answer_that_breaks_off_is_an_error(pieces: list[bytes], silence_s: float, message: str) -> None:
     with pytest.raises(HttpError, match=message):
         answered(pieces, silence_s=silence_s)
+
+
+ENDLESS = {
+    "a header": (b"HTTP/1.1 200 OK\r\nX: ", b"x" * 60_000, "header has more than 65,536 bytes"),
+    "the size of a chunk": (CHUNKED, b"1" * 60_000, "a chunk without a size"),
+    "a page": (b"HTTP/1.1 200 OK\r\n\r\n", b"x" * (8 << 20), "more than 33,554,432 bytes"),
+    "a page in chunks": (CHUNKED, b"100000\r\n" + b"x" * (1 << 20) + b"\r\n", "more than 33,554,432 bytes"),
+    "a page that trickles": (b"HTTP/1.1 200 OK\r\n\r\n", b"x", "not complete after 0.3 s"),
+}
+
+
+@pytest.mark.parametrize(("head", "piece", "told"), ENDLESS.values(), ids=ENDLESS.keys())
+def test_an_endless_answer_is_cut_off(head: bytes, piece: bytes, told: str) -> None:
+    with pytest.raises(HttpError, match=told):
+        answered([head] + [piece] * 1000, most_s=0.3 if len(piece) == 1 else 60.0)
+
+
+@pytest.mark.parametrize("size", [b"-5", b"0x5", b"1_0", b"f" * 20, b""])
+def test_a_size_that_is_none_is_refused(size: bytes) -> None:
+    with pytest.raises(HttpError, match="a chunk without a size"):
+        ChunkedBody().feed(size + b"\r\nabc\r\n")
+
+
+def test_every_piece_is_stamped_when_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock of our own: what the stamps say does not depend on how busy this machine is."""
+    clock = iter(range(100))
+    monkeypatch.setattr(http_stream, "perf_counter", lambda: float(next(clock)))
+    taken: list[tuple[bytes, float]] = []
+
+    async def receive() -> None:
+        protocol = http_stream._Exchange(lambda data, now_s: taken.append((data, now_s)), 100)
+        for piece in (CHUNKED, b"2\r\nab\r\n", b"3\r\nc", b"de\r\n1\r\nf\r\n", b"0\r\n\r\n"):
+            protocol.data_received(piece)
+
+    asyncio.run(receive())
+    # The clock was read once at the start, and then once for every piece, in their order.
+    assert taken == [(b"ab", 2.0), (b"c", 3.0), (b"def", 4.0)]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def event(**values: object) -> bytes:
 
 
 def test_counted_chunks_may_have_no_text_or_several_tokens() -> None:
-    stream = TokenStream(counted=True)
+    stream = TokenStream(counted=True, most_tokens=9)
     stream.take(event(choices=[{"text": ""}], usage={"prompt_tokens": 7, "completion_tokens": 1}), 1.0)
     stream.take(event(choices=[{"text": "abc"}], usage={"prompt_tokens": 7, "completion_tokens": 3}), 2.0)
     assert not stream.finished
@@ -41,7 +41,7 @@ def test_counted_chunks_may_have_no_text_or_several_tokens() -> None:
 
 
 def test_without_counts_every_chunk_with_text_is_a_token() -> None:
-    stream = TokenStream(counted=False)
+    stream = TokenStream(counted=False, most_tokens=9)
     stream.take(event(choices=[{"delta": {"role": "assistant", "content": ""}}], usage=None), 1.0)
     stream.take(event(choices=[{"delta": {"reasoning_content": "hm"}}]), 2.0)
     stream.take(event(choices=[{"delta": {"content": "yes"}, "finish_reason": "stop"}]), 3.0)
@@ -49,12 +49,47 @@ def test_without_counts_every_chunk_with_text_is_a_token() -> None:
 
 
 def test_an_error_within_the_stream_is_an_error() -> None:
-    stream = TokenStream(counted=True)
+    stream = TokenStream(counted=True, most_tokens=9)
     with pytest.raises(RequestFailedError, match="out of memory") as caught:
         stream.take(event(error={"message": "out of\n memory", "code": 500}), 1.0)
     assert caught.value.status == 500
     with pytest.raises(RequestFailedError, match="no JSON object: 'oops'"):
         stream.take(b"oops", 1.0)
+
+
+HOSTILE = {
+    "counts": (event(choices=[{"text": "x"}], usage={"completion_tokens": 10}), "more than 9 tokens"),
+    "a count in the millions": (event(usage={"completion_tokens": 10**9}), "more than 9 tokens"),
+    "a count beyond all": (event(usage={"completion_tokens": 10**30}), "are no number of tokens"),
+    "a negative count": (event(usage={"completion_tokens": -1}), "completion_tokens that are no number"),
+    "a count in words": (event(usage={"prompt_tokens": "7"}), "prompt_tokens that are no number"),
+    "usage in a list": (event(usage=[1]), "a usage that is no object"),
+    "choices in words": (event(choices="x"), "choices that are no list of objects"),
+    "a choice in words": (event(choices=["x"]), "choices that are no list of objects"),
+    "delta in words": (event(choices=[{"delta": "x"}]), "a delta that is no object"),
+}
+
+
+@pytest.mark.parametrize(("payload", "told"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_event_fails_its_request(payload: bytes, told: str) -> None:
+    with pytest.raises(RequestFailedError, match=told):
+        TokenStream(counted=False, most_tokens=9).take(payload, 1.0)
+
+
+def test_a_token_too_many_fails_its_request() -> None:
+    stream = TokenStream(counted=False, most_tokens=9)
+    for _ in range(10):
+        stream.take(event(choices=[{"text": "x"}]), 1.0)
+    with pytest.raises(RequestFailedError, match="more than 9 tokens"):
+        stream.take(event(choices=[{"text": "x"}]), 1.0)
+
+
+def test_a_line_without_an_end_fails_its_request() -> None:
+    lines = EventLines()
+    for _ in range(4):
+        lines.feed(b"x" * (1 << 20))
+    with pytest.raises(RequestFailedError, match=r"a line of more than 4,194,304 bytes"):
+        lines.feed(b"x")
 
 
 def test_the_message_of_an_error_is_found_in_every_form() -> None:
