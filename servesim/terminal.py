@@ -52,9 +52,11 @@ def wrapped(text: str, width: int | None = None, indent: str = "") -> str:
     import textwrap
 
     columns = width or screen_width() or WIDTH
-    return textwrap.fill(
-        text, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    joined = text.replace(" %", "\u00a0%").replace(" ms", "\u00a0ms")  # numbers keep their unit
+    lines = textwrap.wrap(
+        joined, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
+    return "\n".join(lines).replace("\u00a0", " ")
 
 
 def painted(text: str, meaning: str) -> str:

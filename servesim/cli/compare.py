@@ -29,18 +29,17 @@ _NOT_COMPARED = (
     "itl",
     "log_interval",
     "run_id",
-    "ensemble",
-    "step_noise",
-    "run_noise",
-    "arrival_jitter",
 )
 """Run flags that a comparison has no use for."""
+_NOISE = ("ensemble", "step_noise", "run_noise", "arrival_jitter")
+"""Run flags that hold for all sets."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
-    from argparse import RawDescriptionHelpFormatter
+    from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 
+    from servesim.explore.compare import KV_BOUND_WORKLOAD
     from servesim.specs.options import add_arguments
 
     parser = subparsers.add_parser(
@@ -70,7 +69,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--csv", nargs="?", const="-", metavar="PATH", help="write the table as CSV; no PATH: print it"
     )
+    parser.add_argument(
+        "--slo",
+        nargs="+",
+        metavar="METRIC:MS",
+        help="bounds that decide whether a change pays: ttft, tpot, e2el in ms, P99 unless said, such as "
+        "ttft:1000 tpot:p95:50; also shows the share of requests within them",
+    )
+    parser.add_argument(
+        "--capacity-band",
+        action=BooleanOptionalAction,
+        default=True,
+        help="where requests waited for KV blocks, run again at both ends of the estimate of the KV capacity "
+        "(default: on)",
+    )
     add_arguments(parser, exclude=_NOT_COMPARED)
+    for action in parser._actions:
+        if action.dest == "dataset":
+            action.help = f"workload; its format is found by content (default: {KV_BOUND_WORKLOAD})"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     from servesim.cli.on_demand import bundles_on_demand
     from servesim.cli.screen import say
     from servesim.explore.compare import compare
-    from servesim.explore.show import comparison_text, show_comparison
+    from servesim.explore.show import comparison_text
     from servesim.results.atomic import check_writable
     from servesim.specs.options import from_namespace
 
@@ -92,17 +108,23 @@ def run(args: argparse.Namespace) -> int:
     if args.json == args.csv == "-":
         raise InputError("--json and --csv: only one of them can be printed; give the other a path")
     with bundles_on_demand(options.auto_profile):
-        comparison = compare(sets=sets, options=options, before_run=_tell if sys.stderr.isatty() else None)
+        comparison = compare(
+            sets=sets,
+            options=options,
+            slo=args.slo,
+            capacity_band=args.capacity_band,
+            before_run=_tell if sys.stderr.isatty() else None,
+        )
+    for name, reason in comparison.failures.items():
+        print(f"error: {name}: every request was rejected: {reason}", file=sys.stderr)
     _save(comparison, args.json, args.csv)
     if args.json == "-":
         say(comparison.json_text().rstrip("\n"))
     elif args.csv == "-":
         say(comparison.csv_text().rstrip("\n"))
-    elif sys.stdout.isatty():
-        show_comparison(comparison)
     else:
         say(comparison_text(comparison))
-    return 0
+    return 1 if comparison.failures else 0
 
 
 def option_sets(args: argparse.Namespace) -> dict[str, dict[str, Any]] | None:
@@ -150,7 +172,7 @@ def parse_set(text: str) -> tuple[str, dict[str, Any]]:
             raise InputError(f'--set "{text}": {message}; allowed are the flags of `servesim run`')
 
     parser = SetParser(add_help=False, allow_abbrev=False)
-    add_arguments(parser, exclude=_NOT_COMPARED)
+    add_arguments(parser, exclude=(*_NOT_COMPARED, *_NOISE))
     try:
         words = shlex.split(flags)
     except ValueError as error:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import argparse
 
     from servesim.cost.explain import LayerCost
+    from servesim.specs.cluster import ClusterSpec, InstanceSpec
+    from servesim.specs.model import ModelSpec
+    from servesim.specs.options import InstanceOptions
 
 _HELP = "what one step costs, layer by layer, and where the numbers come from"
 _FLAGS = (
@@ -68,6 +71,12 @@ def run(args: argparse.Namespace) -> int:
             "which explain-step does not take apart; leave out placement and offloading to see the NPUs' "
             "part"
         )
+    _check_alone(instance, model.is_moe, f"{cluster.source}: instance {args.instance}")
+    if instance.pp_size > 1:
+        lengths = args.decodes, kv_sum, kv_min, kv_max
+        with bundles_on_demand(options.auto_profile):
+            print(_pipeline_text(cluster, args.instance, model, resolved, chunks, lengths))
+        return 0
     with bundles_on_demand(options.auto_profile):
         timer = build_step_timer(instance, model, resolved, cluster)
     tokens = args.decodes + sum(c for c, _ in chunks)
@@ -79,6 +88,59 @@ def run(args: argparse.Namespace) -> int:
     ns = timer.mixed_ns(chunks, args.decodes, kv_sum, kv_min, kv_max)
     print(f"\n{tokens} tokens, {sequences} sequences: {ns} ns = {ns / 1e6:.3f} ms")
     return 0
+
+
+def _check_alone(instance: InstanceSpec, is_moe: bool, where: str) -> None:
+    """Raise InputError for an instance whose steps depend on others or on where tokens go."""
+    way_out = "leave it out to see what the instance computes by itself"
+    if instance.ep_size > 1:
+        raise InputError(
+            f"{where} has ep_size {instance.ep_size}: what a step takes depends on the experts that its "
+            f"tokens choose, which explain-step does not know; {way_out}"
+        )
+    if instance.dp_group is not None and is_moe:
+        raise InputError(
+            f"{where} is in dp_group {instance.dp_group!r} and waits for the others in every expert layer, "
+            f"which explain-step does not take apart; {way_out}"
+        )
+
+
+def _pipeline_text(
+    cluster: ClusterSpec,
+    index: int,
+    model: ModelSpec,
+    options: InstanceOptions,
+    chunks: list[tuple[int, int]],
+    lengths: tuple[int, int, int, int],
+) -> str:
+    """What every stage of a pipeline takes for one step, by the timer that a run uses."""
+    from servesim.cost.stage import pipeline_stages
+    from servesim.cost.step_timers import StepTimers
+    from servesim.cost.wave_timer import build_wave_timer
+    from servesim.engine.batch import Batch
+    from servesim.results.table import Table
+    from servesim.terminal import screen_width
+
+    placed = cluster.instances[index]
+    instance = placed[1]
+    timer = build_wave_timer([placed], model, [options], StepTimers(cluster))
+    n, kv_sum, kv_min, kv_max = lengths
+    batch = Batch(step=0, chunks=chunks, num_decodes=n, kv_sum=kv_sum, kv_min=kv_min, kv_max=kv_max)
+    stages = timer.stages_ns([batch])
+    table = Table(["stage", "blocks", "compute us", "hand-over us"])
+    parts = pipeline_stages(model, instance.pp_size)
+    for number, (stage, (compute, send)) in enumerate(zip(parts, stages, strict=True)):
+        blocks = f"{stage.first_block}-{stage.first_block + stage.num_blocks - 1}"
+        table.rows.append([str(number), blocks, f"{compute / 1000:.1f}", f"{send / 1000:.1f}"])
+    whole = sum(compute + send for compute, send in stages)
+    slowest = max(compute for compute, _ in stages)
+    tokens = n + sum(chunk for chunk, _ in chunks)
+    return (
+        f"{model.name} on {instance.hardware}, tp {instance.tp_size}, pp {instance.pp_size}; no "
+        f"breakdown by layer for pipelines\n{table.plain(width=screen_width())}\n\n{tokens} tokens, "
+        f"{n + len(chunks)} sequences: {whole} ns = {whole / 1e6:.3f} ms from the first stage to the tokens; "
+        f"a stage is free again after {slowest / 1e6:.3f} ms"
+    )
 
 
 def parse_chunks(text: str) -> list[tuple[int, int]]:

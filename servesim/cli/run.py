@@ -60,14 +60,16 @@ def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
     finally:
         screen.close()
     wall_s = time.perf_counter() - started_s
-    spread = spread_around(result, options) if options.ensemble else None
+    if result.nothing_ran:
+        print(f"error: every request was rejected: {result.rejected[0].reason}", file=sys.stderr)
+    spread = spread_around(result, options) if options.ensemble and not result.nothing_ran else None
     saved = save_outputs(result, options, spread)
     say(closing(result, wall_s))
     if spread is not None:
         say(f"\n{ensemble_text(spread)}")
     if saved:
         say(f"written        {', '.join(saved)}")
-    return 0
+    return 1 if result.nothing_ran else 0
 
 
 def with_run_id(options: RuntimeOptions) -> RuntimeOptions:

@@ -13,6 +13,7 @@ from servesim.engine.decode_set import DecodeSet
 from servesim.engine.hand_over import HandOver, Routes
 from servesim.engine.instance import Instance
 from servesim.engine.lower_tiers import LowerTiers
+from servesim.engine.pricing import StepPricing
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import SingleTimes, StepLoop
@@ -22,6 +23,7 @@ from servesim.memory.kv_cache import KvCache
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.placement import NPU, evict_place
 from servesim.results.records import InstanceLog
+from servesim.results.stated_errors import stated_error
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.options import resolve
@@ -129,7 +131,10 @@ class Builder:
         stages = first.spec.pp_size
         depth = stages if stages > 1 else 2 if first.options.async_scheduling else 1
         jump = not self._options.stepped
-        return StepLoop(members, self._times(members), depth=depth, stages=stages, jump=jump)
+        times = self._times(members)
+        for member in members:
+            member.log.pricing = StepPricing(times, len(members))
+        return StepLoop(members, times, depth=depth, stages=stages, jump=jump)
 
     def _times(self, members: list[Instance]) -> WaveTimes:
         log = members[0].log
@@ -179,6 +184,7 @@ class Builder:
         host = self._timers.host(spec, options)
         log = InstanceLog(index, node, spec, options, capacity, bundle.describe(), host)
         tier = self._tiers.tier(index, node, spec, model, options)
+        log.stated_error = stated_error(bundle.meta, spec.hardware, options.kv_dtype)
         log.tier = self._tiers.memory(index)
         cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching, tier)
         new_lane = None

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from servesim.api import read_workload, simulate, with_flags
 from servesim.errors import InputError
+from servesim.explore.capacity_band import band_runs, capacity_matters
+from servesim.explore.differences import differences
+from servesim.explore.ensemble import check_ensemble
+from servesim.explore.judgement import judge
+from servesim.explore.rows import figures
+from servesim.explore.slo import parse_slo
+from servesim.explore.trust import trust_lines
 from servesim.explore.verdict import verdict
 from servesim.results.atomic import atomic_write
-from servesim.results.units import GIB
 from servesim.specs.cluster import ClusterSpec, load_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
 
+    from servesim.explore.capacity_band import BandRuns
+    from servesim.explore.differences import Differences
+    from servesim.explore.rows import Row
+    from servesim.explore.slo import Slo
     from servesim.results.result import Result
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Workload
@@ -29,38 +39,6 @@ DEFAULT_SETS: dict[str, dict[str, Any]] = {
     "kv fp8": {"kv_cache_dtype": "fp8"},
 }
 
-_STATISTICS = (("mean", "mean"), ("median", "median"), ("P90", "p90"), ("P95", "p95"), ("P99", "p99"))
-_LATENCIES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("latency", "e2el"))
-
-_ENERGIES = (
-    ("energy", "J", "energy_j", "total_j"),
-    ("mean power", "W", "mean_power_w", "mean_w"),
-    ("energy per token", "J", "j_per_output_token", "j_per_output_token"),
-    ("tokens per energy", "tok/s/W", "tokens_per_s_per_w", "tokens_per_s_per_w"),
-)
-"""Title, unit, name here and name in the summary; of output tokens."""
-
-
-@dataclass(slots=True, frozen=True)
-class Row:
-    """One figure of every option set."""
-
-    section: str
-    """Rows of a section stand together."""
-    title: str
-    unit: str
-    key: str
-    """Name in JSON and CSV."""
-    values: list[float]
-
-    def changes(self) -> list[float | None]:
-        """Difference of each value to the first in %, None where the first is 0; [0] is 0."""
-        base = self.values[0]
-        return [
-            None if base == 0 and value != 0 else (value / base - 1) * 100 if base else 0.0
-            for value in self.values
-        ]
-
 
 @dataclass
 class Comparison:
@@ -68,17 +46,49 @@ class Comparison:
 
     names: list[str]
     results: list[Result]
+    slo: Slo | None = None
+    """What decides whether a change pays."""
+    differences: Differences | None = None
+    """How the differences spread under noise, where that was asked for."""
+    bands: list[BandRuns | None] = field(default_factory=list)
+    """Every set at both ends of its capacity band, where the capacity has a part in the results."""
 
     @cached_property
     def rows(self) -> list[Row]:
         """All figures, in the order they are shown in."""
-        return _rows([result.summary for result in self.results])
+        return figures(self.results, self.slo)
 
     @cached_property
     def verdict(self) -> str:
         """What each change did and why, in a few sentences derived from the results."""
-        others = zip(self.names[1:], self.results[1:], strict=True)
-        return "\n".join(verdict(self.names[0], self.results[0], name, result) for name, result in others)
+        bands = self.bands or [None] * len(self.names)
+        noise = self.differences.sets if self.differences else {}
+        return "\n".join(
+            verdict(
+                self.names[0],
+                self.results[0],
+                name,
+                result,
+                slo=self.slo,
+                noise=noise.get(name),
+                bands=(bands[0], band),
+            )
+            for name, result, band in zip(self.names[1:], self.results[1:], bands[1:], strict=True)
+        )
+
+    @cached_property
+    def trust(self) -> list[str]:
+        """How far the figures may be trusted, and what is in none of them; two to four lines."""
+        return trust_lines(self.names, self.results)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Sets whose every request was rejected, and why the first one was."""
+        return {
+            name: result.rejected[0].reason
+            for name, result in zip(self.names, self.results, strict=True)
+            if result.nothing_ran
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Figures, differences and verdict, ready for JSON."""
@@ -96,8 +106,22 @@ class Comparison:
             "baseline": self.names[0],
             "sets": self.names,
             "rows": rows,
+            **({"slo": [asdict(bound) for bound in self.slo.bounds]} if self.slo else {}),
+            **({"ensemble": self.differences.to_dict()} if self.differences else {}),
+            "conclusions": self.conclusions,
             "verdict": self.verdict,
+            "trust": self.trust,
             "summaries": summaries,
+        }
+
+    @property
+    def conclusions(self) -> dict[str, str]:
+        """Label of every set but the first -> the verdict in a few words: ``pays``, ``is a trade-off``…"""
+        noise = self.differences.sets if self.differences else {}
+        others = zip(self.names[1:], self.results[1:], strict=True)
+        return {
+            name: judge(self.results[0], result, self.slo, noise.get(name)).conclusion
+            for name, result in others
         }
 
     def save_json(self, path: str | PathLike[str]) -> None:
@@ -134,6 +158,8 @@ def compare(
     sets: Mapping[str, Mapping[str, Any]] | None = None,
     options: RuntimeOptions | None = None,
     *,
+    slo: str | Sequence[str] | Mapping[str, float] | None = None,
+    capacity_band: bool = True,
     before_run: Callable[[str], None] | None = None,
     **flags: Any,
 ) -> Comparison:
@@ -144,7 +170,12 @@ def compare(
         workload: as for :func:`servesim.simulate`; None: a shipped workload that the KV cache limits, unless
             ``options`` name a dataset.
         sets: label -> options by name, the first being the baseline; None: KV cache dtype auto against fp8.
-        options: what holds for every set unless the set says otherwise.
+        options: what holds for every set unless the set says otherwise. With ``ensemble``, every set is
+            repeated so many times with noise, and the verdict counts differences that survive it.
+        slo: upper bounds of latencies that decide whether a change pays, such as ``"ttft:1000 tpot:50"``
+            (milliseconds, P99 unless said: ``ttft:p95:1000``).
+        capacity_band: False: do not run again at both ends of the KV capacity's band, which is done where
+            requests waited for KV blocks.
         before_run: called with the label of each set before it runs.
         **flags: single options for every set.
 
@@ -154,7 +185,9 @@ def compare(
     chosen = DEFAULT_SETS if sets is None else sets
     if len(chosen) < 2:
         raise InputError("a comparison needs at least two option sets")
+    level = None if slo is None else parse_slo(slo)
     common = with_flags(options, flags)
+    check_ensemble(common)
     if workload is None and "dataset" not in common.model_fields_set:
         common = common.replace(dataset=KV_BOUND_WORKLOAD)
     own = {name: _changed(common, name, changes) for name, changes in chosen.items()}  # all checked first
@@ -168,11 +201,21 @@ def compare(
         if before_run is not None:
             before_run(name)
         requests = loaded[key] if workload is None else workload
-        results.append(simulate(spec, requests, each))
-    return Comparison(list(own), results)
+        results.append(simulate(spec, requests, each.replace(ensemble=0)))
+    comparison = Comparison(list(own), results, level)
+    if comparison.failures:
+        return comparison
+    if common.ensemble:
+        comparison.differences = differences(list(own), results, list(own.values()), before_run)
+    if capacity_band and any(map(capacity_matters, results)):
+        comparison.bands = [band_runs(result) for result in results]
+    return comparison
 
 
 def _changed(common: RuntimeOptions, name: str, changes: Mapping[str, Any]) -> RuntimeOptions:
+    for noise in ("ensemble", "step_noise", "run_noise", "arrival_jitter"):
+        if noise in changes:
+            raise InputError(f"option set {name!r}: {noise}: holds for all sets; give it beside them")
     try:
         return common.replace(**changes)
     except InputError as error:
@@ -181,82 +224,3 @@ def _changed(common: RuntimeOptions, name: str, changes: Mapping[str, Any]) -> R
 
 def _rounded(change: float | None) -> float | None:
     return None if change is None else round(change, 4)
-
-
-def _rows(summaries: Sequence[dict[str, Any]]) -> list[Row]:
-    rows: list[Row] = []
-
-    def add(
-        section: str, title: str, unit: str, key: str, value: Callable[[dict[str, Any]], float | None]
-    ) -> None:
-        values = [value(summary) for summary in summaries]
-        known = [number for number in values if number is not None]
-        if len(known) == len(values):
-            rows.append(Row(section, title, unit, key, known))
-
-    def kv(name: str) -> Callable[[dict[str, Any]], float | None]:
-        """A figure that every instance of a run has in common."""
-        return lambda summary: summary["instances"][0]["kv_cache"][name] if _uniform(summary, name) else None
-
-    def energy(name: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda summary: summary["energy"][name] if summary["energy"] else None
-
-    def total(name: str) -> Callable[[dict[str, Any]], float | None]:
-        return lambda summary: summary[name]
-
-    add("KV cache", "KV cache capacity", "tokens", "kv_cache_tokens", lambda s: s["kv_cache"]["tokens"])
-    add("KV cache", "KV cache capacity", "blocks", "kv_cache_blocks", lambda s: s["kv_cache"]["blocks"])
-    add("KV cache", "KV size", "bytes/token", "kv_bytes_per_token", kv("bytes_per_token"))
-    add(
-        "KV cache",
-        "KV cache peak",
-        "%",
-        "kv_cache_peak_percent",
-        lambda s: round(s["kv_cache"]["peak"] * 100, 4),
-    )
-    _add_prefix_cache(add, [summary["prefix_cache"] for summary in summaries])
-    add("scheduling", "peak batch", "requests", "peak_batch", total("peak_batch"))
-    add("scheduling", "preemptions", "", "preemptions", total("preemptions"))
-    add("scheduling", "recomputed", "tokens", "recomputed_tokens", total("recomputed_tokens"))
-    if any(summary["failed"] for summary in summaries):
-        add("scheduling", "rejected", "requests", "failed", total("failed"))
-    add("throughput", "output throughput", "tok/s", "output_throughput", total("output_throughput"))
-    add("throughput", "total throughput", "tok/s", "total_token_throughput", total("total_token_throughput"))
-    add("throughput", "makespan", "s", "duration", total("duration"))
-    for section, name in _LATENCIES:
-        for title, statistic in _STATISTICS:
-            key = f"{statistic}_{name}_ms"
-            add(section, f"{section} {title}", "ms", key, total(key))
-    for title, unit, key, name in _ENERGIES:
-        add("energy", title, unit, key, energy(name))
-    return rows
-
-
-def _add_prefix_cache(add: Callable[..., None], caches: Sequence[dict[str, Any]]) -> None:
-    """Rows about the prefix cache where any run found something, those of a lower tier where any has one."""
-
-    def percent(name: str) -> Callable[[dict[str, Any]], float]:
-        return lambda summary: round(summary["prefix_cache"][name] * 100, 4)
-
-    section = "prefix cache"
-    if any(cache["hit_tokens"] for cache in caches):
-        add(section, "prefix hits, NPU", "%", "npu_hit_percent", percent("npu_hit_rate"))
-    if any(cache["storage"] for cache in caches):
-        add(section, "prefix hits, tier", "%", "storage_hit_percent", percent("storage_hit_rate"))
-        add(
-            section, "tier capacity", "tokens", "storage_tokens", lambda s: _storage_tokens(s["prefix_cache"])
-        )
-        add(section, "read from tier", "GiB", "storage_read_gib", _gib("storage_read_bytes"))
-        add(section, "written to tier", "GiB", "storage_written_gib", _gib("storage_written_bytes"))
-
-
-def _storage_tokens(cache: dict[str, Any]) -> int:
-    return sum(pool["tokens"] for pool in cache["storage_pools"])
-
-
-def _gib(name: str) -> Callable[[dict[str, Any]], float]:
-    return lambda summary: round(summary["prefix_cache"][name] / GIB, 6)
-
-
-def _uniform(summary: dict[str, Any], name: str) -> bool:
-    return len({instance["kv_cache"][name] for instance in summary["instances"]}) == 1

@@ -14,6 +14,7 @@ from servesim.api import simulate, with_flags
 from servesim.errors import InputError
 from servesim.results.units import digits
 from servesim.specs.flags import flag_name
+from servesim.terminal import screen_width, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -133,17 +134,33 @@ def ensemble(
         raise InputError("ensemble: 0 is no ensemble; give the number of runs, such as ensemble=20")
     if nominal is None:
         nominal = simulate(cluster, workload, chosen.replace(ensemble=0))
-    figures = []
-    for member in range(chosen.ensemble):
-        if before_run is not None:
-            before_run(member)
-        figures.append(figures_of(_noisy_run(nominal, chosen, member)))
+    figures = noisy_figures(nominal, chosen, before_run=before_run)
     spreads = {
-        key: _spread(value, [each[key] for each in figures]) for key, value in figures_of(nominal).items()
+        key: spread_of(value, [each[key] for each in figures]) for key, value in figures_of(nominal).items()
     }
     return Ensemble(
         nominal, chosen.ensemble, chosen.step_noise, chosen.run_noise, chosen.arrival_jitter, spreads
     )
+
+
+def noisy_figures(
+    nominal: Result,
+    options: RuntimeOptions,
+    *,
+    stream: int = 0,
+    before_run: Callable[[int], None] | None = None,
+) -> list[dict[str, float]]:
+    """The figures of ``options.ensemble`` noisy runs of what ``nominal`` ran.
+
+    Runs of the same number, seed and ``stream`` have the same noise, whatever they run; arrivals are moved
+    alike in every stream.
+    """
+    figures = []
+    for member in range(options.ensemble):
+        if before_run is not None:
+            before_run(member)
+        figures.append(figures_of(_noisy_run(nominal, options, member, stream)))
+    return figures
 
 
 def check_ensemble(options: RuntimeOptions) -> None:
@@ -182,7 +199,7 @@ def jittered(workload: Workload, jitter_s: float, seed: tuple[int, ...]) -> Work
     return replace(workload, requests=moved)
 
 
-def _noisy_run(nominal: Result, options: RuntimeOptions, member: int) -> Result:
+def _noisy_run(nominal: Result, options: RuntimeOptions, member: int, stream: int) -> Result:
     from servesim.engine.build import build_simulation
     from servesim.engine.noise import StepNoise, log_normal
     from servesim.results.result import Result
@@ -191,16 +208,19 @@ def _noisy_run(nominal: Result, options: RuntimeOptions, member: int) -> Result:
     assert cluster is not None
     seed = (options.seed, member)
     workload = jittered(nominal.workload, options.arrival_jitter, (*seed, _ARRIVALS))
-    with _silence():  # the run without noise has said what there is to say
+    with silence():  # the run without noise has said what there is to say
         simulation = build_simulation(cluster, workload, options)
-    common = float(log_normal(options.run_noise, np.random.default_rng((*seed, _RUN)).standard_normal(1))[0])
+    own = (stream,) if stream else ()
+    draw = np.random.default_rng((*seed, _RUN, *own)).standard_normal(1)
+    common = float(log_normal(options.run_noise, draw)[0])
     for loop in simulation.loops:
-        loop.noise = StepNoise(options.step_noise, (*seed, _STEPS, loop.index), common)
+        loop.noise = StepNoise(options.step_noise, (*seed, _STEPS, loop.index, *own), common)
     return Result(simulation.run(), workload, nominal.options, cluster)
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
+    """No log records of servesim inside the block."""
     logger = logging.getLogger("servesim")
     before = logger.disabled
     logger.disabled = True
@@ -210,7 +230,8 @@ def _silence() -> Iterator[None]:
         logger.disabled = before
 
 
-def _spread(nominal: float, values: list[float]) -> Spread:
+def spread_of(nominal: float, values: list[float]) -> Spread:
+    """The spread of at least two values of a figure."""
     low, high = np.percentile(values, [5, 95]).tolist()
     return Spread(
         nominal=nominal,
@@ -226,19 +247,21 @@ def _spread(nominal: float, values: list[float]) -> Spread:
 def ensemble_text(spread: Ensemble) -> str:
     """What is printed below the figures of the run itself: bands, saturation, and what is fragile."""
     jitter = f", arrivals ±{spread.arrival_jitter_s:g} s" if spread.arrival_jitter_s else ""
+    width = screen_width() or 10_000
     lines = [
         f"spread (P5–P95) over {spread.runs} runs, each step ±{spread.step_noise * 100:.3g} %, "
-        f"all steps of a run ±{spread.run_noise * 100:.3g} %{jitter}; ! = wider than {FRAGILE:.0%}",
+        f"all steps of a run ±{spread.run_noise * 100:.3g} %{jitter}; ! = wider than {FRAGILE * 100:.0f} %",
         "",
-        _latency_bands(spread).plain(),
+        _latency_bands(spread).plain(width=screen_width()),
         "",
         "throughput     "
         + ", ".join(
             f"{_band(spread.spreads[key])} {unit}"
             for key, unit in (("request_throughput", "req/s"), ("output_throughput", "output tok/s"))
         ),
-        _fragility(spread),
+        wrapped(_fragility(spread), width, indent=" " * 15),
     ]
+    lines[0] = wrapped(lines[0], width)
     return "\n".join(lines)
 
 
@@ -261,8 +284,8 @@ def _band(spread: Spread) -> str:
 def _fragility(spread: Ensemble) -> str:
     near = spread.nominal.summary["saturation"]["near"]
     if not spread.fragile:
-        close = "near saturation, yet " if near else ""
-        return f"fragile        {close}nothing: no figure spreads over more than {FRAGILE:.0%}"
+        calm = "near saturation, but stable" if near else "nothing"
+        return f"fragile        {calm}: every figure varies by less than {FRAGILE * 100:.0f} %"
     worst = [f"{key} {spread.spreads[key].relative:.0%}" for key in spread.fragile[:6]]
     more = f" and {len(spread.fragile) - 6} more" if len(spread.fragile) > 6 else ""
     cause = " (the run is near saturation)" if near else ""

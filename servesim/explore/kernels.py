@@ -1,4 +1,4 @@
-"""The same steps priced with the kernel times of two runs: which kernels got faster or slower."""
+"""The same steps, priced by what priced two runs: which kernels got faster or slower, and where."""
 
 from __future__ import annotations
 
@@ -6,94 +6,135 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from servesim.errors import InputError
-from servesim.explore.limits import typical_steps
+from servesim.engine.batch import Batch
+from servesim.explore.limits import percent, typical_steps
 from servesim.results.units import si
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from servesim.cost.step_timer import StepTimer
-    from servesim.results.records import InstanceLog
+    from servesim.results.records import InstanceLog, Pricing
     from servesim.results.result import Result
-    from servesim.specs.cluster import ClusterSpec
 
 _MIXED_SHARE = 0.3
 """Steps with both prefill and decodes are worth a figure from this share of the busy time on."""
+_GROUPS = 2
+"""Kinds of instances that are spoken of, those with most work first."""
 
 
 @dataclass(slots=True, frozen=True)
 class KernelChange:
-    """What one step costs with the kernels of either run."""
+    """What one step costs on one instance of either run."""
 
+    where: str
+    """``instance 1 (L40S, decode)`` in words; empty where all instances are alike."""
     step: str
     """The step in words."""
     before_us: float
     after_us: float
     kernel: str
-    """The kernel whose time changed most."""
-    kernel_before_us: float
-    kernel_after_us: float
+    """The kernel whose time changed most; empty where the step is not told kernel by kernel."""
+    kernel_before_us: float = 0.0
+    kernel_after_us: float = 0.0
 
 
 def kernel_changes(base: Result, other: Result) -> list[KernelChange]:
-    """The baseline's typical steps under the kernel times of both runs.
+    """The baseline's typical steps, priced by the instances of both runs that have the same number.
 
-    Decodes alone, a prefill chunk alone, and both together when much time goes there. Of the first instance;
-    empty when both runs read the same kernel times, or they cannot be read again.
+    Decodes alone, a prefill chunk alone, and both together when much time goes there; of every kind of
+    instance. Empty where nothing takes another time, or what priced the runs is not at hand.
     """
-    if base.cluster is None or other.cluster is None or not len(base.requests):
-        return []
-    one, two = base.instances[0], other.instances[0]
-    if (one.spec, one.options.variant) == (two.spec, two.options.variant):
-        return []
-    try:
-        timers = _timer(one, base.cluster), _timer(two, other.cluster)
-    except InputError:
-        return []
-    typical = typical_steps(base)
+    groups = _alike(base)
     found = []
+    for group in groups[:_GROUPS]:
+        index = group[0].index
+        if index >= len(other.instances):
+            continue
+        pricings = group[0].pricing, other.instances[index].pricing
+        if pricings[0] is None or pricings[1] is None:
+            continue
+        where = _where(group, other.instances[index]) if len(groups) > 1 else ""
+        for step, batch in _typical(base, group):
+            found.append(_priced(where, step, (pricings[0], pricings[1]), batch))
+    moved = any(abs(change.after_us - change.before_us) > 1e-6 for change in found)
+    return found if moved else []
+
+
+def _alike(result: Result) -> list[list[InstanceLog]]:
+    """Instances that cannot differ, together; those that were busy longest first."""
+    groups: list[list[InstanceLog]] = []
+    for log in result.instances:
+        for group in groups:
+            if (group[0].spec, group[0].options) == (log.spec, log.options):
+                group.append(log)
+                break
+        else:
+            groups.append([log])
+    return sorted(groups, key=lambda group: -sum(_busy_ns(log) for log in group))
+
+
+def _busy_ns(log: InstanceLog) -> int:
+    return sum(log.steps.end_ns) - sum(log.steps.start_ns)
+
+
+def _where(group: Sequence[InstanceLog], other: InstanceLog) -> str:
+    spec = group[0].spec
+    hardware = (
+        spec.hardware if other.spec.hardware == spec.hardware else f"{spec.hardware} to {other.spec.hardware}"
+    )
+    role = f", {spec.pd_type}" if spec.pd_type else ""
+    return f"instance {group[0].index} ({hardware}{role})"
+
+
+def _typical(base: Result, group: Sequence[InstanceLog]) -> list[tuple[str, Batch]]:
+    typical = typical_steps(base, group)
+    steps = []
     if typical.decodes:
         step = f"decoding {_sequences(typical.decodes, typical.kv_length)}"
-        found.append(_priced(step, timers, [], typical.decodes, typical.kv_length))
+        steps.append((step, _batch((), typical.decodes, typical.kv_length)))
     if typical.prefill_tokens > 1:
-        chunk = [(typical.prefill_tokens, typical.history)]
+        chunks = ((typical.prefill_tokens, typical.history),)
         after = f" after {si(typical.history)}" if 4 * typical.history >= typical.prefill_tokens else ""
-        step = f"prefilling {typical.prefill_tokens} tokens{after}"
-        found.append(_priced(step, timers, chunk, 0, 0))
+        steps.append((f"prefilling {typical.prefill_tokens} tokens{after}", _batch(chunks, 0, 0)))
         if typical.mixed_decodes and typical.mixed_share >= _MIXED_SHARE:
             beside = _sequences(typical.mixed_decodes, typical.kv_length)
-            step = f"the same beside {beside} ({typical.mixed_share:.0%} of the time)"
-            found.append(_priced(step, timers, chunk, typical.mixed_decodes, typical.kv_length))
-    return found
+            step = f"the same beside {beside} ({percent(typical.mixed_share)} of the time)"
+            steps.append((step, _batch(chunks, typical.mixed_decodes, typical.kv_length)))
+    return steps
+
+
+def _batch(chunks: Sequence[tuple[int, int]], decodes: int, kv_length: int) -> Batch:
+    """A step of equal decodes beside chunks."""
+    length = kv_length if decodes else 0
+    return Batch(
+        step=0,
+        chunks=chunks,
+        num_decodes=decodes,
+        kv_sum=decodes * length,
+        kv_min=length,
+        kv_max=length,
+        kv_lengths=[length] * decodes,
+    )
 
 
 def _sequences(number: int, kv_length: int) -> str:
     return f"{number} sequence{'' if number == 1 else 's'} of {si(kv_length)} tokens"
 
 
-def _timer(instance: InstanceLog, cluster: ClusterSpec) -> StepTimer:
-    from servesim.cost.step_timer import build_step_timer
-    from servesim.specs.model import load_model
-
-    return build_step_timer(instance.spec, load_model(instance.spec.model_name), instance.options, cluster)
-
-
-def _priced(
-    step: str, timers: tuple[StepTimer, StepTimer], chunks: Sequence[tuple[int, int]], n: int, kv_length: int
-) -> KernelChange:
-    before, after = (_kernel_times(timer, chunks, n, kv_length) for timer in timers)
-    kernel = max(before, key=lambda name: abs(after[name] - before[name]))
-    return KernelChange(
-        step, sum(before.values()), sum(after.values()), kernel, before[kernel], after[kernel]
-    )
+def _priced(where: str, step: str, pricings: tuple[Pricing, Pricing], batch: Batch) -> KernelChange:
+    before_us, after_us = (pricing.us(batch) for pricing in pricings)
+    one, two = (_kernel_times(pricing, batch) for pricing in pricings)
+    shared = [name for name in one if name in two]
+    if not shared:
+        return KernelChange(where, step, before_us, after_us, "")
+    kernel = max(shared, key=lambda name: abs(two[name] - one[name]))
+    return KernelChange(where, step, before_us, after_us, kernel, one[kernel], two[kernel])
 
 
-def _kernel_times(
-    timer: StepTimer, chunks: Sequence[tuple[int, int]], n: int, kv_length: int
-) -> Counter[str]:
-    """µs of each kernel in a step; the parts that attention is listed in are added up."""
+def _kernel_times(pricing: Pricing, batch: Batch) -> Counter[str]:
+    """µs of each kernel in a step; the parts that attention is listed in are added up. Empty where a step
+    passes stages or waits for other members."""
     times: Counter[str] = Counter()
-    for cost in timer.explain(chunks, n, n * kv_length, kv_length, kv_length):
-        times[cost.layer.partition(":")[0]] += cost.total_us  # type: ignore[assignment]
+    for cost in pricing.layers(batch):
+        times[cost.layer.partition(":")[0]] += cost.total_us
     return times

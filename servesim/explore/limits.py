@@ -1,13 +1,18 @@
-"""What held a run back: KV blocks, request slots, the token budget, or nothing but its arrivals."""
+"""What held a run back: KV blocks, ``max_num_seqs``, the token budget, or nothing but its arrivals."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from servesim.results.units import MS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from servesim.results.records import InstanceLog
     from servesim.results.result import Result
 
 _BOUND_SHARE = 0.05
@@ -19,17 +24,19 @@ class Limits:
     """Shares of the busy time of all instances in which requests waited, by what they lacked."""
 
     blocks: float
-    """Slots and token budget were left: only KV blocks were short."""
+    """``max_num_seqs`` and token budget were not reached: only KV blocks were short."""
     slots: float
     """``max_num_seqs`` requests were running."""
     budget: float
     """The step was full: ``max_num_batched_tokens`` were scheduled."""
     preemptions: int
+    preempted_share: float = 0.0
+    """Preemptions per finished request."""
 
     @property
     def kv_bound(self) -> bool:
-        """Whether the KV cache's capacity limited the run."""
-        return self.preemptions > 0 or self.blocks >= _BOUND_SHARE
+        """Whether the KV cache's capacity limited the run: not by a preemption now and then."""
+        return max(self.preempted_share, self.blocks) >= _BOUND_SHARE
 
     @property
     def other(self) -> str:
@@ -37,8 +44,8 @@ class Limits:
         if max(self.slots, self.budget) < _BOUND_SHARE:
             return ""
         if self.slots >= self.budget:
-            return f"--max-num-seqs ({self.slots:.0%} of the time)"
-        return f"the step's token budget ({self.budget:.0%} of the time)"
+            return f"--max-num-seqs {percent(self.slots)} of the time"
+        return f"the token budget {percent(self.budget)} of the time"
 
 
 @dataclass(slots=True, frozen=True)
@@ -75,18 +82,34 @@ def limits(result: Result) -> Limits:
         busy_ns += int(duration.sum())
     busy = max(busy_ns, 1)
     preemptions = int(result.requests["preemptions"].sum())
-    return Limits(blocks_ns / busy, slots_ns / busy, budget_ns / busy, preemptions)
+    share = preemptions / len(result.requests) if preemptions else 0.0
+    return Limits(blocks_ns / busy, slots_ns / busy, budget_ns / busy, preemptions, share)
 
 
-def typical_steps(result: Result) -> TypicalSteps:
-    """See :class:`TypicalSteps`; all zero for a run without finished requests."""
+def percent(share: float) -> str:
+    """``0.173`` -> ``17 %``."""
+    return f"{share * 100:.0f} %"
+
+
+def typical_steps(result: Result, instances: Sequence[InstanceLog] | None = None) -> TypicalSteps:
+    """See :class:`TypicalSteps`; all zero without finished requests.
+
+    Args:
+        result: the run.
+        instances: those whose steps count, and whose requests; None: all.
+    """
     rows = result.requests
+    chosen = result.instances if instances is None else instances
+    if instances is not None:
+        numbers = [instance.index for instance in instances]
+        mine = np.isin(rows["instance_id"], numbers) | np.isin(rows["decode_instance"], numbers)
+        rows = rows[mine]
     tokens = int(rows["output"].sum())
     if not tokens:
         return TypicalSteps(0, 0, 0.0, 0, 0, 0)
     alone_ns = mixed_ns = 0
     decodes = mixed_decodes = prefill = 0.0
-    for instance in result.instances:
+    for instance in chosen:
         steps = instance.steps
         # in ms: products with token counts stay far from the limits of 64 bits
         duration = (steps.column("end_ns") - steps.column("start_ns")) / MS

@@ -1,77 +1,55 @@
-"""A comparison on screen: a coloured table for terminals, the same as plain text for pipes."""
+"""A comparison as text: a table that fits the screen, coloured where that is shown, verdict and trust."""
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING
 
+from servesim.explore.judgement import num_gpus, worst_error
 from servesim.results.banner import workload_line
 from servesim.results.table import Table
 from servesim.results.units import digits
+from servesim.terminal import screen_width, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from servesim.explore.compare import Comparison, Row
+    from servesim.explore.compare import Comparison
+    from servesim.explore.rows import Row
+    from servesim.results.result import Result
 
-WIDTH = 100
 _LESS_IS_BETTER = frozenset({"scheduling", "TTFT", "TPOT", "ITL", "latency", "energy"})
 _MORE_IS_BETTER = frozenset(
     {
         *("output_throughput", "total_token_throughput", "tokens_per_s_per_w"),
+        *("output_throughput_per_gpu", "total_token_throughput_per_gpu"),
         *("kv_cache_tokens", "kv_cache_blocks"),
+        *("slo_met", "goodput_percent", "goodput"),
     }
 )
-_NEITHER = frozenset({"peak_batch", "mean_power_w"})
-_UNCOLOURED_PERCENT = 1.0
+_NEITHER = frozenset({"peak_batch", "mean_power_w", "num_gpus"})
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """Heading, table and verdict as plain text."""
-    table = Table(header(comparison))
-    for rows in _sections(comparison.rows):
-        if table.rows:
-            table.rows.append(None)
-        for row in rows:
-            table.rows.append([row.title, row.unit, *_cells(row)])
-    return "\n".join([*heading(comparison), "", table.plain(), "", wrapped_verdict(comparison)])
-
-
-def show_comparison(comparison: Comparison) -> None:
-    """The same on the terminal, with gains in green and losses in red."""
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    for line in heading(comparison):
-        console.print(line, markup=False)
-    table = RichTable(box=SIMPLE, pad_edge=False)
-    for index, title in enumerate(header(comparison)):
-        table.add_column(title, justify="left" if index < 2 else "right", no_wrap=True)
-    for rows in _sections(comparison.rows):
-        for row in rows:
-            changes = row.changes()
-            cells = [Text(cell) for cell in _cells(row)]
-            for index in range(1, len(row.values)):
-                cells[2 * index].stylize(_style(row, changes[index]))
-            table.add_row(Text(row.title), Text(row.unit, style="dim"), *cells)
-        table.add_section()
-    console.print(table)
-    console.print(wrapped_verdict(comparison), markup=False)
+    """Heading, table, verdict and trust."""
+    parts = ["\n".join(heading(comparison)), _table(comparison), wrapped_verdict(comparison)]
+    if comparison.differences is not None:
+        parts.append(comparison.differences.text())
+    trust = "\n".join(wrapped(line, indent="  ") for line in comparison.trust)
+    return "\n\n".join(filter(None, [*parts, trust]))
 
 
 def heading(comparison: Comparison) -> list[str]:
-    """What was compared: workload, and model and hardware."""
-    result = comparison.results[0]
-    lines = [f"workload  {workload_line(result.workload)}"]
-    specs = {
-        f"{log.spec.model_name} on {log.spec.num_npus} x {log.spec.hardware}" for log in result.instances
-    }
-    count = f"{len(result.instances)} instances of " if len(result.instances) > 1 else ""
-    lines.append(f"cluster   {count}{', '.join(sorted(specs))}")
-    return lines
+    """What was compared: workload, and models and hardware, those of every set where they differ."""
+    lines = [f"workload  {workload_line(result.workload)}" for result in comparison.results]
+    clusters = [_cluster(result) for result in comparison.results]
+    if len(set(lines)) == 1:
+        lines = lines[:1]
+    if len(set(clusters)) == 1:
+        lines.append(f"cluster   {clusters[0]}")
+    else:
+        named = zip(comparison.names, clusters, strict=True)
+        lines += [f"cluster   {name}: {cluster}" for name, cluster in named]
+    return [wrapped(line, screen_width() or 10_000, indent=" " * 10) for line in lines]
 
 
 def header(comparison: Comparison) -> list[str]:
@@ -81,8 +59,8 @@ def header(comparison: Comparison) -> list[str]:
 
 
 def wrapped_verdict(comparison: Comparison) -> str:
-    """The verdict in lines of at most 100 characters."""
-    return "\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in comparison.verdict.splitlines())
+    """The verdict in lines that fit the screen."""
+    return "\n".join(wrapped(paragraph) for paragraph in comparison.verdict.splitlines())
 
 
 def change_text(change: float | None) -> str:
@@ -92,6 +70,49 @@ def change_text(change: float | None) -> str:
     if abs(change) < 0.05:
         return "="
     return f"{change:+,.0f}%" if abs(change) >= 99.95 else f"{change:+.1f}%"
+
+
+def _cluster(result: Result) -> str:
+    """``2 x H100 (meta-llama/Llama-3.1-8B, tp 2)``; several alike are counted."""
+    counts: dict[str, int] = {}
+    for log in result.instances:
+        spec = log.spec
+        role = f", {spec.pd_type}" if spec.pd_type else ""
+        degrees = "".join(
+            f", {name} {degree}"
+            for name, degree in (("tp", spec.tp_size), ("pp", spec.pp_size), ("ep", spec.ep_size))
+            if degree > 1
+        )
+        words = f"{spec.model_name} on {spec.num_npus} x {spec.hardware}{degrees}{role}"
+        counts[words] = counts.get(words, 0) + 1
+    parts = [words if count == 1 else f"{count} instances of {words}" for words, count in counts.items()]
+    total = f"; {num_gpus(result)} GPUs" if len(result.instances) > 1 else ""
+    return "; ".join(parts) + total
+
+
+def _table(comparison: Comparison) -> str:
+    """All rows; where the screen is narrow the unit follows the title, and what is left comes in parts."""
+    width = screen_width()
+    whole = _rows_of(comparison, units=True)
+    if whole.fits(width):
+        return whole.plain(width=width)
+    return _rows_of(comparison, units=False).plain(width=width)
+
+
+def _rows_of(comparison: Comparison, units: bool) -> Table:
+    first = 2 if units else 1
+    titles = header(comparison)
+    table = Table(titles if units else [titles[0], *titles[2:]], kept=first + 1, together=2)
+    for rows in _sections(comparison.rows):
+        if table.rows:
+            table.rows.append(None)
+        for row in rows:
+            named = [row.title, row.unit] if units else [", ".join(filter(None, (row.title, row.unit)))]
+            for index, change in enumerate(row.changes()[1:], 1):
+                error = worst_error((comparison.results[0], comparison.results[index])).percent
+                table.meanings[len(table.rows), first + 2 * index] = _meaning(row, change, error)
+            table.rows.append([*named, *_cells(row)])
+    return table
 
 
 def _sections(rows: Sequence[Row]) -> list[list[Row]]:
@@ -104,6 +125,9 @@ def _sections(rows: Sequence[Row]) -> list[list[Row]]:
 def _cells(row: Row) -> list[str]:
     changes = row.changes()
     values = _alike(row.values)
+    if row.key == "slo_met":
+        values = ["yes" if value else "no" for value in row.values]
+        changes = [0.0 if value == row.values[0] else None for value in row.values]
     cells = [values[0]]
     for value, change in zip(values[1:], changes[1:], strict=True):
         cells += [value, change_text(change)]
@@ -118,11 +142,13 @@ def _alike(values: Sequence[float]) -> list[str]:
     return [f"{value:,.{decimals}f}" for value in values]
 
 
-def _style(row: Row, change: float | None) -> str:
-    if row.key in _NEITHER or (change is not None and abs(change) < _UNCOLOURED_PERCENT):
+def _meaning(row: Row, change: float | None, error: float) -> str:
+    """Green for better and red for worse, beyond the error of what was compared."""
+    if row.key in _NEITHER or (change is not None and abs(change) < error):
         return ""
+    less = change is not None and change < 0
     if row.key in _MORE_IS_BETTER:
-        return "red" if change is not None and change < 0 else "green"
+        return "bad" if less else "good"
     if row.section in _LESS_IS_BETTER or row.key == "duration":
-        return "green" if change is not None and change < 0 else "red"
+        return "good" if less else "bad"
     return ""

@@ -9,6 +9,7 @@ from servesim.results.prefix_cache import prefix_cache_lines
 from servesim.results.saturation import saturation_line
 from servesim.results.table import Table
 from servesim.results.units import digits
+from servesim.terminal import screen_width, wrapped
 
 if TYPE_CHECKING:
     from servesim.results.result import Result
@@ -32,17 +33,32 @@ def closing(result: Result, wall_s: float | None = None) -> str:
         wall_s: how long the simulation took in real seconds; None leaves the line out.
     """
     summary = result.summary
-    lines = ["", *_totals(summary), "", latency_table(summary).plain(), "", *_memory(summary)]
+    if result.nothing_ran:
+        return "\n".join(
+            ["", f"requests       0 completed, {summary['failed']} rejected", *_rejected(result)]
+        )
+    lines = [
+        "",
+        *_totals(summary),
+        "",
+        latency_table(summary).plain(width=screen_width()),
+        "",
+        *_memory(summary),
+    ]
     near = saturation_line(summary["saturation"])
     if near:
-        lines.append(f"saturation     {near}")
-    for rejected in result.rejected[:3]:
-        lines.append(f"rejected request {rejected.request}: {rejected.reason}")
-    if len(result.rejected) > 3:
-        lines.append(f"… and {len(result.rejected) - 3} more rejected")
+        lines.append(wrapped(f"saturation     {near}", screen_width() or 10_000, indent=" " * 15))
+    lines += _rejected(result)
     if wall_s is not None:
         lines.append(wall_line(result.log.end_ns, wall_s))
     return "\n".join(lines)
+
+
+def _rejected(result: Result) -> list[str]:
+    lines = [f"rejected request {each.request}: {each.reason}" for each in result.rejected[:3]]
+    if len(result.rejected) > 3:
+        lines.append(f"… and {len(result.rejected) - 3:,} more rejected")
+    return lines
 
 
 def latency_table(summary: dict[str, Any]) -> Table:

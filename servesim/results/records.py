@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.memory.plan import KvCapacity
+    from servesim.results.stated_errors import StatedError
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.options import InstanceOptions
 
@@ -129,6 +130,17 @@ class TierMemory:
         return self.capacity_bytes // self.chunk_bytes * self.chunk_tokens
 
 
+class Pricing(Protocol):
+    """What priced the steps of an instance during the run."""
+
+    def us(self, batch: Any) -> float:
+        """µs of a step; see :class:`servesim.cost.wave_timer.BatchShape`."""
+
+    def layers(self, batch: Any) -> list[Any]:
+        """The step's :class:`servesim.cost.explain.LayerCost`, as far as it can be taken apart; else
+        empty."""
+
+
 @dataclass(slots=True)
 class InstanceLog:
     """Everything recorded about one instance."""
@@ -145,6 +157,10 @@ class InstanceLog:
     steps: StepLog = field(default_factory=StepLog)
     tier: TierMemory | None = None
     """Where its prefix cache keeps what the NPUs overwrite; None: nowhere."""
+    stated_error: StatedError | None = None
+    """How far its kernel times are off, as far as that was measured."""
+    pricing: Pricing | None = None
+    """The cost object of the run itself."""
 
 
 @dataclass(slots=True)

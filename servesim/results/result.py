@@ -59,6 +59,11 @@ class Result:
         return self.log.rejected
 
     @property
+    def nothing_ran(self) -> bool:
+        """Whether every request was rejected: all figures are 0 then, and mean nothing."""
+        return bool(self.log.rejected) and not self.log.requests
+
+    @property
     def instances(self) -> list[InstanceLog]:
         """Per instance: its options, KV-cache capacity, bundle and step log."""
         return self.log.instances

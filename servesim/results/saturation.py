@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from servesim.results.result import Result
 
 FULL_SHARE = 0.10
-"""Share of the busy time with every slot taken from which on an instance counts as saturated."""
+"""Share of the busy time at ``max_num_seqs`` from which on an instance counts as saturated."""
 KV_PEAK = 0.95
 """Share of the KV cache in use from which on it counts as full."""
 GROWTH = 2.0
@@ -31,7 +31,7 @@ class Saturation:
 
     instance: int
     full_share: float
-    """Share of the busy time during which ``max_num_seqs`` requests held a slot."""
+    """Share of the busy time during which ``max_num_seqs`` requests ran."""
     queue_early: float
     """Mean number of waiting requests during the first half of the time over which requests arrived."""
     queue_late: float
@@ -49,14 +49,14 @@ class Saturation:
         """What says that the instance was near saturation, in words; empty when nothing does."""
         found = []
         if self.full_share >= FULL_SHARE:
-            found.append(f"every slot (max_num_seqs) was taken for {self.full_share:.0%} of the busy time")
+            found.append(f"max_num_seqs requests ran for {self.full_share * 100:.0f} % of the busy time")
         if self.growing:
             early, late = digits(self.queue_early), digits(self.queue_late)
             found.append(f"the queue grew while requests arrived (mean {early}, then {late} waiting)")
         if self.kv_peak >= KV_PEAK:
-            found.append(f"the KV cache was {self.kv_peak:.1%} full at its peak")
+            found.append(f"the KV cache was {self.kv_peak * 100:.1f} % full at its peak")
         if self.preemptions:
-            found.append(f"{self.preemptions} preemptions")
+            found.append(f"{self.preemptions:,} preemption{'' if self.preemptions == 1 else 's'}")
         return found
 
 

@@ -191,11 +191,11 @@ def describe_host(hardware: HardwareSpec, engine: EngineSpec) -> str:
     own = hardware.engine
     stated = (prefill_us, decode_us) != (own.prefill_step_overhead_us, own.decode_step_overhead_us)
     if not prefill_us and not decode_us:
-        why = "as the cluster config says" if stated else "no machine is calibrated"
-        return f"no time beside the kernels: {why}, so predictions lean to the fast side"
-    times = f"{prefill_us / 1000:g} ms a step that prefills, {decode_us / 1000:g} ms a step of decodes"
+        why = "the cluster config says so" if stated else "no machine is calibrated"
+        return f"no overhead ({why}), so predictions lean to the fast side"
+    times = f"+{prefill_us / 1000:g} ms per step with prefill, +{decode_us / 1000:g} ms per decode-only step"
     if stated:
-        return f"{times}, as the cluster config says"
+        return f"{times} (from the cluster config)"
     if hardware.calibration is None:
-        return f"{times}, as the hardware file says"
-    return f"{times}, fitted on the {hardware.calibration.machine}"
+        return f"{times} (from the hardware file)"
+    return f"{times} (fitted on the {hardware.calibration.machine})"

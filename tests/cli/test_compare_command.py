@@ -25,10 +25,10 @@ def test_without_arguments_a_kv_bound_workload_shows_what_fp8_kv_does(
     assert rows["kv_cache_tokens"]["change_percent"]["kv fp8"] == pytest.approx(100, abs=0.01)
 
 
-def test_short_chats_show_honestly_that_it_does_not_pay(capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_chats_show_that_nothing_changes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--dataset", "workloads/short_chat.jsonl"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "kv fp8 does not pay here" in shown
+    assert "kv fp8 makes no measurable difference (less than the tables' error of 5 %)" in shown
     assert "its size was no limit" in shown
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import servesim
 from servesim.errors import InputError
 from servesim.explore.compare import Comparison
-from servesim.explore.show import comparison_text, show_comparison
+from servesim.explore.show import comparison_text
 from servesim.explore.verdict import option_differences
 from servesim.specs.cluster import load_cluster
 from servesim.workload.request import Request, Workload
@@ -74,7 +75,7 @@ def test_more_seats_than_blocks_is_said_to_run_out_of_blocks() -> None:
     assert few.summary["preemptions"] == 0
     assert (few.summary["peak_batch"], many.summary["peak_batch"]) == (2, 2)  # 599 blocks hold two of them
     assert "size was not a limit before" in blocks_against_more().verdict
-    assert "requests waited for KV blocks" in blocks_against_more().verdict
+    assert "requests wait for KV blocks" in blocks_against_more().verdict
 
 
 def test_sets_that_resolve_alike_are_said_to_change_nothing() -> None:
@@ -112,16 +113,20 @@ def test_something_out_of_nothing_has_no_percentage() -> None:
 
 def test_the_table_fits_and_is_aligned() -> None:
     lines = comparison_text(fp8_against_auto()).splitlines()
-    table = [line for line in lines if line.startswith(("KV ", "TTFT", "peak batch", "makespan"))]
+    table = [
+        line for line in lines if line.startswith(("KV cache", "KV size", "TTFT", "peak batch", "makespan"))
+    ]
     assert len({len(line) for line in table}) == 1
     assert max(map(len, lines[3:])) <= 100
 
 
-def test_a_terminal_gets_the_same_figures(capsys: pytest.CaptureFixture[str]) -> None:
-    show_comparison(fp8_against_auto())
-    shown = capsys.readouterr().out
-    for cell in ("65,536", "-50.0%", "131,072"):
-        assert cell in shown
+def test_colours_change_nothing_but_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = comparison_text(fp8_against_auto())
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = comparison_text(fp8_against_auto())
+    assert "\033[32m" in coloured
+    assert re.sub("\033\\[[0-9]+m", "", coloured) == plain
 
 
 def test_json_and_csv_hold_every_figure(tmp_path: Path) -> None:
@@ -134,7 +139,7 @@ def test_json_and_csv_hold_every_figure(tmp_path: Path) -> None:
     assert saved["verdict"] == comparison.verdict
     table = list(csv.DictReader(io.StringIO((tmp_path / "c.csv").read_text())))
     assert [row["figure"] for row in table] == [row.key for row in comparison.rows] == list(saved["rows"])
-    assert table[2]["kv fp8 change %"] == "-50.0"
+    assert table[3]["kv fp8 change %"] == "-50.0"
 
 
 def test_one_set_is_no_comparison() -> None:

@@ -46,10 +46,10 @@ def test_only_a_machine_that_was_recorded_ships_with_host_time() -> None:
 @pytest.mark.parametrize(
     ("engine", "told"),
     [
-        (NO_HOST_TIME, "no time beside the kernels: as the cluster config says"),
+        (NO_HOST_TIME, "no overhead (the cluster config says so), so predictions"),
         (
             EngineSpec(prefill_step_overhead_us=1500),
-            "1.5 ms a step that prefills, 0.08 ms a step of decodes,",
+            "+1.5 ms per step with prefill, +0.08 ms per decode-only step (from",
         ),
     ],
 )

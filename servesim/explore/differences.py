@@ -1,0 +1,118 @@
+"""How far the differences between option sets spread when every run is noisy."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from servesim.explore.ensemble import figures_of, noisy_figures, spread_of
+from servesim.explore.judgement import FIGURES, num_gpus, survives
+from servesim.results.table import Table
+from servesim.terminal import screen_width, wrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from servesim.explore.ensemble import Spread
+    from servesim.results.result import Result
+    from servesim.specs.options import RuntimeOptions
+
+
+@dataclass(slots=True, frozen=True)
+class Differences:
+    """Spread of every difference to the first set, in %, over the same noisy runs of both."""
+
+    options: RuntimeOptions
+    """Number of runs, size of the noise and seed."""
+    sets: dict[str, dict[str, Spread]]
+    """Label of a set -> key of a figure -> spread."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``ensemble`` entry of a comparison, ready for JSON."""
+        return {
+            "runs": self.options.ensemble,
+            "seed": self.options.seed,
+            "step_noise": self.options.step_noise,
+            "run_noise": self.options.run_noise,
+            "arrival_jitter_s": self.options.arrival_jitter,
+            "change_percent": {
+                name: {
+                    key: {
+                        **{part: round(value, 6) for part, value in asdict(spread).items()},
+                        "survives": survives(spread),
+                    }
+                    for key, spread in spreads.items()
+                }
+                for name, spreads in self.sets.items()
+            },
+        }
+
+    def text(self) -> str:
+        """A line on the noise, and a table of the differences that decide."""
+        noise = self.options
+        jitter = f", arrivals ±{noise.arrival_jitter:g} s" if noise.arrival_jitter else ""
+        line = (
+            f"differences in % over {noise.ensemble} noisy runs of each set, P5 to P95 (each step "
+            f"±{noise.step_noise * 100:.3g} %, all steps of a run ±{noise.run_noise * 100:.3g} %{jitter}); "
+            "? = lost in the noise"
+        )
+        table = Table(["", *self.sets])
+        for key, name in (
+            *((key, name) for key, name, _ in FIGURES),
+            ("output_throughput_per_gpu", "per GPU"),
+        ):
+            cells = [_band(spreads.get(key)) for spreads in self.sets.values()]
+            if any(cells):
+                table.rows.append([name, *cells])
+        return f"{wrapped(line)}\n\n{table.plain(width=screen_width())}"
+
+
+def differences(
+    names: Sequence[str],
+    results: Sequence[Result],
+    options: Sequence[RuntimeOptions],
+    before_run: Callable[[str], None] | None = None,
+) -> Differences:
+    """Repeat every run ``ensemble`` times with noise and compare run k of each set with run k of the first.
+
+    Sets that read the same kernel times get the same noise, as they have the same errors; kernel times from
+    other tables err on their own.
+
+    Args:
+        names: labels of the sets.
+        results: their runs without noise.
+        options: of every set, with ``ensemble`` and the noise.
+        before_run: called with a label before its noisy runs.
+    """
+    tables = [tuple(sorted({log.bundle_source for log in result.instances})) for result in results]
+    streams = {source: number for number, source in enumerate(dict.fromkeys(tables))}
+    figures = []
+    for name, result, chosen, source in zip(names, results, options, tables, strict=True):
+        if before_run is not None:
+            before_run(name)
+        runs = noisy_figures(result, chosen, stream=streams[source])
+        figures.append([_with_per_gpu(each, num_gpus(result)) for each in runs])
+    plain = [_with_per_gpu(figures_of(result), num_gpus(result)) for result in results]
+    sets = {}
+    for name, nominal, runs in zip(names[1:], plain[1:], figures[1:], strict=True):
+        sets[name] = {
+            key: spread_of(_percent(plain[0][key], nominal[key]), changes)
+            for key in nominal
+            if all(run[key] for run in figures[0])
+            and (changes := [_percent(one[key], two[key]) for one, two in zip(figures[0], runs, strict=True)])
+        }
+    return Differences(options[0], sets)
+
+
+def _with_per_gpu(figures: dict[str, float], gpus: int) -> dict[str, float]:
+    return {**figures, "output_throughput_per_gpu": figures["output_throughput"] / max(gpus, 1)}
+
+
+def _percent(before: float, after: float) -> float:
+    return (after / before - 1) * 100 if before else 0.0
+
+
+def _band(spread: Spread | None) -> str:
+    if spread is None:
+        return ""
+    return f"{spread.p5:+.1f} to {spread.p95:+.1f}" + ("" if survives(spread) else "?")

@@ -1,0 +1,89 @@
+"""How far kernel times are off, as measured: the number behind every verdict and every word of trust.
+
+All numbers are those of benchmarks/RESULTS.md (a test holds them together). No whole step was measured on
+most GPUs: there, what was found where steps were measured and what prompts in chunks show on the GPU itself
+are added up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RESULTS = "benchmarks/RESULTS.md"
+WHOLE_STEPS = 5.2
+"""%: P95 of single steps of silicon bundles against layerwise profiles, the worst model (RTX PRO 6000)."""
+CHECKED_GPU = "RTXPRO6000"
+CHUNKED_PROMPTS: dict[str, tuple[int, int | None]] = {
+    "H100": (1, 6),
+    "H200": (-2, 1),
+    "B200": (7, 9),
+    "B300": (7, 11),
+    "GB200": (3, 7),
+    "GB300": (5, 6),
+    "L40S": (11, 12),
+    "A100": (7, None),
+    "B60": (4, 5),
+    "RTXPRO6000": (14, 6),
+}
+"""%: a long prompt in chunks against the same in one piece, silicon; with 16-bit and with fp8 KV."""
+ROOFLINE_STEPS: dict[str, tuple[int, int]] = {
+    "A100": (17, 60),
+    "B200": (4, 36),
+    "B300": (4, 40),
+    "B60": (21, 69),
+    "GB200": (5, 45),
+    "GB300": (4, 44),
+    "H100": (7, 20),
+    "H200": (10, 35),
+    "L40S": (4, 24),
+    "RTXPRO6000": (6, 32),
+}
+"""%: median and P95 of whole steps, the worst kind of step, of GPUs that the roofline was fitted to."""
+ROOFLINE_OTHERS = (21, 91)
+"""%: the same of a GPU left out of the fit, the worst one."""
+MEASURED = 2.6
+"""%: error of the mean TPOT of recorded runs with measured bundles and no host time, the worst run."""
+UNSTATED = 10.0
+"""%: assumed of a bundle that says nothing about its origin."""
+
+
+@dataclass(slots=True, frozen=True)
+class StatedError:
+    """What is known about the error of an instance's kernel times."""
+
+    percent: float
+    """A difference between two runs that is smaller may be the tables', not the runs'."""
+    reason: str
+    """Where the number is from."""
+
+
+def stated_error(meta: Mapping[str, Any], hardware: str, kv_dtype: str) -> StatedError:
+    """The error of a bundle with this ``meta.yaml``, for KV of ``kv_dtype``."""
+    source = meta.get("source") or ("vllm" if meta.get("vllm_version") else "")
+    if source == "silicon":
+        return _of_silicon(hardware, 1 if "fp8" in kv_dtype else 0)
+    if source == "roofline":
+        if hardware in ROOFLINE_STEPS:
+            median, p95 = ROOFLINE_STEPS[hardware]
+            return StatedError(median, f"roofline fitted to this GPU: median of whole steps, P95 {p95} %")
+        median, p95 = ROOFLINE_OTHERS
+        return StatedError(median, f"roofline of a GPU it was not fitted to: median of steps, P95 {p95} %")
+    if source in ("vllm", "torch"):
+        return StatedError(MEASURED, "measured kernels: mean TPOT of recorded runs without host time")
+    return StatedError(UNSTATED, "assumed: the bundle does not say where it is from")
+
+
+def _of_silicon(hardware: str, column: int) -> StatedError:
+    if hardware == CHECKED_GPU:
+        return StatedError(WHOLE_STEPS, "silicon: P95 of single steps measured on this GPU")
+    known = CHUNKED_PROMPTS.get(hardware, (None, None))[column]
+    why = "what prompts in chunks show on this GPU"
+    if known is None:
+        known = max(abs(value) for pair in CHUNKED_PROMPTS.values() for value in pair if value is not None)
+        why = "what prompts in chunks show at worst on another one: not checked here"
+    percent = round(WHOLE_STEPS + abs(known), 1)
+    return StatedError(percent, f"silicon: P95 of steps on {CHECKED_GPU}, {WHOLE_STEPS} %, plus {why}")
