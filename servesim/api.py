@@ -52,7 +52,10 @@ def simulate(
     observer: Observer | None = None,
     **flags: Any,
 ) -> Result:
-    """Run ``workload`` on ``cluster`` and return what happened. Writes no file and prints nothing.
+    """Run ``workload`` on ``cluster`` and return what happened.
+
+    Prints nothing, and writes no file but a profile bundle that is missing, which it keeps in the user's data
+    folder and tells the logger ``servesim`` (``auto_profile=False``: an error instead).
 
     Args:
         cluster: a loaded cluster, the path of a cluster config, or its content; None: the options name it.
@@ -66,6 +69,7 @@ def simulate(
         RunError: the run could not be finished.
     """
     from servesim.engine.build import run
+    from servesim.profiler.making import bundles_on_demand
     from servesim.results.result import Result
 
     chosen = with_flags(options, flags)
@@ -83,4 +87,6 @@ def simulate(
         requests = workload
     else:
         requests = read_workload(chosen, workload)
-    return Result(run(spec, requests, chosen, observer), requests, chosen, spec)
+    with bundles_on_demand(chosen.auto_profile):
+        log = run(spec, requests, chosen, observer)
+    return Result(log, requests, chosen, spec)

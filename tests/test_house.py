@@ -34,8 +34,8 @@ MAY_IMPORT = {
     "power": {"specs", "errors"},
     "results": {"memory", "power", "workload", "specs", "errors", "_version"},
     "engine": {"results", "memory", "cost", "network", "power", "workload", "specs", "errors"},
-    "api": {"engine", "results", "workload", "specs", "errors"},
-    "profiler": {"cost", "network", "results", "specs", "errors", "_version"},
+    "api": {"profiler", "engine", "results", "workload", "specs", "errors"},
+    "profiler": {"cost", "memory", "network", "results", "specs", "errors", "_version"},
     "explore": {"api", "engine", "results", "memory", "cost", "workload", "specs", "errors"},
     "report": {"explore", "api", "engine", "results", "memory", "workload", "specs", "errors"},
     "bench": {

@@ -91,11 +91,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run every option set and print the table; returns the exit status."""
-    from servesim.cli.messages import set_up_messages
-    from servesim.cli.on_demand import bundles_on_demand
+    from servesim.cli.messages import set_up_messages, tell
     from servesim.cli.screen import say
     from servesim.explore.compare import compare
     from servesim.explore.show import comparison_text
+    from servesim.profiler.making import bundles_on_demand
     from servesim.results.atomic import check_writable
     from servesim.specs.options import from_namespace
 
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             check_writable(path, flag)
     if args.json == args.csv == "-":
         raise InputError("--json and --csv: only one of them can be printed; give the other a path")
-    with bundles_on_demand(options.auto_profile):
+    with bundles_on_demand(options.auto_profile, tell):
         comparison = compare(
             sets=sets,
             options=options,

@@ -44,10 +44,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
-    from servesim.cli.on_demand import bundles_on_demand
+    from servesim.cli.messages import tell
     from servesim.cost.bundle import range_warnings
     from servesim.cost.step_timer import build_step_timer
     from servesim.memory.placement import uses_placement
+    from servesim.profiler.making import bundles_on_demand
     from servesim.specs.cluster import cluster_of
     from servesim.specs.model import load_model
     from servesim.specs.options import from_namespace, resolve
@@ -74,15 +75,15 @@ def run(args: argparse.Namespace) -> int:
     _check_alone(instance, model.is_moe, f"{cluster.source}: instance {args.instance}")
     if instance.pp_size > 1:
         lengths = args.decodes, kv_sum, kv_min, kv_max
-        with bundles_on_demand(options.auto_profile):
+        with bundles_on_demand(options.auto_profile, tell):
             print(_pipeline_text(cluster, args.instance, model, resolved, chunks, lengths))
         return 0
-    with bundles_on_demand(options.auto_profile):
+    with bundles_on_demand(options.auto_profile, tell):
         timer = build_step_timer(instance, model, resolved, cluster)
     tokens = args.decodes + sum(c for c, _ in chunks)
     sequences = args.decodes + len(chunks)
     print(f"{model.name} on {instance.hardware}, tp {instance.tp_size}: {timer.bundle.describe()}")
-    for warning in range_warnings(timer.bundle, tokens, sequences):
+    for warning in [*timer.bundle.unstated(), *range_warnings(timer.bundle, tokens, sequences)]:
         print(f"warning: {warning}")
     print(table(timer.explain(chunks, args.decodes, kv_sum, kv_min, kv_max)))
     ns = timer.mixed_ns(chunks, args.decodes, kv_sum, kv_min, kv_max)

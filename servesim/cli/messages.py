@@ -15,6 +15,11 @@ def set_up_messages(level: str) -> None:
     warnings.showwarning = _show_warning
 
 
+def tell(line: str) -> None:
+    """A line on stderr about something that was done for the user."""
+    print(line, file=sys.stderr)
+
+
 class _OnStderr(logging.Handler):
     """Writes to whatever stderr is at the time."""
 

@@ -8,10 +8,9 @@ from servesim.errors import InputError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from servesim.profiler.bundle_writer import BundleContent
     from servesim.profiler.job import ProfileJob
 
 SOURCES = {
@@ -94,6 +93,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Make the bundle and say where it is; returns the exit status."""
     from servesim.profiler.bundle_writer import write_bundle
+    from servesim.profiler.on_demand import build
 
     if args.source in MEASURING:
         from servesim.profiler.measure.command import measure
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     folder = bundle_folder(args.output_root, job)
     if not args.force:
         refuse_to_lose(folder, args.source, job.tp_degrees)
-    content = builder(args.source)(job)
+    content = build(args.source, job)
     write_bundle(folder, content)
     rows = sum(len(table) for table in content.tables.values())
     degrees = ", ".join(f"tp{tp}" for tp in job.tp_degrees)
@@ -135,17 +135,6 @@ def refuse_to_lose(folder: Path, source: str, degrees: Sequence[int]) -> None:
         f"{folder}/: there is a bundle already and {what}; give --force to replace it, --output-root to put "
         "the new one elsewhere, or all degrees in --tp"
     )
-
-
-def builder(source: str) -> Callable[[ProfileJob], BundleContent]:
-    """What makes the bundle's content for a source that needs no device."""
-    if source == "roofline":
-        from servesim.profiler.roofline.build import build_bundle as from_roofline
-
-        return from_roofline
-    from servesim.profiler.silicon.build import build_bundle as from_silicon
-
-    return from_silicon
 
 
 def job_of(args: argparse.Namespace) -> ProfileJob:
@@ -193,7 +182,9 @@ def parse_degrees(text: str) -> tuple[int, ...]:
 
 
 def bundle_folder(root: str, job: ProfileJob) -> Path:
-    """``<root>/<hardware>/<model>/<variant>``."""
+    """``<root>/<hardware>/<model>/<variant>``, the model by :func:`servesim.specs.shape.bundle_label`."""
     from pathlib import Path
 
-    return Path(root) / job.hardware.name / job.model.name / job.variant
+    from servesim.specs.shape import bundle_label
+
+    return Path(root) / job.hardware.name / bundle_label(job.model) / job.variant

@@ -30,12 +30,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, simulate, print, save; returns the exit status."""
-    from servesim.cli.on_demand import bundles_on_demand
+    from servesim.cli.messages import tell
+    from servesim.profiler.making import bundles_on_demand
     from servesim.specs.options import from_namespace
 
     started_s = time.perf_counter()
     options = with_run_id(from_namespace(args))
-    with bundles_on_demand(options.auto_profile):
+    with bundles_on_demand(options.auto_profile, tell):
         return simulate_and_save(options, started_s)
 
 

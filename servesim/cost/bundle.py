@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from servesim.cost.bundle_csv import read_labelled, read_numbers, refuse_repeats
-from servesim.cost.missing import made_for, refreshed
+from servesim.cost.identity import Wanted, differences, is_computed, source_of
+from servesim.cost.integrity import check_grid, stated_stamps
+from servesim.cost.missing import made_for_run, refreshed
 from servesim.cost.moe import MoeTable
 from servesim.cost.skew_csv import read_skew
 from servesim.cost.tables import Curve, Surface, densify
-from servesim.cost.variant import find_tp_folder, find_variant, profile_command
+from servesim.cost.variant import folder_root, no_degree, no_variant, places, profile_command
 from servesim.errors import InputError, MissingFileError
 from servesim.specs.reading import read_yaml_object
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from servesim.cost.integrity import Stamp
     from servesim.cost.skew import SkewTable
 
 UNLIMITED = 2**31 - 1  # what max_num_seqs 0 stands for
@@ -78,15 +82,18 @@ class RankTables:
 
 @dataclass(slots=True)
 class Bundle:
-    """One bundle folder; :func:`load_bundle` makes it."""
+    """One bundle folder; :func:`find_bundle` makes it."""
 
     folder: Path
     hardware: str
     model: str
     variant: str
     meta: dict[str, Any]
+    wanted: Wanted | None = None
+    """What the run asked for; None: the names."""
     _tables: dict[int, RankTables] = field(default_factory=dict)
     _whole_experts: MoeTable | None = None
+    _stamps: dict[str, Stamp] | None = None
 
     @property
     def limits(self) -> BundleLimits:
@@ -111,26 +118,18 @@ class Bundle:
         return link
 
     def tables(self, tp: int) -> RankTables:
-        """The tables of ``tp<N>``; read on first use.
+        """The tables of ``tp<N>``, of this folder or of another place that has the degree; read on first use.
 
         Raises:
             MissingFileError: the degree or one of its files is not there; InputError: a file is malformed.
         """
         if tp not in self._tables:
-            try:
-                folder = find_tp_folder(self.folder, self.hardware, self.model, self.variant, tp)
-                self._tables[tp] = self._read(folder, tp)
-            except MissingFileError as missing:
-                if self.meta.get("source") != "silicon":
-                    raise  # a degree made from other measurements has no place beside measured ones
-                made = made_for(self.hardware, self.model, self.variant, tp, missing)
-                self._tables[tp] = self._beside(made)._read(made / f"tp{tp}", tp)
+            own = (self.folder / f"tp{tp}").is_dir()
+            self._tables[tp] = self._read(tp) if own else find_bundle(self._asked(), tp).tables(tp)
         return self._tables[tp]
 
-    def _beside(self, folder: Path) -> Bundle:
-        """The bundle of the same name in another place."""
-        meta = read_yaml_object(folder / "meta.yaml")
-        return Bundle(folder, self.hardware, self.model, self.variant, meta)
+    def _asked(self) -> Wanted:
+        return self.wanted or Wanted(self.hardware, self.model, self.variant)
 
     def whole_experts(self) -> MoeTable:
         """The expert layer of ranks that hold whole experts, as expert parallelism has them: ``tp1/moe.csv``.
@@ -139,8 +138,11 @@ class Bundle:
             MissingFileError: it was not measured; InputError: it is malformed.
         """
         if self._whole_experts is None:
-            path = self._file(self.folder / "tp1", "moe.csv", 1)
-            self._whole_experts = _read_moe_table(path, 1)
+            if (self.folder / "tp1").is_dir():
+                self._file("tp1/moe.csv", 1)
+                self._whole_experts = self._read_moe("tp1/moe.csv", 1)
+            else:
+                self._whole_experts = find_bundle(self._asked(), 1).whole_experts()
         return self._whole_experts
 
     def describe(self) -> str:
@@ -160,57 +162,157 @@ class Bundle:
             parts.append(str(confidence))
         return f"{self.folder} ({', '.join(parts)})"
 
-    def _read(self, folder: Path, tp: int) -> RankTables:
+    def unstated(self) -> list[str]:
+        """One warning where meta.yaml does not state what it takes to check the bundle; else empty."""
+        lacks = []
+        if self.meta.get("made_for") is None:
+            lacks.append("which model's shape it was made for")
+        if self.meta.get("files") is None:
+            lacks.append("what its tables have to hold")
+        if not lacks:
+            return []
+        return [f"{self.folder}: meta.yaml does not state {' or '.join(lacks)}; used as it is, unchecked"]
+
+    def _read(self, tp: int) -> RankTables:
+        name = f"tp{tp}"
         return RankTables(
-            folder=folder,
-            dense=_read_curves(self._file(folder, "dense.csv", tp), "tokens"),
-            per_sequence=_read_curves(self._file(folder, "per_sequence.csv", tp), "sequences"),
-            attention=_read_attention(self._file(folder, "attention.csv", tp)),
-            moe=self._read_moe(folder, tp),
+            folder=self.folder / name,
+            dense=_read_curves(*self._file(f"{name}/dense.csv", tp), "tokens"),
+            per_sequence=_read_curves(*self._file(f"{name}/per_sequence.csv", tp), "sequences"),
+            attention=_read_attention(*self._file(f"{name}/attention.csv", tp), self.meta),
+            moe=self._moe(tp),
             skew=self._read_skew(tp),
-            collectives=_read_collectives(folder / "comm.csv"),
+            collectives=_read_collectives(*self._optional(f"{name}/comm.csv")),
         )
 
-    def _file(self, folder: Path, name: str, tp: int) -> Path:
-        path = folder / name
+    def _file(self, name: str, tp: int) -> tuple[Path, Stamp | None]:
+        """A table that has to be there, and what is stated of it."""
+        path, stamp = self._optional(name)
         if not path.is_file():
-            command = profile_command(self.hardware, self.model, self.variant, tp)
+            asked = self._asked()
+            command = profile_command(asked.hardware, asked.named, asked.variant, tp)
             raise MissingFileError(
                 f"{path}: no such file; the bundle is incomplete\nMake it with:  {command}"
             )
-        return path
+        return path, stamp
 
-    def _read_moe(self, folder: Path, tp: int) -> MoeTable | None:
+    def _optional(self, name: str) -> tuple[Path, Stamp | None]:
+        """A table that has to be there only if meta.yaml states it, and what is stated of it."""
+        if self._stamps is None:
+            self._stamps = stated_stamps(self.meta, self.folder / "meta.yaml")
+        path, stamp = self.folder / name, self._stamps.get(name)
+        if stamp is not None and not path.is_file():
+            raise MissingFileError(
+                f"{path}: no such file, though meta.yaml states it with {stamp.rows} rows; the bundle is "
+                "incomplete: restore the file, or make the bundle again"
+            )
+        return path, stamp
+
+    def _moe(self, tp: int) -> MoeTable | None:
         """``tp<N>/moe.csv``, or the one of ``tp1`` read as whole experts shared by N ranks."""
-        for place, split in ((folder, 1), (self.folder / "tp1", tp)):
-            path = place / "moe.csv"
+        for name, split in ((f"tp{tp}/moe.csv", 1), ("tp1/moe.csv", tp)):
+            path, _ = self._optional(name)
             if path.is_file():
-                return _read_moe_table(path, split)
+                return self._read_moe(name, split)
         return None
+
+    def _read_moe(self, name: str, split: int) -> MoeTable:
+        return _read_moe_table(*self._optional(name), split)
 
     def _read_skew(self, tp: int) -> SkewTable | None:
         """The fit of meta.yaml's ``skew_fit``; None when this degree has none or it is switched off."""
         fit = _mapping(self.meta, "skew_fit", self.folder / "meta.yaml")
-        return read_skew(self.folder, fit, tp) if fit.get("enabled") else None
+        if not fit.get("enabled"):
+            return None
+        stamps = {name: self._optional(name)[1] for name in self._stamps or {} if name.endswith("_fit.csv")}
+        return read_skew(self.folder, fit, tp, stamps)
 
 
-def load_bundle(hardware: str, model: str, variant: str, tp: int = 1) -> Bundle:
-    """Find and open a bundle; ``tp`` only serves the command shown when it is not there.
+def load_bundle(hardware: str, model: str, variant: str, tp: int | None = None) -> Bundle:
+    """The bundle filed under these names, whatever it was made for; see :func:`find_bundle`."""
+    return find_bundle(Wanted(hardware, model, variant), tp)
+
+
+def find_bundle(wanted: Wanted, tp: int | None = None) -> Bundle:
+    """Find and open a bundle: of the working folder, the user's data folder and the shipped data, the first
+    that has the degree and was made for what is wanted. None of them: the one that is made for it, where
+    somebody makes bundles.
+
+    Args:
+        wanted: names, and what the run simulates.
+        tp: the degree that will be read; None: any.
 
     Raises:
-        MissingFileError: there is no such folder; InputError: its meta.yaml is missing or malformed.
+        MissingFileError: there is no such bundle or degree; InputError: it was made for something else, or
+            its meta.yaml is malformed.
     """
-    try:
-        folder = refreshed(find_variant(hardware, model, variant, tp), hardware, model, variant)
-    except MissingFileError as missing:
-        folder = made_for(hardware, model, variant, tp, missing)
+    found, misfits = [], []
+    measured = False
+    for folder in places(wanted):
+        found.append(folder)
+        if tp is not None and not (folder / f"tp{tp}").is_dir():
+            measured |= not is_computed(_meta_or_nothing(folder))
+            continue
+        meta = _read_meta(refreshed(folder, wanted), wanted, tp or 1)
+        if folder.parent.name != wanted.model.rpartition("/")[2] and _is_only_a_namesake(meta):
+            continue
+        if differing := differences(meta, folder / "meta.yaml", wanted):
+            misfits.append((folder, meta, differing))
+        else:
+            return Bundle(folder, wanted.hardware, wanted.model, wanted.variant, meta, wanted)
+    degree = tp or 1
+    if misfits:
+        problem: InputError = _misfit(*misfits[0], wanted, degree)
+        measured |= any(not is_computed(meta) for _, meta, _ in misfits)
+    else:
+        problem = no_degree(wanted, degree, found) if found else no_variant(wanted, degree)
+    if measured:
+        raise problem  # what is made from other data has no place beside measured times
+    folder = made_for_run(wanted, degree, problem)
+    meta = _read_meta(folder, wanted, degree)
+    return Bundle(folder, wanted.hardware, wanted.model, wanted.variant, meta, wanted)
+
+
+def _read_meta(folder: Path, wanted: Wanted, tp: int) -> dict[str, Any]:
     meta = folder / "meta.yaml"
     if not meta.is_file():
         raise MissingFileError(
             f"{meta}: no such file; a bundle says there where its numbers come from\n"
-            f"Make it with:  {profile_command(hardware, model, variant, tp)}"
+            f"Make it with:  {profile_command(wanted.hardware, wanted.named, wanted.variant, tp)}"
         )
-    return Bundle(folder, hardware, model, variant, read_yaml_object(meta))
+    return read_yaml_object(meta)
+
+
+def _meta_or_nothing(folder: Path) -> dict[str, Any]:
+    """meta.yaml of a bundle that is not going to be read."""
+    try:
+        return read_yaml_object(folder / "meta.yaml")
+    except InputError:
+        return {}
+
+
+def _is_only_a_namesake(meta: dict[str, Any]) -> bool:
+    """Whether a bundle under the bare name of a model given by path has nothing but the name in common.
+
+    Earlier versions filed every path's bundles so. One that states its shape is compared like any other, and
+    one that was measured is not lost; a computed one is soon made again.
+    """
+    return meta.get("made_for") is None and is_computed(meta)
+
+
+def _misfit(folder: Path, meta: dict[str, Any], differing: list[str], wanted: Wanted, tp: int) -> InputError:
+    """That a bundle was made for something else, with what differs and the way out."""
+    source = source_of(meta)
+    again = "made" if is_computed(meta) else "measured"
+    command = profile_command(wanted.hardware, wanted.named, wanted.variant, tp, source=source)
+    root = folder_root(folder)
+    where = "" if root is None else f" --output-root {shlex.quote(str(root))}"
+    return InputError(
+        f"{folder}: this bundle was {again} for something else than this run simulates: "
+        f"{', '.join(differing)}\n"
+        f"Have it {again} again with:  {command} --force{where}\n"
+        "or give the other model, or the other hardware file, a name of its own"
+    )
 
 
 def range_warnings(bundle: Bundle, max_num_batched_tokens: int, max_num_seqs: int) -> list[str]:
@@ -229,23 +331,23 @@ def range_warnings(bundle: Bundle, max_num_batched_tokens: int, max_num_seqs: in
     return [f"{bundle.folder}: {' and '.join(beyond)}: larger steps are extrapolated"]
 
 
-def _read_curves(path: Path, axis: str) -> dict[str, Curve]:
+def _read_curves(path: Path, stamp: Stamp | None, axis: str) -> dict[str, Curve]:
     """dense.csv or per_sequence.csv: layer → curve over ``axis``."""
-    texts, rows = read_labelled(path, ("layer",), (axis, "time_us"))
+    texts, rows = read_labelled(path, ("layer",), (axis, "time_us"), stamp)
     layers, which = _numbered([name for (name,) in texts])
     refuse_repeats(path, np.column_stack([which, rows[:, 0].astype(np.int64)]))
     return {name: Curve.from_rows(*rows[which == i].T) for i, name in enumerate(layers)}
 
 
-def _read_moe_table(path: Path, split: int) -> MoeTable:
-    rows = read_numbers(path, ("tokens", "activated_experts", "time_us"))
+def _read_moe_table(path: Path, stamp: Stamp | None, split: int) -> MoeTable:
+    rows = read_numbers(path, ("tokens", "activated_experts", "time_us"), stamp)
     keys = rows[:, :2].astype(np.int64)
     refuse_repeats(path, keys)
     return MoeTable(densify(keys, rows[:, 2]), f"{path.parent.name}/moe.csv", split)
 
 
-def _read_attention(path: Path) -> Surface:
-    rows = read_numbers(path, (*ATTENTION_AXES, "time_us"))
+def _read_attention(path: Path, stamp: Stamp | None, meta: dict[str, Any]) -> Surface:
+    rows = read_numbers(path, (*ATTENTION_AXES, "time_us"), stamp)
     keys = rows[:, :4].astype(np.int64)
     refuse_repeats(path, keys)
     decodes = (keys[:, 0] == 0) & (keys[:, 1] > 0)
@@ -255,14 +357,16 @@ def _read_attention(path: Path) -> Surface:
     ):
         if not rows_there:
             raise InputError(f"{path}: layer attention has no rows with {what}; profile it again with them")
+    if stamp is None:  # else it is whole
+        check_grid(path, keys, meta)
     return densify(keys, rows[:, 4])
 
 
-def _read_collectives(path: Path) -> dict[tuple[str, int], Curve]:
+def _read_collectives(path: Path, stamp: Stamp | None) -> dict[tuple[str, int], Curve]:
     """comm.csv: (collective, ranks) → curve over payload bytes; empty when nothing was measured."""
     if not path.is_file():
         return {}
-    texts, rows = read_labelled(path, ("collective",), ("ranks", "bytes", "time_us"))
+    texts, rows = read_labelled(path, ("collective",), ("ranks", "bytes", "time_us"), stamp)
     names, which = _numbered([name for (name,) in texts])
     ranks = rows[:, 0].astype(np.int64)
     refuse_repeats(path, np.column_stack([which, rows[:, :2].astype(np.int64)]))

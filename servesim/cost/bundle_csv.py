@@ -1,8 +1,8 @@
 """Reading the CSV files of a bundle: fast when they are right, exact about what is wrong when not.
 
-A file has one header line; columns may stand in any order and unknown ones are ignored. ``time_us`` and
-``alpha`` are finite numbers (a time is not negative), every other number is a whole number that is not
-negative.
+A file has one header line; columns may stand in any order and unknown ones are ignored. ``time_us`` is above
+0 and below :data:`~servesim.cost.integrity.MOST_US`, ``alpha`` a finite number, every other number a whole
+number that is not negative.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 import numpy as np
 import orjson
 
+from servesim.cost.integrity import MOST_US, check_whole
 from servesim.errors import InputError
-from servesim.specs.reading import read_text
+from servesim.specs.reading import decoded, read_bytes, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,32 +23,36 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from servesim.cost.integrity import Stamp
+
 _WAY_OUT = "profile it again, or restore the file"
 _REAL_COLUMNS = frozenset({"time_us", "alpha"})
 _NUMBERS = frozenset({int, float})
-_MOST_US = 1e9  # a quarter of an hour for one kernel; a thousand times what the longest one takes
 _MOST_ALPHA = 1e9
 _EXACT = 2**53  # floats represent every whole number below it
 
 
-def read_numbers(path: Path, columns: Sequence[str]) -> NDArray[np.float64]:
+def read_numbers(path: Path, columns: Sequence[str], stamp: Stamp | None = None) -> NDArray[np.float64]:
     """The named number columns of a bundle file, shape (rows, columns); key columns hold whole numbers.
+
+    ``stamp`` is what is stated of the file, None: nothing.
 
     Raises:
         InputError: with file, line, and what is allowed there.
     """
-    return read_labelled(path, (), columns)[1]
+    return read_labelled(path, (), columns, stamp)[1]
 
 
 def read_labelled(
-    path: Path, labels: Sequence[str], columns: Sequence[str]
+    path: Path, labels: Sequence[str], columns: Sequence[str], stamp: Stamp | None = None
 ) -> tuple[list[tuple[str, ...]], NDArray[np.float64]]:
     """The text columns (one tuple a row) and the number columns (rows, columns) of a bundle file.
 
     Raises:
         InputError: as :func:`read_numbers`.
     """
-    lines = read_text(path).splitlines()
+    data = read_bytes(path)
+    lines = decoded(path, data).splitlines()
     where = _header(path, lines, [*labels, *columns])
     commas = lines[0].count(",")
     rows = [line for line in lines[1:] if line]
@@ -67,6 +72,7 @@ def read_labelled(
         _explain(path, lines, columns, labels)
     if not _fits(table, columns) or not all(map(all, texts)):
         _explain(path, lines, columns, labels)
+    check_whole(path, data, stamp)
     return texts, table
 
 
@@ -133,7 +139,7 @@ def _fits(table: NDArray[np.float64], columns: Sequence[str]) -> bool:
                 return False
         elif values.min() < 0:
             return False
-        if name == "time_us" and values.max() > _MOST_US:
+        if name == "time_us" and not (values.min() > 0 and values.max() < MOST_US):
             return False
         if name not in _REAL_COLUMNS and not ((values == np.floor(values)) & (values < _EXACT)).all():
             return False
@@ -178,8 +184,8 @@ def _problem(name: str, found: str) -> str | None:
         return None if abs(value) <= _MOST_ALPHA else f"must be at most {_MOST_ALPHA:g}"
     if value < 0:
         return "must not be negative"
-    if name == "time_us" and value > _MOST_US:
-        return f"must be at most {_MOST_US:g} us"
+    if name == "time_us" and not 0 < value < MOST_US:
+        return f"must be above 0 and below {MOST_US:g} (microseconds)"
     if name not in _REAL_COLUMNS and (value != math.floor(value) or value >= _EXACT):
         return "must be a whole number"
     return None

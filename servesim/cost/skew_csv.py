@@ -13,19 +13,24 @@ from servesim.cost.tables import distinct
 from servesim.errors import InputError, MissingFileError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
+
+    from servesim.cost.integrity import Stamp
 
 _AXES = ("n", "skew_rate", "kv_big", "kp")
 """Bucketed axes after the chunk, in the order of :class:`~servesim.cost.skew.SkewTable`."""
 _LABELS = tuple(f"{axis}_label" for axis in _AXES)
 
 
-def read_skew(folder: Path, fit: dict[str, Any], tp: int) -> SkewTable | None:
+def read_skew(
+    folder: Path, fit: dict[str, Any], tp: int, stamps: Mapping[str, Stamp | None] | None = None
+) -> SkewTable | None:
     """The α table of one tensor-parallel degree; None when the fit has none.
 
     ``fit`` is ``skew_fit`` of meta.yaml: ``bucket_axes`` with ``<axis>_bins`` and ``<axis>_labels``, and
     ``per_tp`` with ``alpha_default`` (for buckets without rows) and ``bucket_table`` (a file relative to the
-    bundle).
+    bundle). ``stamps`` are what is stated of the bundle's tables.
 
     Raises:
         InputError: something in meta.yaml or the table is malformed; MissingFileError: the table is not
@@ -53,7 +58,9 @@ def read_skew(folder: Path, fit: dict[str, Any], tp: int) -> SkewTable | None:
             "restore it, or profile the bundle again"
         )
     bounds, labels = _buckets(meta, fit.get("bucket_axes"))
-    texts, rows = read_labelled(path, _LABELS, ("pc", "alpha"))
+    texts, rows = read_labelled(
+        path, _LABELS, ("pc", "alpha"), (stamps or {}).get(str(entry["bucket_table"]))
+    )
     chunks = distinct(rows[:, 0].astype(np.int64))
     alpha = np.full((len(chunks), *(len(names) for names in labels)), default)
     try:

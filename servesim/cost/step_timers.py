@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from servesim.cost.bundle import load_bundle
+from servesim.cost.bundle import find_bundle
 from servesim.cost.cudagraph import capture_limit
+from servesim.cost.identity import wanted_for
 from servesim.cost.stage import whole_model
 from servesim.cost.step_terms import stage_terms
 from servesim.cost.step_timer import StepTimer
@@ -79,9 +80,10 @@ class StepTimers:
 
     def bundle(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Bundle:
         """The profile bundle of an instance."""
-        key = (instance.hardware, model.name, options.variant)
+        key = (instance.hardware, model, options.variant, instance.tp_size)
         if key not in self._bundles:
-            self._bundles[key] = load_bundle(*key, instance.tp_size)
+            wanted = wanted_for(model, self._facts(instance.hardware), options.variant)
+            self._bundles[key] = find_bundle(wanted, instance.tp_size)
         return self._bundles[key]
 
     def host(self, instance: InstanceSpec, options: InstanceOptions) -> str:

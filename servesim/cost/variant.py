@@ -11,8 +11,13 @@ from servesim.specs.dtypes import WEIGHT_DTYPES, short_dtype
 from servesim.specs.hardware import load_hardware
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
+    from servesim.cost.identity import Wanted
+
+PUBLIC_DTYPES = ("bfloat16", "float16", "fp8")
+"""Formats of weights and KV that the public kernel measurements cover."""
 _LISTED = 12  # bundles named in a message before "and N more"
 
 
@@ -21,51 +26,70 @@ def variant_path(hardware: str, model: str, variant: str) -> str:
     return f"profiler/perf/{hardware}/{model}/{variant}"
 
 
-def find_variant(hardware: str, model: str, variant: str, tp: int) -> Path:
-    """The folder of a bundle, from the first place that has it.
+def places(wanted: Wanted) -> Iterator[Path]:
+    """The folders that may hold the bundle: in the working folder, the user's data, the shipped data."""
+    seen = set()
+    for label in wanted.labels:
+        for folder in paths.find_each(variant_path(wanted.hardware, label, wanted.variant)):
+            if (where := folder.resolve()) not in seen:
+                seen.add(where)
+                yield folder
 
-    Raises:
-        MissingFileError: with the variants there are, and the command that makes this one.
+
+def degrees_in(folder: Path) -> list[int]:
+    """Tensor-parallel degrees that a bundle's folder has, rising."""
+    return sorted(int(path.name[2:]) for path in folder.glob("tp*") if path.name[2:].isdecimal())
+
+
+def no_variant(wanted: Wanted, tp: int) -> MissingFileError:
+    """That there is no such bundle, with the variants there are, and the command that makes this one."""
+    return MissingFileError(
+        f"{variant_path(wanted.hardware, wanted.model, wanted.variant)}/ does not exist\n"
+        f"{_what_there_is(wanted.hardware, wanted.model)}\n"
+        f"Make it with:  {profile_command(wanted.hardware, wanted.named, wanted.variant, tp)}"
+    )
+
+
+def no_degree(wanted: Wanted, tp: int, found: list[Path]) -> MissingFileError:
+    """That none of the folders has the degree, with those there are, and the command that makes this one.
+
+    The command makes the degrees of the first folder again, which it would replace otherwise.
     """
-    relative = variant_path(hardware, model, variant)
-    try:
-        return paths.find(relative)
-    except MissingFileError:
-        raise MissingFileError(
-            f"{relative}/ does not exist\n{_what_there_is(hardware, model)}\n"
-            f"Make it with:  {profile_command(hardware, model, variant, tp)}"
-        ) from None
-
-
-def find_tp_folder(folder: Path, hardware: str, model: str, variant: str, tp: int) -> Path:
-    """``tp<N>`` of a bundle.
-
-    Raises:
-        MissingFileError: with the degrees there are, and the command that makes this one.
-    """
-    found = folder / f"tp{tp}"
-    if found.is_dir():
-        return found
-    there = sorted(int(p.name[2:]) for p in folder.glob("tp*") if p.name[2:].isdecimal())
-    raise MissingFileError(
-        f"{variant_path(hardware, model, variant)}/tp{tp}/ does not exist\n"
-        f"{folder} has {', '.join(f'tp{degree}' for degree in there) or 'no tp<N> folder'}.\n"
-        f"Make it with:  {profile_command(hardware, model, variant, *sorted({*there, tp}))}"
+    there = []
+    for folder in found:
+        own = ", ".join(f"tp{degree}" for degree in degrees_in(folder))
+        there.append(f"{folder} has {own or 'no tp<N> folder'}.")
+    degrees = sorted({*degrees_in(found[0]), tp})
+    return MissingFileError(
+        f"{variant_path(wanted.hardware, wanted.model, wanted.variant)}/tp{tp}/ does not exist\n"
+        + "\n".join(there)
+        + f"\nMake it with:  {profile_command(wanted.hardware, wanted.named, wanted.variant, *degrees)}"
     )
 
 
 def profile_command(hardware: str, model: str, variant: str, *degrees: int, source: str | None = None) -> str:
     """The command line that produces a bundle: from ``source``, by default public kernel measurements, or
-    peak
-    rates if the hardware's file names no measurements."""
+    peak rates if the hardware's file names no measurements or they are not of this format.
+
+    ``model`` is written as it is: a path with blanks has to be quoted.
+    """
     dtype, kv_cache_dtype = variant_dtypes(variant)
     if source is None:
         known = paths.find_all(f"configs/hardware/{escape(hardware)}.yaml")
-        source = "roofline" if known and not load_hardware(hardware).silicon else "silicon"
+        measured = not known or load_hardware(hardware).silicon is not None
+        source = "silicon" if measured and has_public_format(variant) else "roofline"
     return (
         f"servesim profile {model} --hardware {hardware} --source {source} "
         f"--dtype {dtype} --kv-cache-dtype {kv_cache_dtype} --tp {','.join(map(str, degrees))}"
     )
+
+
+def folder_root(folder: Path) -> Path | None:
+    """The ``profiler/perf`` that a bundle's folder lies below; None: none."""
+    for root in folder.parents:
+        if root.name == "perf" and root.parent.name == "profiler":
+            return root
+    return None
 
 
 def variant_dtypes(variant: str) -> tuple[str, str]:
@@ -73,6 +97,12 @@ def variant_dtypes(variant: str) -> tuple[str, str]:
     long_names = {short_dtype(name): name for name in WEIGHT_DTYPES}
     weights, _, kv = variant.partition("-kv")
     return long_names.get(weights, weights), long_names.get(kv, kv) or "auto"
+
+
+def has_public_format(variant: str) -> bool:
+    """Whether kernels of a variant's formats are among the public measurements."""
+    dtype, kv_cache_dtype = variant_dtypes(variant)
+    return dtype in PUBLIC_DTYPES and kv_cache_dtype in (*PUBLIC_DTYPES, "auto")
 
 
 def available_variants(hardware: str, model: str) -> list[str]:

@@ -215,7 +215,8 @@ def check_agreement(members: list[Instance]) -> None:
 
 def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -> list[str]:
     """What a user should know before trusting a run of this instance."""
-    found = range_warnings(bundle, options.max_num_batched_tokens, options.max_num_seqs)
+    found = bundle.unstated()
+    found += range_warnings(bundle, options.max_num_batched_tokens, options.max_num_seqs)
     if model.num_sliding_layers:
         found.append(
             f"{model.name}: {model.num_sliding_layers} of {model.num_hidden_layers} layers attend to a "

@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from servesim.cost.integrity import stamp_of
 from servesim.errors import RunError
 
 if TYPE_CHECKING:
@@ -68,11 +69,17 @@ def meta_bytes(meta: dict[str, Any]) -> bytes:
 
 
 def bundle_files(content: BundleContent) -> dict[str, bytes]:
-    """Every file of the bundle by its path inside the bundle's folder."""
-    files = {"meta.yaml": meta_bytes(content.meta)}
-    for (tp, name), rows in sorted(content.tables.items()):
-        files[f"tp{tp}/{name}"] = csv_bytes(HEADERS[name], rows)
-    return files
+    """Every file of the bundle by its path inside the bundle's folder.
+
+    ``meta.yaml`` states the rows and the checksum of every table, by which a reader knows that it has them
+    whole.
+    """
+    files = {
+        f"tp{tp}/{name}": csv_bytes(HEADERS[name], rows)
+        for (tp, name), rows in sorted(content.tables.items())
+    }
+    stamps = {path: str(stamp_of(data)) for path, data in files.items()}
+    return {"meta.yaml": meta_bytes({**content.meta, "files": stamps}), **files}
 
 
 def write_bundle(folder: Path, content: BundleContent) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from servesim.profiler import roofline, silicon
+from servesim.profiler.roofline.efficiency import fits
+from servesim.specs.shape import digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +36,12 @@ def outdated(meta: Mapping[str, Any]) -> str | None:
         return f"its formulas are of revision {made_with}, now {current}"
     if source == "silicon" and (installed := _installed_version()) not in (None, meta.get("data_version")):
         return f"it is made from measurements {meta.get('data_version')}, now {installed}"
+    about = meta.get("made_for")
+    derivation = about.get("derivation") if isinstance(about, dict) else None
+    if not isinstance(derivation, dict):
+        return "it does not state what it was made for"
+    if source == "roofline" and derivation.get("constants") != digest(fits()):
+        return "its constants were fitted anew"
     return None
 
 

@@ -7,9 +7,17 @@ import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from servesim.cost.variant import profile_command, variant_dtypes, variant_path
-from servesim.errors import ServingError
-from servesim.profiler.bundle_writer import write_bundle
+from servesim.cost.identity import differences, is_computed
+from servesim.cost.variant import (
+    degrees_in,
+    folder_root,
+    has_public_format,
+    profile_command,
+    variant_dtypes,
+    variant_path,
+)
+from servesim.errors import InputError, ServingError
+from servesim.profiler.bundle_writer import BundleContent, write_bundle
 from servesim.profiler.derivation import outdated
 from servesim.profiler.job import ProfileJob
 from servesim.specs import paths
@@ -22,91 +30,138 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from servesim.cost.identity import Wanted
+    from servesim.specs.hardware import HardwareSpec
+
 SWITCH = "SERVESIM_AUTO_PROFILE"
 """Environment variable; 0 turns making on demand off, as --no-auto-profile does."""
 LIMITS: dict[str, Any] = {"max_num_batched_tokens": 8192, "max_num_seqs": 1024, "max_kv": 131072}
 """What the shipped bundles cover too, so that a degree made on demand is the one that would have shipped."""
 MARK = "made_on_demand"
 """Key of meta.yaml: nobody chose anything about this bundle, so that it may be replaced."""
-DTYPES = ("bfloat16", "float16", "fp8")
+MADE_FROM = {
+    "silicon": "from public kernel measurements",
+    "roofline": "from peak rates (roofline)",
+}
 
 
-def maker(
-    tell: Callable[[str], None], *, wanted: bool = True
-) -> Callable[[str, str, str, int], Path | None] | None:
-    """What makes missing bundles from public kernel measurements, for
-    :func:`servesim.cost.missing.missing_bundles_from`.
+def maker(tell: Callable[[str], None], *, wanted: bool = True) -> Callable[[Wanted, int], Path | None] | None:
+    """What makes missing bundles, for :func:`servesim.cost.missing.missing_bundles_from`.
 
-    ``tell`` gets one line per bundle made. None when it is switched off, or the measurements are not
-    installed.
+    ``tell`` gets one line per bundle made. None when it is switched off.
     """
-    if not wanted or os.environ.get(SWITCH) == "0" or not _installed():
+    if not wanted or os.environ.get(SWITCH) == "0":
         return None
-    return lambda hardware, model, variant, tp: _make(hardware, model, variant, tp, tell)
+    return lambda asked, tp: _make(asked, tp, tell)
+
+
+def source_for(hardware: HardwareSpec, variant: str) -> tuple[str, str] | None:
+    """The source that makes a variant's bundle on this machine, and why it is not the better one, if so.
+
+    Public measurements of the GPU's own kernels where there are any and they are installed, else peak rates.
+    None: nothing is known about the hardware.
+    """
+    if hardware.model_fields_set == {"name"}:
+        return None
+    if hardware.silicon is None:
+        return "roofline", "nobody published kernel measurements of this hardware"
+    if not has_public_format(variant):
+        return "roofline", "the public kernel measurements do not cover these formats"
+    if not _installed():
+        return "roofline", "pip install 'servesim[silicon]' for this GPU's measured kernels"
+    from servesim.profiler.silicon.gpus import other_rates
+
+    if others := other_rates(hardware):
+        return "roofline", f"the hardware file describes no measured GPU: {', '.join(others)}"
+    return "silicon", ""
 
 
 def _installed() -> bool:
     return find_spec("aiconfigurator_core") is not None and find_spec("pyarrow") is not None
 
 
-def _make(hardware: str, model: str, variant: str, tp: int, tell: Callable[[str], None]) -> Path | None:
-    """The folder of a bundle with this degree in the user's data folder; None: not a case for this source.
+def build(source: str, job: ProfileJob) -> BundleContent:
+    """A bundle's content from a source that needs no device.
 
     Raises:
-        ServingError: the measurements do not cover it, or the folder cannot be written.
+        InputError: the source does not cover the job.
     """
-    if not _covered(hardware, variant):
+    if source == "silicon":
+        from servesim.profiler.silicon.build import build_bundle as from_silicon
+
+        return from_silicon(job)
+    from servesim.profiler.roofline.build import build_bundle as from_roofline
+
+    return from_roofline(job)
+
+
+def _make(asked: Wanted, tp: int, tell: Callable[[str], None]) -> Path | None:
+    """The folder of a bundle with this degree in the user's data folder; None: nothing to make it from.
+
+    Raises:
+        ServingError: the source does not cover it, or the folder cannot be written or holds a bundle that the
+            user made for something else.
+    """
+    chosen = source_for(asked.facts or load_hardware(asked.hardware), asked.variant)
+    if chosen is None:
         return None
-    folder = paths.user_data_dir() / variant_path(hardware, model, variant)
+    source, why = chosen
+    folder = paths.user_data_dir() / variant_path(asked.hardware, asked.model, asked.variant)
     meta = _meta(folder)
-    kept = _degrees(folder) if meta.get("source") == "silicon" else set()
-    if tp in kept and outdated(meta) is None:
+    differing = differences(meta, folder / "meta.yaml", asked)
+    kept = set(degrees_in(folder)) if meta.get("source") == source else set()
+    if tp in kept and not differing and outdated(meta) is None:
         return folder
-    _build(folder, hardware, model, variant, kept | {tp}, f"made the profile bundle {{}} tp{tp}", tell)
+    if meta and not meta.get(MARK) and (differing or meta.get("source") != source):
+        raise InputError(
+            f"{folder} holds a bundle that was not made on demand; remove it, or give the model or the "
+            "hardware another name"
+        )
+    _build(folder, asked, source, kept | {tp}, f"made the profile bundle {{}} tp{tp}", why, tell)
     return folder
-
-
-def _covered(hardware: str, variant: str) -> bool:
-    dtype, kv_cache_dtype = variant_dtypes(variant)
-    known = dtype in DTYPES and kv_cache_dtype in (*DTYPES, "auto")
-    return known and load_hardware(hardware).silicon is not None
 
 
 def _build(
     folder: Path,
-    hardware: str,
-    model: str,
-    variant: str,
+    asked: Wanted,
+    source: str,
     degrees: set[int],
     what: str,
+    why: str,
     tell: Callable[[str], None],
 ) -> None:
     """Put a bundle with ``degrees`` at ``folder`` and tell so; ``what`` has braces for its name.
 
     Raises:
-        ServingError: the measurements do not cover it, or the folder cannot be written.
+        ServingError: the source does not cover it, or the folder cannot be written.
     """
-    from servesim.profiler.silicon.build import build_bundle
-
-    described, spec = load_model(model), load_hardware(hardware)
-    degrees = degrees | ({1} if described.is_moe else set())  # expert parallelism reads tp1
-    architecture = load_architecture(described.model_type)
-    dtypes = variant_dtypes(variant)
+    model = asked.shape or load_model(asked.model)
+    hardware = asked.facts or load_hardware(asked.hardware)
+    degrees = degrees | ({1} if model.is_moe else set())  # expert parallelism reads tp1
     started_s = time.perf_counter()
-    job = ProfileJob(described, architecture, spec, *dtypes, tuple(sorted(degrees)), **LIMITS)
-    content = build_bundle(job)
+    job = ProfileJob(
+        model,
+        load_architecture(model.model_type),
+        hardware,
+        *variant_dtypes(asked.variant),
+        tuple(sorted(degrees)),
+        **LIMITS,
+    )
+    content = build(source, job)
     content.meta[MARK] = True
     write_bundle(folder, content)
+    name = what.format(f"{asked.hardware}/{asked.model}/{asked.variant}")
+    reason = f"; {why}" if why else ""
     tell(
-        f"{what.format(f'{hardware}/{model}/{variant}')} from public kernel measurements in "
-        f"{time.perf_counter() - started_s:.1f} s ({content.meta['confidence']}); kept in {folder}"
+        f"{name} {MADE_FROM[source]} in {time.perf_counter() - started_s:.1f} s "
+        f"({content.meta['confidence']}){reason}; kept in {folder}"
     )
 
 
 def refresher(
     tell: Callable[[str], None], warn: Callable[[str], None], *, wanted: bool = True
-) -> Callable[[Path, str, str, str], None]:
-    """What sees to it that computed bundles of the user's data folder do not grow old unnoticed, for
+) -> Callable[[Path, Wanted], None]:
+    """What sees to it that computed bundles do not grow old unnoticed, for
     :func:`servesim.cost.missing.missing_bundles_from`.
 
     One that was made on demand is made again, with a line to ``tell``; where that cannot be, or where the
@@ -115,28 +170,34 @@ def refresher(
     seen: set[Path] = set()
     can_make = maker(tell, wanted=wanted) is not None
 
-    def look(folder: Path, hardware: str, model: str, variant: str) -> None:
+    def look(folder: Path, asked: Wanted) -> None:
         where = folder.resolve()
         if where in seen:
             return
         seen.add(where)
         meta = _meta(folder)
-        reason = outdated(meta)
+        if not is_computed(meta):
+            return
+        source = str(meta["source"])
+        chosen = source_for(asked.facts or load_hardware(asked.hardware), asked.variant)
+        better = bool(meta.get(MARK)) and can_make and source == "roofline" and chosen == ("silicon", "")
+        reason = "measurements of this GPU's kernels are installed now" if better else outdated(meta)
         if reason is None:
             return
-        degrees = _degrees(folder)
-        way_out = "servesim[silicon], installed and not switched off, makes it again"
+        degrees = degrees_in(folder)
+        way_out = "it is made again where that is not switched off"
         if not meta.get(MARK):
-            source = str(meta["source"])
-            command = profile_command(hardware, model, variant, *sorted(degrees), source=source)
-            way_out = f"make it again: {command} --output-root {paths.user_data_dir() / 'profiler' / 'perf'}"
-        elif can_make and _covered(hardware, variant):
+            command = profile_command(asked.hardware, asked.named, asked.variant, *degrees, source=source)
+            way_out = f"make it again: {command} --output-root {folder_root(folder)}"
+        elif can_make and chosen is not None and (chosen[0] == source or better):
             try:
                 what = f"made the profile bundle {{}} again, for {reason},"
-                _build(folder, hardware, model, variant, degrees, what, tell)
+                _build(folder, asked, chosen[0], set(degrees), what, chosen[1], tell)
                 return
             except ServingError as error:
                 way_out = f"it was not made again: {str(error).splitlines()[0]}"
+        elif source == "silicon":
+            way_out = "servesim[silicon], installed and not switched off, makes it again"
         warn(f"{folder}: this bundle is old: {reason}; {way_out}")
 
     return look
@@ -148,7 +209,3 @@ def _meta(folder: Path) -> dict[str, Any]:
         return read_yaml_object(folder / "meta.yaml")
     except ServingError:
         return {}
-
-
-def _degrees(folder: Path) -> set[int]:
-    return {int(path.name[2:]) for path in folder.glob("tp*") if path.name[2:].isdecimal()}

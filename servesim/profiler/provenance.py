@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.profiler import grids
 from servesim.specs import paths
+from servesim.specs.shape import digest, shape_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from servesim.profiler.bundle_writer import BundleContent
     from servesim.profiler.job import ProfileJob
 
@@ -28,6 +31,33 @@ def profiled(job: ProfileJob) -> dict[str, Any]:
             "max_num_seqs": job.max_num_seqs,
         },
     }
+
+
+def made_for(job: ProfileJob, hardware: Mapping[str, Any], derivation: Mapping[str, Any]) -> dict[str, Any]:
+    """``made_for`` of meta.yaml: the identity of a bundle, and a fingerprint of it.
+
+    A run compares ``model`` with the shape it simulates and ``hardware`` with its hardware file, field by
+    field, so that it can name what differs.
+
+    Args:
+        job: what the bundle is of.
+        hardware: fields of the hardware file that the times depend on; empty where they were measured.
+        derivation: source, revision of its formulas, its data and the choices that change its numbers.
+    """
+    about = {"model": shape_of(job.model), "hardware": dict(hardware), "derivation": dict(derivation)}
+    return {"made_for": {"fingerprint": digest(about), **about}}
+
+
+def measured_reach(content: BundleContent) -> dict[str, Any]:
+    """``measured_up_to`` of a bundle whose every row was measured: the ends of its own tables."""
+    attention = [
+        (tp, row) for (tp, name), rows in content.tables.items() if name == "attention.csv" for row in rows
+    ]
+    lengths: dict[int, int] = {}
+    for tp, row in attention:
+        lengths[tp] = max(lengths.get(tp, 0), int(row[3]))
+    prompts = max((int(row[0]) + int(row[1]) for _, row in attention if int(row[0])), default=0)
+    return {"measured_up_to": {"prompt_tokens": prompts, "decode_kv": lengths}}
 
 
 def _architecture_sha256(job: ProfileJob) -> str:

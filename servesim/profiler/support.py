@@ -6,16 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from servesim.cost.bundle import load_bundle
-from servesim.cost.variant import profile_command
-from servesim.errors import MissingFileError, ServingError
+from servesim.cost.bundle import find_bundle
+from servesim.cost.identity import wanted_for
+from servesim.cost.variant import degrees_in, places, profile_command
+from servesim.errors import ServingError
 from servesim.profiler.job import ProfileJob
+from servesim.profiler.on_demand import build
 from servesim.specs import paths
 from servesim.specs.dtypes import variant_name
 
 if TYPE_CHECKING:
     from servesim.cost.bundle import Bundle, RankTables
-    from servesim.profiler.bundle_writer import BundleContent
 
 VARIANTS = (("bfloat16", "auto"), ("bfloat16", "fp8"), ("fp8", "auto"), ("fp8", "fp8"))
 """Dtype combinations of the matrix, in the order of a cell's letters."""
@@ -83,7 +84,7 @@ def answer(job: ProfileJob, asked: dict[str, int], ways: bool = True) -> Answer:
     ``ways=False`` looks for ways to make a bundle only where there is none, and only for the first that does.
     """
     tp = job.tp_degrees[0]
-    found, problem = find_bundle(job, tp, asked)
+    found, problem = look_up(job, tp, asked)
     told = Answer(job.model.name, job.hardware.name, job.variant, tp, found, problem)
     if ways or found is None or problem is not None:
         told = replace(told, ways=_ways(job, all_of_them=ways))
@@ -99,18 +100,21 @@ def _ways(job: ProfileJob, all_of_them: bool) -> list[Way]:
     return tried
 
 
-def find_bundle(job: ProfileJob, tp: int, asked: dict[str, int]) -> tuple[FoundBundle | None, str | None]:
+def look_up(job: ProfileJob, tp: int, asked: dict[str, int]) -> tuple[FoundBundle | None, str | None]:
     """The bundle a run would read, and what is wrong with it for this degree."""
-    try:
-        bundle = load_bundle(job.hardware.name, job.model.name, job.variant, tp)
-    except MissingFileError:
+    wanted = wanted_for(job.model, job.hardware, job.variant)
+    if next(places(wanted), None) is None:
         return None, None
-    problem, tables = None, None
+    bundle = None
     try:
-        tables = bundle.tables(tp)
+        bundle = find_bundle(wanted, tp)
+        return _described(bundle, bundle.tables(tp), asked), None
     except ServingError as error:
         problem = str(error).splitlines()[0]
-    return _described(bundle, tables, asked), problem
+    try:
+        return _described(bundle or find_bundle(wanted), None, asked), problem
+    except ServingError:
+        return None, problem
 
 
 def _described(bundle: Bundle, tables: RankTables | None, asked: dict[str, int]) -> FoundBundle:
@@ -127,7 +131,7 @@ def _described(bundle: Bundle, tables: RankTables | None, asked: dict[str, int])
         versions=versions,
         confidence=_confidence(meta),
         tables={str(name): str(claim) for name, claim in (meta.get("tables") or {}).items()},
-        degrees=sorted(int(path.name[2:]) for path in bundle.folder.glob("tp*") if path.name[2:].isdecimal()),
+        degrees=degrees_in(bundle.folder),
         ranges=ranges,
         extrapolated=[
             f"{name} {ranges[name][1] + 1} to {most}"
@@ -174,25 +178,16 @@ def way(job: ProfileJob, source: str) -> Way:
         return Way(source, False, about, command_for(job, source))
     small = replace(job, max_num_batched_tokens=PROBE, max_num_seqs=PROBE, max_kv=PROBE)
     try:
-        content = _build(small, source)
+        content = build(source, small)
     except ServingError as error:
         return Way(source, False, str(error).splitlines()[0], command_for(job, source))
     return Way(source, True, str(content.meta["confidence"]), command_for(job, source))
 
 
-def _build(job: ProfileJob, source: str) -> BundleContent:
-    if source == "silicon":
-        from servesim.profiler.silicon.build import build_bundle as from_silicon
-
-        return from_silicon(job)
-    from servesim.profiler.roofline.build import build_bundle as from_roofline
-
-    return from_roofline(job)
-
-
 def command_for(job: ProfileJob, source: str) -> str:
     """The command line that makes the bundle."""
-    return profile_command(job.hardware.name, job.model.name, job.variant, job.tp_degrees[0], source=source)
+    wanted = wanted_for(job.model, job.hardware, job.variant)
+    return profile_command(wanted.hardware, wanted.named, wanted.variant, job.tp_degrees[0], source=source)
 
 
 def variant_letters() -> list[str]:

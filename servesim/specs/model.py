@@ -28,6 +28,8 @@ _ALIASES = {
     "dtype": "torch_dtype",
 }
 """Other models' names for the same fact."""
+_LABELS = frozenset({"name", "path"})
+"""Fields that say where a model was found, not what it is."""
 _TORCH_DTYPES = ("float16", "bfloat16", "float32", "fp8", "int8")
 
 
@@ -35,7 +37,9 @@ class ModelSpec(Spec):
     """The shape of one model. Counts are of the whole model, before any sharding."""
 
     name: Annotated[str, Field(min_length=1)]
-    """``<org>/<name>``: the folder of the model's profile bundles."""
+    """``<org>/<name>``, or the last part of the path a model was given by: a label for people."""
+    path: str = Field(default="", exclude=True, repr=False)
+    """What the user gave where that is a path and no name; commands that are printed repeat it."""
     model_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     """Names the architecture file ``profiler/models/<model_type>.yaml``."""
     hidden_size: Size
@@ -144,21 +148,26 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
     Raises:
         InputError: no such model (the nearest known one is suggested), or a field is missing or wrong.
     """
-    path, name = _locate(str(name_or_path))
-    return model_from_config(read_json_object(path), name, str(path))
+    given = str(name_or_path)
+    file, name, is_path = _locate(given)
+    return model_from_config(read_json_object(file), name, str(file), given if is_path else "")
 
 
-def model_from_config(config: Mapping[str, Any], name: str, source: str) -> ModelSpec:
+def model_from_config(config: Mapping[str, Any], name: str, source: str, path: str = "") -> ModelSpec:
     """The model that the fields of a Hugging Face config describe; fields without influence are passed over.
+
+    ``path`` is what the user gave in place of a name, if he did.
 
     Raises:
         InputError: a field is missing or wrong; ``source`` names the file in the message.
     """
     if "hidden_size" not in config and isinstance(config.get("text_config"), dict):
         config = {**config, **config["text_config"]}  # multimodal: the language model's own section
-    fields = {"name": name}
+    fields = {"name": name, "path": path}
     for key, value in config.items():
         field = _ALIASES.get(key, key)
+        if key in _LABELS:  # a file does not say what it is called here
+            continue
         # null is how a config says "not used"; a field's own name wins over its alias.
         if value is not None and field in ModelSpec.model_fields and (field == key or field not in config):
             fields[field] = value
@@ -234,7 +243,7 @@ def _refuse_unknown_layers(fields: Mapping[str, Any], source: str) -> None:
 
 def _refuse_misspelt(config: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> None:
     """A config may hold any number of fields we do not read, but not a slip of the pen for one we do."""
-    wanted = [field for field in ModelSpec.model_fields if field not in config and field != "name"]
+    wanted = [field for field in ModelSpec.model_fields if field not in config and field not in _LABELS]
     required = {name for name, field in ModelSpec.model_fields.items() if field.is_required()} - set(fields)
     for key in config:
         if not isinstance(key, str) or key in ModelSpec.model_fields or key in _ALIASES:
@@ -250,15 +259,16 @@ def _likeness(one: str, other: str) -> float:
     return SequenceMatcher(None, one, other).ratio()
 
 
-def _locate(name: str) -> tuple[Path, str]:
-    """The config file of a model and the name its bundles are filed under."""
+def _locate(name: str) -> tuple[Path, str, bool]:
+    """The config file of a model, its name, and whether it was given by a path."""
     direct = Path(name).expanduser()
     try:
         if direct.is_file():
-            return direct, _name_of(direct.parent if direct.name == "config.json" else direct.with_suffix(""))
+            named = direct.parent if direct.name == "config.json" else direct.with_suffix("")
+            return direct, _name_of(named), True
         if (direct / "config.json").is_file():
-            return direct / "config.json", _name_of(direct)
-        return paths.find(f"configs/model/{name}.json"), name
+            return direct / "config.json", _name_of(direct), True
+        return paths.find(f"configs/model/{name}.json"), name, False
     except (OSError, ValueError):  # not found, or a name no file system takes
         raise _unknown_model(name) from None
 

@@ -86,6 +86,20 @@ def find(relative: str | Path, what: str = "file or folder") -> Path:
     raise MissingFileError(f"{relative}: no such {what}; looked in {places}")
 
 
+def find_each(relative: str | Path) -> Iterator[Path]:
+    """Every existing place of ``relative``, one after the other, the one that :func:`find` returns first."""
+    path = Path(relative)
+    chosen = _bundles.get()
+    if chosen is not None and path.is_relative_to(_BUNDLES):
+        yield from filter(_exists, [chosen / path.relative_to(_BUNDLES)])
+        return
+    if _exists(path):
+        yield path
+    for root in search_roots()[1:]:  # asked for last: finding them out takes milliseconds
+        if _exists(root / path):
+            yield root / path
+
+
 def find_named(pattern: str, name: str, what: str, way_out: str) -> Path:
     """The file of ``name``, in whose place ``pattern`` has a star: ``configs/pim/*.ini``.
 

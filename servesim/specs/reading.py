@@ -50,17 +50,26 @@ def read_text(path: Path) -> str:
     Raises:
         InputError: a folder, not UTF-8, too large, or unreadable; MissingFileError when it is not there.
     """
+    return decoded(path, read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file of text as it is, of at most :func:`input_limit_bytes`.
+
+    Raises:
+        InputError: a folder, too large, or unreadable; MissingFileError when it is not there.
+    """
     limit = input_limit_bytes()
-    return _read_text(path, limit, too_large(path, limit))
+    return _read_bytes(path, limit, too_large(path, limit))
 
 
 def _read_config(path: Path) -> str:
     """As :func:`read_text`, for a file that a person writes."""
     refusal = InputError(f"{path}: has more than {_CONFIG_BYTES >> 20} MiB, which no configuration has")
-    return _read_text(path, _CONFIG_BYTES, refusal)
+    return decoded(path, _read_bytes(path, _CONFIG_BYTES, refusal))
 
 
-def _read_text(path: Path, limit: int, refusal: InputError) -> str:
+def _read_bytes(path: Path, limit: int, refusal: InputError) -> bytes:
     try:
         with path.open("rb") as handle:
             # A device such as /dev/zero never ends: no more is read than is allowed.
@@ -78,6 +87,15 @@ def _read_text(path: Path, limit: int, refusal: InputError) -> str:
         raise InputError(f"{path}: line 1: holds zero bytes; a text file in UTF-8 is expected")
     if len(raw) > limit:
         raise refusal
+    return raw
+
+
+def decoded(path: Path, raw: bytes) -> str:
+    """The text of a file's bytes.
+
+    Raises:
+        InputError: they are not UTF-8.
+    """
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -44,7 +44,7 @@ def test_the_table_adds_up_to_the_step(cluster: str, capsys: pytest.CaptureFixtu
     assert "org/toy on Toy, tp 1: profiler/perf/Toy/org/toy/bf16 (source roofline)" in out
     assert "qkv_proj             2        13.000          26.0" in out
     assert "4 tokens, 4 sequences: 163000 ns = 0.163 ms" in out
-    assert "warning" not in out
+    assert "extrapolated" not in out
 
 
 def test_a_step_beyond_the_profile_is_flagged(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from servesim.cost.bundle import load_bundle
+from servesim.cost.identity import Wanted
 from servesim.cost.missing import missing_bundles_from
 from servesim.errors import InputError, MissingFileError
 from tests.cost.bundles import HARDWARE, MODEL, VARIANT, Toy
@@ -31,7 +32,7 @@ def test_a_missing_bundle_is_the_one_that_is_made(root: Path) -> None:
 
     with missing_bundles_from(make):
         bundle = load_bundle(HARDWARE, MODEL, VARIANT, 2)
-    assert asked == [(HARDWARE, MODEL, VARIANT, 2)]
+    assert asked == [(Wanted(HARDWARE, MODEL, VARIANT), 2)]
     assert bundle.folder == root / "made" / "profiler" / "perf" / HARDWARE / MODEL / VARIANT
     assert bundle.tables(2).folder.name == "tp2"
 

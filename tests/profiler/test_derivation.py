@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from servesim.cost.bundle import load_bundle
+from servesim.cost.identity import Wanted
 from servesim.cost.missing import missing_bundles_from
 from servesim.profiler import derivation, on_demand, roofline, silicon
 from servesim.profiler.bundle_writer import write_bundle
@@ -16,11 +17,14 @@ from servesim.profiler.derivation import outdated
 from servesim.profiler.roofline.build import build_bundle
 from servesim.profiler.roofline.efficiency import fits
 from servesim.specs.reading import read_yaml_object
+from servesim.specs.shape import digest
 from tests.profiler.roofline_toy import PERFECT, job
 from tests.profiler.silicon_data import needs_silicon, toy_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = "meta-llama/Llama-3.1-8B"
+STATED = {"made_for": {"derivation": {"constants": digest(fits())}}}
+REFITTED = {"made_for": {"derivation": {"constants": "others"}}}
 AGAIN = (
     "the figures here belong to the revision: where formulas changed, raise DERIVATION and put the new ones"
 )
@@ -105,9 +109,11 @@ def test_shipped_bundles_are_of_the_current_revision() -> None:
         ({"source": "roofline"}, "its formulas are of revision 1, now 3"),
         ({"source": "roofline", "derivation": 2}, "its formulas are of revision 2, now 3"),
         ({"source": "roofline", "derivation": "new"}, "its formulas are of revision new, now 3"),
-        ({"source": "roofline", "derivation": 3}, None),
-        ({"source": "roofline", "derivation": 4}, None),
-        ({"source": "silicon", "derivation": 3, "data_version": "9.9"}, None),
+        ({"source": "roofline", "derivation": 3}, "it does not state what it was made for"),
+        ({"source": "roofline", "derivation": 3, **STATED}, None),
+        ({"source": "roofline", "derivation": 4, **STATED}, None),
+        ({"source": "roofline", "derivation": 3, **REFITTED}, "its constants were fitted anew"),
+        ({"source": "silicon", "derivation": 3, "data_version": "9.9", **STATED}, None),
         (
             {"source": "silicon", "derivation": 3, "data_version": "9.8"},
             "it is made from measurements 9.8, now 9.9",
@@ -124,7 +130,7 @@ def test_what_makes_a_bundle_old(
 
 def test_without_the_package_its_version_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(derivation, "_installed_version", lambda: None)
-    current = {"source": "silicon", "derivation": silicon.DERIVATION, "data_version": "0.1"}
+    current = {"source": "silicon", "derivation": silicon.DERIVATION, "data_version": "0.1", **STATED}
     assert outdated(current) is None
 
 
@@ -138,7 +144,7 @@ def test_an_old_bundle_that_cannot_be_made_again_is_told_once(
     wanted: bool, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(on_demand, "_installed", lambda: not wanted)
-    folder = _shipped_like(home, derivation=0, made_on_demand=True)
+    folder = _shipped_like(home, source="silicon", derivation=0, made_on_demand=True)
     told, (warning,) = _read(wanted=wanted)
     assert told == []
     assert warning == (
@@ -158,7 +164,7 @@ def test_a_bundle_that_the_user_made_is_left_alone_and_told(home: Path) -> None:
 
 
 def test_the_commands_look_at_what_they_read(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from servesim.cli.on_demand import bundles_on_demand
+    from servesim.profiler.making import bundles_on_demand
 
     _shipped_like(home, derivation=0)
     with bundles_on_demand(True):
@@ -167,11 +173,35 @@ def test_the_commands_look_at_what_they_read(home: Path, caplog: pytest.LogCaptu
     assert f"this bundle is old: its formulas are of revision 0, now {now}" in caplog.text
 
 
-def test_bundles_elsewhere_are_their_owners_business(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_bundle_of_the_working_folder_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _shipped_like(home, derivation=0)
     monkeypatch.chdir(home)
     monkeypatch.setattr("servesim.specs.paths.user_data_dir", lambda: home / "none")
-    assert _read() == ([], [])
+    told, (warning,) = _read()
+    assert told == []
+    assert warning.endswith("--tp 1,2 --output-root profiler/perf")
+
+
+def test_an_old_roofline_bundle_made_on_demand_is_renewed(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_demand, "_installed", lambda: False)
+    folder = _shipped_like(home, derivation=0, made_on_demand=True)
+    (line,), warned = _read()
+    assert warned == []
+    now = roofline.DERIVATION
+    assert f"again, for its formulas are of revision 0, now {now}, from peak rates (roofline)" in line
+    assert "pip install 'servesim[silicon]'" in line
+    assert read_yaml_object(folder / "meta.yaml")["derivation"] == roofline.DERIVATION
+
+
+@needs_silicon
+def test_measurements_replace_peak_rates_once_installed(home: Path) -> None:
+    folder = _shipped_like(home, made_on_demand=True)
+    (line,), warned = _read()
+    assert warned == []
+    assert "again, for measurements of this GPU's kernels are installed now, from public kernel" in line
+    assert read_yaml_object(folder / "meta.yaml")["source"] == "silicon"
 
 
 @needs_silicon
@@ -197,7 +227,7 @@ def test_a_degree_added_to_an_old_bundle_renews_the_others(home: Path) -> None:
     old = (folder / "tp2" / "dense.csv").read_bytes()
     make = on_demand.maker(lambda _: None)
     assert make is not None
-    assert make("H100", LLAMA, "bf16", 4) == folder
+    assert make(Wanted("H100", LLAMA, "bf16"), 4) == folder
     assert (folder / "tp2" / "dense.csv").read_bytes() != old
     assert sorted(path.name for path in folder.glob("tp*")) == ["tp1", "tp2", "tp4"]
 

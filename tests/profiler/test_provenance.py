@@ -32,10 +32,10 @@ def test_what_was_profiled_is_the_jobs() -> None:
 @needs_silicon
 def test_both_computing_sources_say_it_in_the_same_words() -> None:
     content = build_bundle(JOB)
-    gemm = type("Gemm", (), {"table": kernel_table("gemm", [{"us": 1.0}]), "dtype": "fp8"})()
+    gemm = type("Gemm", (), {"table": kernel_table("gemm", [{"us": 1.0, "m": 4096}]), "dtype": "fp8"})()
     gemm.measured = lambda *_: True
     silicon = describe_silicon(
-        JOB, replace(TOY, folder="a100_sxm"), content, Sources(gemm, [toy_attention()], None, [])
+        JOB, replace(TOY, folder="a100_sxm"), content, Sources(gemm, [toy_attention()] * 2, None, [])
     )
     for meta in (content.meta, silicon):
         assert meta | profiled(JOB) == meta

@@ -10,8 +10,8 @@ import pytest
 from servesim.profiler.bundle_writer import write_bundle
 from servesim.profiler.roofline.build import build_bundle
 from servesim.profiler.support import LETTERS, answer, command_for, way
-from servesim.specs.hardware import HardwareSpec
-from tests.profiler.roofline_toy import TOY_HARDWARE, job
+from servesim.specs.hardware import HardwareSpec, load_hardware
+from tests.profiler.roofline_toy import job
 
 ASKED = {"tokens": 128, "sequences": 16, "decode KV": 4096}
 
@@ -82,14 +82,10 @@ def test_a_shape_that_a_source_refuses_says_why() -> None:
 
 
 def test_the_shipped_bundles_are_called_shipped() -> None:
-    shipped = job(hardware=replace_name("RTXPRO6000"))
+    shipped = job(hardware=load_hardware("RTXPRO6000"))
     found = answer(shipped, {}, ways=False).bundle
     assert found is not None
     assert (found.place, LETTERS[found.source]) == ("shipped", "S")
-
-
-def replace_name(name: str) -> HardwareSpec:
-    return TOY_HARDWARE.model_copy(update={"name": name})
 
 
 def test_the_command_repeats_the_question() -> None:

@@ -26,7 +26,7 @@ from servesim.profiler.measure.work_folder import (
     take_over,
     write_yaml,
 )
-from servesim.profiler.provenance import profiled
+from servesim.profiler.provenance import made_for, measured_reach, profiled
 from servesim.specs.reading import read_yaml_object
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def measure_bundle(
         meta=_meta(work, folder, job, grid, conditions, meter.notes, started, report, taken)
     )
     _collect(work, content)
+    content.meta |= measured_reach(content)
     write_bundle(folder, content)
     shutil.rmtree(work, ignore_errors=True)
     return report
@@ -174,6 +175,7 @@ def _meta(
         "profiler_version": __version__,
         "profiled_at": started.isoformat(timespec="seconds"),
         **profiled(job),
+        **made_for(job, {}, {"source": conditions["source"]}),
         **conditions,
         "tp_degrees": degrees(work),
         "engine_effective": limits,

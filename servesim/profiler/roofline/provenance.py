@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from servesim.profiler.provenance import attention_axes, profiled
+from servesim.profiler.provenance import attention_axes, made_for, profiled
 from servesim.profiler.roofline import DERIVATION
 from servesim.profiler.roofline.efficiency import LAUNCH_US, fits
+from servesim.specs.shape import digest
 
 FAST_LINK_GBS = 100.0
 """Above it accelerators have links of their own, the same in every machine; PCIe is not."""
@@ -28,6 +29,22 @@ def confidence(job: ProfileJob) -> str:
     return OWN if job.hardware.silicon in fits()["gpus"] else TYPICAL
 
 
+def _made_for(job: ProfileJob) -> dict[str, Any]:
+    """The bundle's identity: every figure of the hardware file that the formulas read."""
+    facts = job.hardware
+    hardware = {
+        "silicon": facts.silicon,
+        "memory_bandwidth_gbs": facts.memory_bandwidth_gbs,
+        "l2_mib": facts.l2_mib,
+        "sm_count": facts.sm_count,
+        "peak_tflops": dict(facts.peak_tflops),
+        "link": facts.link.model_dump(mode="json") if facts.link else None,
+        "roofline": facts.roofline.model_dump(mode="json", exclude_none=True),
+    }
+    derivation = {"source": "roofline", "revision": DERIVATION, "constants": digest(fits())}
+    return made_for(job, hardware, derivation)
+
+
 def describe(job: ProfileJob, acc: Accelerator, content: BundleContent) -> dict[str, Any]:
     """``meta.yaml`` of a bundle; it holds no time of making, so that the same inputs give the same file."""
     fitted = fits()
@@ -37,6 +54,7 @@ def describe(job: ProfileJob, acc: Accelerator, content: BundleContent) -> dict[
         "confidence": confidence(job),
         "gpu": job.hardware.gpu or job.hardware.name,
         **profiled(job),
+        **_made_for(job),
         "accelerator": {
             "memory_bandwidth_gbs": job.hardware.memory_bandwidth_gbs,
             "peak_tflops": dict(job.hardware.peak_tflops),
@@ -94,8 +112,8 @@ def _claims(job: ProfileJob, content: BundleContent) -> dict[str, str]:
         )
     if "comm.csv" in names:
         claims["comm"] = (
-            "all_reduce computed from the hardware file's link; remove comm.csv to compute it from the "
-            "cluster's link_bw and link_latency"
+            "all_reduce computed from the hardware file's link; `collectives: links` in a cluster config "
+            "computes it from the cluster's link_bw and link_latency"
         )
     else:
         claims["comm"] = "none: computed from the cluster's link_bw and link_latency"

@@ -155,6 +155,16 @@ class AttentionTimes:
         return [int(length) for length, time in zip(self._lengths, row, strict=True) if np.isfinite(time)]
 
     @property
+    def longest_decode(self) -> int:
+        """Tokens of KV of the longest decodes measured, whatever their number."""
+        return int(self._lengths[-1])
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt measured."""
+        return int(self._prompts[-1])
+
+    @property
     def single_launch(self) -> bool:
         """Whether prefill and decodes of a mixed batch share one FlashAttention-2 launch.
 

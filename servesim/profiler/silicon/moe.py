@@ -110,6 +110,11 @@ class MoeTimes:
         return int(np.prod(list(sizes)))
 
     @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest batch measured."""
+        return int(self._tokens[-1])
+
+    @property
     def expert_us(self) -> float:
         """Time to stream this rank's slice of one expert's three matrices from DRAM."""
         element = 1 if self.dtype.startswith("fp8") else 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from servesim.profiler.provenance import attention_axes, profiled
+from servesim.profiler.provenance import attention_axes, made_for, profiled
 from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.silicon import DERIVATION, comm, tables
 from servesim.profiler.silicon.gemm import smallest_us
@@ -180,6 +180,42 @@ def _choices(job: ProfileJob, sources: Sources) -> dict[str, Any]:
     return chosen | ({"expert_load": job.expert_load} if sources.experts else {})
 
 
+def _made_for(job: ProfileJob, choices: dict[str, Any]) -> dict[str, Any]:
+    """The bundle's identity.
+
+    The hardware's rates are part of it although the derivations read few of them: kernels were measured on
+    the GPU that has them, and are not those of one that a file describes otherwise.
+    """
+    facts = job.hardware
+    hardware = {
+        "silicon": facts.silicon,
+        "memory_bandwidth_gbs": facts.memory_bandwidth_gbs,
+        "l2_mib": facts.l2_mib,
+        "sm_count": facts.sm_count,
+        "peak_tflops": dict(facts.peak_tflops),
+        "link": {"bandwidth_gbs": facts.link.bandwidth_gbs} if facts.link else None,
+    }
+    version = tables.package_version()
+    derivation = {"source": "silicon", "revision": DERIVATION, "data_version": version, **choices}
+    return made_for(job, hardware, derivation)
+
+
+def _measured_up_to(content: BundleContent, sources: Sources) -> dict[str, Any]:
+    """The largest sizes that were measured; what the bundle's tables have beyond is extrapolated."""
+    degrees = sorted({tp for tp, _ in content.tables})
+    reach: dict[str, Any] = {
+        "tokens": int(sources.gemm.table.integers("m").max()),
+        "prompt_tokens": min(times.longest_prompt for times in sources.attention),
+        "decode_kv": {tp: times.longest_decode for tp, times in zip(degrees, sources.attention, strict=True)},
+    }
+    if sources.experts:
+        reach["expert_tokens"] = min(times.most_tokens for times in sources.experts)
+    payloads = [row[2] for (_, name), rows in content.tables.items() if name == "comm.csv" for row in rows]
+    if payloads:
+        reach["all_reduce_bytes"] = max(payloads)
+    return {"measured_up_to": reach}
+
+
 def _collectives(gpu: Gpu, content: BundleContent) -> dict[str, Any]:
     """What comm.csv was measured over, by which a run decides whether it goes by it."""
     if all(name != "comm.csv" for _, name in content.tables):
@@ -189,6 +225,7 @@ def _collectives(gpu: Gpu, content: BundleContent) -> dict[str, Any]:
 
 def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources) -> dict[str, Any]:
     """``meta.yaml`` of a bundle; it holds no time of making, so that the same inputs give the same file."""
+    choices = _choices(job, sources)
     return {
         "source": "silicon",
         "derivation": DERIVATION,
@@ -200,11 +237,13 @@ def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources
         "vllm_version": sources.attention[0].generation.version,
         "gpu": job.hardware.gpu or gpu.folder,
         **profiled(job),
+        **_made_for(job, choices),
         "kernels": _kernels(sources),
-        **_choices(job, sources),
+        **choices,
         "tables": _table_claims(job, gpu, sources, content),
         "products_interpolated": _interpolated(job, sources.gemm),
         "attention_grid": attention_axes(job, content),
+        **_measured_up_to(content, sources),
         **_collectives(gpu, content),
         "skew_fit": _skew(content),
     }

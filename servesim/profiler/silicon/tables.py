@@ -139,9 +139,22 @@ def nominal_bandwidth(gpu: str) -> float:
     return float(_description(gpu)["gpu"]["mem_bw"])
 
 
+def nominal_tflops(gpu: str) -> dict[str, float]:
+    """Dense peak rates by dtype that the package states; both 16-bit formats have one."""
+    facts = _description(gpu)["gpu"]
+    rates = {name: f"{name}_tc_flops" for name in ("bfloat16", "fp8", "int8")}
+    known = {name: float(facts[key]) / 1e12 for name, key in rates.items() if key in facts}
+    return known | ({"float16": known["bfloat16"]} if "bfloat16" in known else {})
+
+
+def link_bandwidth(gpu: str) -> float:
+    """Bytes/s, one direction, between GPUs of a node; 0: not stated."""
+    return float(_description(gpu).get("node", {}).get("intra_node_bw", 0.0))
+
+
 def has_fast_links(gpu: str) -> bool:
     """Whether GPUs of a node reach each other over links of their own, the same in every machine."""
-    return float(_description(gpu).get("node", {}).get("intra_node_bw", 0.0)) > FAST_LINK_BYTES_S
+    return link_bandwidth(gpu) > FAST_LINK_BYTES_S
 
 
 @lru_cache(maxsize=16)
