@@ -4,9 +4,11 @@ Behaves as the block pool of vLLM 0.24 does: block 0 is set aside as the null bl
 front of a queue; a returned block with a content hash goes to its end and keeps the hash until it is taken
 again, one without goes to the front; equal content may sit in several blocks (the oldest one is found first).
 
-Two things keep the common case cheap. The queue is a plain list that is read by slices: a free block that is
-re-used in place (a prefix hit) leaves a *stale* entry behind, which is skipped when it comes up. And
-reference counts exist only for hashed blocks, since no other block can have two owners.
+Three things keep it cheap. The queue is a plain list that is read by slices: a free block that is re-used in
+place (a prefix hit) leaves a *stale* entry behind, which is skipped when it comes up. Reference counts exist
+only for hashed blocks, since no other block can have two owners. And blocks that were never taken are not
+listed but counted: a pool costs memory for the blocks it has used, not for those it has. The queue is then in
+three parts: what is listed before those blocks, the blocks from ``_fresh`` on, and what was returned since.
 """
 
 from __future__ import annotations
@@ -17,21 +19,44 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _COMPACT_AT = 1 << 16
+_LISTED_AT_ONCE = 256
+"""Blocks that are listed when the listed ones run out."""
 
 
 class BlockPool:
     """Free blocks, content hashes and reference counts of ``num_blocks`` blocks (one of them the null
     block)."""
 
-    __slots__ = ("_hash_of", "_head", "_index", "_queue", "_refs", "_stale", "num_free", "usable")
+    __slots__ = (
+        "_end",
+        "_fresh",
+        "_hash_of",
+        "_head",
+        "_index",
+        "_num_stale",
+        "_queue",
+        "_refs",
+        "_returned",
+        "_stale",
+        "num_free",
+        "usable",
+    )
 
     def __init__(self, num_blocks: int) -> None:
         self.usable = num_blocks - 1
         self.num_free = self.usable
-        self._queue: list[int] = list(range(1, num_blocks))
+        self._queue: list[int] = []
+        """Blocks to take next, from ``_head`` on."""
         self._head = 0
+        self._fresh = 1
+        """First of the blocks that were never listed; they come after ``_queue``."""
+        self._end = num_blocks
+        self._returned: list[int] = []
+        """Blocks that come after all of those; the same list as ``_queue`` once every block was listed."""
         self._stale: dict[int, int] = {}
         """Block → number of its queue entries that no longer count (always its earliest ones)."""
+        self._num_stale = 0
+        """Sum of those."""
         self._hash_of: dict[int, int] = {}
         self._refs: dict[int, int] = {}
         """Owners of a hashed block; 0 while it is free."""
@@ -48,7 +73,9 @@ class BlockPool:
 
         The caller makes sure that ``count <= num_free``.
         """
-        if self._stale:
+        if self._head + count > len(self._queue):
+            self._list_more(count)
+        if self._stale and self._queue is self._returned:
             taken = self._take_past_stale(count)
         else:
             head = self._head
@@ -64,6 +91,18 @@ class BlockPool:
             self._head = 0
         return taken
 
+    def _list_more(self, count: int) -> None:
+        """See to it that ``count`` entries can be read from the queue, stale ones not counted."""
+        queue, fresh = self._queue, self._fresh
+        if queue is self._returned:
+            return
+        least = fresh + count - (len(queue) - self._head)
+        self._fresh = min(max(fresh + _LISTED_AT_ONCE, least), self._end)
+        queue.extend(range(fresh, self._fresh))
+        if self._fresh == self._end:
+            queue.extend(self._returned)
+            self._returned = queue
+
     def _take_past_stale(self, count: int) -> list[int]:
         queue, stale, head = self._queue, self._stale, self._head
         taken: list[int] = []
@@ -73,12 +112,29 @@ class BlockPool:
             left = stale.get(block)
             if left is None:
                 taken.append(block)
-            elif left == 1:
-                del stale[block]
             else:
-                stale[block] = left - 1
+                self._num_stale -= 1
+                if left == 1:
+                    del stale[block]
+                else:
+                    stale[block] = left - 1
         self._head = head
         return taken
+
+    def _drop_stale(self) -> None:
+        """Take the stale entries out of the queue."""
+        listed, left = self._returned, dict(self._stale)
+        kept = []
+        for block in listed[self._head if listed is self._queue else 0 :]:
+            if left.get(block, 0):
+                left[block] -= 1
+            else:
+                kept.append(block)
+        if listed is self._queue:
+            self._queue, self._head = kept, 0
+        self._returned = kept
+        self._stale.clear()
+        self._num_stale = 0
 
     def _forget(self, block: int) -> None:
         content = self._hash_of.pop(block)
@@ -96,12 +152,12 @@ class BlockPool:
         hold content worth keeping (in vLLM those are the hashed ones). Blocks after those go to the front of
         the queue: nothing is lost by using them next.
         """
-        queue = self._queue
         rest = blocks[: num_full - 1 if num_full else None : -1]
         if rest:
             start = max(self._head - len(rest), 0)
-            queue[start : self._head] = rest
+            self._queue[start : self._head] = rest
             self._head = start
+        queue = self._returned
         kept = blocks[num_hashed:num_full]
         queue.extend(kept[::-1])
         self.num_free += len(rest) + len(kept)
@@ -132,20 +188,39 @@ class BlockPool:
         for block in blocks:
             if self._refs[block] == 0:
                 self._stale[block] = self._stale.get(block, 0) + 1
+                self._num_stale += 1
                 self.num_free -= 1
             self._refs[block] += 1
+        if self._num_stale > _COMPACT_AT and self._num_stale * 2 > len(self._returned):
+            self._drop_stale()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block is free and listed once, as it must be when no request is left.
+
+        Quick, and so not all that :meth:`check_integrity` looks at.
+        """
+        listed = len(self._queue) - self._head + self._end - self._fresh - self._num_stale
+        if self._returned is not self._queue:
+            listed += len(self._returned)
+        return self.num_free == listed == self.usable and not any(self._refs.values())
 
     def check_integrity(self) -> None:
-        """Raise AssertionError unless queue, counts and index agree (O(blocks); for tests and debug runs)."""
+        """Raise AssertionError unless queue, counts and index agree (O(blocks used); for tests and debug
+        runs)."""
         stale = dict(self._stale)
+        assert self._num_stale == sum(stale.values()), "stale entries counted wrongly"
         free: list[int] = []
-        for block in self._queue[self._head :]:
+        listed = self._queue[self._head :]
+        for block in listed if self._returned is self._queue else listed + self._returned:
             if stale.get(block, 0):
                 stale[block] -= 1
             else:
                 free.append(block)
         assert not any(stale.values()), "a stale entry that is not in the queue"
-        assert len(free) == len(set(free)) == self.num_free, "free blocks counted wrongly"
+        never_taken = self._end - self._fresh
+        assert len(free) == len(set(free)) == self.num_free - never_taken, "free blocks counted wrongly"
+        assert not any(self._fresh <= block for block in free), "a block is free that was never listed"
         assert set(self._refs) == set(self._hash_of), "reference counts without a hash"
         assert all(count >= 0 for count in self._refs.values()), "negative reference count"
         idle = {block for block, count in self._refs.items() if count == 0}

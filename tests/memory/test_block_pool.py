@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from unittest.mock import patch
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from servesim.memory import block_pool
 from servesim.memory.block_pool import BlockPool
 
 
@@ -90,6 +95,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.free(blocks, hashed, num_full)
         self.twin.free(blocks, num_full)
 
+    @precondition(lambda self: not self.held)
+    @rule()
+    def idle(self) -> None:
+        assert self.pool.is_whole
+
     @invariant()
     def both_agree(self) -> None:
         assert self.pool.num_free == len(self.twin.queue)
@@ -98,8 +108,80 @@ class PoolMachine(RuleBasedStateMachine):
         assert all(self.pool.lookup(c) == self.twin.lookup(c) for c in range(10))
 
 
+class CrampedPoolMachine(PoolMachine):
+    """The same with a pool that lists its blocks in small lots and tidies up at every turn."""
+
+    def __init__(self) -> None:
+        self.patches = [
+            patch.object(block_pool, "_LISTED_AT_ONCE", 3),
+            patch.object(block_pool, "_COMPACT_AT", 1),
+        ]
+        for each in self.patches:
+            each.start()
+        super().__init__()
+
+    def teardown(self) -> None:
+        for each in self.patches:
+            each.stop()
+
+
 TestPoolMachine = PoolMachine.TestCase
-TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPoolMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestCrampedPoolMachine = CrampedPoolMachine.TestCase
+TestCrampedPoolMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+def test_a_pool_costs_by_use_not_by_size() -> None:
+    tracemalloc.start()
+    pool = BlockPool(2**31 - 1)
+    blocks = pool.take(1000)
+    pool.free(blocks, 0, 1000)
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert (pool.usable, pool.num_free) == (2**31 - 2, 2**31 - 2)
+    assert pool.take(2) == [1001, 1002]
+    assert size < 200_000
+
+
+def test_hits_without_end_leave_no_trace() -> None:
+    pool = BlockPool(1 << 20)
+    blocks = pool.take(64)
+    for content, block in enumerate(blocks):
+        pool.register(block, content)
+    pool.free(blocks, 64, 64)
+    for _ in range(5000):
+        pool.share(blocks)
+        pool.free(blocks, 64, 64)
+    assert len(pool._returned) < 200_000
+    pool.check_integrity()
+
+
+def test_tidying_up_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_pool, "_COMPACT_AT", 2)
+    pool = BlockPool(7)
+    blocks = pool.take(4)
+    for content, block in enumerate(blocks):
+        pool.register(block, content)
+    pool.free(blocks, 4, 4)
+    assert pool.take(1) == [5]
+    for _ in range(9):
+        pool.share(blocks[:2])
+        pool.free(blocks[:2], 2, 2)
+    assert len(pool._returned) < 14
+    pool.check_integrity()
+    assert pool.take(5) == [6, 4, 3, 2, 1]
+
+
+@pytest.mark.parametrize("hashed", [0, 1])
+def test_a_block_given_back_twice_is_noticed(hashed: int) -> None:
+    pool = BlockPool(9)
+    blocks = pool.take(2)
+    for block in blocks[:hashed]:
+        pool.register(block, 5)
+    pool.free(blocks, hashed, 2)
+    assert pool.is_whole
+    pool.free(blocks, hashed, 2)
+    assert not pool.is_whole
 
 
 def test_one_block_is_set_aside() -> None:
