@@ -13,6 +13,10 @@ class RunError(ServingError):
     """A run that started on good input could not be finished (exit status 1)."""
 
 
+class BrokenRunError(RunError):
+    """The simulator found that its own books do not agree; the input that led there is worth a report."""
+
+
 class InputError(ServingError, ValueError):
     """Something the user gave is wrong (exit status 2).
 

@@ -10,3 +10,22 @@ os.environ["SERVESIM_AUTO_PROFILE"] = (
 
 for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)  # what is printed depends on no screen
+
+from servesim.engine.simulation import Observer, Simulation
+from servesim.results.records import RunLog
+
+_run = Simulation.run
+
+
+def _run_and_check(self: Simulation, observer: Observer | None = None) -> RunLog:
+    """Every run of every test leaves its block pools and lower tiers whole."""
+    log = _run(self, observer)
+    for instance in self.instances:
+        kv = instance.scheduler.kv
+        kv.pool.check_integrity()
+        if kv.tier is not None:
+            kv.tier.check_integrity()
+    return log
+
+
+Simulation.run = _run_and_check  # type: ignore[method-assign]

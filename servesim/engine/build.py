@@ -18,7 +18,7 @@ from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import SingleTimes, StepLoop
 from servesim.engine.transfers import Transfers
-from servesim.errors import InputError
+from servesim.errors import BrokenRunError, InputError
 from servesim.memory.kv_cache import KvCache
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.placement import NPU, evict_place
@@ -52,9 +52,22 @@ def run(
 
     Raises:
         InputError: the cluster cannot be built as described.
-        RunError: the run cannot be finished.
+        RunError: the run cannot be finished, or lost something on its way.
     """
-    return build_simulation(cluster, workload, options).run(observer)
+    try:
+        return build_simulation(cluster, workload, options).run(observer)
+    except BrokenRunError as error:
+        raise BrokenRunError(f"{error}; {_how_to_report(cluster, workload, options)}") from error
+
+
+def _how_to_report(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> str:
+    from servesim.engine.reproduction import save_reproduction
+
+    try:
+        what = f"the input in {save_reproduction(cluster, workload, options)}"
+    except OSError as error:
+        what = f"cluster, workload and options (saving them failed: {error})"
+    return f"this is a fault of servesim and its figures are not to be trusted, please report it with {what}"
 
 
 def build_simulation(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> Simulation:

@@ -49,6 +49,7 @@ class Scheduler:
         "_blocked_at",
         "_frees",
         "_lanes",
+        "_last_alone",
         "_spare_lanes",
         "decodes",
         "held",
@@ -89,6 +90,8 @@ class Scheduler:
         """Whether batches list the KV lengths of their decodes (:attr:`Batch.kv_lengths`)."""
         self._admissions = 0
         self._frees = 0
+        self._last_alone = False
+        """Whether the last batch was scheduled with nothing in flight, so that all its tokens were known."""
         self._blocked_at: tuple[int, int] | None = None
         """State of the cache at which the head of the queue found no room; until it changes, it finds
         none."""
@@ -119,7 +122,7 @@ class Scheduler:
             if batch.entries is not None:
                 ready = (s for s in self.running if s.phase is Phase.DECODE and s.home is decodes)
                 batch.entries += [(state.request.index, 1) for state in ready]
-            if not in_flight:
+            if not in_flight or self.new_lane:
                 # the token computed now is known already, so a block it fills can be hashed at once
                 sharing = decodes.sharing
                 for state in [s for s in decodes.at_boundary(1) if s in sharing] if sharing else ():
@@ -141,6 +144,8 @@ class Scheduler:
             for state in finishing:
                 state.phase = Phase.DRAINING
             batch.finishing = sorted(finishing, key=by_order)
+        if not batch.is_empty:
+            self._last_alone = not in_flight
         if self.new_lane and not batch.is_empty:
             batch.lane = decodes
             self._lanes.append(batch)
@@ -264,7 +269,9 @@ class Scheduler:
 
     def _preempt(self, victim: RequestState, batch: Batch, in_flight: bool) -> None:
         # `cached`: tokens whose blocks the prefix cache has taken note of so far; those of prompt chunks
-        # when they are scheduled, generated ones once they are known.
+        # when they are scheduled, generated ones once they are known. With a batch in flight, the token it
+        # computed was known when it was scheduled only if nothing else was in flight then; in a pipeline
+        # it always was, since a request is in one batch at a time.
         if victim.phase is Phase.PREFILL:
             self.prefilling.remove(victim)
             computed = cached = victim.computed
@@ -283,7 +290,8 @@ class Scheduler:
                     victim.end_run(batch.step - 1)
             if self.new_lane and token_in_flight:
                 self._await_landing(victim)
-            cached = max(victim.known, computed - token_in_flight)
+            unnoted = token_in_flight and not self.new_lane and not self._last_alone
+            cached = max(victim.known, computed - unnoted)
             victim.known = computed + 1
         self.kv.preempt(victim.table, cached)
         self._frees += 1
@@ -441,6 +449,7 @@ class Scheduler:
 
     def run_quietly(self, ticks: int) -> None:
         """Advance by ``ticks`` steps that :meth:`quiet_ticks` has vouched for."""
+        self._last_alone = False  # in an asynchronous loop every one of them follows a step in flight
         for _ in range(ticks):
             boundary = self.decodes.at_boundary()
             if boundary:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from servesim.engine.arrivals import NEVER, Arrivals
 from servesim.engine.hand_over import HandOver, Journey
 from servesim.engine.router import Router
-from servesim.errors import RunError
+from servesim.errors import BrokenRunError
 from servesim.results.records import RejectedRequest, RunLog
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ class Simulation:
 
         Raises:
             RunError: requests are left that can never be served.
+            BrokenRunError: requests or KV blocks got lost.
         """
         arrivals, agenda, loops, router = self._arrivals, self._agenda, self.loops, self._router
         transfers = self._transfers
@@ -134,6 +135,7 @@ class Simulation:
             else:
                 self._act(heappop(agenda)[1], min(arrives_ns, observe_ns + 1, router.next_ns, moves_ns))
         self._check_all_ended()
+        self._check_pools()
         self.log.end_ns = max((record.end_ns for record in self.log.requests), default=0)
         self.log.requests.sort(key=lambda record: record.request)
         self.log.rejected.sort(key=lambda rejected: rejected.request)
@@ -264,11 +266,19 @@ class Simulation:
         left = [request.index for request in self._workload if request.index not in ended]
         if left:
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-            raise RunError(
+            raise BrokenRunError(
                 "the run cannot go on: nothing is left to do, but requests "
-                f"{', '.join(map(str, left[:5]))}{more} have not ended; this is a fault of the simulator, "
-                "please report it with the cluster config"
+                f"{', '.join(map(str, left[:5]))}{more} have not ended"
             )
+
+    def _check_pools(self) -> None:
+        for instance in self.instances:
+            pool = instance.scheduler.kv.pool
+            if not pool.is_whole:
+                raise BrokenRunError(
+                    f"the KV blocks of instance {instance.log.index} do not add up: every request has ended, "
+                    f"and {pool.num_free} of {pool.usable} blocks count as free, or some are free twice"
+                )
 
 
 def why_impossible(request: Request, instance: Instance, output_tokens: int | None = None) -> str:

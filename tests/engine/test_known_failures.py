@@ -14,7 +14,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import subprocess
+import tempfile
+from contextlib import chdir
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,15 +27,16 @@ from servesim.api import simulate
 from servesim.engine.build import build_simulation
 from servesim.engine.hand_over import HandOver
 from servesim.engine.step_loop import StepLoop
-from servesim.errors import RunError
+from servesim.errors import BrokenRunError, RunError
+from servesim.memory.block_pool import BlockPool
 from servesim.specs.cluster import load_cluster
 from servesim.specs.options import RuntimeOptions
+from servesim.workload.formats import load_workload
 from servesim.workload.request import Request, Workload
 from tests.engine.toy_world import MOE, toy_cluster, toy_instance, toy_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from servesim.results.records import RunLog
 
@@ -241,6 +246,23 @@ def test_many_stuck_requests_are_counted() -> None:
         run([toy_instance(**preempted(9))], *burst(9, 8, 16))
     assert "requests 1, 2, 3, 4, 5 and 3 more wait" in str(error.value)
     assert "raise --max-num-batched-tokens or allow chunked prefill" in str(error.value)
+
+
+def test_a_lost_block_ends_the_run_and_saves_its_input(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cluster = load_cluster(toy_cluster([toy_instance(num_gpu_blocks=10, block_size=4)]))
+    with monkeypatch.context() as broken:
+        broken.setattr(BlockPool, "free", lambda *_: None)
+        with pytest.raises(BrokenRunError, match="KV blocks of instance 0 do not add up") as error:
+            simulate(cluster, Workload(burst(1, 8, 4), "w"), seed=7, output="o.csv")
+    (folder,) = re.findall(r"the input in (\S+)", str(error.value))
+    assert json.loads((Path(folder) / "options.json").read_text()) == {"seed": 7}
+    with chdir(folder):
+        again = load_cluster("cluster.json"), load_workload("workload.jsonl.gz")
+    assert again[0].model_dump() == cluster.model_dump()
+    assert [(r.input_tokens, r.output_tokens) for r in again[1]] == [(8, 4)]
 
 
 def test_what_gets_lost_on_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from servesim.errors import RunError
-from tests.engine.small_engine import requests, run_small
+from tests.engine.small_engine import requests, run_small, small_loop
 
 
 def test_a_lone_request_prefills_once_and_decodes_one_token_a_step() -> None:
@@ -140,3 +141,23 @@ def test_a_run_that_cannot_go_on_names_the_stuck_requests() -> None:
     workload = requests((8, 16, 0), (8, 16, 0))
     with pytest.raises(RunError, match=r"instance 0 cannot go on: requests 1 wait"):
         run_small(workload, blocks=8, budget=9, chunked_prefill=False, caching=False)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_token_known_at_once_is_noted_before_a_preemption(shared: bool) -> None:
+    """Three steps with nothing in flight fill two blocks with known tokens. The fourth, scheduled behind the
+    third, finds no block and preempts the request itself: vLLM has cached both blocks by then."""
+    workload = requests((6, 14, 0), (6, 14, 0), ids=[range(6), range(6) if shared else range(50, 56)])
+    for request in workload:
+        request.output_ids = np.arange(14) + (6 if shared or request.index == 0 else 56)
+    member = small_loop(workload, blocks=3, depth=2).members[0]
+    scheduler, pool = member.scheduler, member.scheduler.kv.pool
+    state = member.new_state(workload.requests[0], 0)
+    scheduler.enqueue(state, 0)
+    for step in range(3):
+        assert not scheduler.schedule(step, step, in_flight=False).is_empty
+    content = [state.table.content(0), state.table.content(1)]
+    assert scheduler.schedule(3, 3, in_flight=True).preempted == [state]
+    assert pool.is_whole
+    pool.check_integrity()
+    assert [pool.lookup(each) for each in content] == [1, 2]
