@@ -18,7 +18,7 @@ from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import SingleTimes, StepLoop
 from servesim.engine.transfers import Transfers
-from servesim.errors import BrokenRunError, InputError
+from servesim.errors import BrokenRunError, InputError, RunError
 from servesim.memory.kv_cache import KvCache
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.placement import NPU, evict_place
@@ -58,6 +58,11 @@ def run(
         return build_simulation(cluster, workload, options).run(observer)
     except BrokenRunError as error:
         raise BrokenRunError(f"{error}; {_how_to_report(cluster, workload, options)}") from error
+    except OverflowError as error:
+        raise RunError(
+            "the run reaches a simulated time of 2**62 ns (146 years); some time or rate of the input is far "
+            "out"
+        ) from error
 
 
 def _how_to_report(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> str:

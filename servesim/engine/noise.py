@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 _SHIFT = 20
 """Factors are whole multiples of 2^-20, so that a last-bit difference between two machines cannot show."""
 _HALF = 1 << (_SHIFT - 1)
+_REST = (1 << _SHIFT) - 1
 _CHUNK = 4096  # factors drawn at a time
 
 
@@ -60,4 +61,6 @@ class StepNoise:
     def run_ns(self, first: int, durations_ns: NDArray[np.int64]) -> NDArray[np.int64]:
         """The durations of consecutive steps with their noise; element i equals ``step_ns(first + i, …)``."""
         factors = self.factors(first, len(durations_ns))
-        return (durations_ns * factors + _HALF) >> _SHIFT
+        # in two parts, since the product with a duration of some hours does not fit 64 bits
+        units, rest = durations_ns >> _SHIFT, durations_ns & _REST
+        return units * factors + ((rest * factors + _HALF) >> _SHIFT)

@@ -110,6 +110,7 @@ class Simulation:
         Raises:
             RunError: requests are left that can never be served.
             BrokenRunError: requests or KV blocks got lost.
+            OverflowError: the clock passes :data:`NEVER`.
         """
         arrivals, agenda, loops, router = self._arrivals, self._agenda, self.loops, self._router
         transfers = self._transfers
@@ -122,6 +123,8 @@ class Simulation:
             arrives_ns = arrivals.next_ns
             now = min(arrives_ns, acts_ns, moves_ns)
             if now == NEVER:
+                if max(arrives_ns, *(loop.next_ns for loop in loops)) > NEVER:
+                    raise OverflowError("simulated time")
                 break
             if now >= router.next_ns:
                 router.refresh(now)

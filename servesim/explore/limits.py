@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from servesim.results.stats import exact_sum
 from servesim.results.units import MS
 
 if TYPE_CHECKING:
@@ -76,10 +77,10 @@ def limits(result: Result) -> Limits:
         waiting = steps.column("waiting") > 0
         no_slot = steps.column("running") >= options.max_num_seqs
         full = scheduled >= options.max_num_batched_tokens
-        slots_ns += int(duration[waiting & no_slot].sum())
-        budget_ns += int(duration[waiting & ~no_slot & full].sum())
-        blocks_ns += int(duration[waiting & ~no_slot & ~full].sum())
-        busy_ns += int(duration.sum())
+        slots_ns += exact_sum(duration[waiting & no_slot])
+        budget_ns += exact_sum(duration[waiting & ~no_slot & full])
+        blocks_ns += exact_sum(duration[waiting & ~no_slot & ~full])
+        busy_ns += exact_sum(duration)
     busy = max(busy_ns, 1)
     preemptions = int(result.requests["preemptions"].sum())
     share = preemptions / len(result.requests) if preemptions else 0.0
@@ -120,10 +121,9 @@ def typical_steps(result: Result, instances: Sequence[InstanceLog] | None = None
         mixed_decodes += (duration * steps.column("decode_tokens"))[mixed].sum()
         prefill += (duration * steps.column("prefill_tokens"))[mixed].sum()
     chunk = round(prefill / mixed_ns) if mixed_ns else 0
-    cached = int((rows["output"] * (2 * rows["input"] + rows["output"] - 1)).sum()) // 2
-    prompt = int(
-        (rows["input"] * rows["input"]).sum() // rows["input"].sum()
-    )  # of the request a prompt token is in
+    cached = exact_sum(rows["output"], 2 * rows["input"] + rows["output"] - 1) // 2
+    # of the request a prompt token is in
+    prompt = exact_sum(rows["input"], rows["input"]) // exact_sum(rows["input"])
     return TypicalSteps(
         decodes=max(round(decodes / alone_ns), 1) if alone_ns else 0,
         mixed_decodes=round(mixed_decodes / mixed_ns) if mixed_ns else 0,

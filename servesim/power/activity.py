@@ -95,7 +95,7 @@ def moved_within(spans: Spans, amounts: NDArray[np.int64], begin_ns: int, end_ns
 def _moved_by(spans: Spans, amounts: NDArray[np.int64], time_ns: int) -> int:
     done = int(np.searchsorted(spans.end_ns, time_ns, side="right"))
     begun = max(int(np.searchsorted(spans.start_ns, time_ns)), done)
-    moved = int(amounts[:done].sum())
+    moved: int = sum(amounts[:done].tolist())  # of any size; bytes of a long run pass 63 bits
     for index in range(done, begun):
         start, end = int(spans.start_ns[index]), int(spans.end_ns[index])
         moved += int(amounts[index]) * (time_ns - start) // (end - start)

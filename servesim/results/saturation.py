@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from servesim.results.stats import exact_sum
 from servesim.results.units import digits
 
 if TYPE_CHECKING:
@@ -108,10 +109,10 @@ def _of_instance(instance: InstanceLog, arrivals: list[int]) -> Saturation:
         middle = (first + last) // 2
         early = _weighted_mean(waiting, durations, (start >= first) & (start < middle))
         late = _weighted_mean(waiting, durations, (start >= middle) & (start <= last))
-    busy = int(durations.sum())
+    busy = exact_sum(durations)
     return Saturation(
         instance=instance.index,
-        full_share=int(durations[full].sum()) / busy if busy else 0.0,
+        full_share=exact_sum(durations[full]) / busy if busy else 0.0,
         queue_early=early,
         queue_late=late,
         kv_peak=max(steps.kv_blocks_used, default=0) / instance.capacity.usable_blocks,
@@ -120,5 +121,5 @@ def _of_instance(instance: InstanceLog, arrivals: list[int]) -> Saturation:
 
 
 def _weighted_mean(values: NDArray[np.int64], weights: NDArray[np.int64], where: NDArray[np.bool_]) -> float:
-    total = int(weights[where].sum())
-    return int((values[where] * weights[where]).sum()) / total if total else 0.0
+    total = exact_sum(weights[where])
+    return exact_sum(values[where], weights[where]) / total if total else 0.0

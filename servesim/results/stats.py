@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import mul
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +30,22 @@ class Distribution:
     p95: float
     p99: float
     maximum: int
+
+
+def exact_sum(values: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> int:
+    """Sum of ``values``, or of ``values * counts``: exact, so the same on every machine, and of any size.
+
+    Sums of times in ns do not fit 64 bits for long: 60,000 requests that wait a hundred days are too much.
+    """
+    if not len(values):
+        return 0
+    most = float(np.abs(values).max()) * len(values)
+    if counts is not None:
+        most *= float(np.abs(counts).max())
+    if most < 2.0**62:
+        return int(values.sum() if counts is None else np.dot(values, counts))
+    listed: list[int] = values.tolist()
+    return sum(listed) if counts is None else sum(map(mul, listed, counts.tolist()))
 
 
 def weighted_percentiles(
@@ -74,7 +91,7 @@ def describe(values: NDArray[np.int64], counts: NDArray[np.int64] | None = None)
     total = int(counts.sum())
     if total == 0:
         return Distribution(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
-    mean = int((values * counts).sum()) / total  # an exact integer sum: the same on every machine
+    mean = exact_sum(values, counts) / total
     variance = float((counts * (values - mean) ** 2).sum()) / total
     median, p90, p95, p99 = weighted_percentiles(values, counts, PERCENTILES)
     return Distribution(total, mean, math.sqrt(variance), median, p90, p95, p99, int(values.max()))

@@ -14,7 +14,7 @@ from servesim.results.atomic import atomic_write
 from servesim.results.energy import energy_entry
 from servesim.results.prefix_cache import prefix_cache_entry
 from servesim.results.saturation import saturation_entry
-from servesim.results.stats import Distribution, describe
+from servesim.results.stats import Distribution, describe, exact_sum
 from servesim.results.units import MS, SECOND
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, 
         "steps": len(steps),
         "peak_batch": max(steps.running, default=0),
         "preemptions": sum(steps.preempted),
-        "busy_s": round(int((steps.column("end_ns") - steps.column("start_ns")).sum()) / SECOND, 9),
+        "busy_s": round(exact_sum(steps.column("end_ns") - steps.column("start_ns")) / SECOND, 9),
     }
 
 

@@ -265,6 +265,13 @@ def test_a_lost_block_ends_the_run_and_saves_its_input(
     assert [(r.input_tokens, r.output_tokens) for r in again[1]] == [(8, 4)]
 
 
+@pytest.mark.parametrize("arrival_ns", [2**62 - 500, 2**62 + 500])
+def test_a_time_that_does_not_fit_64_bits_is_named(arrival_ns: int) -> None:
+    workload = Workload([Request(0, 8, 4, arrival_ns)], "w")
+    with pytest.raises(RunError, match="146 years"):
+        simulate(load_cluster(toy_cluster([toy_instance()])), workload)
+
+
 def test_what_gets_lost_on_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HandOver, "step_scheduled", lambda *_: None)  # KV that never leaves
     with pytest.raises(RunError, match="nothing is left to do, but requests 0, 1 have not ended"):

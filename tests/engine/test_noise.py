@@ -26,7 +26,7 @@ def run_noisy(workload: Workload, sigma: float | None, seed: int = 1, cap: int =
 
 
 @settings(max_examples=60)
-@given(st.floats(0, 0.5), st.integers(0, 9), st.lists(st.integers(0, 10**12), min_size=1, max_size=40))
+@given(st.floats(0, 0.5), st.integers(0, 9), st.lists(st.integers(0, 10**17), min_size=1, max_size=40))
 def test_many_steps_at_once_are_the_same_steps(sigma: float, first: int, durations: list[int]) -> None:
     noise, twin = StepNoise(sigma, (3, 1)), StepNoise(sigma, (3, 1))
     together = noise.run_ns(first, np.array(durations, dtype=np.int64)).tolist()

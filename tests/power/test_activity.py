@@ -99,6 +99,7 @@ def test_amounts_move_evenly_over_their_span() -> None:
     assert moved_within(step, amounts, 15, 30) == 50 + 3
     assert moved_within(step, amounts, 30, 50) == 4
     assert moved_within(step, amounts, 0, 50) == 107
+    assert moved_within(step, np.array([2**62, 2**62 + 1]), 0, 50) == 2**63 + 1
 
 
 @given(SPANS, st.lists(TIMES, min_size=2, max_size=6).map(sorted), st.data())

@@ -45,6 +45,17 @@ def test_a_queue_that_gets_longer_while_requests_arrive_is_saturation() -> None:
     )
 
 
+def test_a_huge_queue_over_a_long_time_is_no_overflow() -> None:
+    log = RunLog([instance(options=instance_options(max_num_seqs=4))])
+    half = 2**61 / MS
+    for step in range(2):
+        add_step(log.instances[0], step * half, (step + 1) * half, waiting=60_000, running=4)
+    log.requests = [record(0, 0, [(0, 0, 1)], log), record(1, 2 * half, [(0, 1, 1)], log)]
+    result = Result(log, Workload([Request(0, 9, 2, 0), Request(1, 9, 1, 2**62)], "by hand"))
+    (found,) = saturation(result)
+    assert (found.queue_early, found.queue_late, found.full_share) == (60_000, 60_000, 1.0)
+
+
 @pytest.mark.parametrize(
     "waiting", [[6, 6, 5, 5, 5, 4, 4, 4, 3, 3], [0, 0, 0, 0, 0, 0, 1, 0, 0, 0], [5] * 5 + [6] * 5]
 )

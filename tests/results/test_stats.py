@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servesim.results.stats import describe, weighted_percentiles
+from servesim.results.stats import describe, exact_sum, weighted_percentiles
 
 
 def test_the_median_of_an_even_sample_lies_between_its_middle_values() -> None:
@@ -25,6 +25,17 @@ def test_a_value_counts_as_often_as_it_occurs() -> None:
 
 def test_values_that_never_occur_have_no_influence() -> None:
     assert describe(np.array([7, 10**12]), np.array([2, 0])) == describe(np.array([7, 7]))
+
+
+def test_sums_over_63_bits_are_exact() -> None:
+    long = 2**62 + 2**40
+    values = np.array([long, long + 2, long + 4])
+    figures = describe(values)
+    assert (figures.mean, figures.median, figures.maximum) == (float(long + 2), float(long + 2), long + 4)
+    assert describe(np.array([2**40]), np.array([2**30])).mean == float(2**40)
+    assert exact_sum(values) == 3 * long + 6
+    assert exact_sum(values, np.array([1, 2, 2**30])) == 3 * long + 4 + 2**30 * (long + 4)
+    assert exact_sum(values[:0]) == 0
 
 
 def test_an_empty_sample_is_all_zero() -> None:
