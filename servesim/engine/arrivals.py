@@ -18,7 +18,7 @@ class Arrivals:
 
     A request of a session enters ``tool_ns`` after its predecessor ended. With ``max_concurrency`` (closed
     loop) a request whose time has come waits outside until fewer than that many are in the system; its
-    arrival is the moment it is let in.
+    arrival is the moment it is let in. Who has waited longest goes first, follow-ups of sessions included.
     """
 
     def __init__(self, workload: Workload, max_concurrency: int = 0) -> None:
@@ -29,6 +29,9 @@ class Arrivals:
         self._cap = max_concurrency
         self._inside = 0
         self._held: deque[int] = deque()
+        """Requests that wait outside, in the order in which their time came."""
+        self._let_in: set[int] = set()
+        """Those of ``_due`` for which a place inside is kept."""
 
     @property
     def feedback(self) -> bool:
@@ -43,6 +46,9 @@ class Arrivals:
     def pop(self) -> tuple[int, int] | None:
         """The next (time, request), or None if it has to wait outside."""
         time_ns, index = heappop(self._due)
+        if index in self._let_in:
+            self._let_in.remove(index)
+            return time_ns, index
         if self._cap and self._inside >= self._cap:
             self._held.append(index)
             return None
@@ -56,7 +62,10 @@ class Arrivals:
         if successor is not None:
             heappush(self._due, (now_ns + self._tool_ns[successor], successor))
         if self._held:
-            heappush(self._due, (now_ns, self._held.popleft()))
+            first = self._held.popleft()
+            self._inside += 1
+            self._let_in.add(first)
+            heappush(self._due, (now_ns, first))
 
     def drop_successors(self, index: int) -> list[int]:
         """Remove and return the requests that can never arrive because ``index`` will not run."""

@@ -143,6 +143,22 @@ def test_a_run_that_cannot_go_on_names_the_stuck_requests() -> None:
         run_small(workload, blocks=8, budget=9, chunked_prefill=False, caching=False)
 
 
+def test_who_waits_longest_outside_is_let_in_first() -> None:
+    # request 1 follows request 0 at once, when all the others have been waiting since 0 ns
+    workload = requests(*[(8, 2, 0)] * 6)
+    workload.requests[1].predecessor = 0
+    log = run_small(workload, max_concurrency=1)
+    ended = sorted(log.requests, key=lambda record: record.end_ns)
+    assert [record.request for record in ended] == [0, 2, 3, 4, 5, 1]
+    assert ended[-1].arrival_ns == ended[-2].end_ns
+
+
+def test_a_place_that_becomes_free_is_not_given_away_twice() -> None:
+    workload = requests(*[(8, 2, 0)] * 4, (8, 2, 2090))
+    log = run_small(workload, max_concurrency=2)
+    assert max(log.instances[0].steps.running) == 2
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_token_known_at_once_is_noted_before_a_preemption(shared: bool) -> None:
     """Three steps with nothing in flight fill two blocks with known tokens. The fourth, scheduled behind the
