@@ -39,6 +39,9 @@ class Batch:
     """Requests preempted while the step was scheduled."""
     hit_tokens: int = 0
     lookup_tokens: int = 0
+    """Like ``hit_tokens`` of requests that were never admitted before, as vLLM counts its hit rate."""
+    recomputed_tokens: int = 0
+    """Computed once more, after a preemption."""
     recalled_tokens: int = 0
     """Those of ``hit_tokens`` that come from the lower tier."""
     recalls: Sequence[int] = ()
@@ -59,6 +62,11 @@ class Batch:
             self.add_decodes(1, history, history, history)
             if self.kv_lengths is not None:
                 self.kv_lengths.append(history)
+
+    def note_again(self, lost: int, done: int, reach: int) -> None:
+        """Count what of a request's tokens ``done`` to ``reach`` - 1 had been computed before: the first
+        ``lost``."""
+        self.recomputed_tokens += max(min(reach, lost) - done, 0)
 
     def add_decodes(self, count: int, kv_sum: int, kv_min: int, kv_max: int) -> None:
         """Add ``count`` requests of one token each."""

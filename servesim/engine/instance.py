@@ -104,6 +104,7 @@ class Instance:
         steps.preempted.append(self._preempted)
         steps.hit_tokens.append(batch.hit_tokens)
         steps.lookup_tokens.append(batch.lookup_tokens)
+        steps.recomputed_tokens.append(batch.recomputed_tokens)
         tiered = scheduler.kv.tier is not None
         recalled_bytes = sum(batch.recalls) if tiered else 0
         steps.recalled_tokens.append(batch.recalled_tokens)

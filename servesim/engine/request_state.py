@@ -39,6 +39,7 @@ class RequestState:
         "kv_arrived",
         "landing",
         "last_tick",
+        "lost",
         "order",
         "phase",
         "prompt_tokens",
@@ -62,6 +63,8 @@ class RequestState:
         self.computed = 0
         """Tokens whose KV is computed or being computed; of a preempted request those it lost. While decoding
         the number follows from ``decode_base`` instead."""
+        self.lost = 0
+        """Leading tokens whose KV was computed before a preemption."""
         self.decode_base = 0
         """Computed tokens minus the decode clock; constant while decoding."""
         self.last_tick = 0

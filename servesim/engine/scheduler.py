@@ -238,6 +238,8 @@ class Scheduler:
             kv.computed(table, reach)
             left -= tokens
             batch.add_request(tokens, computed)
+            if state.lost:
+                batch.note_again(state.lost, computed, reach)
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))
             state.computed = reach
@@ -350,14 +352,15 @@ class Scheduler:
                 record.scheduled_ns = now_ns
                 record.npu_hit = hit_tokens
                 record.storage_hit = done - hit_tokens if recall_bytes else 0
+                batch.hit_tokens += hit_tokens + record.storage_hit
+                batch.lookup_tokens += known
+                batch.recalled_tokens += record.storage_hit
             elif not state.kv_arrived:
                 record.recomputed_tokens += state.computed - done
+                state.lost = max(state.lost, state.computed)
+                batch.note_again(state.lost, done, done + tokens)
             if recall_bytes:
                 batch.recalls = [*batch.recalls, recall_bytes]
-            if not state.kv_arrived:
-                batch.hit_tokens += done
-                batch.lookup_tokens += known
-                batch.recalled_tokens += done - hit_tokens
             batch.add_request(tokens, done)
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))

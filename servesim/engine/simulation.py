@@ -238,7 +238,7 @@ class Simulation:
     def _arrive_at_decode(self, journey: Journey, now: int) -> None:
         target, record = journey.target, journey.state.record
         record.token_steps.clear()  # the user gets the first token from the decode instance
-        record.decode_instance = target.log.index
+        record.decode_instance, record.handed_over_ns = target.log.index, now
         state = target.new_state(journey.state.request, now)
         state.record = record
         state.kv_arrived = True

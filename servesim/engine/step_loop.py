@@ -40,6 +40,7 @@ _ZERO_WHEN_QUIET = (
     "preempted",
     "hit_tokens",
     "lookup_tokens",
+    "recomputed_tokens",
     "recalled_tokens",
     "recalled_bytes",
     "tier_bytes",

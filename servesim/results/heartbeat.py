@@ -103,22 +103,26 @@ class Heartbeat:
             hits = sum(instance.steps.hit_tokens[before:after])
             cursor.hit_tokens += hits
             cursor.lookup_tokens += sum(instance.steps.lookup_tokens[before:after])
-            line = heartbeat_line(instance, before, after, elapsed_ns, hits)
+            again = sum(instance.steps.recomputed_tokens[before:after])
+            line = heartbeat_line(instance, before, after, elapsed_ns, hits - again)
             name = f" instance={instance.index}" if len(log.instances) > 1 else ""
             rate = cursor.hit_tokens / cursor.lookup_tokens if cursor.lookup_tokens else 0.0
             time = f"t={boundary_ns / SECOND:.{self._decimals}f}s"
             state = f"{_queue_state(instance, after)} hit={rate:.1%}{power.get(instance.node, '')}"
+            if again:
+                state += f" recomputed={si(again * SECOND / elapsed_ns)} tok/s"
             self._write(f"{line}{name} {time}{state}")
 
 
-def heartbeat_line(instance: InstanceLog, before: int, after: int, elapsed_ns: int, hit_tokens: int) -> str:
+def heartbeat_line(instance: InstanceLog, before: int, after: int, elapsed_ns: int, more_tokens: int) -> str:
     """The documented part of a line, about steps ``before`` to ``after - 1`` of one instance.
 
-    Rates are over ``elapsed_ns``, with the ``hit_tokens`` of the prefix cache counted as prompt tokens;
-    memory is weights and KV blocks in use on one NPU after the last step, in units of 2^30 bytes.
+    Rates are over ``elapsed_ns``. ``more_tokens`` count as prompt tokens beside those of prefill steps: what
+    the prefix cache had, less what was computed again after a preemption (vLLM counts a prompt once). Memory
+    is weights and KV blocks in use on one NPU after the last step, in units of 2^30 bytes.
     """
     steps, capacity = instance.steps, instance.capacity
-    prompt = (sum(steps.prefill_tokens[before:after]) + hit_tokens) * SECOND / elapsed_ns
+    prompt = max(sum(steps.prefill_tokens[before:after]) + more_tokens, 0) * SECOND / elapsed_ns
     decode = sum(steps.decode_tokens[before:after]) * SECOND / elapsed_ns
     batch = steps.running[after - 1] if after else 0
     used = steps.kv_blocks_used[after - 1] if after else 0

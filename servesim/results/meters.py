@@ -61,8 +61,9 @@ class InstanceMeter:
             return 0
         tokens = self._column("prefill_tokens") + self._column("decode_tokens")
         sent = tokens * self._bytes_per_token
-        if self._sends_kv:
-            sent += (tokens + self._column("hit_tokens")) * self._kv_bytes_per_token
+        if self._sends_kv:  # what was sent before a preemption is not sent again
+            new = tokens - self._column("recomputed_tokens") + self._column("hit_tokens")
+            sent += new * self._kv_bytes_per_token
         return moved_within(spans, sent, begin_ns, end_ns)
 
     def tier_bytes(self, spans: Spans, begin_ns: int, end_ns: int, *, cxl: bool) -> int:

@@ -34,11 +34,12 @@ class StepLog:
         "waiting",  # requests queued while the step runs
         "kv_blocks_used",
         "preempted",  # requests preempted while the step was scheduled
-        "hit_tokens",  # prompt tokens found in the prefix cache by requests admitted in this step
-        "lookup_tokens",  # tokens looked up in the prefix cache by requests admitted in this step
+        "hit_tokens",  # prompt tokens found in the prefix cache by requests first admitted in this step
+        "lookup_tokens",  # prompt tokens looked up in it by those requests
         "recalled_tokens",  # those of hit_tokens that were read from the lower tier of the prefix cache
         "recalled_bytes",  # bytes read for them
         "tier_bytes",  # bytes read from and written to the lower tier
+        "recomputed_tokens",  # those of prefill_tokens and decode_tokens computed again after a preemption
     )
     __slots__ = COLUMNS
 
@@ -59,6 +60,7 @@ class StepLog:
     recalled_tokens: array[int]
     recalled_bytes: array[int]
     tier_bytes: array[int]
+    recomputed_tokens: array[int]
 
     def __len__(self) -> int:
         return len(self.start_ns)
@@ -95,6 +97,8 @@ class RequestRecord:
     recomputed_tokens: int = 0
     decode_instance: int = -1
     """Instance that decoded the request; equals ``instance`` unless prefill and decode are separate."""
+    handed_over_ns: int = -1
+    """When it was queued at another instance that decodes it; -1 where there is none."""
 
 
 @dataclass(slots=True)

@@ -131,8 +131,9 @@ class Result:
         ``instance``, ``step``, ``start_ns``, ``end_ns``, ``prefill_tokens`` (tokens of chunks),
         ``decode_tokens`` (sequences with one token), ``running``, ``waiting``, ``kv_blocks_used``,
         ``preempted``, ``hit_tokens`` and ``lookup_tokens`` (prompt tokens found and looked up in the prefix
-        cache by the requests it admitted), ``recalled_tokens`` (those found that came from the lower tier),
-        ``recalled_bytes`` (read for them), ``tier_bytes`` (read from and written to the tier).
+        cache by the requests it was the first to admit), ``recalled_tokens`` (those found that came from the
+        lower tier), ``recalled_bytes`` (read for them), ``tier_bytes`` (read from and written to the tier),
+        ``recomputed_tokens`` (computed again after a preemption).
         """
         return steps_array(self.instances)
 

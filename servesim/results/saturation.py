@@ -66,6 +66,8 @@ def saturation(result: Result) -> list[Saturation]:
     arrivals: list[list[int]] = [[] for _ in result.instances]
     for record in result.records:
         arrivals[record.instance].append(record.arrival_ns)
+        if record.handed_over_ns >= 0:
+            arrivals[record.decode_instance].append(record.handed_over_ns)
     return [_of_instance(instance, times) for instance, times in zip(result.instances, arrivals, strict=True)]
 
 

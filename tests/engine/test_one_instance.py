@@ -159,6 +159,17 @@ def test_a_place_that_becomes_free_is_not_given_away_twice() -> None:
     assert max(log.instances[0].steps.running) == 2
 
 
+@pytest.mark.parametrize("blocks", [9, 12, 60])
+def test_prompts_and_hits_count_once_whatever_is_preempted(blocks: int) -> None:
+    workload = requests(*[(20, 12, 0)] * 6, ids=[range(20)] * 6)
+    steps = run_small(workload, blocks=blocks, budget=15).instances[0].steps
+    assert (sum(steps.preempted) > 0) == (blocks < 60)
+    assert (sum(steps.recomputed_tokens) > 0) == (blocks < 60)
+    assert sum(steps.lookup_tokens) == 120
+    new = sum(steps.prefill_tokens) + sum(steps.decode_tokens) + sum(steps.hit_tokens)
+    assert new - sum(steps.recomputed_tokens) == 120 + 6 * 11
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_token_known_at_once_is_noted_before_a_preemption(shared: bool) -> None:
     """Three steps with nothing in flight fill two blocks with known tokens. The fourth, scheduled behind the

@@ -152,6 +152,10 @@ def check_cluster_run(simulation: Simulation, log: RunLog, workload: Workload) -
     """Every request ended once with all its tokens, in order; no block is held."""
     assert sorted(r.request for r in (*log.requests, *log.rejected)) == list(range(len(workload)))
     assert all(rejected.reason for rejected in log.rejected)
+    recomputed = sum(
+        int(instance.log.steps.column("recomputed_tokens").sum()) for instance in simulation.instances
+    )
+    assert recomputed == sum(record.recomputed_tokens for record in log.requests)
     tracks = log.tracks()
     for record in log.requests:
         request = workload.requests[record.request]
@@ -163,6 +167,8 @@ def check_cluster_run(simulation: Simulation, log: RunLog, workload: Workload) -
         assert len(times) == request.output_tokens
         assert times == sorted(set(times))
         assert (record.first_token_ns, record.end_ns) == (times[0], times[-1])
+        assert (record.handed_over_ns >= 0) == (first.pd_type == "prefill")
+        assert record.handed_over_ns < record.first_token_ns
         assert record.arrival_ns <= record.queued_ns <= record.scheduled_ns < record.first_token_ns
     for instance in simulation.instances:
         pool, scheduler, steps = instance.scheduler.kv.pool, instance.scheduler, instance.log.steps
@@ -170,6 +176,7 @@ def check_cluster_run(simulation: Simulation, log: RunLog, workload: Workload) -
         assert pool.num_used == scheduler.held == len(scheduler.running) == len(scheduler.waiting) == 0
         assert scheduler.decodes.count == 0
         assert (steps.column("kv_blocks_used") <= pool.usable).all()
+        assert (steps.column("recomputed_tokens") >= 0).all()
         assert (steps.column("running") <= instance.log.options.max_num_seqs).all()
         assert (
             steps.column("prefill_tokens") + steps.column("decode_tokens")

@@ -54,6 +54,14 @@ def test_what_is_left_of_the_last_interval_gets_a_line() -> None:
     assert "prompt_t=5.2k tok/s" in lines[1]  # 52 tokens in 10 ms, not in 50
 
 
+def test_what_is_computed_again_is_named_apart() -> None:
+    log = two_requests().log
+    log.instances[0].steps.recomputed_tokens[4] = 50
+    line = lines_of(log, 50, [])[1]
+    assert "prompt_t=200 tok/s" in line  # 2 of the 52 tokens in 10 ms are new
+    assert line.endswith(" hit=21.3% recomputed=5.0k tok/s")
+
+
 @given(st.lists(st.integers(0, 60), max_size=20).map(sorted), st.sampled_from([1, 7, 10, 60, 100]))
 def test_lines_do_not_depend_on_how_the_clock_jumps(times_ms: list[int], interval_ms: int) -> None:
     log = two_requests().log

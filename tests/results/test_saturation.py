@@ -56,6 +56,21 @@ def test_a_huge_queue_over_a_long_time_is_no_overflow() -> None:
     assert (found.queue_early, found.queue_late, found.full_share) == (60_000, 60_000, 1.0)
 
 
+def test_the_queue_of_a_decode_instance_counts() -> None:
+    log = RunLog([instance(0), instance(1)])
+    for step, queue in enumerate([0, 1, 1, 1, 2, 3, 4, 5, 6, 7]):
+        add_step(log.instances[0], 10 * step, 10 * step + 10, running=1)
+        add_step(log.instances[1], 10 * step, 10 * step + 10, running=1, waiting=queue)
+    log.requests = [
+        record(n, 0, [(1, 9 * n, 9 * n)], log, instance=0, handed_over_ns=100 * n * MS) for n in range(2)
+    ]
+    result = Result(log, Workload([Request(n, 10, 1, 0) for n in range(2)], "by hand"))
+    prefill, decode = saturation(result)
+    assert not prefill.reasons()
+    assert (decode.queue_early, decode.queue_late) == (1.0, 5.0)
+    assert "instance 1: the queue grew" in closing(result)
+
+
 @pytest.mark.parametrize(
     "waiting", [[6, 6, 5, 5, 5, 4, 4, 4, 3, 3], [0, 0, 0, 0, 0, 0, 1, 0, 0, 0], [5] * 5 + [6] * 5]
 )
