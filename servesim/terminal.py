@@ -19,7 +19,7 @@ _PLAIN = {
     "μ": "u", "α": "alpha", "≤": "<=", "≥": ">=", "≈": "~", "→": "->", "−": "-", "²": "2", "⁹": "9",
     "“": '"', "”": '"', "‘": "'", "’": "'", " ": " ",
 }  # fmt: skip
-_COLOURS = {"good": "32", "bad": "31", "warning": "33", "dim": "2"}
+_COLOURS = {"good": "32", "bad": "31", "warning": "33"}
 _HANDLER = "servesim-plain"
 
 
@@ -59,9 +59,9 @@ def wrapped(text: str, width: int | None = None, indent: str = "") -> str:
     return "\n".join(lines).replace("\u00a0", " ")
 
 
-def painted(text: str, meaning: str) -> str:
-    """``text`` in the colour of ``good``, ``bad``, ``warning`` or ``dim`` where stdout shows colours."""
-    return f"\033[{_COLOURS[meaning]}m{text}\033[0m" if meaning and shows_colours() else text
+def painted(text: str, meaning: str, error_stream: bool = False) -> str:
+    """``text`` in the colour of ``good``, ``bad`` or ``warning`` where the stream shows colours."""
+    return f"\033[{_COLOURS[meaning]}m{text}\033[0m" if meaning and shows_colours(error_stream) else text
 
 
 def shows_colours(error_stream: bool = False) -> bool:

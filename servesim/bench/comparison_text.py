@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from servesim.bench.agreement import METRICS, STATISTICS
 from servesim.results.table import Table
 from servesim.results.units import digits
+from servesim.terminal import screen_width
 
 if TYPE_CHECKING:
     from servesim.bench.agreement import Agreement
@@ -66,7 +67,7 @@ def comparison_text(run: RecordedRun, agreement: Agreement) -> str:
                 f"{row['error_percent']:+.2f} %",
             ]
         )
-    lines += ["", table.plain()]
+    lines += ["", table.plain(width=screen_width())]
     if report["over_time"]:
         lines.append("")
         lines += [

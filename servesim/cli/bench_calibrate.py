@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from servesim.results.atomic import atomic_write, check_writable
     from servesim.results.table import Table
     from servesim.specs.paths import bundles_from
+    from servesim.terminal import screen_width
 
     check_writable(args.output, "--output")
     recorded = run_of(args)
@@ -55,5 +56,5 @@ def run(args: argparse.Namespace) -> int:
         table.rows.append(
             [metric, f"{100 * fit.before.error(metric):+.2f} %", f"{100 * fit.after.error(metric):+.2f} %"]
         )
-    print(table.plain())
+    print(table.plain(width=screen_width()))
     return 0

@@ -6,6 +6,8 @@ import logging
 import sys
 import warnings
 
+from servesim.terminal import painted
+
 
 def set_up_messages(level: str) -> None:
     """Show log records of servesim from ``level`` on, and every Python warning once, without source lines."""
@@ -24,7 +26,10 @@ class _OnStderr(logging.Handler):
     """Writes to whatever stderr is at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"[{record.levelname}] {record.getMessage()}", file=sys.stderr)
+        label = f"[{record.levelname}]"
+        if record.levelno >= logging.WARNING:
+            label = painted(label, "warning", error_stream=True)
+        print(f"{label} {record.getMessage()}", file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
 def text(found: list[TableDifference]) -> str:
     """One line a table and layer; differences are B / A - 1."""
     from servesim.results.table import Table
+    from servesim.terminal import screen_width
 
     table = Table(
         ["table", "points", "outside", "median", "|median|", "|P95|", "worst", "A us", "B us", "where"]
@@ -78,4 +79,4 @@ def text(found: list[TableDifference]) -> str:
                 row.where,
             ]
         )
-    return table.plain()
+    return table.plain(width=screen_width())

@@ -28,13 +28,14 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from servesim.profiler.inspection import open_bundle, overview
+    from servesim.terminal import screen_width
 
     bundle = open_bundle(args.bundle)
     tp = chosen_degree(bundle, args.tp)
     tables = bundle.tables(tp)
     print("\n".join(heading(bundle)))
     for title, table in overview(tables).items():
-        print(f"\ntp{tp} {title}\n{table.plain()}")
+        print(f"\ntp{tp} {title}\n{table.plain(width=screen_width())}")
     if args.plots:
         from servesim.profiler.bundle_plots import save_plots
 

@@ -151,6 +151,7 @@ def matrix_text(answers: list[Answer]) -> str:
     """Models down, hardware across; a cell has one letter for each variant."""
     from servesim.profiler.support import variant_letters
     from servesim.results.table import Table
+    from servesim.terminal import screen_width
 
     hardware = list(dict.fromkeys(answer.hardware for answer in answers))
     models = list(dict.fromkeys(answer.model for answer in answers))
@@ -163,7 +164,7 @@ def matrix_text(answers: list[Answer]) -> str:
     there = sum(answer.letter.isupper() for answer in answers)
     made = sum(answer.letter.islower() for answer in answers)
     lines = [
-        table.plain(),
+        table.plain(width=screen_width()),
         "",
         f"One letter for each of {', '.join(variant_letters())} at tp {answers[0].tp}.",
         "M measured, S silicon (derived from public kernel measurements), R roofline (computed).",

@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 FORMS = "VALUE, fixed:VALUE, uniform:LOW:HIGH or lognormal:MEAN:STD[:MIN:MAX]"
 
+_HELP = "make, inspect and convert workload files"
+
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add ``workload`` with its actions to the command line."""
-    parser = subparsers.add_parser(
-        "workload", help="make, inspect and convert workload files", description=__doc__
-    )
+    parser = subparsers.add_parser("workload", help=_HELP, description=_HELP)
     actions = parser.add_subparsers(dest="action", required=True, metavar="{synth,describe,convert}")
     _add_synth(actions.add_parser("synth", help="make a workload from distributions and a seed"))
     _add_describe(

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from servesim._version import __version__
 from servesim.results.prefix_cache import tier_line
+from servesim.results.stated_errors import RESULTS
 from servesim.results.units import gib, seconds
 from servesim.specs.dtypes import short_dtype
 from servesim.specs.options import UNLIMITED, InstanceOptions, RuntimeOptions
+from servesim.terminal import WIDTH, screen_width, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from servesim.specs.cluster import InstanceSpec
     from servesim.workload.request import Workload
 
-_LINE = 100
 _ALREADY_SHOWN = frozenset({"variant", "kv_dtype", "npu_memory_utilization"})
 """Instance options that the lines of their instance show anyway."""
 _SHOWN_WHEN_CHANGED = frozenset(
@@ -62,7 +63,10 @@ def banner(options: RuntimeOptions, workload: Workload, instances: Sequence[Inst
     lines += _wrapped("options   ", [_option(name, value) for name, value in shown.items()])
     for group in _alike(instances):
         lines += _instance_lines(group, common)
-    return "\n".join(lines)
+    width = screen_width()
+    if width is None:  # in a pipe or a file, what belongs together stays in one line
+        return "\n".join(lines)
+    return "\n".join(wrapped(line, width, indent=" " * _indent(line)) for line in lines)
 
 
 def workload_line(workload: Workload) -> str:
@@ -80,6 +84,11 @@ def workload_line(workload: Workload) -> str:
     if workload.skipped:
         parts.append(f"{_count(workload.skipped, 'bad line')} skipped")
     return f"{workload.source or 'given'}: {', '.join(parts)}"
+
+
+def _indent(line: str) -> int:
+    """Where the lines that a line of the banner is broken into begin: below its text."""
+    return 12 if line.startswith("  ") else 10
 
 
 def kv_cache_line(instance: InstanceLog) -> str:
@@ -107,12 +116,13 @@ def _option(name: str, value: object) -> str:
 
 
 def _wrapped(first: str, parts: Sequence[str]) -> list[str]:
-    """``parts`` joined by `` · `` into indented lines of at most 100 characters."""
+    """``parts`` joined by `` · `` into indented lines that fit the screen."""
+    limit = screen_width() or WIDTH
     lines = []
     line = first
     for part in parts:
         joined = line + part if line == first or not line.strip() else f"{line} · {part}"
-        if len(joined) > _LINE and line.strip():
+        if len(joined) > limit and line.strip():
             lines.append(line)
             line = " " * len(first) + part
         else:
@@ -196,6 +206,9 @@ def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> lis
     if own:
         lines += _wrapped("  options   ", [_option(key, value) for key, value in own.items()])
     lines.append(f"  kernels   {instance.options.variant}: {instance.bundle_source}")
+    if instance.stated_error is not None:
+        error = instance.stated_error
+        lines.append(f"  trust     kernel times ±{error.percent:g} % ({error.reason}; {RESULTS})")
     lines.append(f"  host      {instance.host}")
     lines.append(f"  memory    {_memory_parts(capacity)}")
     lines.append(f"  {kv_cache_line(instance)}")

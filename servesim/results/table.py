@@ -14,7 +14,7 @@ class Table:
     header: list[str]
     rows: list[list[str] | None] = field(default_factory=list)
     meanings: dict[tuple[int, int], str] = field(default_factory=dict)
-    """(row, column) -> ``good``, ``bad`` or ``dim``: cells that are coloured where colours are shown."""
+    """(row, column) -> ``good`` or ``bad``: cells that are coloured where colours are shown."""
     kept: int = 1
     """First columns that every part of a table repeats when it is too wide for the screen."""
     together: int = 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -90,3 +91,36 @@ def test_lengths_spread_evenly_around_the_mean_unless_said_otherwise() -> None:
     assert decode_lengths(0, 100, None, 500) == (0, 0, 0)
     with pytest.raises(InputError):
         decode_lengths(4, 100, 101, 200)
+
+
+def test_a_pipeline_is_told_stage_by_stage(
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = ["explain-step", cluster, "--no-cudagraph", "--decodes", "4", "--kv", "64"]
+    assert main(step) == 0
+    whole_ns = int(re.findall(r"(\d+) ns", capsys.readouterr().out)[0])
+    change_instance(tmp_path, num_npus=2, pp_size=2)
+    assert main(step) == 0
+    out = capsys.readouterr().out
+    stages = [line.split() for line in out.splitlines() if re.match(r"[01] ", line)]
+    assert [row[1] for row in stages] == ["0-0", "1-1"]
+    compute, sent = (sum(float(row[column]) for row in stages) for column in (2, 3))
+    assert compute == pytest.approx(whole_ns / 1000, rel=0.01)
+    assert f"= {(compute + sent) / 1000:.3f} ms from the first stage" in out
+
+
+def test_what_depends_on_other_instances_is_refused_by_name(
+    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_instance(tmp_path, num_npus=2, tp_size=2, ep_size=2)
+    assert main(["explain-step", cluster, "--decodes", "4", "--kv", "64"]) == 2
+    assert "ep_size" in capsys.readouterr().err
+
+
+def change_instance(folder: Path, **changes: int) -> None:
+    spec = json.loads((folder / "toy.json").read_text())
+    instance = spec["nodes"][0]["instances"][0]
+    instance.update(changes)
+    if "pp_size" in changes:
+        instance["tp_size"] = 1
+    (folder / "toy.json").write_text(json.dumps(spec))

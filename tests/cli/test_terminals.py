@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from servesim import terminal
+from servesim.results.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["--num-reqs", "3"]
@@ -119,3 +121,44 @@ def test_lines_break_between_words_only() -> None:
     long = "source /a/path/that/is/long-and-has-hyphens/and/more " * 3
     for line in terminal.wrapped(long, 44, indent="  ").splitlines():
         assert all(word in long.split() for word in line.split())
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("sets", [1, 4])
+def test_comparisons_fit_the_screen_with_all_their_digits(columns: int, sets: int) -> None:
+    words = [word for n in range(1, sets + 1) for word in ("--set", f"at most {n}: --max-num-seqs {n}")]
+    small = ["compare", "--dataset", "workloads/short_chat.jsonl", "--num-reqs", "4", *words]
+    wide = servesim(small).stdout.decode()
+    shown = servesim(small, COLUMNS=str(columns)).stdout.decode()
+    assert max(map(len, shown.splitlines())) <= columns
+    assert "…" not in shown
+    figures = re.compile(r"(?<![\w.])[\d,]*\d(?:\.\d+)?(?![\w.])")
+    assert set(figures.findall(wide)) <= set(figures.findall(shown)), "no digit is cut"
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_banner_breaks_between_words(columns: int) -> None:
+    narrow = servesim(RUN, COLUMNS=str(columns)).stdout.decode().partition("[INFO]")[0].replace("·", "")
+    words = servesim(RUN).stdout.decode().partition("[INFO]")[0].replace("·", "").split()
+    assert narrow.split() == words
+    longest = max(map(len, words)) + 12
+    assert max(map(len, narrow.splitlines())) <= max(columns, longest)
+
+
+def test_warnings_are_yellow_where_colours_are_shown() -> None:
+    far = ["--num-reqs", "2", "--max-num-batched-tokens", "100000"]
+    assert b"\033[33m[WARNING]\033[0m" in servesim(far, FORCE_COLOR="1").stderr
+    assert servesim(far, FORCE_COLOR="1", NO_COLOR="1").stderr.startswith(b"[WARNING]")
+    assert servesim(far).stderr.startswith(b"[WARNING]")
+
+
+def test_wide_tables_come_in_parts() -> None:
+    table = Table(["", "first set", "change", "second set", "change"], kept=1, together=2)
+    table.rows.append(["a row", "1,234,567", "+1%", "7,654,321", "-2%"])
+    assert table.plain(width=200) == table.plain()
+    parts = table.plain(width=30).split("\n\n")
+    assert [part.splitlines()[-1] for part in parts] == [
+        "a row  1,234,567     +1%",
+        "a row  7,654,321     -2%",
+    ]
+    assert all(len(line) <= 30 for part in parts for line in part.splitlines())
