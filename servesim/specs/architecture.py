@@ -120,7 +120,12 @@ def load_architecture(model_type: str) -> Architecture:
     Raises:
         InputError: no such architecture, or its file is wrong.
     """
-    way_out = "A standard transformer block needs nothing but such a file"
+    way_out = (
+        "This file is missing: it names the layers of a step and the table of each "
+        "(docs/new-architecture.md). It can describe blocks of full or grouped-query attention with a gated "
+        "MLP or routed experts, where every layer keeps its whole context; linear attention, state-space "
+        "layers and shared experts it cannot"
+    )
     return read_architecture(paths.find_named("profiler/models/*.yaml", model_type, "architecture", way_out))
 
 

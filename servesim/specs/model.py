@@ -12,7 +12,7 @@ from servesim.errors import InputError, MissingFileError, NotSupportedError
 from servesim.specs import paths
 from servesim.specs.base import Spec, list_as_tuple
 from servesim.specs.reading import read_json_object
-from servesim.specs.validation import nearest, validated
+from servesim.specs.validation import nearest, one_slip, validated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +25,9 @@ _ALIASES = {
     "num_local_experts": "num_experts",
     "n_routed_experts": "num_experts",
     "n_shared_experts": "num_shared_experts",
+    "num_shared_expert": "num_shared_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "top_k_experts": "num_experts_per_tok",
     "dtype": "torch_dtype",
 }
 """Other models' names for the same fact."""
@@ -150,7 +153,9 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
     """
     given = str(name_or_path)
     file, name, is_path = _locate(given)
-    return model_from_config(read_json_object(file), name, str(file), given if is_path else "")
+    # Python writes Infinity where a published config means "no limit"; a field that counts is checked below.
+    config = read_json_object(file, finite=False)
+    return model_from_config(config, name, str(file), given if is_path else "")
 
 
 def model_from_config(config: Mapping[str, Any], name: str, source: str, path: str = "") -> ModelSpec:
@@ -171,7 +176,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str, path: s
         # null is how a config says "not used"; a field's own name wins over its alias.
         if value is not None and field in ModelSpec.model_fields and (field == key or field not in config):
             fields[field] = value
-    _refuse_misspelt(config, fields, source)
+    _refuse_misspelt(config, source)
     _fill_defaults(config, fields, source)
     return validated(ModelSpec, fields, source)
 
@@ -241,22 +246,19 @@ def _refuse_unknown_layers(fields: Mapping[str, Any], source: str) -> None:
             )
 
 
-def _refuse_misspelt(config: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> None:
-    """A config may hold any number of fields we do not read, but not a slip of the pen for one we do."""
+def _refuse_misspelt(config: Mapping[str, Any], source: str) -> None:
+    """A config may hold any number of fields we do not read, but not a slip of the pen for one we do.
+
+    Published configs have fields whose names come near ours (``qk_head_dim`` beside ``head_dim``), so only a
+    single wrong, missing, added or exchanged letter counts.
+    """
     wanted = [field for field in ModelSpec.model_fields if field not in config and field not in _LABELS]
-    required = {name for name, field in ModelSpec.model_fields.items() if field.is_required()} - set(fields)
     for key in config:
         if not isinstance(key, str) or key in ModelSpec.model_fields or key in _ALIASES:
             continue
-        near = nearest(key, wanted)
-        if near and ((near in required and _likeness(key, near) >= 0.8) or _likeness(key, near) >= 0.95):
-            raise InputError(f"{source}: {key}: unknown key; did you mean {near!r}?")
-
-
-def _likeness(one: str, other: str) -> float:
-    from difflib import SequenceMatcher
-
-    return SequenceMatcher(None, one, other).ratio()
+        for near in wanted:
+            if one_slip(key, near):
+                raise InputError(f"{source}: {key}: unknown key; did you mean {near!r}?")
 
 
 def _locate(name: str) -> tuple[Path, str, bool]:
@@ -270,7 +272,27 @@ def _locate(name: str) -> tuple[Path, str, bool]:
             return direct / "config.json", _name_of(direct), True
         return paths.find(f"configs/model/{name}.json"), name, False
     except (OSError, ValueError):  # not found, or a name no file system takes
-        raise _unknown_model(name) from None
+        twin = shape_twin(name)
+        if twin is None:
+            raise _unknown_model(name) from None
+        return paths.find(f"configs/model/{twin}.json"), twin, False
+
+
+def shape_twin(name: str) -> str | None:
+    """The known model that differs from ``name`` only in how it was tuned: one shape, other weights.
+
+    ``Llama-3.1-8B-Instruct`` -> ``meta-llama/Llama-3.1-8B``. None: there is none, or more than one. Dated
+    releases (``-2507``) are models of their own: their contexts differ.
+    """
+    twins = [known for known in known_models() if _untuned(known) == _untuned(name)]
+    twins = twins or [known for known in known_models() if _untuned(known).split("/")[-1] == _untuned(name)]
+    return twins[0] if len(twins) == 1 else None
+
+
+def _untuned(name: str) -> str:
+    """A model's name in lower case without the word for how it was tuned, such as ``-Instruct``."""
+    org, slash, last = name.lower().rpartition("/")
+    return org + slash + re.sub(r"-(instruct|base|it|chat|hf)$", "", last.removeprefix("meta-"))
 
 
 def _name_of(path: Path) -> str:

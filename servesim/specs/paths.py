@@ -110,10 +110,14 @@ def find_named(pattern: str, name: str, what: str, way_out: str) -> Path:
     try:
         return find(relative)
     except MissingFileError:
-        from servesim.specs.validation import hint
+        from servesim.specs.validation import nearest
 
         known = [found.stem for found in find_all(pattern)]
-        raise MissingFileError(f"{relative}: no such {what}; {hint(name, known)}. {way_out}") from None
+        near = nearest(name, known)
+        ask = f"did you mean {near!r}? " if near else ""
+        raise MissingFileError(
+            f"{relative}: no such {what}; {ask}known: {', '.join(known) or 'none'}. {way_out}"
+        ) from None
 
 
 def find_all(relative_glob: str) -> list[Path]:

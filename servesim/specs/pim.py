@@ -64,7 +64,7 @@ def load_pim(name: str) -> PimSpec:
     Raises:
         MissingFileError: there is no such file; InputError: it is wrong.
     """
-    way_out = "A new device needs nothing but such a file"
+    way_out = "A new device needs such a file, with the timings of one channel (docs/pim.md)"
     return read_pim(paths.find_named("configs/pim/*.ini", name, "device", way_out))
 
 

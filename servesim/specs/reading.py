@@ -105,13 +105,15 @@ def decoded(path: Path, raw: bytes) -> str:
         ) from None
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. NaN, Infinity and repeated keys are errors."""
-    return parse_json_object(_read_config(path), str(path))
+def read_json_object(path: Path, *, finite: bool = True) -> dict[str, Any]:
+    """The JSON object in ``path``. Repeated keys are errors, and so are NaN and Infinity where ``finite``."""
+    return parse_json_object(_read_config(path), str(path), finite=finite)
 
 
-def parse_json_object(text: str, source: str) -> dict[str, Any]:
+def parse_json_object(text: str, source: str, *, finite: bool = True) -> dict[str, Any]:
     """The JSON object in ``text``; ``source`` names it in messages.
+
+    ``finite=False``: NaN and Infinity are taken as Python writes them; whoever reads the fields checks them.
 
     Raises:
         InputError: empty, not JSON (with line and column), NaN, a repeated key, or not an object.
@@ -119,7 +121,8 @@ def parse_json_object(text: str, source: str) -> dict[str, Any]:
     if not text.strip():
         raise InputError(f"{source}: line 1: the file is empty; a JSON object {{...}} is expected")
     try:
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        constant = _no_constant if finite else None
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=constant)
     except json.JSONDecodeError as error:
         ends_early = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
         cut = " (is the file cut short?)" if ends_early else ""

@@ -10,6 +10,7 @@ import reprlib
 import types
 import typing
 from difflib import get_close_matches
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 SpecT = TypeVar("SpecT", bound=BaseModel)
 
 _SHOWN_CHARACTERS = 60
+_NEAR = 0.68
+"""Share of like letters from which on a word is taken for a slip of another: ``phi3`` is no ``phimoe``."""
 _SHOWN = 8  # problems listed before "and N more"
 _UNION_TAGS = frozenset({"number", "list"})
 """Tags of our `number or list` unions; pydantic puts them into locations, users never wrote them."""
@@ -116,11 +119,30 @@ def field_path(location: Location) -> str:
 
 
 def nearest(key: str, known: Iterable[str]) -> str | None:
-    """The known word most like ``key``, upper and lower case alike; None when nothing comes near."""
+    """The known word most like ``key``, upper and lower case alike; None when nothing comes near.
+
+    Near is a slip of the pen or a part of the word: a wrong hint is worse than none.
+    """
     by_lower = {word.lower(): word for word in known}
-    close = get_close_matches(key.lower(), by_lower, n=1, cutoff=0.5)
+    close = get_close_matches(key.lower(), by_lower, n=1, cutoff=_NEAR)
     close = close or [word for word in by_lower if len(key) > 2 and key.lower() in word]
     return by_lower[close[0]] if close else None
+
+
+def one_slip(word: str, other: str) -> bool:
+    """Whether one letter wrong, missing, added or exchanged with its neighbour makes ``other`` of ``word``.
+
+    Upper and lower case are alike, and so are hyphens and underscores.
+    """
+    word, other = (text.lower().replace("-", "_") for text in (word, other))
+    if abs(len(word) - len(other)) > 1:
+        return False
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(word, other, strict=False))
+    start = sum(1 for _ in alike)
+    word, other = word[start:], other[start:]
+    if word[:2] == other[1::-1] and len(word) == len(other) > 1:  # exchanged
+        return word[2:] == other[2:]
+    return word[len(word) >= len(other) :] == other[len(other) >= len(word) :]
 
 
 def hint(key: str, known: Sequence[str]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING
 
 import pytest
 
-from servesim.errors import MissingFileError
+from servesim.errors import InputError, MissingFileError
 from servesim.specs.architecture import load_architecture
-from servesim.specs.model import ModelSpec, known_models, load_model, model_from_config
+from servesim.specs.model import ModelSpec, known_models, load_model, model_from_config, shape_twin
+from servesim.specs.validation import one_slip
 from tests.recorded import recorded_path
 from tests.specs.clusters import model_config
 
@@ -175,3 +177,85 @@ def test_an_unknown_model_says_what_to_do() -> None:
         "configs/model/Qwen/Qwen3-31B.json: no such model config; did you mean 'Qwen/Qwen3-"
     )
     assert "give the folder that holds one as model_name" in message
+
+
+# --- names and fields of published configs ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B"),
+        ("meta-llama/Meta-Llama-3.1-70B-Instruct", "meta-llama/Llama-3.1-70B"),
+        ("Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B"),
+        ("meta-llama/Llama-3.3-70B", "meta-llama/Llama-3.3-70B-Instruct"),
+        ("Qwen/Qwen3-8B-Base", "Qwen/Qwen3-8B"),
+    ],
+)
+def test_tuned_models_have_the_shape_of_their_base(name: str, known: str) -> None:
+    assert load_model(name) == load_model(known)
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-30B-A3B", "openai/gpt-oss-21b", "Llama-3.1"])
+def test_another_model_is_no_twin(name: str) -> None:
+    assert shape_twin(name) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "read_as"),
+    [("num_experts_per_token", "num_experts_per_tok"), ("num_shared_expert", "num_shared_experts")],
+)
+def test_other_names_of_published_fields_are_read(field: str, read_as: str) -> None:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    experts.pop(read_as, None)
+    model = model_from_config(model_config(**experts, **{field: 2}), "x", "config.json")
+    assert getattr(model, read_as) == 2
+
+
+@pytest.mark.parametrize("field", ["qk_head_dim", "time_step_limit", "head_dims_per_layer"])
+def test_published_fields_near_ours_are_passed_over(field: str) -> None:
+    base = model_from_config(model_config(), "x", "config.json")
+    assert model_from_config(model_config(**{field: 4}), "x", "config.json") == base
+
+
+def test_infinity_in_a_field_without_influence_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(model_config(time_step_limit=[0.0, math.inf])), encoding="utf-8")
+    assert load_model(path).hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant", "near"),
+    [
+        ("hiden_size", "hidden_size", True),
+        ("hidden_siez", "hidden_size", True),
+        ("hidden-size", "hidden_size", True),
+        ("hidden_sizes", "hidden_size", True),
+        ("num_experts_per_token", "num_experts_per_tok", False),
+        ("qk_head_dim", "head_dim", False),
+        ("hd", "dh", True),
+    ],
+)
+def test_what_is_a_slip_of_the_pen(typed: str, meant: str, near: bool) -> None:
+    assert one_slip(typed, meant) is near
+    assert one_slip(meant, typed) is near
+
+
+@pytest.mark.parametrize("model_type", ["minimax_m2", "phi3", "deepseek_v3"])
+def test_a_missing_architecture_suggests_no_other(model_type: str) -> None:
+    with pytest.raises(
+        MissingFileError, match=r"no such architecture; known: gemma2, .*This file is missing"
+    ):
+        load_architecture(model_type)
+
+
+def test_no_published_config_fails_for_a_key_name() -> None:
+    folder = recorded_path("..", "hf_configs")
+    refused = {}
+    for path in sorted(folder.glob("*/config.json")):
+        try:
+            load_model(path)
+        except InputError as error:
+            refused[path.parent.name] = str(error)
+    told = [text for text in refused.values() if "unknown key" in text or "finite" in text]
+    assert told == []
