@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError
+from servesim.specs.acting import check_beside
 from servesim.specs.cluster import ClusterSpec, load_cluster, with_options
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.validation import validated
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
     from servesim.engine.simulation import Observer
     from servesim.results.result import Result
 
-_LOADING = ("num_reqs", "lenient", "request_rate")
+_LOADING = ("num_reqs", "lenient", "request_rate", "dataset")
 """Options that act while a workload file is read."""
+_SCREEN = ("output", "summary", "steps", "timeline", "itl", "log_interval", "log_level")
+"""Options of what the command line prints and writes."""
+NOISE = ("ensemble", "step_noise", "run_noise", "arrival_jitter")
+"""Options of the runs of an ensemble, as opposed to one run."""
 
 
 def with_flags(options: RuntimeOptions | None, flags: Mapping[str, Any]) -> RuntimeOptions:
@@ -31,6 +36,46 @@ def with_flags(options: RuntimeOptions | None, flags: Mapping[str, Any]) -> Runt
     if options is None:
         return validated(RuntimeOptions, dict(flags), "options")
     return options.replace(**flags) if flags else options
+
+
+def check_used(options: RuntimeOptions, who: str, workload: object = None, cluster: object = None) -> None:
+    """Refuse options that a function of the Python API would pass over.
+
+    Args:
+        options: those that the user set count.
+        who: the function, for messages.
+        workload: what it was given beside the options.
+        cluster: likewise.
+
+    Raises:
+        InputError: an option has no effect there.
+    """
+    fields = type(options).model_fields
+    asked = [name for name in options.model_fields_set if getattr(options, name) != fields[name].default]
+    for name in sorted(asked):
+        if isinstance(workload, Workload) and name in _LOADING:
+            raise InputError(
+                f"{name}: has no effect on a workload that is loaded already; give it to load_workload, or "
+                f"give {who} the path of the workload"
+            )
+        if workload is not None and name == "dataset":
+            raise InputError(f"dataset: {who} was given a workload beside it; leave one of them out")
+        if cluster is not None and name == "cluster_config":
+            raise InputError(f"cluster_config: {who} was given a cluster beside it; leave one of them out")
+        if name in _SCREEN:
+            raise InputError(f"{name}: {who} prints nothing and writes no file; save what it returns")
+    check_beside(without(options, "run_id"))  # what is returned carries it, files or not
+
+
+def single(options: RuntimeOptions) -> RuntimeOptions:
+    """The options of one run of an ensemble: without its size and its noise."""
+    return without(options, *NOISE)
+
+
+def without(options: RuntimeOptions, *names: str) -> RuntimeOptions:
+    """The options with some as if they had never been set."""
+    chosen = options.model_dump(exclude_unset=True)
+    return type(options)(**{name: value for name, value in chosen.items() if name not in names})
 
 
 def read_workload(options: RuntimeOptions, path: str | PathLike[str] | None = None) -> Workload:
@@ -68,25 +113,30 @@ def simulate(
         InputError: something given is wrong or not supported yet.
         RunError: the run could not be finished.
     """
+    chosen = with_flags(options, flags)
+    if chosen.ensemble:
+        raise InputError("ensemble: simulate is a single run; servesim.ensemble(...) makes several")
+    check_used(chosen, "simulate", workload, cluster)
+    requests = workload if isinstance(workload, Workload) else read_workload(chosen, workload)
+    return simulate_loaded(read_cluster(chosen, cluster), requests, chosen, observer)
+
+
+def read_cluster(
+    options: RuntimeOptions, cluster: ClusterSpec | str | PathLike[str] | dict[str, Any] | None = None
+) -> ClusterSpec:
+    """The cluster given (``options.cluster_config`` when None), changed as the options say."""
+    spec = cluster if isinstance(cluster, ClusterSpec) else load_cluster(cluster or options.cluster_config)
+    return with_options(spec, options)
+
+
+def simulate_loaded(
+    cluster: ClusterSpec, workload: Workload, options: RuntimeOptions, observer: Observer | None = None
+) -> Result:
+    """One run of what :func:`read_cluster` and :func:`read_workload` gave; the way of every caller."""
     from servesim.engine.build import run
     from servesim.profiler.making import bundles_on_demand
     from servesim.results.result import Result
 
-    chosen = with_flags(options, flags)
-    if chosen.ensemble:
-        raise InputError("ensemble: simulate is a single run; servesim.ensemble(...) makes several")
-    spec = cluster if isinstance(cluster, ClusterSpec) else load_cluster(cluster or chosen.cluster_config)
-    spec = with_options(spec, chosen)
-    if isinstance(workload, Workload):
-        late = [name for name in _LOADING if name in flags]
-        if late:
-            raise InputError(
-                f"{late[0]}: has no effect on a workload that is loaded already; give it to load_workload, "
-                "or give simulate the path of the workload"
-            )
-        requests = workload
-    else:
-        requests = read_workload(chosen, workload)
-    with bundles_on_demand(chosen.auto_profile):
-        log = run(spec, requests, chosen, observer)
-    return Result(log, requests, chosen, spec)
+    with bundles_on_demand(options.auto_profile):
+        log = run(cluster, workload, options, observer)
+    return Result(log, workload, options, cluster)

@@ -69,11 +69,11 @@ class RecordedRun:
             InputError: the recording has no such anchor, or something the run needs is wrong.
             RunError: the simulation rejects a request that the real engine served.
         """
-        from servesim.api import simulate
+        from servesim.api import read_cluster, simulate_loaded
 
         self.recording.anchor_ns(anchor)
         cluster = self.cluster if engine is None else with_engine(self.cluster, engine)
-        result = simulate(cluster, self.workload, self.options)
+        result = simulate_loaded(read_cluster(self.options, cluster), self.workload, self.options)
         if result.rejected:
             first = result.rejected[0]
             raise RunError(

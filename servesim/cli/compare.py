@@ -91,6 +91,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Run every option set and print the table; returns the exit status."""
+    from servesim.api import without
     from servesim.cli.messages import set_up_messages, tell
     from servesim.cli.screen import say
     from servesim.explore.compare import compare
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     with bundles_on_demand(options.auto_profile, tell):
         comparison = compare(
             sets=sets,
-            options=options,
+            options=without(options, "log_level"),
             slo=args.slo,
             capacity_band=args.capacity_band,
             before_run=_tell if sys.stderr.isatty() else None,

@@ -32,10 +32,13 @@ def run(args: argparse.Namespace) -> int:
     """Check everything, simulate, print, save; returns the exit status."""
     from servesim.cli.messages import tell
     from servesim.profiler.making import bundles_on_demand
+    from servesim.specs.acting import check_beside
     from servesim.specs.options import from_namespace
 
     started_s = time.perf_counter()
-    options = with_run_id(from_namespace(args))
+    options = from_namespace(args)
+    check_beside(options)
+    options = with_run_id(options)
     with bundles_on_demand(options.auto_profile, tell):
         return simulate_and_save(options, started_s)
 
@@ -45,18 +48,16 @@ def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
     from servesim import api
     from servesim.cli.messages import set_up_messages
     from servesim.cli.screen import RunScreen, say
-    from servesim.explore.ensemble import check_ensemble, ensemble_text
+    from servesim.explore.ensemble import ensemble_text
     from servesim.results.closing import closing
-    from servesim.specs.cluster import cluster_of
 
     set_up_messages(options.log_level)
-    check_ensemble(options)
-    cluster = cluster_of(options)
+    cluster = api.read_cluster(options)
     workload = api.read_workload(options)
     check_outputs(options)
     screen = RunScreen(options, workload, cluster)
     try:
-        result = api.simulate(cluster, workload, options.replace(ensemble=0), observer=screen)
+        result = api.simulate_loaded(cluster, workload, api.single(options), screen)
         screen.finish(result.log)
     finally:
         screen.close()

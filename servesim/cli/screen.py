@@ -47,7 +47,7 @@ class RunScreen:
     def advance(self, now_ns: int, log: RunLog) -> None:
         """Show what is due by ``now_ns``."""
         if not self._banner_shown:
-            say(banner(self._options, self._workload, log.instances))
+            say(banner(self._options, self._workload, log.instances, log.notes))
             self._banner_shown = True
         following = self._bar or self._heartbeat
         if following is not None:

@@ -24,12 +24,13 @@ from servesim.memory.memory_map import MemoryMap
 from servesim.memory.placement import NPU, evict_place
 from servesim.results.records import InstanceLog
 from servesim.results.stated_errors import stated_error
+from servesim.specs.acting import Scene, notes_of
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.options import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from servesim.cost.bundle import Bundle
     from servesim.cost.offload_timer import Offload
@@ -86,7 +87,7 @@ def build_simulation(cluster: ClusterSpec, workload: Workload, options: RuntimeO
     loops = [builder.loop(group) for group in builder.lockstep_groups()]
     for warning in builder.warnings:
         logging.getLogger("servesim").warning("%s", warning)
-    return Simulation(
+    simulation = Simulation(
         loops,
         workload,
         options,
@@ -94,6 +95,29 @@ def build_simulation(cluster: ClusterSpec, workload: Workload, options: RuntimeO
         transfers=builder.transfers,
         hand_over=builder.hand_over,
         route=builder.routes,
+    )
+    simulation.log.notes.extend(builder.notes)
+    return simulation
+
+
+def scene(
+    cluster: ClusterSpec,
+    models: Mapping[str, ModelSpec],
+    resolved: Sequence[InstanceOptions],
+    workload: Workload,
+    options: RuntimeOptions,
+) -> Scene:
+    """The run as its options see it."""
+    return Scene(
+        cluster=cluster,
+        models=models,
+        resolved=tuple(resolved),
+        options=options,
+        num_requests=len(workload),
+        has_sessions=any(request.predecessor >= 0 for request in workload),
+        has_ids=any(request.input_ids is not None for request in workload),
+        names_models=all(request.model is not None for request in workload),
+        drawn_arrivals=workload.drawn_arrivals,
     )
 
 
@@ -104,6 +128,8 @@ class Builder:
         self._placed = cluster.instances
         self._models = check_cluster(cluster)
         self._resolved = [resolve(options, spec, self._models[spec.model_name]) for _, spec in self._placed]
+        self.notes = notes_of(scene(cluster, self._models, self._resolved, workload, options))
+        """What was asked for and does not act."""
         self._memories = MemoryMap(cluster, self._models, self._resolved)
         self._timers = StepTimers(cluster)
         self._tables = BlockTables(workload)

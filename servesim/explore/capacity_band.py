@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from servesim.api import simulate
+from servesim.api import simulate_loaded
 from servesim.explore.ensemble import silence
 from servesim.explore.limits import limits
 
@@ -51,7 +51,7 @@ def band_runs(result: Result) -> BandRuns | None:
         return None
     with silence():  # the run itself has said what there is to say
         low, high = (
-            simulate(_with_blocks(result.cluster, blocks), result.workload, result.options)
+            simulate_loaded(_with_blocks(result.cluster, blocks), result.workload, result.options)
             for blocks in zip(*bands, strict=True)
         )
     return BandRuns(low, high)

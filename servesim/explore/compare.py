@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from servesim.api import read_workload, simulate, with_flags
-from servesim.errors import InputError
+from servesim.api import NOISE, check_used, read_cluster, read_workload, simulate_loaded, single, with_flags
+from servesim.errors import InputError, MissingFileError
 from servesim.explore.capacity_band import band_runs, capacity_matters
 from servesim.explore.differences import differences
-from servesim.explore.ensemble import check_ensemble
 from servesim.explore.judgement import judge
 from servesim.explore.rows import figures
 from servesim.explore.slo import parse_slo
 from servesim.explore.trust import trust_lines
 from servesim.explore.verdict import verdict
 from servesim.results.atomic import atomic_write
-from servesim.specs.cluster import ClusterSpec, load_cluster
+from servesim.workload.request import Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from os import PathLike
 
     from servesim.explore.capacity_band import BandRuns
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from servesim.explore.rows import Row
     from servesim.explore.slo import Slo
     from servesim.results.result import Result
+    from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
-    from servesim.workload.request import Workload
 
 KV_BOUND_WORKLOAD = "workloads/long_context.jsonl"
 """Shipped workload that one accelerator cannot hold in 16-bit KV."""
@@ -187,21 +187,26 @@ def compare(
         raise InputError("a comparison needs at least two option sets")
     level = None if slo is None else parse_slo(slo)
     common = with_flags(options, flags)
-    check_ensemble(common)
+    check_used(common, "compare", workload, cluster)
     if workload is None and "dataset" not in common.model_fields_set:
         common = common.replace(dataset=KV_BOUND_WORKLOAD)
-    own = {name: _changed(common, name, changes) for name, changes in chosen.items()}  # all checked first
+    own = {name: _changed(common, name, changes) for name, changes in chosen.items()}
+    for name, each in own.items():  # all checked first
+        with _told_with_set(name):
+            check_used(each, "compare", workload, cluster)
     results = []
     loaded: dict[tuple[object, ...], Workload] = {}
     for name, each in own.items():
-        spec = cluster if isinstance(cluster, ClusterSpec) else load_cluster(cluster or each.cluster_config)
+        with _told_with_set(name):
+            spec = read_cluster(each, cluster)
         key = (each.dataset, each.num_reqs, each.lenient, each.request_rate, each.seed)
-        if workload is None and key not in loaded:
-            loaded[key] = read_workload(each)
+        if not isinstance(workload, Workload) and key not in loaded:
+            loaded[key] = read_workload(each, workload)
         if before_run is not None:
             before_run(name)
-        requests = loaded[key] if workload is None else workload
-        results.append(simulate(spec, requests, each.replace(ensemble=0)))
+        requests = workload if isinstance(workload, Workload) else loaded[key]
+        with _told_with_set(name):
+            results.append(simulate_loaded(spec, requests, single(each)))
     comparison = Comparison(list(own), results, level)
     if comparison.failures:
         return comparison
@@ -213,12 +218,21 @@ def compare(
 
 
 def _changed(common: RuntimeOptions, name: str, changes: Mapping[str, Any]) -> RuntimeOptions:
-    for noise in ("ensemble", "step_noise", "run_noise", "arrival_jitter"):
+    for noise in NOISE:
         if noise in changes:
             raise InputError(f"option set {name!r}: {noise}: holds for all sets; give it beside them")
-    try:
+    with _told_with_set(name):
         return common.replace(**changes)
+
+
+@contextmanager
+def _told_with_set(name: str) -> Iterator[None]:
+    """Errors inside the block name the option set they are about."""
+    try:
+        yield
     except InputError as error:
+        if isinstance(error, MissingFileError):
+            raise
         raise InputError(f"option set {name!r}: {error}") from None
 
 

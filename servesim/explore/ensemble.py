@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from servesim.api import simulate, with_flags
+from servesim.api import check_used, read_cluster, read_workload, simulate_loaded, single, with_flags
 from servesim.errors import InputError
 from servesim.results.units import digits
-from servesim.specs.flags import flag_name
 from servesim.terminal import screen_width, wrapped
+from servesim.workload.request import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from servesim.results.table import Table
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
-    from servesim.workload.request import Workload
 
 FRAGILE = 0.05
 """Relative spread from which on a figure counts as fragile."""
@@ -129,11 +128,12 @@ def ensemble(
         RunError: a run could not be finished.
     """
     chosen = with_flags(options, flags)
-    check_ensemble(chosen)
     if not chosen.ensemble:
         raise InputError("ensemble: 0 is no ensemble; give the number of runs, such as ensemble=20")
     if nominal is None:
-        nominal = simulate(cluster, workload, chosen.replace(ensemble=0))
+        check_used(chosen, "ensemble", workload, cluster)
+        requests = workload if isinstance(workload, Workload) else read_workload(chosen, workload)
+        nominal = simulate_loaded(read_cluster(chosen, cluster), requests, single(chosen))
     figures = noisy_figures(nominal, chosen, before_run=before_run)
     spreads = {
         key: spread_of(value, [each[key] for each in figures]) for key, value in figures_of(nominal).items()
@@ -161,13 +161,6 @@ def noisy_figures(
             before_run(member)
         figures.append(figures_of(_noisy_run(nominal, options, member, stream)))
     return figures
-
-
-def check_ensemble(options: RuntimeOptions) -> None:
-    """Raise InputError if noise is asked for and no ensemble to apply it to."""
-    for name in ("step_noise", "run_noise", "arrival_jitter"):
-        if name in options.model_fields_set and not options.ensemble:
-            raise InputError(f"{flag_name(name)}: has no effect without --ensemble; add --ensemble 20, say")
 
 
 def figures_of(result: Result) -> dict[str, float]:
@@ -209,7 +202,7 @@ def _noisy_run(nominal: Result, options: RuntimeOptions, member: int, stream: in
     seed = (options.seed, member)
     workload = jittered(nominal.workload, options.arrival_jitter, (*seed, _ARRIVALS))
     with silence():  # the run without noise has said what there is to say
-        simulation = build_simulation(cluster, workload, options)
+        simulation = build_simulation(cluster, workload, single(options))
     own = (stream,) if stream else ()
     draw = np.random.default_rng((*seed, _RUN, *own)).standard_normal(1)
     common = float(log_normal(options.run_noise, draw)[0])

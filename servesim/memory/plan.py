@@ -186,7 +186,7 @@ def kv_cache_capacity(
     for memory in outside:
         if memory.kv_bytes_per_token and memory.blocks(options.block_size) < 2:
             raise InputError(f"{where}: {memory.no_room(options.block_size)}")
-    given = instance.num_gpu_blocks
+    given = options.num_gpu_blocks
     num_blocks = blocks_beside(reserve.sum.likely) if given is None else given
     left = budget - weights - reserve.sum.likely
     if given is None and (num_blocks < 2 or left < 0):  # the KV cache may lie elsewhere altogether

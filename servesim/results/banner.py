@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from servesim.specs.cluster import InstanceSpec
     from servesim.workload.request import Workload
 
-_ALREADY_SHOWN = frozenset({"variant", "kv_dtype", "npu_memory_utilization"})
+_ALREADY_SHOWN = frozenset({"variant", "kv_dtype", "npu_memory_utilization", "num_gpu_blocks"})
 """Instance options that the lines of their instance show anyway."""
 _SHOWN_WHEN_CHANGED = frozenset(
     {
@@ -45,13 +45,16 @@ _SHOWN_WHEN_CHANGED = frozenset(
 """Options that are worth a word only when they differ from their default."""
 
 
-def banner(options: RuntimeOptions, workload: Workload, instances: Sequence[InstanceLog]) -> str:
+def banner(
+    options: RuntimeOptions, workload: Workload, instances: Sequence[InstanceLog], notes: Sequence[str] = ()
+) -> str:
     """The text above the heartbeat.
 
     Args:
         options: the options of the run; those an instance resolves for itself are shown as resolved.
         workload: the requests of the run.
         instances: as the engine set them up.
+        notes: what was asked for and does not act.
     """
     lines = [
         f"servesim {__version__}",
@@ -63,6 +66,7 @@ def banner(options: RuntimeOptions, workload: Workload, instances: Sequence[Inst
     lines += _wrapped("options   ", [_option(name, value) for name, value in shown.items()])
     for group in _alike(instances):
         lines += _instance_lines(group, common)
+    lines += [f"note      {note}" for note in notes]
     width = screen_width()
     if width is None:  # in a pipe or a file, what belongs together stays in one line
         return "\n".join(lines)
@@ -147,13 +151,15 @@ def _run_options(options: RuntimeOptions) -> dict[str, Any]:
     }
 
 
-def _options_of(options: InstanceOptions) -> dict[str, Any]:
+def _options_of(instance: InstanceLog) -> dict[str, Any]:
     """What an instance runs with, without what is at its default and rarely touched."""
+    options = instance.options
     chosen = {field.name: getattr(options, field.name) for field in fields(options)}
     return {
         name: value
         for name, value in chosen.items()
         if name not in _ALREADY_SHOWN
+        and not (name == "async_scheduling" and instance.spec.pp_size > 1)  # its stages say how many batches
         and not (name in _SHOWN_WHEN_CHANGED and _is_default(name, value))
         and (name, value) != ("long_prefill_token_threshold", UNLIMITED)
     }
@@ -163,7 +169,7 @@ def _common_options(instances: Sequence[InstanceLog]) -> dict[str, Any]:
     """The options that every instance has the same value of."""
     if not instances:
         return {}
-    first, *others = [_options_of(instance.options) for instance in instances]
+    first, *others = [_options_of(instance) for instance in instances]
     return {name: value for name, value in first.items() if all(other.get(name) == value for other in others)}
 
 
@@ -202,7 +208,7 @@ def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> lis
     spec, capacity = instance.spec, instance.capacity
     name = f"instance{'s' if len(group) > 1 else ''} {_index_ranges([member.index for member in group])}"
     lines = [f"{name}: {spec.model_name} on {spec.num_npus} x {spec.hardware} ({', '.join(_shape(spec))})"]
-    own = {key: value for key, value in _options_of(instance.options).items() if key not in common}
+    own = {key: value for key, value in _options_of(instance).items() if key not in common}
     if own:
         lines += _wrapped("  options   ", [_option(key, value) for key, value in own.items()])
     lines.append(f"  kernels   {instance.options.variant}: {instance.bundle_source}")

@@ -177,6 +177,8 @@ class RunLog:
     end_ns: int = 0
     lane_times: list[array[int]] = field(default_factory=list)
     """Step ends in ns of the groups of requests that travel together through a pipeline."""
+    notes: list[str] = field(default_factory=list)
+    """What was asked for and does not act, or not in full: one line each."""
 
     def tracks(self) -> list[NDArray[np.int64]]:
         """Token times in ns: track i is the step ends of instance i, and after those come

@@ -31,6 +31,7 @@ _NOT_IN_SUMMARY = frozenset(
         *("cluster_config", "dataset", "output", "summary", "steps", "timeline", "run_id"),
         *("itl", "log_interval", "log_level", "lenient", "stepped"),
         *("ensemble", "step_noise", "run_noise", "arrival_jitter"),
+        *("network_backend", "inputs_root", "cleanup_inputs"),
     }
 )
 """Options that say where files are or what is written, and so do not belong to the outcome."""
@@ -193,6 +194,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "energy": energy_entry(result),
         "skipped_lines": result.workload.skipped,
         "options": _options(result),
+        "notes": list(result.log.notes),
         "instances": [_instance_entry(instance, rows) for instance in result.instances],
         "bundle": sorted({_portable(instance.bundle_source) for instance in result.instances}),
         "run_id": result.run_id,

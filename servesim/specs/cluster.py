@@ -11,10 +11,12 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Priv
 from servesim.errors import InputError
 from servesim.specs import paths
 from servesim.specs.base import BandwidthGbs, Count, LatencyNs, SizeGb, Spec, Unit, list_as_tuple
+from servesim.specs.flags import renamed
 from servesim.specs.hardware import EngineSpec, HardwareSpec, load_hardware
 from servesim.specs.options import (
     AsyncScheduling,
     BlockSize,
+    Cudagraph,
     EnableAttnOffloading,
     EnableBlockCopy,
     EnableChunkedPrefill,
@@ -25,9 +27,12 @@ from servesim.specs.options import (
     LongPrefillTokenThreshold,
     MaxNumBatchedTokens,
     MaxNumSeqs,
+    NumGpuBlocks,
     ReserveFullIsl,
     RuntimeOptions,
+    Utilization,
     WeightDtype,
+    per_instance_fields,
 )
 from servesim.specs.placement import PlacementSpec
 from servesim.specs.power import PowerSpec
@@ -39,6 +44,10 @@ if TYPE_CHECKING:
 
 Degree = Annotated[int, Field(ge=1, le=65536)]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+
+
+_OTHER_NAMES = {"tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size"}
+"""vLLM's names of an instance's degrees."""
 
 
 def _check_one_line(value: str) -> str:
@@ -139,8 +148,6 @@ class InstanceSpec(Spec):
     dp_group: Annotated[str, Field(min_length=1, max_length=100)] | None = None
     pd_type: Literal["prefill", "decode"] | None
     placement: PlacementSpec | None = None
-    num_gpu_blocks: Annotated[int, Field(ge=2, le=2**31 - 1), Unit("blocks")] | None = None
-    """KV blocks as the engine counts them, in place of the computed number (one of them is never used)."""
     engine: EngineSpec | None = None
     """What it states wins over the hardware file."""
     moe_backend: Annotated[
@@ -164,13 +171,22 @@ class InstanceSpec(Spec):
     enable_attn_offloading: EnableAttnOffloading | None = None
     enable_sub_batch_interleaving: EnableSubBatchInterleaving | None = None
     enable_block_copy: EnableBlockCopy | None = None
+    cudagraph: Cudagraph | None = None
+    npu_memory_utilization: Utilization | None = None
+    num_gpu_blocks: NumGpuBlocks = None
 
     @model_validator(mode="before")
     @classmethod
     def _complete_degrees(cls, data: Any) -> Any:
-        """Fill in whichever of num_npus and tp_size is left out."""
+        """Other engines' names by ours, and whichever of num_npus and tp_size is left out filled in."""
         if not isinstance(data, dict):
             return data
+        data = renamed({name: RuntimeOptions.model_fields[name] for name in per_instance_fields()}, data)
+        for other, name in _OTHER_NAMES.items():
+            if other in data and name in data:
+                raise ValueError(f"{other}: is the same as {name}, which stands there too; keep one")
+            if other in data:
+                data[name] = data.pop(other)
         npus, tp, pp = data.get("num_npus"), data.get("tp_size"), data.get("pp_size", 1)
         if npus is None and tp is None:
             unknown = [str(key) for key in data if key not in cls.model_fields]
@@ -275,14 +291,56 @@ def cluster_of(options: RuntimeOptions) -> ClusterSpec:
 
 
 def with_options(cluster: ClusterSpec, options: RuntimeOptions) -> ClusterSpec:
-    """:func:`with_hardware` for what ``--hardware``, ``--model`` and ``--tp`` say."""
-    return with_hardware(cluster, options.hardware, options.model, options.tp)
+    """The cluster as ``--hardware``, ``--model``, ``--tp``, ``--pp`` and ``--dp`` change it."""
+    moved = with_hardware(cluster, options.hardware, options.model, options.tp, options.pp)
+    return moved if options.dp is None else in_copies(moved, options.dp)
+
+
+def in_copies(cluster: ClusterSpec, copies: int) -> ClusterSpec:
+    """The cluster with ``copies`` of every instance side by side on its node, as data parallelism has them.
+
+    Without expert layers nothing ties the copies together but the router. Doing it twice is doing it once.
+
+    Raises:
+        InputError: a model has expert layers, whose exchange needs more said, or an instance is in a group.
+    """
+    from servesim.specs.model import load_model
+
+    groups = [instance.dp_group for _, instance in cluster.instances]
+    if any(groups):
+        done = {f"dp{index}" for index in range(len(groups) // copies)}
+        if set(groups) == done and all(groups.count(group) == copies for group in done):
+            return cluster
+        raise InputError(f"--dp {copies}: {cluster.source} has a dp_group already; name its members there")
+    for _, instance in cluster.instances:
+        if load_model(instance.model_name).is_moe:
+            raise InputError(
+                f"--dp {copies}: {instance.model_name} has expert layers, and whether copies share them is "
+                "not said; write the members with dp_group and ep_size into the cluster config, as in "
+                "configs/cluster/data_expert_parallel.json"
+            )
+    nodes, first = [], 0
+    for node in cluster.nodes:
+        members = tuple(
+            instance.model_copy(update={"dp_group": f"dp{first + index}"} if copies > 1 else {})
+            for index, instance in enumerate(node.instances)
+            for _ in range(copies)
+        )
+        first += len(node.instances)
+        nodes.append(node.model_copy(update={"instances": members, "num_instances": len(members)}))
+    changed = cluster.model_copy(update={"nodes": tuple(nodes)})
+    changed._source = cluster.source
+    return changed
 
 
 def with_hardware(
-    cluster: ClusterSpec, hardware: str | None = None, model: str | None = None, tp: int | None = None
+    cluster: ClusterSpec,
+    hardware: str | None = None,
+    model: str | None = None,
+    tp: int | None = None,
+    pp: int | None = None,
 ) -> ClusterSpec:
-    """The cluster with all its instances on other hardware, with another model or degree; None: as it is.
+    """The cluster with all its instances on other hardware, with another model or degrees; None: as it is.
 
     Memory and links are those of ``configs/hardware/<hardware>.yaml``. What an instance says of its former
     hardware goes: a number of KV blocks, engine constants. Doing it twice is doing it once.
@@ -297,7 +355,7 @@ def with_hardware(
     moved = {instance.hardware for _, instance in cluster.instances} - {hardware} if spec else set()
     nodes = [
         node.model_copy(
-            update={"instances": tuple(_moved(instance, spec, model, tp) for instance in node.instances)}
+            update={"instances": tuple(_moved(instance, spec, model, tp, pp) for instance in node.instances)}
         )
         for node in cluster.nodes
     ]
@@ -323,7 +381,7 @@ def _known_hardware(name: str) -> HardwareSpec:
 
 
 def _moved(
-    instance: InstanceSpec, spec: HardwareSpec | None, model: str | None, tp: int | None
+    instance: InstanceSpec, spec: HardwareSpec | None, model: str | None, tp: int | None, pp: int | None
 ) -> InstanceSpec:
     changes: dict[str, Any] = {}
     if spec is not None and spec.name != instance.hardware:
@@ -332,6 +390,8 @@ def _moved(
         changes |= {"hardware": spec.name, "npu_mem": npu_mem, "num_gpu_blocks": None, "engine": None}
     if model is not None and model != instance.model_name:
         changes |= {"model_name": model, "num_gpu_blocks": None}
-    if tp is not None and tp != instance.tp_size:
-        changes |= {"tp_size": tp, "num_npus": tp * instance.pp_size, "num_gpu_blocks": None}
+    degrees = tp or instance.tp_size, pp or instance.pp_size
+    if degrees != (instance.tp_size, instance.pp_size):
+        changes |= {"tp_size": degrees[0], "pp_size": degrees[1], "num_npus": degrees[0] * degrees[1]}
+        changes |= {"num_gpu_blocks": None}
     return instance.model_copy(update=changes)

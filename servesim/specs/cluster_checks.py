@@ -86,6 +86,8 @@ def _degrees(cluster: ClusterSpec) -> Iterator[str]:
         npus, tp, pp = instance.num_npus, instance.tp_size, instance.pp_size
         if npus != tp * pp:
             yield f"{where}.num_npus: {npus} is not allowed; must be {tp * pp} = tp_size {tp} * pp_size {pp}"
+        if None not in (instance.npu_memory_utilization, instance.npu_mem.mem_util):
+            yield f"{where}.npu_memory_utilization: is the same as npu_mem.mem_util beside it; keep one"
 
 
 def _data_parallel(cluster: ClusterSpec) -> Iterator[str]:

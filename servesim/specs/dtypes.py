@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Literal
 
 WeightDtypeName = Literal["float16", "bfloat16", "float32", "fp8", "int8"]
-KvCacheDtypeName = Literal["auto", "fp8", "int8"]
+KvCacheDtypeName = Literal["auto", "bfloat16", "float16", "fp8", "int8"]
 
 WEIGHT_DTYPES: tuple[str, ...] = ("float16", "bfloat16", "float32", "fp8", "int8")
-KV_CACHE_DTYPES: tuple[str, ...] = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2", "int8")
-KV_CACHE_ALIASES: dict[str, str] = {"fp8_e4m3": "fp8", "fp8_e5m2": "fp8"}
+KV_CACHE_DTYPES: tuple[str, ...] = (
+    *("auto", "bfloat16", "float16"),
+    *("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_inc"),
+    "int8",
+)
+KV_CACHE_ALIASES: dict[str, str] = {"fp8_e4m3": "fp8", "fp8_e5m2": "fp8", "fp8_inc": "fp8"}
 """Spellings of the engine that cost the same bytes and read the same profile."""
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "fp8": 1, "int8": 1}
@@ -37,8 +41,12 @@ def resolve_kv_dtype(dtype: str, kv_cache_dtype: str) -> str:
 
 
 def variant_name(dtype: str, kv_cache_dtype: str) -> str:
-    """Folder name of a profile variant: ``bf16``, ``bf16-kvfp8``, ``fp8``, ``fp8-kvfp8``, ..."""
-    if kv_cache_dtype == "auto":
+    """Folder name of a profile variant: ``bf16``, ``bf16-kvfp8``, ``fp8``, ``fp8-kvfp8``, ...
+
+    A cache whose format is named and as wide as ``auto`` would make it reads the same kernel times.
+    """
+    wide = resolve_kv_dtype(dtype, kv_cache_dtype)
+    if kv_cache_dtype == "auto" or dtype_bytes(wide) == dtype_bytes(resolve_kv_dtype(dtype, "auto")) == 2:
         return short_dtype(dtype)
     return f"{short_dtype(dtype)}-kv{short_dtype(kv_cache_dtype)}"
 

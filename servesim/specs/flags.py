@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from servesim.specs.validation import validated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Collection, Mapping
 
     from pydantic.fields import FieldInfo
 
@@ -37,6 +38,20 @@ class Flag:
     """Whether ``--no-<name>`` exists; None: when the field is on by default."""
     per_instance: bool = False
     """Whether an instance of the cluster config may set the field for itself."""
+    aliases: tuple[str, ...] = ()
+    """Other spellings of the flag, such as those of vLLM; without dashes they are keys of a config too."""
+    opposites: tuple[str, ...] = ()
+    """Spellings that switch a flag off: ``--enforce-eager`` of ``--cudagraph``."""
+    hidden: bool = False
+    """Left out of the help: there for the scripts of another tool."""
+    beside: Callable[[Any], str] | None = None
+    """Why the option cannot act beside the other options, or an empty text; see servesim.specs.acting."""
+    acts: Callable[[Any], str] | None = None
+    """Why the option cannot act in a run, or an empty text; None: it always does."""
+    except_for: Callable[[Any], str] | None = None
+    """What the option leaves out of what its name promises."""
+    noted: bool = False
+    """Whether an option that cannot act is noted even where it asks for something, instead of refused."""
 
 
 def flag_of(field: FieldInfo) -> Flag | None:
@@ -47,6 +62,33 @@ def flag_of(field: FieldInfo) -> Flag | None:
 def flag_name(field_name: str) -> str:
     """``max_num_seqs`` -> ``--max-num-seqs``."""
     return "--" + field_name.replace("_", "-")
+
+
+def renamed(fields: Mapping[str, FieldInfo], data: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with keys that are other spellings of a field of ``fields`` under the field's own name.
+
+    Raises:
+        ValueError: a field stands there under two of its names.
+    """
+    own: dict[str, tuple[str, bool]] = {}
+    for name, field in fields.items():
+        flag = flag_of(field)
+        if flag is None:
+            continue
+        own |= {_key(alias): (name, False) for alias in flag.aliases if alias.startswith("--")}
+        own |= {_key(opposite): (name, True) for opposite in flag.opposites}
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        name, opposite = own.get(key, (key, False))
+        if name in result or (name != key and name in data):
+            raise ValueError(f"{key}: is the same as {name}, which stands there too; keep one")
+        result[name] = not value if opposite and isinstance(value, bool) else value
+    return result
+
+
+def _key(flag: str) -> str:
+    """``--max-num-seqs`` -> ``max_num_seqs``."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def add_flags(
@@ -67,7 +109,7 @@ def add_flags(
             continue
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
-        groups[flag.group].add_argument(flag_name(name), dest=name, **_argument(field, flag))
+        groups[flag.group].add_argument(flag_name(name), *flag.aliases, dest=name, **_argument(field, flag))
 
 
 def from_flags(model: type[OptionsT], namespace: argparse.Namespace, **overrides: Any) -> OptionsT:
@@ -87,10 +129,14 @@ def _flag_path(location: Location) -> str:
 def _argument(field: FieldInfo, flag: Flag) -> dict[str, Any]:
     """Keyword arguments of ``add_argument`` for one field."""
     argument: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field, flag)}
+    if flag.hidden:
+        argument["help"] = argparse.SUPPRESS
     base = base_type(field.annotation)
     if base is bool:
         negative = flag.negative if flag.negative is not None else field.default is True
-        return {**argument, "action": _OnOff if negative else "store_true"}
+        if not negative:
+            return {**argument, "action": "store_true"}
+        return {**argument, "action": _OnOff, "opposites": flag.opposites}
     choices = choices_of(field, flag)
     if choices:
         argument["choices"] = choices
@@ -136,16 +182,22 @@ def _help(field: FieldInfo, flag: Flag) -> str:
 
 
 class _OnOff(argparse.Action):
-    """``--x`` and ``--no-x`` in one line of help."""
+    """``--x`` and ``--no-x`` in one line of help, with ``opposites`` that mean ``--no-x``."""
 
     def __init__(
-        self, option_strings: list[str], dest: str, default: Any = None, help: str | None = None
+        self,
+        option_strings: list[str],
+        dest: str,
+        default: Any = None,
+        help: str | None = None,
+        opposites: Collection[str] = (),
     ) -> None:
-        names = [*option_strings, *("--no-" + name.removeprefix("--") for name in option_strings)]
+        self._off = {*("--no-" + name.removeprefix("--") for name in option_strings), *opposites}
+        names = [*option_strings, *("--no-" + name.removeprefix("--") for name in option_strings), *opposites]
         super().__init__(names, dest, nargs=0, default=default, help=help)
 
     def __call__(self, _parser: Any, namespace: Any, _values: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, not (option or "").startswith("--no-"))
+        setattr(namespace, self.dest, option not in self._off)
 
     def format_usage(self) -> str:
         return " | ".join(self.option_strings)

@@ -6,9 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from servesim.errors import InputError
+from servesim.specs import acting
 from servesim.specs.base import Spec, Unit
 from servesim.specs.dtypes import (
     KV_CACHE_ALIASES,
@@ -18,7 +19,7 @@ from servesim.specs.dtypes import (
     resolve_kv_dtype,
     variant_name,
 )
-from servesim.specs.flags import Flag, add_flags, flag_of, from_flags
+from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
 
 if TYPE_CHECKING:
     import argparse
@@ -36,6 +37,7 @@ _CLUSTER = "cluster"
 _RUN = "how requests arrive and run"
 _UNCERTAINTY = "uncertainty"
 _OUTPUT = "output"
+_OTHER_TOOLS = "accepted from scripts of other simulators"
 
 ROUTING_POLICIES = ("LOAD", "RR", "RAND", "PREFIX", "CUSTOM")
 EXPERT_POLICIES = ("BALANCED", "RR", "RAND", "ZIPF", "CUSTOM")
@@ -53,8 +55,17 @@ def _none_word(value: object) -> object:
     return None if value == "None" else value
 
 
-def _policy(known: tuple[str, ...]) -> BeforeValidator:
+def _policy(known: tuple[str, ...], variable: str) -> BeforeValidator:
+    """One of ``known`` or ``module:callable``; the environment variable says which callable CUSTOM is."""
+
     def check(value: object) -> object:
+        if value == "CUSTOM":
+            value = os.environ.get(variable, "")
+            if not value:
+                raise ValueError(
+                    "CUSTOM is not allowed without a callable; give module:callable itself, or set "
+                    f"{variable}=module:callable in the environment"
+                )
         words = [word for word in known if word != "CUSTOM"]
         if not isinstance(value, str):
             raise ValueError(
@@ -84,7 +95,7 @@ KvCacheDtype = Annotated[
     KvCacheDtypeName,
     BeforeValidator(_kv_alias),
     Flag(
-        "KV cache dtype; fp8_e4m3 and fp8_e5m2 are the same as fp8",
+        "KV cache dtype; fp8_e4m3, fp8_e5m2 and fp8_inc are the same as fp8",
         _ENGINE,
         choices=KV_CACHE_DTYPES,
         default_text="auto = the weights' dtype, but 16-bit when the weights are 8-bit",
@@ -99,22 +110,62 @@ MaxNumBatchedTokens = Annotated[
     Limit, Flag("token budget of a step; 0 = the model's max_position_embeddings", _ENGINE, per_instance=True)
 ]
 LongPrefillTokenThreshold = Annotated[
-    Limit, Flag("most prompt tokens of one request in one step; 0 = no cap", _ENGINE, per_instance=True)
+    Limit,
+    Flag(
+        "most prompt tokens of one request in one step; 0 = no cap",
+        _ENGINE,
+        per_instance=True,
+        acts=acting.below_the_budget,
+        noted=True,
+    ),
 ]
 EnableChunkedPrefill = Annotated[
-    bool, Flag("split long prompts over several steps", _ENGINE, per_instance=True)
+    bool,
+    Flag(
+        "split long prompts over several steps",
+        _ENGINE,
+        per_instance=True,
+        acts=acting.whole_prompts_at_once,
+        noted=True,
+    ),
 ]
 ReserveFullIsl = Annotated[
-    bool, Flag("admit a request only if the KV cache holds its whole prompt", _ENGINE, per_instance=True)
+    bool,
+    Flag(
+        "admit a request only if the KV cache holds its whole prompt",
+        _ENGINE,
+        aliases=("--scheduler-reserve-full-isl",),
+        per_instance=True,
+    ),
 ]
 EnablePrefixCaching = Annotated[
-    bool, Flag("reuse the KV blocks of prompts that begin alike", _ENGINE, per_instance=True)
+    bool,
+    Flag(
+        "reuse the KV blocks of prompts that begin alike",
+        _ENGINE,
+        per_instance=True,
+        acts=acting.prompts_with_ids,
+        noted=True,
+    ),
 ]
 AsyncScheduling = Annotated[
-    bool, Flag("keep two batches in flight, as vLLM does", _ENGINE, per_instance=True)
+    bool,
+    Flag(
+        "keep two batches in flight, as vLLM does",
+        _ENGINE,
+        per_instance=True,
+        acts=acting.no_pipelines,
+        noted=True,
+    ),
 ]
 EnableLocalOffloading = Annotated[
-    bool, Flag("stream weights from their placement every step", _ENGINE, per_instance=True)
+    bool,
+    Flag(
+        "read the weights that stay on the NPU from its memory (npu_mem.mem_bw) in every step",
+        _ENGINE,
+        per_instance=True,
+        except_for=acting.only_slow_memory,
+    ),
 ]
 EnableAttnOffloading = Annotated[bool, Flag("decode attention on PIM", _ENGINE, per_instance=True)]
 EnableSubBatchInterleaving = Annotated[
@@ -125,15 +176,51 @@ EnableSubBatchInterleaving = Annotated[
         per_instance=True,
     ),
 ]
-EnableBlockCopy = Annotated[bool, Flag("one transformer block stands for all", _ENGINE, per_instance=True)]
+EnableBlockCopy = Annotated[
+    bool,
+    Flag(
+        "draw the loads of spread experts once per pipeline stage and use them for all its layers",
+        _ENGINE,
+        per_instance=True,
+        acts=acting.unequal_layers,
+    ),
+]
 Utilization = Annotated[
     float,
     Field(ge=1e-6, le=1),
     Flag(
-        "share of NPU memory for weights and KV cache, in (0, 1]; npu_mem.mem_util of an instance wins",
+        "share of NPU memory for weights and KV cache, in (0, 1]; npu_mem.mem_util of an instance says the "
+        "same and wins",
         _ENGINE,
+        aliases=("--gpu-memory-utilization",),
+        per_instance=True,
+        acts=acting.blocks_not_given,
+        noted=True,
     ),
 ]
+Cudagraph = Annotated[
+    bool,
+    Flag(
+        "pad small steps to the size of a captured CUDA graph",
+        _ENGINE,
+        opposites=("--enforce-eager",),
+        per_instance=True,
+        except_for=acting.eager_launches,
+    ),
+]
+NumGpuBlocks = Annotated[
+    Annotated[int, Field(ge=2, le=UNLIMITED)] | None,
+    Unit("blocks"),
+    Flag(
+        "KV blocks as the engine counts them, in place of the computed number (one is never used)",
+        _ENGINE,
+        "N",
+        aliases=("--num-gpu-blocks-override",),
+        default_text="what fits into the memory",
+        per_instance=True,
+    ),
+]
+Degree = Annotated[int, Field(ge=1, le=65536)]
 
 
 def _no_single_run(value: object) -> object:
@@ -165,9 +252,33 @@ class RuntimeOptions(Spec):
         Flag("every instance serves this model", _INPUT, "NAME", default_text="as in the cluster config"),
     ] = None
     tp: Annotated[
-        Annotated[int, Field(ge=1, le=65536)] | None,
+        Degree | None,
         Flag(
-            "tensor-parallel degree of every instance", _INPUT, "N", default_text="as in the cluster config"
+            "tensor-parallel degree of every instance",
+            _INPUT,
+            "N",
+            aliases=("--tensor-parallel-size", "-tp"),
+            default_text="as in the cluster config",
+        ),
+    ] = None
+    pp: Annotated[
+        Degree | None,
+        Flag(
+            "pipeline stages of every instance",
+            _INPUT,
+            "N",
+            aliases=("--pipeline-parallel-size", "-pp"),
+            default_text="as in the cluster config",
+        ),
+    ] = None
+    dp: Annotated[
+        Annotated[int, Field(ge=1, le=4096)] | None,
+        Flag(
+            "put N copies of every instance side by side (models without experts)",
+            _INPUT,
+            "N",
+            aliases=("--data-parallel-size", "-dp"),
+            default_text="as in the cluster config",
         ),
     ] = None
     num_reqs: Annotated[
@@ -185,6 +296,7 @@ class RuntimeOptions(Spec):
     long_prefill_token_threshold: LongPrefillTokenThreshold = 0
     enable_chunked_prefill: EnableChunkedPrefill = True
     npu_memory_utilization: Utilization = 0.9
+    num_gpu_blocks: NumGpuBlocks = None
     reserve_full_isl: ReserveFullIsl = True
     enable_prefix_caching: EnablePrefixCaching = True
     async_scheduling: AsyncScheduling = True
@@ -192,23 +304,38 @@ class RuntimeOptions(Spec):
     enable_attn_offloading: EnableAttnOffloading = False
     enable_sub_batch_interleaving: EnableSubBatchInterleaving = False
     enable_block_copy: EnableBlockCopy = True
+    cudagraph: Cudagraph = True
 
     enable_prefix_sharing: Annotated[
-        bool, Flag("share the lower tier of the prefix cache among a node's instances", _CLUSTER)
+        bool,
+        Flag(
+            "share the lower tier of the prefix cache among a node's instances",
+            _CLUSTER,
+            beside=acting.with_tier,
+            acts=acting.nodes_with_several,
+        ),
     ] = False
     prefix_storage: Annotated[
         Literal["CPU", "CXL"] | None,
         BeforeValidator(_none_word),
-        Flag("lower tier of the prefix cache", _CLUSTER, choices=("None", "CPU", "CXL"), default_text="None"),
+        Flag(
+            "lower tier of the prefix cache",
+            _CLUSTER,
+            choices=("None", "CPU", "CXL"),
+            default_text="None",
+            acts=acting.prompts_with_ids,
+            noted=True,
+        ),
     ] = None
     request_routing_policy: Annotated[
         str,
-        _policy(ROUTING_POLICIES),
+        _policy(ROUTING_POLICIES, "SERVESIM_ROUTING_POLICY"),
         Flag(
             "which instance takes a request: LOAD (least loaded), RR, RAND, PREFIX (longest cached prefix), "
-            "or module:callable for your own",
+            "or module:callable for your own; CUSTOM: the one in $SERVESIM_ROUTING_POLICY",
             _CLUSTER,
             "POLICY",
+            acts=acting.several_takers,
         ),
     ] = "LOAD"
     router_refresh: Annotated[
@@ -220,21 +347,40 @@ class RuntimeOptions(Spec):
             _CLUSTER,
             "SECONDS",
             default_text="0 = always up to date",
+            acts=acting.looks_at_load,
         ),
     ] = 0.0
     sticky_sessions: Annotated[
-        bool, Flag("all requests of a session go to the instance that took the first one", _CLUSTER)
+        bool,
+        Flag(
+            "all requests of a session go to the instance that took the first one",
+            _CLUSTER,
+            acts=acting.several_fronts,
+            except_for=acting.prefill_side_only,
+        ),
     ] = False
     expert_routing_policy: Annotated[
         str,
-        _policy(EXPERT_POLICIES),
-        Flag("how tokens choose experts: BALANCED, RR, RAND, ZIPF, or module:callable", _CLUSTER, "POLICY"),
+        _policy(EXPERT_POLICIES, "SERVESIM_EXPERT_POLICY"),
+        Flag(
+            "how tokens choose experts that are spread over ranks: BALANCED, RR, RAND, ZIPF, or "
+            "module:callable; CUSTOM: the one in $SERVESIM_EXPERT_POLICY",
+            _CLUSTER,
+            "POLICY",
+            acts=acting.spread_experts,
+        ),
     ] = "BALANCED"
 
     skip_prefill: Annotated[bool, Flag("decode only: prompts are already in the cache", _RUN)] = False
     max_concurrency: Annotated[
         Limit,
-        Flag("closed loop: at most this many requests in the system", _RUN, default_text="0 = open loop"),
+        Flag(
+            "closed loop: at most this many requests in the system",
+            _RUN,
+            default_text="0 = open loop",
+            acts=acting.more_than_the_cap,
+            noted=True,
+        ),
     ] = 0
     request_rate: Annotated[
         Annotated[float, Field(ge=1e-9, allow_inf_nan=True)] | None,
@@ -246,7 +392,11 @@ class RuntimeOptions(Spec):
             default_text="as in the workload",
         ),
     ] = None
-    seed: Annotated[int, Field(ge=0, le=2**63 - 1), Flag("of every random choice", _RUN)] = 42
+    seed: Annotated[
+        int,
+        Field(ge=0, le=2**63 - 1),
+        Flag("of every random choice", _RUN, acts=acting.something_random, noted=True),
+    ] = 42
     auto_profile: Annotated[
         bool,
         Flag(
@@ -255,7 +405,6 @@ class RuntimeOptions(Spec):
             _RUN,
         ),
     ] = True
-    cudagraph: Annotated[bool, Flag("pad small steps to the size of a captured CUDA graph", _RUN)] = True
     stepped: Annotated[
         bool, Flag("debugging: run every step on its own instead of jumping over many", _RUN)
     ] = False
@@ -271,11 +420,19 @@ class RuntimeOptions(Spec):
     ] = 0
     step_noise: Annotated[
         Annotated[float, Field(ge=0, le=0.5)],
-        Flag("relative noise of every step's time in an ensemble, each step on its own", _UNCERTAINTY),
+        Flag(
+            "relative noise of every step's time in an ensemble, each step on its own",
+            _UNCERTAINTY,
+            beside=acting.with_ensemble,
+        ),
     ] = 0.01
     run_noise: Annotated[
         Annotated[float, Field(ge=0, le=0.5)],
-        Flag("relative noise that all steps of a run of an ensemble have in common", _UNCERTAINTY),
+        Flag(
+            "relative noise that all steps of a run of an ensemble have in common",
+            _UNCERTAINTY,
+            beside=acting.with_ensemble,
+        ),
     ] = 0.01
     arrival_jitter: Annotated[
         Annotated[float, Field(ge=0, le=1e6)],
@@ -285,6 +442,7 @@ class RuntimeOptions(Spec):
             _UNCERTAINTY,
             "SECONDS",
             default_text="0 = the workload's arrivals as they are",
+            beside=acting.with_ensemble,
         ),
     ] = 0.0
 
@@ -296,7 +454,9 @@ class RuntimeOptions(Spec):
     timeline: Annotated[FilePath | None, Flag("Chrome trace, opens in ui.perfetto.dev", _OUTPUT, "PATH")] = (
         None
     )
-    itl: Annotated[bool, Flag("write every request's inter-token latencies", _OUTPUT)] = True
+    itl: Annotated[
+        bool, Flag("write every request's inter-token latencies", _OUTPUT, beside=acting.with_output)
+    ] = True
     log_interval: Annotated[
         float,
         Field(ge=1e-6, le=1e9),
@@ -308,8 +468,33 @@ class RuntimeOptions(Spec):
     ] = "WARNING"
     run_id: Annotated[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)] | None,
-        Flag("name of the run", _OUTPUT, default_text="generated"),
+        Flag("name of the run", _OUTPUT, default_text="generated", beside=acting.with_named_file),
     ] = None
+
+    network_backend: Annotated[
+        Literal["analytical"] | None,
+        Flag("links", _OTHER_TOOLS, acts=acting.analytical_links, noted=True, hidden=True),
+    ] = None
+    inputs_root: Annotated[
+        FilePath | None,
+        Flag("inputs", _OTHER_TOOLS, "PATH", acts=acting.no_intermediate_files, noted=True, hidden=True),
+    ] = None
+    cleanup_inputs: Annotated[
+        bool | None,
+        Flag(
+            "inputs",
+            _OTHER_TOOLS,
+            acts=acting.no_intermediate_files,
+            noted=True,
+            hidden=True,
+            negative=True,
+        ),
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, data: Any) -> Any:
+        return renamed(cls.model_fields, data) if isinstance(data, dict) else data
 
     if not TYPE_CHECKING:  # type checkers know the fields as keywords
 
@@ -362,6 +547,8 @@ class InstanceOptions:
     max_model_len: int
     """Longest context, in tokens: the model's max_position_embeddings."""
     cudagraph: bool = True
+    num_gpu_blocks: int | None = None
+    """KV blocks as given; None: what fits."""
 
 
 def add_arguments(
@@ -407,7 +594,9 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
                 f"--enable-sub-batch-interleaving: pp_size {instance.pp_size} is not allowed; must be 1"
             )
     dtype = chosen.pop("dtype") or model.torch_dtype
-    utilization = instance.npu_mem.mem_util
+    utilization = chosen.pop("npu_memory_utilization")
+    if instance.npu_mem.mem_util is not None:
+        utilization = instance.npu_mem.mem_util
     return InstanceOptions(
         **{
             **chosen,
@@ -418,7 +607,6 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         dtype=dtype,
         kv_dtype=resolve_kv_dtype(dtype, chosen["kv_cache_dtype"]),
         variant=variant_name(dtype, chosen["kv_cache_dtype"]),
-        npu_memory_utilization=options.npu_memory_utilization if utilization is None else utilization,
+        npu_memory_utilization=utilization,
         max_model_len=model.max_position_embeddings,
-        cudagraph=options.cudagraph,
     )

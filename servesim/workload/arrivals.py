@@ -85,6 +85,7 @@ def change_rate(workload: Workload, rate: float, seed: int) -> None:
         new = np.zeros_like(old)
     elif span_ns == 0:
         new = arrivals_ns("poisson", len(old), rate, np.random.default_rng(seed))
+        workload.drawn_arrivals = True
     else:
         scaled = old * ((len(old) - 1) / rate * 1e9 / span_ns)
         if float(scaled.max()) > MAX_TIME_NS:

@@ -48,6 +48,8 @@ class Workload:
     """File or generator the requests came from, for messages and summaries."""
     skipped: int = 0
     """Entries left out: bad ones by lenient loading, conversations without an answer."""
+    drawn_arrivals: bool = False
+    """Whether the arrivals are random numbers of a seed given while loading."""
 
     def __len__(self) -> int:
         return len(self.requests)

@@ -254,7 +254,7 @@ CLUSTERS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "bad per-instance KV dtype": (
         cluster(instance(kv_cache_dtype="fp4")),
         f"{HERE}.kv_cache_dtype",
-        ("auto, fp8",),
+        ("auto, bfloat16, float16, fp8",),
     ),
     "bad per-instance block size": (
         cluster(instance(block_size=0)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from servesim.specs.dtypes import (
-    KV_CACHE_DTYPES,
     WEIGHT_DTYPES,
     dtype_bytes,
     resolve_kv_dtype,
@@ -48,9 +47,20 @@ def test_a_variant_names_weights_and_cache(weights: str, kv: str, variant: str) 
 
 
 def test_every_pair_of_dtypes_has_a_variant_of_its_own() -> None:
-    plain_kv = [kv for kv in KV_CACHE_DTYPES if not kv.startswith("fp8_")]
+    plain_kv = ["auto", "fp8", "int8"]
     names = {variant_name(weights, kv) for weights in WEIGHT_DTYPES for kv in plain_kv}
     assert len(names) == len(WEIGHT_DTYPES) * len(plain_kv)
+
+
+@pytest.mark.parametrize("kv", ["bfloat16", "float16"])
+@pytest.mark.parametrize("weights", ["bfloat16", "float16", "fp8", "int8"])
+def test_a_16_bit_cache_is_what_auto_makes(weights: str, kv: str) -> None:
+    assert variant_name(weights, kv) == variant_name(weights, "auto")
+    assert dtype_bytes(resolve_kv_dtype(weights, kv)) == 2
+
+
+def test_a_16_bit_cache_beside_32_bit_weights() -> None:
+    assert variant_name("float32", "bfloat16") == "fp32-kvbf16"
 
 
 def test_an_unknown_dtype_is_refused() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from servesim.specs.cluster import load_cluster
+from servesim.errors import InputError
+from servesim.specs.cluster import load_cluster, with_options
 from servesim.specs.flags import flag_name, flag_of
 from servesim.specs.model import load_model
 from servesim.specs.options import (
@@ -90,7 +91,7 @@ def test_every_option_has_a_flag_with_help() -> None:
         flag = flag_of(field)
         assert flag is not None, name
         assert flag.help
-        assert flag_name(name) in text
+        assert flag.hidden is (flag_name(name) not in text)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,98 @@ def test_both_fp8_formats_are_fp8(alias: str) -> None:
     assert RuntimeOptions(kv_cache_dtype=alias).kv_cache_dtype == "fp8"  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--gpu-memory-utilization", "0.8"], "npu_memory_utilization", 0.8),
+        (["--tensor-parallel-size", "2"], "tp", 2),
+        (["-tp", "2"], "tp", 2),
+        (["--pipeline-parallel-size", "2"], "pp", 2),
+        (["-pp", "2"], "pp", 2),
+        (["--data-parallel-size", "2"], "dp", 2),
+        (["-dp", "2"], "dp", 2),
+        (["--num-gpu-blocks-override", "900"], "num_gpu_blocks", 900),
+        (["--enforce-eager"], "cudagraph", False),
+        (["--scheduler-reserve-full-isl"], "reserve_full_isl", True),
+        (["--no-scheduler-reserve-full-isl"], "reserve_full_isl", False),
+        (["--kv-cache-dtype", "fp8_inc"], "kv_cache_dtype", "fp8"),
+        (["--kv-cache-dtype", "bfloat16"], "kv_cache_dtype", "bfloat16"),
+    ],
+)
+def test_names_of_the_real_engine_are_accepted(words: list[str], name: str, value: object) -> None:
+    options = parsed(*words)
+    assert getattr(options, name) == value
+    assert options.model_fields_set == {name}
+
+
+def test_their_names_are_keys_of_python_too() -> None:
+    values: dict[str, Any] = {"gpu_memory_utilization": 0.8, "enforce_eager": True, "tensor_parallel_size": 2}
+    options = RuntimeOptions(**values)
+    assert (options.npu_memory_utilization, options.cudagraph, options.tp) == (0.8, False, 2)
+    assert options.model_fields_set == {"npu_memory_utilization", "cudagraph", "tp"}
+
+
+def test_their_names_are_keys_of_an_instance_too() -> None:
+    values: dict[str, Any] = {"gpu_memory_utilization": 0.8, "enforce_eager": True}
+    own = resolved(RuntimeOptions(), **values, num_gpu_blocks_override=900)
+    assert (own.npu_memory_utilization, own.cudagraph, own.num_gpu_blocks) == (0.8, False, 900)
+    degrees = instance(num_npus=..., tp_size=..., tensor_parallel_size=2, pipeline_parallel_size=2)
+    [(_, spec)] = load_cluster(cluster(degrees)).instances
+    assert (spec.tp_size, spec.pp_size, spec.num_npus) == (2, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"gpu_memory_utilization": 0.8, "npu_memory_utilization": 0.8},
+        {"npu_memory_utilization": 0.8, "npu_mem": npu_mem(mem_util=0.8)},
+        {"tensor_parallel_size": 1},
+        {"enforce_eager": True, "cudagraph": True},
+    ],
+)
+def test_one_thing_under_two_names_is_refused(keys: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="keep one"):
+        load_cluster(cluster(instance(**keys)))
+
+
+def test_pipeline_stages_of_every_instance() -> None:
+    [(_, spec)] = with_options(load_cluster(cluster()), RuntimeOptions(pp=2, tp=2)).instances
+    assert (spec.tp_size, spec.pp_size, spec.num_npus) == (2, 2, 4)
+
+
+def test_copies_side_by_side_once() -> None:
+    options = RuntimeOptions(dp=3)
+    made = with_options(load_cluster(cluster(instance(), instance(block_size=32))), options)
+    assert [spec.block_size for _, spec in made.instances] == [None] * 3 + [32] * 3
+    assert made.nodes[0].num_instances == 6
+    assert with_options(made, options) == made
+    assert with_options(load_cluster(cluster()), RuntimeOptions(dp=1)) == load_cluster(cluster())
+
+
+@pytest.mark.parametrize(
+    ("described", "reason"),
+    [
+        (cluster(instance(model_name="mistralai/Mixtral-8x7B-v0.1")), "expert layers"),
+        (cluster(instance(dp_group="a"), instance(dp_group="a")), "dp_group already"),
+    ],
+)
+def test_copies_that_need_more_said(described: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        with_options(load_cluster(described), RuntimeOptions(dp=3))
+
+
+def test_a_custom_policy_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="SERVESIM_ROUTING_POLICY=module:callable"):
+        RuntimeOptions(request_routing_policy="CUSTOM")
+    with pytest.raises(InputError, match="SERVESIM_EXPERT_POLICY=module:callable"):
+        RuntimeOptions(expert_routing_policy="CUSTOM")
+    monkeypatch.setenv("SERVESIM_ROUTING_POLICY", "my.module:route")
+    assert RuntimeOptions(request_routing_policy="CUSTOM").request_routing_policy == "my.module:route"
+    monkeypatch.setenv("SERVESIM_ROUTING_POLICY", "no callable")
+    with pytest.raises(InputError, match="'no callable' is not allowed"):
+        RuntimeOptions(request_routing_policy="CUSTOM")
+
+
 def test_no_lower_tier_can_be_said_in_words() -> None:
     assert parsed("--prefix-storage", "None").prefix_storage is None
     assert parsed("--prefix-storage", "CXL").prefix_storage == "CXL"
@@ -193,7 +286,13 @@ def test_the_instance_wins_over_the_flag() -> None:
 
 @pytest.mark.parametrize("name", per_instance_fields())
 def test_each_per_instance_option_reaches_the_instance(name: str) -> None:
-    other: dict[str, Any] = {"dtype": "fp8", "kv_cache_dtype": "fp8", "enable_sub_batch_interleaving": False}
+    other: dict[str, Any] = {
+        "dtype": "fp8",
+        "kv_cache_dtype": "fp8",
+        "enable_sub_batch_interleaving": False,
+        "npu_memory_utilization": 0.5,
+        "num_gpu_blocks": 900,
+    }
     value = other.get(name)
     if value is None:
         default = getattr(RuntimeOptions(), name)

@@ -1,0 +1,311 @@
+"""Where options act: what a run must have for an option to change anything in it.
+
+An option of :class:`servesim.specs.options.RuntimeOptions` names its conditions beside its flag:
+
+- ``beside``: another option that it needs; looked at before anything is loaded.
+- ``acts``: what the cluster, the models or the workload must have.
+- ``except_for``: a part of what its name promises that the simulation leaves out.
+
+Each is a function that answers with the reason, in words that follow "has no effect here: ", or with an empty
+text where all is well. An option that asks for something and cannot act is refused; it is noted in one line
+where it only says what holds anyway, where a cluster config brings it along for some of its instances, or
+where the answer is right without it (``noted``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from servesim.errors import InputError
+from servesim.specs.flags import flag_name, flag_of
+from servesim.specs.model import shape_twin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from servesim.specs.cluster import ClusterSpec, InstanceSpec
+    from servesim.specs.model import ModelSpec
+    from servesim.specs.options import InstanceOptions, RuntimeOptions
+
+EAGER = (
+    "only the padding goes; the time in which the host launches kernel after kernel is not simulated: eager "
+    "decode steps of an 8B model with 8 sequences took 2.2 to 2.7 times as long on a measured A100"
+)
+"""What ``--enforce-eager`` leaves out; one measured machine is no base for a time per launch."""
+_DRAWN_EXPERTS = ("BALANCED", "RR")
+"""Expert policies without chance."""
+_BLIND_ROUTES = ("RR", "RAND")
+"""Routing policies that look at no load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A run, as far as options ask what it has."""
+
+    cluster: ClusterSpec
+    models: Mapping[str, ModelSpec]
+    """model_name -> its model."""
+    resolved: tuple[InstanceOptions, ...]
+    """Options of each instance."""
+    options: RuntimeOptions
+    num_requests: int
+    has_sessions: bool
+    has_ids: bool
+    """Whether any prompt has token ids, which the prefix cache goes by."""
+    names_models: bool
+    """Whether every request says which model it wants."""
+    drawn_arrivals: bool
+    """Whether the arrivals are random numbers of the seed."""
+
+    @property
+    def instances(self) -> list[InstanceSpec]:
+        return [instance for _, instance in self.cluster.instances]
+
+    def most_rivals(self, *, decode: bool) -> int:
+        """Most instances that one request has to choose from, on the decode side or the other."""
+        side = [instance for instance in self.instances if (instance.pd_type == "decode") is decode]
+        if not (self.names_models or decode):
+            return len(side)
+        names = [instance.model_name for instance in side]
+        return max(map(names.count, names), default=0)
+
+    def spreads_experts(self) -> bool:
+        """Whether the experts of any instance lie on several ranks."""
+        return any(
+            instance.ep_size > 1 and self.models[instance.model_name].is_moe for instance in self.instances
+        )
+
+
+def check_beside(options: RuntimeOptions) -> None:
+    """Raise InputError for an option whose partner is missing."""
+    for name in _asked_for(options):
+        flag = flag_of(type(options).model_fields[name])
+        reason = flag.beside(options) if flag and flag.beside else ""
+        if reason:
+            told = _told(name, getattr(options, name)).split(" ")[0]
+            raise InputError(f"{told}: has no effect {reason}")
+
+
+def notes_of(scene: Scene) -> list[str]:
+    """One line for everything that was asked for and does not act, or not in full.
+
+    Raises:
+        InputError: an option was given that cannot act in this run.
+    """
+    return [*_twins(scene), *_notes_of_flags(scene), *_notes_of_instances(scene)]
+
+
+def _twins(scene: Scene) -> Iterator[str]:
+    for asked, model in scene.models.items():
+        if asked != model.name and shape_twin(asked) == model.name:
+            yield (
+                f"{asked}: simulated with the config of {model.name}, which has the same shape; its context "
+                f"length of {model.max_position_embeddings} tokens may differ"
+            )
+
+
+def _asked_for(options: RuntimeOptions) -> list[str]:
+    """Options that the user set, without those set to what switches them off anyway."""
+    fields = type(options).model_fields
+    return [
+        name
+        for name in fields
+        if name in options.model_fields_set
+        and (getattr(options, name) or getattr(options, name) != fields[name].default)
+    ]
+
+
+def _told(name: str, value: object) -> str:
+    """An option as one types it: ``--seed 7``, ``--no-itl``."""
+    flag = flag_name(name)
+    if isinstance(value, bool):
+        return flag if value else "--no-" + flag.removeprefix("--")
+    return f"{flag} {value}"
+
+
+def _notes_of_flags(scene: Scene) -> Iterator[str]:
+    options = scene.options
+    for name in _asked_for(options):
+        field = type(options).model_fields[name]
+        flag, value = flag_of(field), getattr(options, name)
+        if flag is None:
+            continue
+        reason = flag.acts(scene) if flag.acts else ""
+        told = _told(name, value)
+        if flag.per_instance and all(getattr(instance, name) is not None for instance in scene.instances):
+            reason = f"every instance of {scene.cluster.source} sets {name} for itself"
+        if reason and not flag.noted and value != field.default:
+            raise InputError(f"{told}: has no effect here: {reason}; leave it out")
+        if reason:
+            yield f"{told} has no effect here: {reason}"
+        elif flag.except_for and (rest := flag.except_for(scene)):
+            yield f"{told}: {rest}"
+
+
+def _notes_of_instances(scene: Scene) -> Iterator[str]:
+    """Keys of instances that do not act, each told once."""
+    for name, field in type(scene.options).model_fields.items():
+        flag = flag_of(field)
+        if flag is None or not flag.per_instance:
+            continue
+        holders = [
+            index
+            for index, instance in enumerate(scene.instances)
+            if (value := getattr(instance, name)) is not None and (value or value != field.default)
+        ]
+        reason = flag.acts(scene) if holders and flag.acts else ""
+        rest = flag.except_for(scene) if holders and flag.except_for and not reason else ""
+        where = f"{name} of instance {', '.join(map(str, holders))}"
+        if reason:
+            yield f"{where} has no effect here: {reason}"
+        elif rest and name not in scene.options.model_fields_set:
+            yield f"{where}: {rest}"
+
+
+# ---------------------------------------------------------------------- what options need
+
+
+def with_ensemble(options: RuntimeOptions) -> str:
+    """Noise is for the runs of an ensemble."""
+    return "" if options.ensemble else "without --ensemble; add --ensemble 20, say"
+
+
+def with_output(options: RuntimeOptions) -> str:
+    """Inter-token latencies are a column of the per-request file."""
+    return "" if options.output else "without --output, whose column it is about"
+
+
+def with_tier(options: RuntimeOptions) -> str:
+    """A shared lower tier has to be there."""
+    return "" if options.prefix_storage else "without --prefix-storage CPU or CXL: there is no tier to share"
+
+
+def several_takers(scene: Scene) -> str:
+    """A router has a choice only between instances."""
+    rivals = max(scene.most_rivals(decode=side) for side in (False, True))
+    return "" if rivals > 1 else "only one instance can take a request"
+
+
+def looks_at_load(scene: Scene) -> str:
+    """Counts that are refreshed now and then have to be asked for."""
+    policy = scene.options.request_routing_policy
+    blind = f"policy {policy} does not look at them" if policy in _BLIND_ROUTES else ""
+    return several_takers(scene) or blind
+
+
+def several_fronts(scene: Scene) -> str:
+    """Sessions can only stay where requests might go elsewhere."""
+    if scene.most_rivals(decode=False) < 2:
+        return "only one instance takes new requests"
+    return "" if scene.has_sessions else "the workload has no sessions"
+
+
+def prefill_side_only(scene: Scene) -> str:
+    """What sticky sessions leave out."""
+    if scene.most_rivals(decode=True) < 2:
+        return ""
+    return "sessions stay with their prefill instance; every request's decode instance is chosen anew"
+
+
+def spread_experts(scene: Scene) -> str:
+    """Who takes which expert's tokens matters where experts lie on several ranks."""
+    if not any(model.is_moe for model in scene.models.values()):
+        return "no model has experts"
+    return "" if scene.spreads_experts() else "no instance spreads its experts over ranks (ep_size is 1)"
+
+
+def unequal_layers(scene: Scene) -> str:
+    """One layer can stand for all, or not, where layers differ."""
+    policy = scene.options.expert_routing_policy
+    alike = f"expert policy {policy} loads all layers alike" if policy == "BALANCED" else ""
+    return spread_experts(scene) or alike
+
+
+def nodes_with_several(scene: Scene) -> str:
+    """A pool is shared by the instances of a node."""
+    most = max(len(node.instances) for node in scene.cluster.nodes)
+    return "" if most > 1 else "no node has several instances"
+
+
+def prompts_with_ids(scene: Scene) -> str:
+    """Prefixes are found by token ids."""
+    return "" if scene.has_ids else "no request has token ids, so none shares a prefix"
+
+
+def whole_prompts_at_once(scene: Scene) -> str:
+    """Prompts are computed at all."""
+    return "prompts are in the cache already (--skip-prefill)" if scene.options.skip_prefill else ""
+
+
+def below_the_budget(scene: Scene) -> str:
+    """A cap on one request's share of a step binds below the step's budget."""
+    cap = scene.options.long_prefill_token_threshold
+    if cap and all(cap >= options.max_num_batched_tokens for options in scene.resolved):
+        return "it is not below --max-num-batched-tokens"
+    return whole_prompts_at_once(scene)
+
+
+def no_pipelines(scene: Scene) -> str:
+    """Pipelines have as many batches in flight as stages, whatever the flag says."""
+    if all(instance.pp_size > 1 for instance in scene.instances):
+        return "a pipeline has one batch in flight for each of its stages"
+    return ""
+
+
+def only_slow_memory(scene: Scene) -> str:
+    """Reading weights beside the kernels shows where it takes longer than they do."""
+    if not any(options.enable_local_offloading for options in scene.resolved):
+        return ""
+    return (
+        "changes steps only where npu_mem.mem_bw is lower than what the kernels reached, or latency is high"
+    )
+
+
+def more_than_the_cap(scene: Scene) -> str:
+    """A cap binds where there are more."""
+    cap, there = scene.options.max_concurrency, scene.num_requests
+    return f"the workload has only {there} requests" if cap >= there else ""
+
+
+def blocks_not_given(scene: Scene) -> str:
+    """Memory shares size the KV cache, unless its blocks are counted for us."""
+    if all(instance.npu_mem.mem_util is not None for instance in scene.instances):
+        return f"every instance of {scene.cluster.source} sets npu_mem.mem_util"
+    if all(instance.num_gpu_blocks is not None for instance in scene.instances):
+        return "num_gpu_blocks sets the KV cache"
+    return ""
+
+
+def something_random(scene: Scene) -> str:
+    """A seed needs a draw."""
+    options = scene.options
+    routes = options.request_routing_policy == "RAND" and not several_takers(scene)
+    experts = options.expert_routing_policy not in _DRAWN_EXPERTS and not spread_experts(scene)
+    if routes or experts or scene.drawn_arrivals or options.ensemble:
+        return ""
+    return "nothing in this run is random"
+
+
+def with_named_file(options: RuntimeOptions) -> str:
+    """The name of a run shows in its files, and in paths with {run_id}."""
+    if options.summary or options.steps or options.timeline or "{run_id}" in (options.output or ""):
+        return ""
+    return "without a file that names the run: --summary, --steps, --timeline, or {run_id} in --output"
+
+
+def analytical_links(_scene: Scene) -> str:
+    """An option of another simulator that says what holds anyway."""
+    return "links are always computed by formulas"
+
+
+def no_intermediate_files(_scene: Scene) -> str:
+    """Options of another simulator about files that this one does not write."""
+    return "no intermediate files are written"
+
+
+def eager_launches(scene: Scene) -> str:
+    """What running without CUDA graphs leaves out."""
+    if all(options.cudagraph for options in scene.resolved):
+        return ""
+    return EAGER
