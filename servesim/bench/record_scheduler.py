@@ -28,6 +28,15 @@ from servesim.errors import InputError, MissingFileError, RunError
 if TYPE_CHECKING:
     from servesim.workload.request import Request, Workload
 
+_PLACES = {
+    "scheduler_config": (
+        *("max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold", "max_model_len"),
+        *("enable_chunked_prefill", "reserve_full_isl", "async_scheduling"),
+    ),
+    "cache_config": ("num_gpu_blocks", "block_size", "enable_prefix_caching"),
+}
+"""Part of vLLM's configuration -> the settings that are in it."""
+_VLLM_NAMES = {"reserve_full_isl": "scheduler_reserve_full_isl"}
 PRIVATE_TOKEN = 1 << 40
 """Token ids from here on belong to one request each: the content of requests that come without ids."""
 
@@ -248,6 +257,7 @@ def record_scheduler(workload: Workload, settings: SchedulerSettings, formula: S
         raise InputError(f"vLLM refuses these settings: {reasons}") from error
     recorder.log.header = {
         "vllm": version,
+        "scheduler": type(recorder.scheduler).__name__,
         "settings": asdict(settings),
         "formula": formula.as_dict(),
         "source": workload.source,
@@ -336,10 +346,11 @@ def _build_scheduler(settings: SchedulerSettings) -> Any:
         device_config=DeviceConfig(device="cpu"),
     )
     cache.num_gpu_blocks = settings.num_gpu_blocks
+    _undo_platform(config, settings)
     layer = FullAttentionSpec(
         block_size=settings.block_size, num_kv_heads=1, head_size=1, dtype=torch.bfloat16
     )
-    return scheduling.get_scheduler_cls()(
+    scheduler = _scheduler_class(settings.async_scheduling)(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(
             num_blocks=settings.num_gpu_blocks,
@@ -349,6 +360,46 @@ def _build_scheduler(settings: SchedulerSettings) -> Any:
         structured_output_manager=StructuredOutputManager(config),
         block_size=settings.block_size,
     )
+    check_scheduler(scheduler, settings)
+    return scheduler
+
+
+def _scheduler_class(asynchronous: bool) -> Any:
+    """vLLM's scheduler class, by the setting and not by what the platform has made of it."""
+    if asynchronous:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        return AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return Scheduler
+
+
+def _undo_platform(config: Any, settings: SchedulerSettings) -> None:
+    """Set again what vLLM's CPU platform changes: without a GPU it switches asynchronous scheduling off."""
+    for part, names in _PLACES.items():
+        for name in names:
+            setattr(getattr(config, part), _VLLM_NAMES.get(name, name), getattr(settings, name))
+
+
+def check_scheduler(scheduler: Any, settings: SchedulerSettings) -> None:
+    """Refuse a scheduler that is not the one asked for: its log would be of another one.
+
+    Raises:
+        RunError: it is of the other class, or works with other settings.
+    """
+    names = [kind.__name__ for kind in type(scheduler).__mro__]
+    wanted = "AsyncScheduler" if settings.async_scheduling else "Scheduler"
+    if wanted not in names or ("AsyncScheduler" in names) != settings.async_scheduling:
+        raise RunError(f"vLLM built its {names[0]} where {wanted} was asked for; nothing is recorded")
+    for part, fields in _PLACES.items():
+        for name in fields:
+            theirs = getattr(getattr(scheduler.vllm_config, part), _VLLM_NAMES.get(name, name))
+            if theirs != getattr(settings, name):
+                raise RunError(
+                    f"vLLM's scheduler works with {name} {theirs!r} where {getattr(settings, name)!r} was "
+                    "asked for; nothing is recorded"
+                )
 
 
 def _write_tiny_model(folder: Path, max_model_len: int) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from servesim.bench.record_scheduler import PRIVATE_TOKEN, Recorder, SchedulerSettings, record_scheduler
+from servesim.bench.record_scheduler import (
+    PRIVATE_TOKEN,
+    Recorder,
+    SchedulerSettings,
+    _undo_platform,
+    check_scheduler,
+    record_scheduler,
+)
 from servesim.bench.step_formula import StepFormula
-from servesim.errors import InputError, MissingFileError
+from servesim.errors import InputError, MissingFileError, RunError
 from servesim.workload.request import Request, Workload
 
 SIMPLE = StepFormula(base_ns=100, per_token_ns=1, per_sequence_ns=10)
@@ -156,3 +164,40 @@ def test_a_request_that_never_fits_is_refused_before_anything_runs() -> None:
 def test_without_vllm_the_message_says_what_to_install() -> None:
     with pytest.raises(MissingFileError, match="pip install vllm"):
         record_scheduler(Workload([Request(0, 4, 1, 0)]), SchedulerSettings(num_gpu_blocks=9), SIMPLE)
+
+
+class Scheduler:
+    """As much of vLLM's scheduler as :func:`check_scheduler` looks at."""
+
+    def __init__(self, settings: SchedulerSettings, **changes: Any) -> None:
+        values = {
+            **asdict(settings),
+            "scheduler_reserve_full_isl": settings.reserve_full_isl,
+            **changes,
+        }
+        part = SimpleNamespace(**values)
+        self.vllm_config = SimpleNamespace(scheduler_config=part, cache_config=part)
+
+
+class AsyncScheduler(Scheduler):
+    """vLLM's other one is derived from it too."""
+
+
+def test_the_scheduler_asked_for_is_recorded_or_none() -> None:
+    settings = SchedulerSettings(num_gpu_blocks=9, max_model_len=32)
+    check_scheduler(AsyncScheduler(settings), settings)
+    with pytest.raises(RunError, match="vLLM built its Scheduler where AsyncScheduler was asked for"):
+        check_scheduler(Scheduler(settings), settings)
+    with pytest.raises(RunError, match="works with block_size 128 where 16 was asked for"):
+        check_scheduler(AsyncScheduler(settings, block_size=128), settings)
+    settings = replace(settings, async_scheduling=False)
+    check_scheduler(Scheduler(settings), settings)
+    with pytest.raises(RunError, match="vLLM built its AsyncScheduler where Scheduler was asked for"):
+        check_scheduler(AsyncScheduler(settings), settings)
+
+
+def test_what_the_platform_changes_is_set_again() -> None:
+    settings = SchedulerSettings(num_gpu_blocks=9, max_model_len=32)
+    made = AsyncScheduler(settings, async_scheduling=False, block_size=128, enable_chunked_prefill=False)
+    _undo_platform(made.vllm_config, settings)
+    check_scheduler(made, settings)
