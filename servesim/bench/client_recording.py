@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from servesim.bench.recording import Recording, check_span
+from servesim.bench.recording import Recording, check_duration, check_span
 from servesim.errors import InputError
 from servesim.specs.reading import read_text
 from servesim.specs.validation import shown
@@ -47,6 +47,7 @@ def load_client_recording(path: Path) -> Recording:
         last_token = first_token + math.fsum(_time(path, "itls", i, gap) for gap in gaps)
         check_span(path, np.array([last_token]))
         table[i] = prompt, output, *(round(seconds * 1e9) for seconds in (arrival, first_token, last_token))
+    check_duration(path, float(table[:, 4].max()) / 1e9)
     prompts, outputs, arrivals, first_tokens, last_tokens = (table[:, i].copy() for i in range(5))
     return Recording(
         source=path,

@@ -152,6 +152,7 @@ def _load_folder(folder: Path) -> Recording:
     engine_start = start + float((queued - arrival).min())
     check_span(folder, arrival - start)
     check_span(folder, stamps[:, 1:] - engine_start)
+    check_duration(folder, float(stamps[:, 4].max() - engine_start - (arrival - start).min()))
     on_engine_clock = [_ns(stamps[:, i] - engine_start) for i in range(1, 5)]
     ticks, cluster = folder / "timeseries.csv", folder / "cluster.json"
     stamps_of = meta.get("stamps")
@@ -288,6 +289,16 @@ def check_span(source: Path, seconds: NDArray[np.float64]) -> None:
             f"{source}: its stamps span {high - min(low, 0.0):g} s; a recording of at most "
             f"{MAX_TIME_NS / _SECOND:.0f} s (104 days) is expected: do all its requests use the same clock?"
         )
+
+
+def check_duration(source: Path, duration_s: float) -> None:
+    """Refuse a recording that took no time: nothing can be compared with it.
+
+    Raises:
+        InputError: from its first arrival to its last token there is not even a nanosecond.
+    """
+    if duration_s < 1 / _SECOND:
+        raise InputError(f"{source}: its requests take no time; real stamps are expected")
 
 
 def _ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -26,7 +26,7 @@ def load_own_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
         arguments: what it is called with, for messages.
 
     Raises:
-        InputError: the module or the callable does not exist, or cannot be called.
+        InputError: the module or the callable does not exist, cannot be called, or raises something.
     """
     module_name, _, attribute = name.removeprefix("CUSTOM:").partition(":")
     try:
@@ -37,6 +37,10 @@ def load_own_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
             f"{flag}: {name} cannot be loaded ({error}); must be {built_in} or module:callable of a module "
             "in the working directory or installed"
         ) from error
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"{flag}: {name} cannot be loaded: its module raises {_words(error)}; mend the module"
+        ) from error
     if isinstance(policy, type):
         try:
             policy = policy()
@@ -46,7 +50,25 @@ def load_own_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
             ) from error
     if not callable(policy):
         raise InputError(f"{flag}: {name} is not callable; must be a function of ({arguments})")
-    return policy
+    return _told_as_its_own(policy, f"{flag}: {name} raises", f"it is called with ({arguments})")
+
+
+def _told_as_its_own(policy: Any, what: str, way_out: str) -> Any:
+    """The policy, whose errors are told as its own; one that leaves the program is an error too."""
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return policy(*arguments)
+        except (Exception, SystemExit) as error:
+            raise InputError(f"{what} {_words(error)}; {way_out}") from error
+
+    return call
+
+
+def _words(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 @contextmanager

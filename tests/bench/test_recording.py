@@ -149,6 +149,17 @@ def test_stamps_of_different_clocks_are_refused(tmp_path: Path) -> None:
         load_recording(path)
 
 
+def test_a_recording_that_took_no_time_is_refused(tmp_path: Path) -> None:
+    now = {"scheduled_ts": ENGINE_S + 1, "first_token_ts": ENGINE_S + 1, "last_token_ts": ENGINE_S + 1}
+    folder = recordings.write(tmp_path / "a", [row(0, at=1.0, queued_ts=ENGINE_S + 1, **now)])
+    with pytest.raises(InputError, match="its requests take no time"):
+        load_recording(folder)
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(bench_result(start_times=[1, 1], ttfts=[0, 0], itls=[[], []])))
+    with pytest.raises(InputError, match="its requests take no time"):
+        load_recording(path)
+
+
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="no such recording"):
         load_recording(tmp_path / "nothing")

@@ -143,6 +143,10 @@ def policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def wrong(request, candidates):\n"
         "    return 1\n"
         "number = 3\n"
+        "def fails(request, candidates):\n"
+        "    return {}['x']\n"
+        "def leaves(request, candidates):\n"
+        "    raise SystemExit(7)\n"
     )
     monkeypatch.chdir(tmp_path)
     return name
@@ -174,6 +178,21 @@ def test_a_policy_that_cannot_be_used_is_told(policies: str, attribute: str, com
     with pytest.raises(InputError) as error:
         router(f"{policies}:{attribute}", Busy(0, 0, 0))
     assert str(error.value).startswith(f"--request-routing-policy: {policies}:{attribute} {complaint}")
+
+
+@pytest.mark.parametrize(("attribute", "raised"), [("fails", "KeyError: 'x'"), ("leaves", "SystemExit: 7")])
+def test_an_error_in_a_policy_is_told_as_its_own(policies: str, attribute: str, raised: str) -> None:
+    with pytest.raises(InputError, match=f"{policies}:{attribute} raises {raised}; it is called with"):
+        choices(router(f"{policies}:{attribute}", Busy(0, 0, 0), Busy(1, 0, 0)), 1, 0, 1)
+
+
+@pytest.mark.parametrize("line", ["raise RuntimeError('no')", "import sys\nsys.exit(3)", "x = ("])
+def test_a_module_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    name = f"bad_{len(line)}_{tmp_path.name.replace('-', '_')[:20]}"
+    (tmp_path / f"{name}.py").write_text(line + "\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"--request-routing-policy: {name}:f cannot be loaded: its module"):
+        router(f"{name}:f", Busy(0, 0, 0))
 
 
 def test_a_policy_that_returns_no_candidate_is_told(policies: str) -> None:
