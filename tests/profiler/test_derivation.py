@@ -75,10 +75,10 @@ def test_a_change_of_the_roofline_formulas_raises_their_revision() -> None:
     assert content.meta["derivation"] == roofline.DERIVATION
     rows = {(name, *row[:-1]): row[-1] for (_, name), table in content.tables.items() for row in table}
     assert {key: rows[key] for key in figures} == pytest.approx(figures, rel=1e-6), AGAIN
-    assert sum(sum(gpu.values()) for gpu in fits()["gpus"].values()) == pytest.approx(513.36035, rel=1e-6), (
+    assert sum(sum(gpu.values()) for gpu in fits()["gpus"].values()) == pytest.approx(513.34435, rel=1e-6), (
         AGAIN
     )
-    assert roofline.DERIVATION == 2, AGAIN
+    assert roofline.DERIVATION == 3, AGAIN
 
 
 def test_a_change_of_the_silicon_formulas_raises_their_revision() -> None:
@@ -91,7 +91,7 @@ def test_a_change_of_the_silicon_formulas_raises_their_revision() -> None:
     }
     times = toy_attention()
     assert {point: times.mixed_us(*point) for point in figures} == pytest.approx(figures, rel=1e-6), AGAIN
-    assert silicon.DERIVATION == 2, AGAIN
+    assert silicon.DERIVATION == 3, AGAIN
 
 
 def test_shipped_bundles_are_of_the_current_revision() -> None:

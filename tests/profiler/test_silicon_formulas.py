@@ -73,6 +73,22 @@ def test_a_table_without_a_jump_at_a_sixth_of_l2_is_taken_as_measured() -> None:
     )
 
 
+def test_a_sample_whose_whole_tile_would_beat_the_peak_stands_for_its_own_rows() -> None:
+    """257 rows in 100 us: 384 would be 1.28 times the peak of a GPU that computes 300 rows in that time."""
+    rows = [(256, 95.0), (257, 100.0), (512, 185.0)]
+    listed = [{"gemm_dtype": "bfloat16", "m": m, "n": 1024, "k": 1024, "us": us} for m, us in rows]
+    peak = 2 * 300 * 1024 * 1024 / 100e-6
+    limited = replace(TOY, peak_flops_s=(("bfloat16", peak),))
+    at = np.array([384, 512])
+    assert GemmTimes(TOY, "bfloat16", table("gemm_perf", listed)).time_us(at, 1024, 1024).tolist() == [
+        LAUNCH_US + 100.0,
+        LAUNCH_US + 185.0,
+    ]
+    between = 100.0 + 85.0 * (384 - 257) / (512 - 257)
+    found = GemmTimes(limited, "bfloat16", table("gemm_perf", listed)).time_us(at, 1024, 1024)
+    assert found.tolist() == pytest.approx([LAUNCH_US + between, LAUNCH_US + 185.0])
+
+
 def test_a_dtype_without_rows_names_those_that_were_measured() -> None:
     with pytest.raises(InputError, match=r"no fp8 matrix products .* measured: bfloat16"):
         GemmTimes(TOY, "fp8", _gemm().table)

@@ -1,10 +1,13 @@
 """Times of dense matrix products from the measured (m, n, k) table.
 
 A kernel works on tiles, so its time is a staircase in m: a sample at m is representative of the tile edge
-above it. The table was measured by cycling through six copies of the weights. Those of a small product are
-found in L2 again, as a served model's never are: where a table shows that, they take at least what slightly
-larger ones, read from DRAM, take in proportion to their bytes. ``benchmarks/gemm_interpolation.py`` tests on
-the tables themselves which do, and how to tell products of sizes between the measured ones.
+above it, unless a whole tile would then be computed faster than at the GPU's peak rate: that kernel has
+smaller tiles (bf16 on Hopper, just above 256 and 512 rows).
+
+The table was measured by cycling through six copies of the weights. Those of a small product are found in L2
+again, as a served model's never are: where a table shows that, they take at least what slightly larger ones,
+read from DRAM, take in proportion to their bytes. ``benchmarks/gemm_interpolation.py`` tests on the tables
+themselves which do, and how to tell products of sizes between the measured ones.
 """
 
 from __future__ import annotations
@@ -129,14 +132,23 @@ class GemmTimes:
         starts = np.flatnonzero(np.r_[True, (np.diff(n) != 0) | (np.diff(k) != 0)])
         self.columns = {}
         for start, end in zip(starts, np.r_[starts[1:], len(m)], strict=True):
-            edges, inverse = np.unique(tile_edge(m[start:end]), return_inverse=True)
+            width, depth = int(n[start]), int(k[start])
+            at = self._represented_rows(m[start:end], width, depth, time[start:end])
+            edges, inverse = np.unique(at, return_inverse=True)
             mean = np.bincount(inverse, weights=time[start:end]) / np.bincount(inverse)
-            self.columns[int(n[start]), int(k[start])] = (edges.astype(np.float64), mean)
+            self.columns[width, depth] = (edges.astype(np.float64), mean)
         self._fit_stream()
         if self.warm:
             for (width, depth), (_, column_us) in self.columns.items():
                 if self.in_l2(width, depth):
                     np.maximum(column_us, self.weight_stream_us(width, depth), out=column_us)
+
+    def _represented_rows(
+        self, rows: NDArray[np.int64], n: int, k: int, time_us: NDArray[np.float64]
+    ) -> NDArray[np.int64]:
+        """Row count that each sample is the time of: its tile's edge, its own where that beats the peak."""
+        edges = tile_edge(rows)
+        return np.where(2.0 * edges * n * k * self.gpu.flop_us(self.dtype) > time_us, rows, edges)
 
     def weight_bytes(self, n: int, k: int) -> float:
         """Bytes of the [k, n] weights."""

@@ -74,4 +74,5 @@ def silicon_gpu(hardware: HardwareSpec) -> Gpu:
         bandwidth_bytes_s=tables.nominal_bandwidth(hardware.silicon),
         l2_bytes=hardware.l2_mib * 2**20,
         sm_count=hardware.sm_count,
+        peak_flops_s=tuple((dtype, 1e12 * rate) for dtype, rate in sorted(hardware.peak_tflops.items())),
     )

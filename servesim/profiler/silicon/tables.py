@@ -32,13 +32,21 @@ class Gpu:
     """The few facts about a GPU that the derivations need.
 
     ``folder`` names it in the package's data; ``bandwidth_bytes_s`` is the nominal DRAM bandwidth; L2 size
-    and SM count come from the maker's data sheet, since the package does not state them.
+    and SM count come from the maker's data sheet, since the package does not state them; ``peak_flops_s``
+    holds a dtype's dense peak rate in operations per second, nothing for one that has none or is not stated.
     """
 
     folder: str
     bandwidth_bytes_s: float
     l2_bytes: float
     sm_count: int
+    peak_flops_s: tuple[tuple[str, float], ...] = ()
+
+    def flop_us(self, dtype: str) -> float:
+        """Time of one operation at the peak rate of ``dtype``, 0 where that is not known."""
+        rates = dict(self.peak_flops_s)
+        rate = rates.get("fp8" if dtype.startswith("fp8") else dtype)
+        return 1e6 / rate if rate else 0.0
 
 
 @dataclass(frozen=True, slots=True)
