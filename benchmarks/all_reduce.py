@@ -26,6 +26,7 @@ TABLES = (
     ("H200", "meta-llama/Llama-3.1-70B", (2, 4, 8)),
     ("B200", "meta-llama/Llama-3.1-8B", (2,)),
 )
+LARGER = "and up to 1.04 times it at 1 GiB on eight H100 or H200, whose switch adds up (NVLink SHARP)"
 SIZES = (16 << 10, 256 << 10, 4 << 20, 32 << 20)
 
 
@@ -37,10 +38,12 @@ def measured_us(hardware: str, model: str, ranks: int) -> dict[int, float]:
     return {int(row["bytes"]): float(row["time_us"]) for row in rows if int(row["ranks"]) == ranks}
 
 
-def lines() -> list[str]:
-    """The table as Markdown: measured µs and the formula's error per payload."""
+def lines() -> tuple[list[str], list[float]]:
+    """The table as Markdown, measured µs and the formula's error per payload; and the shares of the link's
+    bandwidth that the largest payload shown reaches."""
     shown = [f"{size >> 10} KiB" if size < 1 << 20 else f"{size >> 20} MiB" for size in SIZES]
     out = [f"| hardware | ranks | {' | '.join(shown)} |", "| --- | ---: |" + " ---: |" * len(SIZES)]
+    shares = []
     for hardware, model, degrees in TABLES:
         link = load_hardware(hardware).link
         assert link is not None
@@ -53,19 +56,22 @@ def lines() -> list[str]:
                 formula = ring_all_reduce_ns(ranks, nearest, link.bandwidth_gbs, hop_ns) / 1000
                 cells.append(f"{table[nearest]:.1f} µs, {formula / table[nearest] - 1:+.0%}")
             out.append(f"| {hardware} | {ranks} | {' | '.join(cells)} |")
-    return out
+            shares.append(2 * (ranks - 1) / ranks * nearest / table[nearest] / 1000 / link.bandwidth_gbs)
+    return out, shares
 
 
 def main() -> None:
     """Replace the section of RESULTS.md."""
+    table, shares = lines()
     note = (
         "Measured time of an all-reduce at the payload nearest to each column, and the ring formula's error "
-        "with the link of the hardware file, which is the datasheet's. For large payloads the measured ones "
-        "reach 20 to 40 % of that bandwidth: a cluster config does well to state an effective `link_bw`. "
+        "with the link of the hardware file, which is the datasheet's. At the largest payload shown the "
+        f"measured ones reach {min(shares):.0%} to {max(shares):.0%} of that bandwidth, {LARGER}: a cluster "
+        "config does well to state an effective `link_bw`. "
         "Where a bundle has the table measured over NVLink, a run uses it instead. Made by `python "
         "benchmarks/all_reduce.py`."
     )
-    text = "\n".join([note, "", *lines()])
+    text = "\n".join([note, "", *table])
     write_section("all-reduce", text)
 
 

@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 from results_page import write_section  # noqa: E402
 
 from servesim import RuntimeOptions, simulate  # noqa: E402
-from servesim.cli.on_demand import bundles_on_demand  # noqa: E402
 from servesim.workload.generators import SynthSpec, synthesise  # noqa: E402
 
 FOLDER = Path(os.environ.get("SERVESIM_PUBLIC_ROWS") or ROOT.parent / "shared" / "data" / "public_rows")
@@ -109,14 +108,13 @@ def section(rows: list[Row]) -> str:
         "| --- | ---: | --- | ---: |" + " ---: |" * len(SCHEDULERS) * len(FIGURES),
     ]
     whole: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
-    with bundles_on_demand(True):
-        for (hardware, tp, cache), own in sorted(groups.items()):
-            found = {name: [errors_percent(row, on) for row in own] for name, on in SCHEDULERS.items()}
-            for name, errors in found.items():
-                whole[hardware][name] += errors
-            cells = " | ".join(map(medians, found.values()))
-            lines.append(f"| {hardware} | {tp} | {cache} | {len(own)} | {cells} |")
-            print(lines[-1], file=sys.stderr)
+    for (hardware, tp, cache), own in sorted(groups.items()):
+        found = {name: [errors_percent(row, on) for row in own] for name, on in SCHEDULERS.items()}
+        for name, errors in found.items():
+            whole[hardware][name] += errors
+        cells = " | ".join(map(medians, found.values()))
+        lines.append(f"| {hardware} | {tp} | {cache} | {len(own)} | {cells} |")
+        print(lines[-1], file=sys.stderr)
     for hardware, found in whole.items():
         count = len(next(iter(found.values())))
         lines.append(f"| {hardware} | all | all | {count} | {' | '.join(map(medians, found.values()))} |")
