@@ -162,7 +162,7 @@ def outcomes(engine: EngineSpec | None = None, **settings: Any) -> Outcomes:
 
 def changes() -> list[tuple[str, Outcomes]]:
     """The model with one part changed at a time."""
-    with patch("servesim.cost.step_timers.capture_limit", lambda *_: 512):
+    with patch("servesim.cost.build.capture_limit", lambda *_: 512):
         captured = outcomes(NO_HOST_TIME)
     with patch("servesim.cost.step_terms.product_rows", lambda tokens: tokens):
         lines = outcomes(NO_HOST_TIME)

@@ -20,7 +20,7 @@ import numpy as np
 from accuracy import ANCHOR, DENSE, LLAMA, MEASURED, RECORDED, markdown
 from results_page import measured_against_recordings
 
-from servesim.cost.step_timers import StepTimers
+from servesim.cost.build import Costs
 from servesim.specs.hardware import NO_HOST_TIME, EngineSpec
 from servesim.specs.model import load_model
 from servesim.specs.options import resolve
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from servesim.bench.recording import Recording
     from servesim.bench.validate import RecordedRun
-    from servesim.cost.step_timer import StepTimer
+    from servesim.cost.stage_cost import StageCost
 
     Floats = NDArray[np.float64]
 
@@ -72,7 +72,7 @@ class Prompts:
     def tokens(self) -> int:
         return len(self.beside) + sum(tokens for tokens, _ in self.chunks)
 
-    def missing_ms(self, timer: StepTimer) -> float:
+    def missing_ms(self, timer: StageCost) -> float:
         """How much longer they took than the timer says."""
         kernels_ns = timer.decode_ns(*shape(self.before)) + timer.mixed_ns(self.chunks, *shape(self.beside))
         return (self.took_ns - kernels_ns) / 1e6
@@ -125,14 +125,14 @@ def prompts_of(recording: Recording, hits: NDArray[np.int64]) -> list[Prompts]:
     return found
 
 
-def timers(run: RecordedRun) -> tuple[StepTimer, StepTimer]:
+def timers(run: RecordedRun) -> tuple[StageCost, StageCost]:
     """The measured kernels without host time: unequal lengths as shipped, and by the bundle's skew fit."""
     _, instance = run.cluster.instances[0]
     model = load_model(instance.model_name)
-    options, made = resolve(run.options, instance, model), StepTimers(run.cluster)
+    options, made = resolve(run.options, instance, model), Costs(run.cluster)
 
-    def timer(engine: EngineSpec) -> StepTimer:
-        return made.of(instance.model_copy(update={"engine": engine}), model, options)
+    def timer(engine: EngineSpec) -> StageCost:
+        return made.stage(instance.model_copy(update={"engine": engine}), model, options)
 
     return timer(NO_HOST_TIME), timer(WITH_SKEW)
 

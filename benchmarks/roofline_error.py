@@ -22,8 +22,8 @@ from roofline_samples import FAMILIES, log_errors, measured_hardware, samples_of
 
 from servesim.cost.bundle import Bundle
 from servesim.cost.stage import whole_model
+from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import stage_terms
-from servesim.cost.step_timer import StepTimer
 from servesim.errors import ServingError
 from servesim.profiler.bundle_writer import BundleContent, write_bundle
 from servesim.profiler.job import ProfileJob
@@ -116,7 +116,7 @@ def step_us(content: BundleContent, job: ProfileJob, folder: Path) -> dict[str, 
     bundle = Bundle(folder, job.hardware.name, job.model.name, job.variant, content.meta)
     tables = replace(bundle.tables(job.tp_degrees[0]), skew=None)
     terms = stage_terms(job.architecture, whole_model(job.model), tables)
-    timer = StepTimer(bundle, tables, job.model.num_hidden_layers, terms, EngineSpec(cudagraph=False))
+    timer = StageCost(bundle, tables, job.model.num_hidden_layers, terms, EngineSpec(cudagraph=False))
     return {
         "decode": np.array([timer.decode_ns(n, n * kv, kv, kv) for n, kv in DECODES]) / 1e3,
         "prefill": np.array([timer.mixed_ns([chunk], 0, 0, 0, 0) for chunk in CHUNKS]) / 1e3,

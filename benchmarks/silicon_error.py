@@ -29,8 +29,8 @@ from results_page import write_section  # noqa: E402
 from servesim.api import simulate  # noqa: E402
 from servesim.cost.bundle import Bundle  # noqa: E402
 from servesim.cost.stage import whole_model  # noqa: E402
+from servesim.cost.stage_cost import StageCost  # noqa: E402
 from servesim.cost.step_terms import stage_terms  # noqa: E402
-from servesim.cost.step_timer import StepTimer  # noqa: E402
 from servesim.specs.architecture import load_architecture  # noqa: E402
 from servesim.specs.cluster import load_cluster, with_hardware  # noqa: E402
 from servesim.specs.hardware import EngineSpec, load_hardware  # noqa: E402
@@ -39,9 +39,11 @@ from servesim.specs.paths import bundles_from  # noqa: E402
 from servesim.specs.reading import read_yaml_object  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
+
+    from servesim.cost.terms import BatchShape
 
 RECORDED = Path(os.environ.get("SERVESIM_RECORDED") or ROOT.parent / "shared" / "data" / "recorded")
 HARDWARE = "RTXPRO6000"
@@ -95,30 +97,24 @@ def served_steps(model: str, tp: int) -> list[Step]:
     """Every step in which the measured bundle serves the recorded workload, one instance."""
     steps: list[Step] = []
 
-    class Recorder(StepTimer):
+    class Recorder(StageCost):
         """Notes every step it is asked for."""
 
-        def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int:
-            steps.append(Step((), (n, kv_sum, kv_min, kv_max)))
-            return super().decode_ns(n, kv_sum, kv_min, kv_max)
-
-        def mixed_ns(
-            self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
-        ) -> int:
-            if chunks:
-                steps.append(Step(tuple(map(tuple, chunks)), (n, kv_sum, kv_min, kv_max)))  # type: ignore[arg-type]
-            return super().mixed_ns(chunks, n, kv_sum, kv_min, kv_max)
+        def step_ns(self, batch: BatchShape) -> int:
+            lengths = (batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max)
+            steps.append(Step(tuple((tokens, history) for tokens, history in batch.chunks), lengths))
+            return super().step_ns(batch)
 
     cluster = load_cluster(str(ROOT / "configs" / "cluster" / "single_node_single_instance.json"))
     workload = RECORDED / "workloads" / f"{WORKLOADS[model]}.jsonl.gz"
-    with patch("servesim.cost.step_timers.StepTimer", Recorder), bundles_from(RECORDED / "perf"):
+    with patch("servesim.cost.build.StageCost", Recorder), bundles_from(RECORDED / "perf"):
         simulate(with_hardware(cluster, HARDWARE, model, tp), workload, kv_cache_dtype="auto", stepped=True)
     return steps
 
 
 def timer(
     root: Path, model_name: str, tp: int, engine: EngineSpec, *, whole_experts: bool = False
-) -> StepTimer:
+) -> StageCost:
     """Kernel times of a bundle below ``root``: no collectives, no host time, no padding; its own skew.
 
     ``whole_experts``: each rank has whole experts, its share of them, as with expert parallelism; not a slice
@@ -131,7 +127,7 @@ def timer(
     if whole_experts:
         tables = dataclasses.replace(tables, moe=dataclasses.replace(bundle.whole_experts(), split=tp))
     terms = stage_terms(load_architecture(model.model_type), whole_model(model), tables)
-    return StepTimer(bundle, tables, model.num_hidden_layers, terms, engine)
+    return StageCost(bundle, tables, model.num_hidden_layers, terms, engine)
 
 
 def stated(model: str, steps: list[Step]) -> NDArray[np.bool_]:
@@ -140,7 +136,7 @@ def stated(model: str, steps: list[Step]) -> NDArray[np.bool_]:
     return np.array([len(step.chunks) + step.decodes[0] >= least for step in steps])
 
 
-def times_ns(own: StepTimer, steps: list[Step]) -> NDArray[np.float64]:
+def times_ns(own: StageCost, steps: list[Step]) -> NDArray[np.float64]:
     return np.array([own.mixed_ns(step.chunks, *step.decodes) for step in steps], dtype=np.float64)
 
 

@@ -15,6 +15,18 @@ from servesim.workload.request import Request, Workload
 MS = 1_000_000
 
 
+class OneInstance:
+    """The step times of one instance of one stage, as a loop asks for them."""
+
+    def __init__(self, steps: Any) -> None:
+        self.alone = steps
+
+    def stages_ns(self, batches: Any) -> list[tuple[int, int]]:
+        (batch,) = batches
+        lengths = batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max
+        return [(self.alone.mixed_ns(batch.chunks, *lengths), 0)]
+
+
 def capacity(num_blocks: int = 101, **changes: Any) -> KvCapacity:
     """100 usable blocks of 16 tokens at 1 MiB a token, beside 2 GiB of weights."""
     values: dict[str, Any] = {

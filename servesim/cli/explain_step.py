@@ -9,15 +9,15 @@ from servesim.errors import InputError
 if TYPE_CHECKING:
     import argparse
 
-    from servesim.cost.explain import LayerCost
-    from servesim.specs.cluster import ClusterSpec, InstanceSpec
-    from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions
+    from servesim.cost.terms import LayerCost, Shape
+    from servesim.engine.pricing import StepPricing
+    from servesim.specs.cluster import InstanceSpec
 
 _HELP = "what one step costs, layer by layer, and where the numbers come from"
 _FLAGS = (
     *("cluster_config", "hardware", "model", "tp", "dtype", "kv_cache_dtype"),
-    *("max_num_seqs", "max_num_batched_tokens", "cudagraph", "auto_profile"),
+    *("max_num_seqs", "max_num_batched_tokens", "cudagraph", "auto_profile", "expert_routing_policy"),
+    *("enable_local_offloading", "enable_attn_offloading", "enable_sub_batch_interleaving"),
 )
 
 
@@ -45,13 +45,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
     from servesim.cli.messages import tell
-    from servesim.cost.bundle import range_warnings
-    from servesim.cost.step_timer import build_step_timer
-    from servesim.memory.placement import uses_placement
+    from servesim.cost.terms import Shape
+    from servesim.engine.build import step_pricing
     from servesim.profiler.making import bundles_on_demand
     from servesim.specs.cluster import cluster_of
-    from servesim.specs.model import load_model
-    from servesim.specs.options import from_namespace, resolve
+    from servesim.specs.options import from_namespace
 
     chunks = parse_chunks(args.chunks)
     kv_sum, kv_min, kv_max = decode_lengths(args.decodes, args.kv, args.kv_min, args.kv_max)
@@ -63,85 +61,48 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"--instance: {args.instance} is not allowed; must be 0 to {len(cluster.instances) - 1}"
         )
-    _, instance = cluster.instances[args.instance]
-    model = load_model(instance.model_name)
-    resolved = resolve(options, instance, model)
-    if uses_placement(instance, resolved):
-        raise InputError(
-            f"{cluster.source}: instance {args.instance} keeps or computes something outside of its NPUs, "
-            "which explain-step does not take apart; leave out placement and offloading to see the NPUs' "
-            "part"
-        )
-    _check_alone(instance, model.is_moe, f"{cluster.source}: instance {args.instance}")
-    if instance.pp_size > 1:
-        lengths = args.decodes, kv_sum, kv_min, kv_max
-        with bundles_on_demand(options.auto_profile, tell):
-            print(_pipeline_text(cluster, args.instance, model, resolved, chunks, lengths))
-        return 0
     with bundles_on_demand(options.auto_profile, tell):
-        timer = build_step_timer(instance, model, resolved, cluster)
-    tokens = args.decodes + sum(c for c, _ in chunks)
-    sequences = args.decodes + len(chunks)
-    print(f"{model.name} on {instance.hardware}, tp {instance.tp_size}: {timer.bundle.describe()}")
-    for warning in [*timer.bundle.unstated(), *range_warnings(timer.bundle, tokens, sequences)]:
-        print(f"warning: {warning}")
-    print(table(timer.explain(chunks, args.decodes, kv_sum, kv_min, kv_max)))
-    ns = timer.mixed_ns(chunks, args.decodes, kv_sum, kv_min, kv_max)
+        pricing = step_pricing(cluster, options, args.instance)
+    lengths = each_length(args.decodes, kv_sum, kv_min, kv_max)
+    batch = Shape(tuple(chunks), args.decodes, kv_sum, kv_min, kv_max, lengths)
+    print(_head(pricing, batch, cluster.instances[args.instance][1]))
+    stages = pricing.stages(batch)
+    for number, lines in enumerate(stages):
+        if len(stages) > 1:
+            print(f"\nstage {number}")
+        print(table(lines))
+    ns = round(pricing.us(batch) * 1000)
+    tokens, sequences = args.decodes + sum(c for c, _ in chunks), args.decodes + len(chunks)
     print(f"\n{tokens} tokens, {sequences} sequences: {ns} ns = {ns / 1e6:.3f} ms")
+    if len(stages) > 1:
+        slowest = max(sum(line.total_us for line in lines) for lines in stages)
+        print(f"from the first stage to the tokens; a stage is free again after {slowest / 1e3:.3f} ms")
     return 0
 
 
-def _check_alone(instance: InstanceSpec, is_moe: bool, where: str) -> None:
-    """Raise InputError for an instance whose steps depend on others or on where tokens go."""
-    way_out = "leave it out to see what the instance computes by itself"
-    if instance.ep_size > 1:
-        raise InputError(
-            f"{where} has ep_size {instance.ep_size}: what a step takes depends on the experts that its "
-            f"tokens choose, which explain-step does not know; {way_out}"
+def _head(pricing: StepPricing, batch: Shape, instance: InstanceSpec) -> str:
+    """What is explained, and what to know before trusting it."""
+    from servesim.cost.bundle import range_warnings
+    from servesim.cost.terms import scheduled_tokens
+
+    bundle = pricing.cost.bundle
+    degrees = f"tp {instance.tp_size}" + (f", pp {instance.pp_size}" if instance.pp_size > 1 else "")
+    lines = [f"{instance.model_name} on {instance.hardware}, {degrees}: {bundle.describe()}"]
+    if pricing.num_members > 1:
+        lines.append(f"{pricing.num_members} members in lock-step, each with this batch")
+    sequences = batch.num_decodes + len(batch.chunks)
+    found = [*bundle.unstated(), *range_warnings(bundle, scheduled_tokens(batch), sequences)]
+    return "\n".join([*lines, *(f"warning: {text}" for text in found)])
+
+
+def each_length(decodes: int, kv_sum: int, kv_min: int, kv_max: int) -> list[int]:
+    """KV lengths with this sum, least and greatest: the two ends once, the rest as equal as can be."""
+    if decodes < 3 or kv_min == kv_max:
+        return (
+            [kv_min, kv_max][:decodes] if decodes == 2 else [kv_sum // decodes] * decodes if decodes else []
         )
-    if instance.dp_group is not None and is_moe:
-        raise InputError(
-            f"{where} is in dp_group {instance.dp_group!r} and waits for the others in every expert layer, "
-            f"which explain-step does not take apart; {way_out}"
-        )
-
-
-def _pipeline_text(
-    cluster: ClusterSpec,
-    index: int,
-    model: ModelSpec,
-    options: InstanceOptions,
-    chunks: list[tuple[int, int]],
-    lengths: tuple[int, int, int, int],
-) -> str:
-    """What every stage of a pipeline takes for one step, by the timer that a run uses."""
-    from servesim.cost.stage import pipeline_stages
-    from servesim.cost.step_timers import StepTimers
-    from servesim.cost.wave_timer import build_wave_timer
-    from servesim.engine.batch import Batch
-    from servesim.results.table import Table
-    from servesim.terminal import screen_width
-
-    placed = cluster.instances[index]
-    instance = placed[1]
-    timer = build_wave_timer([placed], model, [options], StepTimers(cluster))
-    n, kv_sum, kv_min, kv_max = lengths
-    batch = Batch(step=0, chunks=chunks, num_decodes=n, kv_sum=kv_sum, kv_min=kv_min, kv_max=kv_max)
-    stages = timer.stages_ns([batch])
-    table = Table(["stage", "blocks", "compute us", "hand-over us"])
-    parts = pipeline_stages(model, instance.pp_size)
-    for number, (stage, (compute, send)) in enumerate(zip(parts, stages, strict=True)):
-        blocks = f"{stage.first_block}-{stage.first_block + stage.num_blocks - 1}"
-        table.rows.append([str(number), blocks, f"{compute / 1000:.1f}", f"{send / 1000:.1f}"])
-    whole = sum(compute + send for compute, send in stages)
-    slowest = max(compute for compute, _ in stages)
-    tokens = n + sum(chunk for chunk, _ in chunks)
-    return (
-        f"{model.name} on {instance.hardware}, tp {instance.tp_size}, pp {instance.pp_size}; no "
-        f"breakdown by layer for pipelines\n{table.plain(width=screen_width())}\n\n{tokens} tokens, "
-        f"{n + len(chunks)} sequences: {whole} ns = {whole / 1e6:.3f} ms from the first stage to the tokens; "
-        f"a stage is free again after {slowest / 1e6:.3f} ms"
-    )
+    rest, count = kv_sum - kv_min - kv_max, decodes - 2
+    return [kv_min, *(rest // count + (place < rest % count) for place in range(count)), kv_max]
 
 
 def parse_chunks(text: str) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from servesim.cost.step_terms import ACTIVATION_BYTES
+from servesim.cost.terms import LayerCost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,6 +157,21 @@ class ExpertStage:
         if exchange_ns is None:
             exchange_ns = self._exchange_ns[most] = self._num_layers * self._backend(most)
         return experts_ns + exchange_ns
+
+    def explain(self, total: int, most: int, wave: int) -> list[LayerCost]:
+        """:meth:`ns` as lines for people: exchange between members, then the experts."""
+        if not self._num_layers:
+            return []
+        both_us = self.ns(total, most, wave) / 1000.0
+        exchange_us = self._exchange_ns.get(most, 0.0) / 1000.0
+        calls = self._num_layers
+        origin = f"slowest rank of {total} tokens, routed {'by chance' if self._routing.varies else 'evenly'}"
+        lines = [LayerCost("experts", calls, (both_us - exchange_us) / calls, origin)]
+        if exchange_us:
+            lines.insert(
+                0, LayerCost("expert exchange", calls, exchange_us / calls, f"{most} tokens a member")
+            )
+        return lines
 
     def _slowest_ranks_ns(self, tokens: int, wave: int) -> float:
         """Σ over layers of the slowest rank's time."""

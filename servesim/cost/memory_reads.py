@@ -65,6 +65,10 @@ class StageReads:
         ]
         self._kept: dict[int, tuple[NDArray[np.float64], list[NDArray[np.float64]]]] = {}
 
+    def describe(self) -> str:
+        """The memories that are read, for people."""
+        return ", ".join(queue.place for queue in self._queues if not queue.is_empty) or "nothing"
+
     def wait_ns(
         self, tokens: int, sequences: int, attention_ns: float, kv_tokens: Mapping[str, int]
     ) -> float:

@@ -1,6 +1,7 @@
-"""The parts of a step's time that depend on its token count or its sequence count alone.
+"""The layers of a step whose time depends on its token count or its sequence count alone.
 
-Each term knows its µs for an array of counts, how often a step pays it, and where its number comes from.
+Each layer knows its µs for an array of counts, how often a step pays it, and where its number comes from.
+:class:`CountTerm` adds a set of them up into one term of a step (see :mod:`servesim.cost.terms`).
 """
 
 from __future__ import annotations
@@ -12,28 +13,32 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from servesim.cost.tables import Curve, describe_lookup
+from servesim.cost.terms import LayerCost, Role
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
     from servesim.cost.bundle import RankTables
     from servesim.cost.moe import MoeTable
     from servesim.cost.stage import Stage
-    from servesim.cost.tables import Ints
+    from servesim.cost.terms import BatchShape
     from servesim.network.topology import Dimension
     from servesim.specs.architecture import Architecture
     from servesim.specs.model import ModelSpec
 
+FIRST_TOKENS = 2048
+FIRST_SEQUENCES = 256
+"""Counts whose sums are computed at first; more are when asked for."""
 ACTIVATION_BYTES = 2  # hidden states travel between ranks in 16 bit, whatever the weights are
 TILE_ROWS = 16
 """Rows that a tensor core multiplies at a time; no matrix product takes fewer (NVIDIA PTX ISA, ``mma``)."""
 _ALL_REDUCE = "all_reduce"
 
 
-class Term(Protocol):
+class CountLayer(Protocol):
     """One layer or collective of a step."""
 
     @property
@@ -143,7 +148,7 @@ class MeasuredAllReduceTerm:
         return f"{describe_lookup(self.curve.points, payload, 'bytes')} in {self.source}"
 
 
-def total_ns(terms: Sequence[Term], counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def total_ns(terms: Sequence[CountLayer], counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """ns that a step pays for all terms together, for each count."""
     total = np.zeros(len(counts))
     for term in terms:
@@ -151,48 +156,54 @@ def total_ns(terms: Sequence[Term], counts: NDArray[np.int64]) -> NDArray[np.flo
     return total
 
 
-class TermTotals:
-    """What a step pays for a set of terms, by count: computed for a whole range at once, then kept."""
+class CountTerm:
+    """One term of a step: a set of layers by the step's tokens, or by its sequences.
 
-    __slots__ = ("_first", "_ns", "_pad", "_terms")
+    The sum is computed for a whole range of counts at once and kept: a look-up costs an index.
+    """
 
-    def __init__(self, terms: Sequence[Term], first: int, pad: Callable[[Ints], Ints] | None = None) -> None:
-        """
-        Args:
-            terms: what is added up.
-            first: counts covered at first; more are computed when asked for.
-            pad: maps counts to those that are computed in their place.
-        """
-        self._terms = terms
-        self._first = first
-        self._pad = pad
+    __slots__ = ("_by_sequences", "_first", "_ns", "layers", "role")
+
+    def __init__(self, role: Role, layers: Sequence[CountLayer], *, by_sequences: bool = False) -> None:
+        self.role = role
+        self.layers = layers
+        self._by_sequences = by_sequences
+        self._first = FIRST_SEQUENCES if by_sequences else FIRST_TOKENS
         self._ns: list[float] = []
 
-    def ns(self, count: int) -> float:
+    def ns(self, batch: BatchShape, tokens: int) -> float:
+        """See :class:`servesim.cost.terms.Term`."""
+        return self.of(batch.num_decodes + len(batch.chunks) if self._by_sequences else tokens)
+
+    def of(self, count: int) -> float:
         """ns that a step of ``count`` tokens (or sequences) pays; 0 for none."""
         if count >= len(self._ns):
             counts = np.arange(1, max(self._first, 2 * count if count > self._first else 0) + 1)
-            padded = counts if self._pad is None else self._pad(counts)
-            self._ns = [0.0, *total_ns(self._terms, padded).tolist()]
+            self._ns = [0.0, *total_ns(self.layers, counts).tolist()]
         return self._ns[count]
+
+    def explain(self, batch: BatchShape, tokens: int) -> list[LayerCost]:
+        """See :class:`servesim.cost.terms.Term`."""
+        count = batch.num_decodes + len(batch.chunks) if self._by_sequences else tokens
+        if not count:
+            return []
+        one = np.array([count])
+        return [
+            LayerCost(layer.name, layer.calls, float(layer.us(one)[0]), layer.origin(count))
+            for layer in self.layers
+        ]
 
 
 @dataclass(slots=True, frozen=True)
 class StageTerms:
-    """Everything but attention that a stage pays for, by what it depends on."""
+    """The layers of a stage but attention, by what they depend on."""
 
-    blocks: list[Term]
+    blocks: list[CountLayer]
     """By tokens, in the transformer blocks: dense layers, experts, all-reduces."""
-    once: list[Term]
+    once: list[CountLayer]
     """By tokens, once a step: embedding, final norm."""
-    sequences: list[Term]
+    sequences: list[CountLayer]
     """By sequences, once a step: output logits, sampling."""
-
-    @property
-    def tokens(self) -> list[Term]:
-        """Everything that goes by tokens: layers in the order they first run, all-reduces last."""
-        reduces = [term for term in self.blocks if term.name == _ALL_REDUCE]
-        return [term for term in self.blocks if term.name != _ALL_REDUCE] + self.once + reduces
 
 
 def stage_terms(
@@ -243,7 +254,7 @@ def stage_terms(
 
 def _token_term(
     layer: str, calls: int, architecture: Architecture, model: ModelSpec, tables: RankTables
-) -> Term:
+) -> CountLayer:
     if architecture.kind(layer) != "moe":
         source = f"{tables.folder.name}/dense.csv"
         curve = tables.layer("dense", layer)
@@ -256,7 +267,9 @@ def _token_term(
     return MoeTerm(layer, calls, tables.moe, model.num_experts, model.num_experts_per_tok)
 
 
-def all_reduce_term(tables: RankTables, model: ModelSpec, ranks: int, link: Dimension, calls: int) -> Term:
+def all_reduce_term(
+    tables: RankTables, model: ModelSpec, ranks: int, link: Dimension, calls: int
+) -> CountLayer:
     """The all-reduces of tensor parallelism: measured if the bundle has them, else over ``link``."""
     measured = tables.collective("all_reduce", ranks)
     if measured is not None:

@@ -55,6 +55,18 @@ def describe_lookup(points: Ints, query: float, unit: str) -> str:
     return f"interpolated between {points[low]} and {points[high]} {unit}"
 
 
+def describe_axis(points: Ints, query: int, name: str) -> str:
+    """``KV length 1000 (between 768 and 1024)``; no bracket for a measured point."""
+    if query in points:
+        return f"{name} {query}"
+    low, high, weight = bracket(points.tolist(), query)
+    if weight > 1.0:
+        return f"{name} {query} (extrapolated from {points[low]} and {points[high]})"
+    if low == high or query < points[0]:
+        return f"{name} {query} (clamped to the smallest measured, {points[low]})"
+    return f"{name} {query} (between {points[low]} and {points[high]})"
+
+
 def brackets(points: Ints, queries: ArrayLike) -> tuple[Ints, Ints, Floats]:
     """:func:`bracket` of many queries at once, element for element the same floats."""
     wanted = np.asarray(queries, dtype=np.float64)

@@ -6,8 +6,8 @@ import logging
 from array import array
 from typing import TYPE_CHECKING
 
+from servesim.cost.build import Costs
 from servesim.cost.bundle import range_warnings
-from servesim.cost.step_timers import StepTimers
 from servesim.engine.block_tables import BlockTables
 from servesim.engine.decode_set import DecodeSet
 from servesim.engine.hand_over import HandOver, Routes
@@ -16,7 +16,7 @@ from servesim.engine.lower_tiers import LowerTiers
 from servesim.engine.pricing import StepPricing
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.engine.step_loop import StepLoop
 from servesim.engine.transfers import Transfers
 from servesim.errors import BrokenRunError, InputError, RunError
 from servesim.memory.kv_cache import KvCache
@@ -28,19 +28,19 @@ from servesim.specs.acting import Scene, notes_of
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.options import resolve
+from servesim.workload.request import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from servesim.cost.bundle import Bundle
-    from servesim.cost.offload_timer import Offload
+    from servesim.cost.offload import Offload
+    from servesim.cost.step_cost import StepCost
     from servesim.engine.simulation import Observer
-    from servesim.engine.step_loop import WaveTimes
     from servesim.results.records import RunLog
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions, RuntimeOptions
-    from servesim.workload.request import Workload
 
 _ONE_FOR_ALL = ("async_scheduling", "enable_block_copy")
 """Options that a lock-step group has one of: they say how waves follow each other and what layers share."""
@@ -121,6 +121,17 @@ def scene(
     )
 
 
+def step_pricing(cluster: ClusterSpec, options: RuntimeOptions, index: int) -> StepPricing:
+    """What priced the steps of instance ``index`` if ``cluster`` ran with ``options``.
+
+    Raises:
+        InputError: the cluster cannot be built as described.
+    """
+    builder = Builder(cluster, Workload([]), options)
+    (group,) = (group for group in builder.lockstep_groups() if index in group)
+    return builder.pricing(group)
+
+
 class Builder:
     """Makes the step loops of one run; what instances have in common is made once."""
 
@@ -131,7 +142,7 @@ class Builder:
         self.notes = notes_of(scene(cluster, self._models, self._resolved, workload, options))
         """What was asked for and does not act."""
         self._memories = MemoryMap(cluster, self._models, self._resolved)
-        self._timers = StepTimers(cluster)
+        self._costs = Costs(cluster)
         self._tables = BlockTables(workload)
         self._options = options
         self._tiers = LowerTiers(cluster, options, self._memories)
@@ -153,7 +164,7 @@ class Builder:
     @property
     def routes(self) -> Routes:
         """The ways that KV takes between instances."""
-        return Routes(self._timers.topology)
+        return Routes(self._costs.topology)
 
     def lockstep_groups(self) -> list[list[int]]:
         """Indices of the instances that go in lock-step.
@@ -175,19 +186,20 @@ class Builder:
         stages = first.spec.pp_size
         depth = stages if stages > 1 else 2 if first.options.async_scheduling else 1
         jump = not self._options.stepped
-        times = self._times(members)
+        pricing = StepPricing(self._cost(members), len(members))
         for member in members:
-            member.log.pricing = StepPricing(times, len(members))
-        return StepLoop(members, times, depth=depth, stages=stages, jump=jump)
+            member.log.pricing = pricing
+        return StepLoop(members, pricing.cost, depth=depth, stages=stages, jump=jump)
 
-    def _times(self, members: list[Instance]) -> WaveTimes:
+    def pricing(self, group: list[int]) -> StepPricing:
+        """What prices the steps of the instances of ``group``."""
+        members = [self._instance(index) for index in group]
+        check_agreement(members)
+        return StepPricing(self._cost(members), len(members))
+
+    def _cost(self, members: list[Instance]) -> StepCost:
         log = members[0].log
         spec, model = log.spec, self._models[log.spec.model_name]
-        offloads = [self._offload(member) for member in members]
-        if len(members) == spec.pp_size == spec.ep_size == 1 and not any(offloads):
-            return SingleTimes(self._timers.of(spec, model, log.options))
-        from servesim.cost.wave_timer import build_wave_timer
-
         routing = None
         if spec.ep_size > 1:
             from servesim.engine.experts import expert_routing
@@ -195,9 +207,8 @@ class Builder:
             policy = self._options.expert_routing_policy
             routing = expert_routing(policy, model, spec.ep_size, self._options.seed)
         placed = [self._placed[member.log.index] for member in members]
-        return build_wave_timer(
-            placed, model, [member.log.options for member in members], self._timers, routing, offloads
-        )
+        options = [member.log.options for member in members]
+        return self._costs.of(placed, model, options, routing, [self._offload(member) for member in members])
 
     def _offload(self, member: Instance) -> Offload | None:
         """What an instance keeps elsewhere or lets memory compute, None if nothing."""
@@ -205,7 +216,7 @@ class Builder:
         resident = self._memories.resident(log.index)
         if resident is None:
             return None
-        from servesim.cost.offload_timer import Offload
+        from servesim.cost.offload import Offload
 
         model = self._models[log.spec.model_name]
         return Offload.of(
@@ -222,10 +233,10 @@ class Builder:
         node, spec = self._placed[index]
         model = self._models[spec.model_name]
         options = self._resolved[index]
-        bundle = self._timers.bundle(spec, model, options)
+        bundle = self._costs.bundle(spec, model, options)
         self.warnings.update(dict.fromkeys(warnings_about(bundle, model, options)))
         capacity = self._memories.capacity(index)
-        host = self._timers.host(spec, options)
+        host = self._costs.host(spec, options)
         log = InstanceLog(index, node, spec, options, capacity, bundle.describe(), host)
         tier = self._tiers.tier(index, node, spec, model, options)
         log.stated_error = stated_error(bundle.meta, spec.hardware, options.kv_dtype)

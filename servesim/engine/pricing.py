@@ -5,30 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from servesim.cost.step_timer import StepTimer
-from servesim.engine.step_loop import SingleTimes
-
 if TYPE_CHECKING:
-    from servesim.cost.explain import LayerCost
-    from servesim.engine.batch import Batch
-    from servesim.engine.step_loop import WaveTimes
+    from servesim.cost.step_cost import StepCost
+    from servesim.cost.terms import BatchShape, LayerCost
 
 
 @dataclass(slots=True, frozen=True)
 class StepPricing:
     """Prices steps as a loop did: through all pipeline stages, every member with the same batch."""
 
-    times: WaveTimes
+    cost: StepCost
     num_members: int
 
-    def us(self, batch: Batch) -> float:
+    def us(self, batch: BatchShape) -> float:
         """µs from the start of the step to its tokens."""
-        stages = self.times.stages_ns([batch] * self.num_members)
+        stages = self.cost.stages_ns([batch] * self.num_members)
         return sum(compute + hand_over for compute, hand_over in stages) / 1000
 
-    def layers(self, batch: Batch) -> list[LayerCost]:
-        """What every layer contributes; empty where steps pass stages or wait for other members."""
-        if not isinstance(self.times, SingleTimes) or not isinstance(self.times.steps, StepTimer):
-            return []
-        lengths = batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max
-        return self.times.steps.explain(batch.chunks, *lengths)
+    def stages(self, batch: BatchShape) -> list[list[LayerCost]]:
+        """What every layer of each pipeline stage contributes; of the slowest member where there are more."""
+        return self.cost.explain([batch] * self.num_members)
+
+    def layers(self, batch: BatchShape) -> list[LayerCost]:
+        """The lines of all stages."""
+        return [line for stage in self.stages(batch) for line in stage]

@@ -49,7 +49,7 @@ _ZERO_WHEN_QUIET = (
 
 
 class StepTimes(Protocol):
-    """Durations of the steps of one instance; see :class:`servesim.cost.step_timer.StepTimer`."""
+    """Durations of the steps of one instance; see :class:`servesim.cost.stage_cost.StageCost`."""
 
     def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int: ...
 
@@ -57,13 +57,13 @@ class StepTimes(Protocol):
         self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
     ) -> NDArray[np.int64]: ...
 
-    def mixed_ns(
-        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
-    ) -> int: ...
-
 
 class WaveTimes(Protocol):
-    """Durations of the waves of a loop with several members or several stages."""
+    """Durations of the waves of a loop; see :class:`servesim.cost.step_cost.StepCost`."""
+
+    @property
+    def alone(self) -> StepTimes | None:
+        """The steps of a single instance of one stage whose quiet stretches can be jumped over."""
 
     def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
         """(compute, hand-over to the next stage) of every pipeline stage, for one batch or None per
@@ -76,24 +76,6 @@ class Wave:
 
     batches: Sequence[Batch | None]
     end_ns: int
-
-
-class SingleTimes:
-    """The wave times of one instance of one stage."""
-
-    __slots__ = ("steps",)
-
-    def __init__(self, steps: StepTimes) -> None:
-        self.steps = steps
-
-    def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
-        """See :class:`WaveTimes`."""
-        (batch,) = batches
-        assert batch is not None
-        lengths = batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max
-        if batch.chunks:
-            return ((self.steps.mixed_ns(batch.chunks, *lengths), 0),)
-        return ((self.steps.decode_ns(*lengths), 0),)
 
 
 class StepLoop:
@@ -125,7 +107,7 @@ class StepLoop:
         for member in members:
             member.loop = self
         self._depth = depth
-        self._quiet: StepTimes | None = times.steps if jump and isinstance(times, SingleTimes) else None
+        self._quiet: StepTimes | None = times.alone if jump else None
         self.noise = noise
         """Makes every step a little faster or slower."""
         self.transfers: Transfers | None = None

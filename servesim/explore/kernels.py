@@ -132,8 +132,8 @@ def _priced(where: str, step: str, pricings: tuple[Pricing, Pricing], batch: Bat
 
 
 def _kernel_times(pricing: Pricing, batch: Batch) -> Counter[str]:
-    """µs of each kernel in a step; the parts that attention is listed in are added up. Empty where a step
-    passes stages or waits for other members."""
+    """µs of each kernel in a step, all stages together; the parts that attention is listed in are added
+    up."""
     times: Counter[str] = Counter()
     for cost in pricing.layers(batch):
         times[cost.layer.partition(":")[0]] += cost.total_us

@@ -138,11 +138,10 @@ class Pricing(Protocol):
     """What priced the steps of an instance during the run."""
 
     def us(self, batch: Any) -> float:
-        """µs of a step; see :class:`servesim.cost.wave_timer.BatchShape`."""
+        """µs of a step; see :class:`servesim.cost.terms.BatchShape`."""
 
     def layers(self, batch: Any) -> list[Any]:
-        """The step's :class:`servesim.cost.explain.LayerCost`, as far as it can be taken apart; else
-        empty."""
+        """The step's lines; see :class:`servesim.cost.terms.LayerCost`."""
 
 
 @dataclass(slots=True)

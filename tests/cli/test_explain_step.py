@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from servesim.__main__ import main
-from servesim.cli.explain_step import decode_lengths, parse_chunks
+from servesim.cli.explain_step import decode_lengths, each_length, parse_chunks
 from servesim.errors import InputError
 from tests.cost.bundles import Toy, toy_architecture
 
@@ -102,19 +102,42 @@ def test_a_pipeline_is_told_stage_by_stage(
     change_instance(tmp_path, num_npus=2, pp_size=2)
     assert main(step) == 0
     out = capsys.readouterr().out
-    stages = [line.split() for line in out.splitlines() if re.match(r"[01] ", line)]
-    assert [row[1] for row in stages] == ["0-0", "1-1"]
-    compute, sent = (sum(float(row[column]) for row in stages) for column in (2, 3))
-    assert compute == pytest.approx(whole_ns / 1000, rel=0.01)
-    assert f"= {(compute + sent) / 1000:.3f} ms from the first stage" in out
+    sums = [float(line.split()[1]) for line in out.splitlines() if line.startswith("sum ")]
+    (sent,) = [float(line.split()[5]) for line in out.splitlines() if line.startswith("to the next stage")]
+    assert len(sums) == 2
+    assert sum(sums) - sent == pytest.approx(whole_ns / 1000, rel=0.01)
+    assert int(re.findall(r"(\d+) ns =", out)[0]) == pytest.approx(sum(sums) * 1000, abs=100)
 
 
-def test_what_depends_on_other_instances_is_refused_by_name(
-    cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_lengths_have_their_sum_and_their_ends() -> None:
+    assert each_length(4, 400, 50, 150) == [50, 100, 100, 150]
+    assert each_length(5, 501, 50, 150) == [50, 101, 100, 100, 150]
+    assert each_length(2, 200, 50, 150) == [50, 150]
+    assert each_length(1, 100, 100, 100) == [100]
+    assert each_length(0, 0, 0, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "line"),
+    [
+        ("single_node_cxl", [], "waiting for memory"),
+        ("single_node_pim", ["--enable-attn-offloading"], "attention in memory"),
+        ("moe_expert_parallel", [], "experts"),
+        ("data_expert_parallel", [], "expert exchange"),
+        ("tensor_pipeline", [], "to the next stage"),
+        ("prefill_decode_h100_l40s", ["--instance", "1"], "down_proj"),
+    ],
+)
+def test_everything_that_runs_is_taken_apart(
+    capsys: pytest.CaptureFixture[str], config: str, flags: list[str], line: str
 ) -> None:
-    change_instance(tmp_path, num_npus=2, tp_size=2, ep_size=2)
-    assert main(["explain-step", cluster, "--decodes", "4", "--kv", "64"]) == 2
-    assert "ep_size" in capsys.readouterr().err
+    cluster = f"--cluster-config=configs/cluster/{config}.json"
+    assert main(["explain-step", cluster, "--decodes", "8", "--kv", "900", *flags]) == 0
+    out = capsys.readouterr().out
+    assert line in out
+    sums = [float(row.split()[1]) for row in out.splitlines() if row.startswith("sum ")]
+    (ns,) = re.findall(r"(\d+) ns =", out)
+    assert sum(sums) * 1000 == pytest.approx(int(ns), abs=60 * len(sums))
 
 
 def change_instance(folder: Path, **changes: int) -> None:

@@ -11,8 +11,9 @@ import yaml
 
 from servesim.cost.bundle import Bundle, load_bundle
 from servesim.cost.stage import whole_model
+from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import stage_terms
-from servesim.cost.step_timer import StepTimer
+from servesim.cost.terms import IDLE, Role
 from servesim.network.topology import Dimension
 from servesim.specs.architecture import Architecture, read_architecture
 from servesim.specs.hardware import EngineSpec
@@ -110,7 +111,7 @@ class Toy:
         self.write(root)
         return load_bundle(HARDWARE, MODEL, VARIANT)
 
-    def timer(self, root: Path, *, experts: int = 0, engine: EngineSpec | None = None) -> StepTimer:
+    def timer(self, root: Path, *, experts: int = 0, engine: EngineSpec | None = None) -> StageCost:
         """The timer of a two-block toy model on this bundle; links of 1 GB/s and 1000 ns."""
         bundle = self.bundle(root)
         tables = bundle.tables(self.tp)
@@ -119,7 +120,7 @@ class Toy:
         architecture = toy_architecture(root, self.products)
         terms = stage_terms(architecture, whole_model(model), tables, self.tp, link)
         engine = engine or EngineSpec(cudagraph=False)
-        return StepTimer(bundle, tables, model.num_hidden_layers, terms, engine)
+        return StageCost(bundle, tables, model.num_hidden_layers, terms, engine)
 
 
 def toy_model(experts: int = 0) -> ModelSpec:
@@ -203,3 +204,9 @@ def cluster_links(**links: float) -> SimpleNamespace:
 
 def _csv(path: Path, header: str, lines: list[str]) -> None:
     path.write_text("\n".join([header, *lines]) + "\n")
+
+
+def tokens_ns(cost: StageCost, tokens: int) -> float:
+    """What a step pays for its tokens, all layers but attention and output head together."""
+    padded = cost.padding.of(tokens)
+    return cost.role_ns(Role.ONCE, IDLE, padded) + cost.dense.of(padded)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from servesim.cost.step_timer import build_step_timer
+from servesim.cost.build import build_stage_cost
 from servesim.errors import InputError
 from servesim.specs.hardware import EngineSpec
 from tests.cost.bundles import HARDWARE, VARIANT, Toy, cluster_links, toy_model
@@ -26,8 +26,8 @@ def _all_reduce_us(root: Path, wanted: str, meta: dict[str, Any]) -> float:
     cluster.collectives = wanted
     instance = SimpleNamespace(hardware=HARDWARE, tp_size=2, engine=EngineSpec())
     options = SimpleNamespace(variant=VARIANT, cudagraph=True, max_num_seqs=256, max_num_batched_tokens=2048)
-    timer = build_step_timer(instance, toy_model(), options, cluster)  # type: ignore[arg-type]
-    return float(timer.token_terms[-1].us(np.array([10]))[0])
+    timer = build_stage_cost(instance, toy_model(), options, cluster)  # type: ignore[arg-type]
+    return float(timer.layers.blocks[-1].us(np.array([10]))[0])
 
 
 @pytest.fixture

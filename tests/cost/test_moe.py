@@ -24,14 +24,14 @@ def test_one_token_touches_its_own_experts_and_many_touch_all() -> None:
 def test_the_expert_layer_runs_in_place_of_the_mlp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     timer = Toy(moe=MOE).timer(tmp_path, experts=4)
-    assert [term.name for term in timer.token_terms] == [
+    assert [term.name for term in timer.layers.blocks + timer.layers.once] == [
         "qkv_proj",
         "o_proj",
         "moe",
         "embedding",
         "final_layernorm",
     ]
-    moe = timer.token_terms[2]
+    moe = timer.layers.blocks[2]
     # one token: 2 experts, 10 µs; two tokens: 3 of 4 experts, half-way from 12 to 20.
     assert moe.us(np.array([1, 2])).tolist() == [10.0, 16.0]
     assert moe.calls == 2
@@ -43,7 +43,7 @@ def test_ranks_that_share_experts_do_an_equal_part_of_the_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     toy = Toy(moe=MOE, tp=2)
-    moe = toy.timer(tmp_path, experts=4).token_terms[2]
+    moe = toy.timer(tmp_path, experts=4).layers.blocks[2]
     # 4 tokens on 4·(1 - 1/16) = 3.75 experts, shared by two: 2 tokens on 1.875, held at the smallest row.
     assert moe.us(np.array([4])).tolist() == [12.0]
     assert "equal work of one of 2 ranks" in moe.origin(4)
@@ -55,6 +55,6 @@ def test_a_table_measured_with_sliced_experts_is_taken_as_it_is(
     monkeypatch.chdir(tmp_path)
     folder = Toy(moe=MOE, tp=2).write(tmp_path)
     (folder / "tp2" / "moe.csv").write_text("tokens,activated_experts,time_us\n1,1,3.0\n1,4,6.0\n")
-    moe = Toy(tp=2).timer(tmp_path, experts=4).token_terms[2]
+    moe = Toy(tp=2).timer(tmp_path, experts=4).layers.blocks[2]
     assert moe.us(np.array([1])).tolist() == [4.0]
     assert moe.origin(1) == "profiled at 1 tokens, 2.0 experts in tp2/moe.csv"

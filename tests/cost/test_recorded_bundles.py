@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from servesim.cost.build import Costs
 from servesim.cost.bundle import load_bundle, range_warnings
 from servesim.cost.stage import whole_model
+from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import stage_terms
-from servesim.cost.step_timer import StepTimer
-from servesim.cost.step_timers import StepTimers
-from servesim.cost.wave_timer import build_wave_timer
+from servesim.cost.terms import Shape
 from servesim.engine.batch import Batch
 from servesim.engine.experts import expert_routing
 from servesim.network.topology import Dimension
@@ -40,13 +40,13 @@ def perf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder / "RTXPRO6000"
 
 
-def timer_of(name: str, tp: int, engine: EngineSpec) -> StepTimer:
+def timer_of(name: str, tp: int, engine: EngineSpec) -> StageCost:
     model = load_model(recorded_path("model", f"{name}.json"))
     bundle = load_bundle("RTXPRO6000", name, "bf16")
     tables = bundle.tables(tp)
     link = Dimension("tp", "ring", 16, 20_000)
     terms = stage_terms(load_architecture(model.model_type), whole_model(model), tables, tp, link)
-    return StepTimer(bundle, tables, model.num_hidden_layers, terms, engine)
+    return StageCost(bundle, tables, model.num_hidden_layers, terms, engine)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ def test_a_breakdown_of_a_real_step_adds_up() -> None:
     for name, tp in EVERY:
         timer = timer_of(name, tp, EngineSpec(prefill_step_overhead_us=6000))
         step = ([(512, 0), (256, 1024)], 32, 32_000, 200, 3000)
-        assert sum(c.total_us for c in timer.explain(*step)) * 1000 == pytest.approx(
+        assert sum(c.total_us for c in timer.explain(Shape(*step))) * 1000 == pytest.approx(
             timer.mixed_ns(*step), abs=0.6
         )
 
@@ -137,7 +137,7 @@ def test_a_wave_of_two_members_on_measured_points_is_the_sum_of_its_rows(perf: P
         variant="bf16", cudagraph=True, enable_block_copy=True, max_num_seqs=128, max_num_batched_tokens=2048
     )
     routing = expert_routing("BALANCED", model, 2, seed=42)
-    timer = build_wave_timer([(0, spec)] * 2, model, [options] * 2, StepTimers(links), routing)
+    timer = Costs(links).of([(0, spec)] * 2, model, [options] * 2, routing)
 
     def row(file: str, *start: object) -> float:
         (found,) = [r for r in rows_of(folder / file) if tuple(r.values())[:-1] == tuple(map(str, start))]

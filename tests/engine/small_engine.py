@@ -11,12 +11,12 @@ from servesim.engine.build import lane_maker
 from servesim.engine.instance import Instance
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.engine.step_loop import StepLoop
 from servesim.memory.kv_cache import KvCache
 from servesim.results.records import InstanceLog
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
-from tests.hand_made import capacity, instance, instance_options
+from tests.hand_made import OneInstance, capacity, instance, instance_options
 
 if TYPE_CHECKING:
     from array import array
@@ -57,6 +57,8 @@ class LinearTimes:
 class ConstantStages:
     """Every stage takes ``compute`` ns and hands over in ``hand_over`` ns, whatever is in the wave."""
 
+    alone = None
+
     def __init__(self, stages: int, compute: int = 1000, hand_over: int = 0) -> None:
         self.each = [(compute, hand_over)] * (stages - 1) + [(compute, 0)]
 
@@ -67,6 +69,8 @@ class ConstantStages:
 
 class SlowestMember:
     """A wave takes as long as the member with most tokens: base + per_token x tokens."""
+
+    alone = None
 
     def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
         tokens = [b.num_decodes + sum(t for t, _ in b.chunks) if b else 1 for b in batches]
@@ -108,7 +112,7 @@ def small_loop(
     if stages is not None:
         count = len(stages.each)
         return StepLoop([member], stages, depth=count, stages=count, jump=False)
-    return StepLoop([member], SingleTimes(times or LinearTimes()), depth=depth, jump=jump)
+    return StepLoop([member], OneInstance(times or LinearTimes()), depth=depth, jump=jump)
 
 
 def small_member(

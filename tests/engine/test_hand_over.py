@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from servesim.engine.block_tables import BlockTables
 from servesim.engine.hand_over import HandOver, Routes
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.engine.step_loop import StepLoop
 from servesim.engine.transfers import Transfers
 from servesim.specs.options import RuntimeOptions
 from tests.engine.small_engine import LinearTimes, requests, small_member
 from tests.engine.test_properties import workloads
+from tests.hand_made import OneInstance
 
 if TYPE_CHECKING:
     from servesim.results.records import RunLog
@@ -49,7 +50,7 @@ def run_split(
         member.log.node = node
     for member in members[:prefill]:
         member.scheduler.traced = True
-    loops = [StepLoop([member], SingleTimes(LinearTimes()), depth=depth) for member in members]
+    loops = [StepLoop([member], OneInstance(LinearTimes()), depth=depth) for member in members]
     link = SimpleNamespace(bandwidth_gbs=bandwidth, latency_ns=latency)
     far = SimpleNamespace(bandwidth_gbs=bandwidth / 2, latency_ns=latency * 3)
     routes = Routes(cast("Any", SimpleNamespace(dp=link, nodes=far)))

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 
 from servesim.engine.block_tables import BlockTables
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.engine.step_loop import StepLoop
 from servesim.engine.transfers import Route, Transfers
 from servesim.memory.tier import LowerTier, TierPool
 from servesim.network.links import Port
 from servesim.specs.options import RuntimeOptions
 from tests.engine.small_engine import LinearTimes, requests, small_member
 from tests.engine.test_properties import workloads
+from tests.hand_made import OneInstance
 
 if TYPE_CHECKING:
     from servesim.results.records import RunLog
@@ -52,7 +53,7 @@ def run_tiered(
         )
         for i in range(instances)
     ]
-    loops = [StepLoop([member], SingleTimes(LinearTimes()), depth=depth) for member in members]
+    loops = [StepLoop([member], OneInstance(LinearTimes()), depth=depth) for member in members]
     run = Simulation(loops, workload, RuntimeOptions(request_routing_policy="RR"), transfers=Transfers())
     log = run.run()
     for member in members:

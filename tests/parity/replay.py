@@ -18,10 +18,11 @@ from servesim.engine.block_tables import BlockTables
 from servesim.engine.instance import Instance
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import SingleTimes, StepLoop
+from servesim.engine.step_loop import StepLoop
 from servesim.memory.kv_cache import KvCache
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
+from tests.hand_made import OneInstance
 
 if TYPE_CHECKING:
     from servesim.engine.batch import Batch
@@ -129,7 +130,7 @@ def build_loop(
     )
     depth = 2 if settings.async_scheduling else 1
     member = Instance(log, scheduler, BlockTables(workload))
-    return StepLoop([member], SingleTimes(formula), depth=depth, jump=jump)
+    return StepLoop([member], OneInstance(formula), depth=depth, jump=jump)
 
 
 def logged(record: RequestRecord) -> LoggedRequest:

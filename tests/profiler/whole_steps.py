@@ -16,8 +16,8 @@ import numpy as np
 
 from servesim.cost.bundle import Bundle
 from servesim.cost.stage import whole_model
+from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import stage_terms
-from servesim.cost.step_timer import StepTimer
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import EngineSpec
 from servesim.specs.model import load_model
@@ -43,24 +43,24 @@ STEPS: dict[str, list[Step]] = {
 }
 
 
-def step_timer(root: Path, model_name: str, tp: int, variant: str = "bf16") -> StepTimer:
+def step_timer(root: Path, model_name: str, tp: int, variant: str = "bf16") -> StageCost:
     """Kernel times of a bundle below ``root``, without collectives, padding and skew."""
     folder = root / HARDWARE / model_name / variant
     model = load_model(model_name)
     bundle = Bundle(folder, HARDWARE, model_name, variant, read_yaml_object(folder / "meta.yaml"))
     tables = dataclasses.replace(bundle.tables(tp), skew=None)
     terms = stage_terms(load_architecture(model.model_type), whole_model(model), tables)
-    return StepTimer(bundle, tables, model.num_hidden_layers, terms, EngineSpec(cudagraph=False))
+    return StageCost(bundle, tables, model.num_hidden_layers, terms, EngineSpec(cudagraph=False))
 
 
-def step_ns(timer: StepTimer, step: Step) -> int:
+def step_ns(timer: StageCost, step: Step) -> int:
     chunk, n, kv = step
     if chunk is None:
         return timer.decode_ns(n, n * kv, kv, kv)
     return timer.mixed_ns([chunk], n, n * kv, kv, kv)
 
 
-def errors_percent(ours: StepTimer, measured: StepTimer, steps: list[Step]) -> np.ndarray:
+def errors_percent(ours: StageCost, measured: StageCost, steps: list[Step]) -> np.ndarray:
     return np.array([step_ns(ours, step) / step_ns(measured, step) - 1 for step in steps]) * 100
 
 

@@ -92,8 +92,8 @@ class TestParameters:
         qwen = {
             "model_type": "qwen2_moe", "hidden_size": 2048, "num_hidden_layers": 24,
             "num_attention_heads": 16, "num_key_value_heads": 16, "intermediate_size": 5632,
-            "vocab_size": 151936, "max_position_embeddings": 8192, "moe_intermediate_size": 1408, "num_experts": 60,
-            "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632,
+            "vocab_size": 151936, "max_position_embeddings": 8192, "moe_intermediate_size": 1408,
+            "num_experts": 60, "num_experts_per_tok": 4, "shared_expert_intermediate_size": 5632,
         }  # fmt: skip
         model = read_layers(qwen, "x")
         assert model.parameters() == pytest.approx(14.3e9, rel=0.002)

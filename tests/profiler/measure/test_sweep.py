@@ -240,7 +240,7 @@ def test_a_time_that_is_none_stops_the_sweep() -> None:
 
 
 def test_a_run_can_use_the_bundle() -> None:
-    from servesim.cost.step_timer import build_step_timer
+    from servesim.cost.build import build_stage_cost
     from servesim.specs.model import load_model
     from servesim.specs.options import RuntimeOptions, resolve
 
@@ -271,7 +271,7 @@ def test_a_run_can_use_the_bundle() -> None:
     instance = cluster.instances[0][1]
     model = load_model("servesim/tiny-llama")
     options = RuntimeOptions(max_num_seqs=8, max_num_batched_tokens=64, cudagraph=False)
-    timer = build_step_timer(instance, model, resolve(options, instance, model), cluster)
+    timer = build_stage_cost(instance, model, resolve(options, instance, model), cluster)
     # 4 blocks of 8 dense layers, embedding and final norm at 1 µs a token; 2 heads at 2 µs; attention as
     # above.
     dense = 4 * 8 + 2

@@ -1,4 +1,4 @@
-"""Makes the step timers of a cluster: equal instances share one, and every bundle is read once."""
+"""Makes the costs of a cluster: equal stages share one object, and every bundle is read once."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING
 from servesim.cost.bundle import find_bundle
 from servesim.cost.cudagraph import capture_limit
 from servesim.cost.identity import wanted_for
-from servesim.cost.stage import whole_model
+from servesim.cost.stage import pipeline_stages, whole_model
+from servesim.cost.stage_cost import StageCost
+from servesim.cost.step_cost import GroupStage, Member, StepCost
 from servesim.cost.step_terms import stage_terms
-from servesim.cost.step_timer import StepTimer
 from servesim.network.topology import Topology
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Sequence
 
     from servesim.cost.bundle import Bundle, RankTables
+    from servesim.cost.expert_stage import ExpertRouting, ExpertStage
+    from servesim.cost.offload import Offload
     from servesim.cost.stage import Stage
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
@@ -27,16 +30,16 @@ if TYPE_CHECKING:
     from servesim.specs.options import InstanceOptions
 
 
-class StepTimers:
-    """The step timers of one cluster, made when asked for and shared by instances that cannot differ.
+class Costs:
+    """The costs of one cluster, made when asked for and shared by instances that cannot differ.
 
-    A timer keeps nothing of a run but look-ups it has already done, so sharing changes no result.
+    A cost keeps nothing of a run but look-ups it has already done, so sharing changes no result.
     """
 
     def __init__(self, cluster: ClusterSpec) -> None:
         self.topology = Topology.of(cluster)
         self._collectives = cluster.collectives
-        self._timers: dict[Hashable, StepTimer] = {}
+        self._stages: dict[Hashable, StageCost] = {}
         self._bundles: dict[Hashable, Bundle] = {}
         self._architectures: dict[str, Architecture] = {}
         self._engines: dict[Hashable, EngineSpec] = {}
@@ -44,14 +47,55 @@ class StepTimers:
 
     def of(
         self,
+        members: Sequence[tuple[int, InstanceSpec]],
+        model: ModelSpec,
+        options: Sequence[InstanceOptions],
+        routing: ExpertRouting | None = None,
+        offloads: Sequence[Offload | None] | None = None,
+    ) -> StepCost:
+        """What the steps of one instance cost, or of the members of a data-parallel group together.
+
+        Args:
+            members: (node, instance), as ``ClusterSpec.instances`` has them; they agree on the model and on
+                all parallel degrees.
+            model: what they run.
+            options: of every member.
+            routing: how tokens choose experts over ``ep_size`` ranks; needed if ``ep_size`` > 1.
+            offloads: of every member what it keeps elsewhere, None if nothing; None: no member does.
+
+        Raises:
+            InputError: (MissingFileError among them) a bundle does not exist, is malformed, or lacks a layer.
+        """
+        leader = members[0][1]
+        shared = leader.ep_size > 1
+        elsewhere = offloads or [None] * len(members)
+        stages = []
+        for index, stage in enumerate(pipeline_stages(model, leader.pp_size)):
+            own = []
+            for (_, spec), chosen, offload in zip(members, options, elsewhere, strict=True):
+                cost = self.stage(spec, model, chosen, stage, experts=not shared)
+                terms = cost.terms
+                if offload is not None:
+                    layers = self.stage(spec, model, chosen, stage).layers
+                    terms = offload.terms(index, cost, layers, spec, model, chosen)
+                own.append(Member(cost, terms))
+            experts = None
+            if shared:
+                assert routing is not None
+                experts = self._expert_stages(members, stage, options[0], own, routing)
+            stages.append(GroupStage(stage, own, experts, self.topology.pp))
+        return StepCost(stages)
+
+    def stage(
+        self,
         instance: InstanceSpec,
         model: ModelSpec,
         options: InstanceOptions,
         stage: Stage | None = None,
         *,
         experts: bool = True,
-    ) -> StepTimer:
-        """The timer of an instance, or of one of its pipeline stages.
+    ) -> StageCost:
+        """One pipeline stage of an instance with everything on its NPUs.
 
         Args:
             instance: finds its bundle, hardware constants and tensor-parallel degree.
@@ -69,14 +113,14 @@ class StepTimers:
         where = (stage.first_block, stage.num_blocks, experts)
         limit = capture_limit(options.max_num_seqs, options.max_num_batched_tokens)
         key = (instance.hardware, model, options.variant, instance.tp_size, engine, where, limit)
-        if key not in self._timers:
+        if key not in self._stages:
             tp = instance.tp_size
             bundle = self.bundle(instance, model, options)
             architecture = self._architecture(model.model_type)
             tables = self._tables(bundle, tp)
             terms = stage_terms(architecture, stage, tables, tp, self.topology.tp, experts=experts)
-            self._timers[key] = StepTimer(bundle, tables, stage.num_blocks, terms, engine, limit)
-        return self._timers[key]
+            self._stages[key] = StageCost(bundle, tables, stage.num_blocks, terms, engine, limit)
+        return self._stages[key]
 
     def bundle(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Bundle:
         """The profile bundle of an instance."""
@@ -114,3 +158,45 @@ class StepTimers:
         if hardware not in self._hardware:
             self._hardware[hardware] = load_hardware(hardware)
         return self._hardware[hardware]
+
+    def _expert_stages(
+        self,
+        members: Sequence[tuple[int, InstanceSpec]],
+        stage: Stage,
+        options: InstanceOptions,
+        own: Sequence[Member],
+        routing: ExpertRouting,
+    ) -> list[ExpertStage]:
+        """The expert layers of each group of members that hold all experts between them."""
+        from servesim.cost.expert_stage import ExpertStage, TokenExchange
+
+        leader = members[0][1]
+        tp, ep = leader.tp_size, leader.ep_size
+        width, replicas = max(ep // tp, 1), max(tp // ep, 1)
+        stages = []
+        for first in range(0, len(members), width):
+            team = members[first : first + width]
+            tables = [own[first + rank // tp].cost.bundle.whole_experts() for rank in range(ep)]
+            exchange = None
+            if width > 1:
+                group = self.topology.data_parallel([node for node, _ in team])
+                exchange = TokenExchange(stage.model, ep, group, own[first].cost.tables)
+            stages.append(
+                ExpertStage(
+                    routing,
+                    stage.expert_blocks,
+                    tables,
+                    replicas,
+                    exchange,
+                    leader.moe_backend,
+                    options.enable_block_copy,
+                )
+            )
+        return stages
+
+
+def build_stage_cost(
+    instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, cluster: ClusterSpec
+) -> StageCost:
+    """The cost of a single instance of one stage; see :meth:`Costs.stage`."""
+    return Costs(cluster).stage(instance, model, options)

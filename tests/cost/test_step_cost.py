@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from servesim.cost.build import Costs
 from servesim.cost.expert_stage import ExpertLoads
 from servesim.cost.stage import pipeline_stages
-from servesim.cost.step_timers import StepTimers
-from servesim.cost.wave_timer import build_wave_timer
 from servesim.engine.batch import Batch
 from servesim.engine.experts import expert_routing
 from servesim.errors import MissingFileError
@@ -25,7 +24,7 @@ from tests.cost.bundles import MODEL, Rows, Toy, toy_architecture, toy_model
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from servesim.cost.wave_timer import WaveTimer
+    from servesim.cost.step_cost import StepCost
 
 PLAIN = EngineSpec(cudagraph=False)
 MOE: Rows = {(1, 1): 10.0, (1, 8): 80.0, (101, 1): 110.0, (101, 8): 180.0}
@@ -64,14 +63,14 @@ class Group:
     routing: Any = None
     model: ModelSpec = field(default_factory=toy_model)
 
-    def timers(self) -> StepTimers:
+    def timers(self) -> Costs:
         cluster: Any = SimpleNamespace(
             link_bandwidths_gbs=(1.0, 1.0, 1.0, 0.5),
             link_latencies_ns=(1000.0,),
             link_wirings=self.wirings,
             collectives="auto",
         )
-        return StepTimers(cluster)
+        return Costs(cluster)
 
     def spec(self) -> Any:
         return SimpleNamespace(
@@ -92,14 +91,14 @@ class Group:
             max_num_batched_tokens=2048,
         )
 
-    def timer(self) -> WaveTimer:
+    def timer(self) -> StepCost:
         model = toy_model(self.experts) if self.experts else self.model
         routing = self.routing
         if self.ep > 1 and routing is None:
             routing = expert_routing(self.policy, model, self.ep, seed=42)
         nodes = self.nodes or [0] * self.members
         members = [(node, self.spec()) for node in nodes]
-        return build_wave_timer(members, model, [self.options()] * len(nodes), self.timers(), routing)
+        return self.timers().of(members, model, [self.options()] * len(nodes), routing)
 
 
 def batch(chunks: Sequence[tuple[int, int]] = (), decodes: Sequence[int] = (), step: int = 0) -> Batch:
@@ -115,7 +114,7 @@ EIGHT = batch(decodes=[64] * 8)  # attention 5 + 8 + 8 = 21
 PROMPT = batch(chunks=[(64, 32)])  # attention 8 + 16 + 32 = 56
 
 
-def us(timer: WaveTimer, *batches: Batch | None) -> list[tuple[float, float]]:
+def us(timer: StepCost, *batches: Batch | None) -> list[tuple[float, float]]:
     return [(compute / 1000, hand_over / 1000) for compute, hand_over in timer.stages_ns(batches)]
 
 
@@ -410,10 +409,9 @@ def test_a_wave_of_one_member_and_stage_is_its_step(
     engine = EngineSpec(cudagraph=graphs, decode_step_overhead_us=3.3, prefill_step_overhead_us=7.7)
     group = Group(tp=2, experts=experts, engine=engine)
     model = toy_model(experts)
-    timer = group.timers().of(group.spec(), model, group.options())
-    lengths = step.num_decodes, step.kv_sum, step.kv_min, step.kv_max
-    ((compute, hand_over),) = group.timer().stages_ns([step])
-    assert abs(compute - timer.mixed_ns(step.chunks, *lengths)) <= 1
+    timer = group.timers().stage(group.spec(), model, group.options())
+    ((compute, hand_over),) = group.timer().plain_ns([step])
+    assert abs(compute - timer.step_ns(step)) <= 1
     assert hand_over == 0
 
 
@@ -448,10 +446,10 @@ def test_identical_instances_share_one_timer_and_one_bundle(root: Path) -> None:
     del root
     group, other = Group(), Group(engine=EngineSpec(decode_step_overhead_us=1))
     timers, model = group.timers(), toy_model()
-    one = timers.of(group.spec(), model, group.options())
-    assert timers.of(group.spec(), model, group.options()) is one
-    another = timers.of(other.spec(), model, other.options())
+    one = timers.stage(group.spec(), model, group.options())
+    assert timers.stage(group.spec(), model, group.options()) is one
+    another = timers.stage(other.spec(), model, other.options())
     assert another is not one
     assert another.bundle is one.bundle
-    few = timers.of(group.spec(), model, Group(max_num_seqs=2).options())
+    few = timers.stage(group.spec(), model, Group(max_num_seqs=2).options())
     assert few is not one

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servesim.cost.step_timer import StepTimer, build_step_timer
+from servesim.cost.build import build_stage_cost
+from servesim.cost.stage_cost import StageCost
+from servesim.cost.terms import Role, Shape
 from servesim.specs.hardware import EngineSpec
-from tests.cost.bundles import BINS, Rows, Toy, cluster_links, slow_lookup, toy_model
+from tests.cost.bundles import BINS, Rows, Toy, cluster_links, slow_lookup, tokens_ns, toy_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,9 +89,9 @@ def test_matrix_products_compute_whole_tiles(root: Path) -> None:
     toy = Toy(products=("qkv_proj", "o_proj"))
     timer, smooth = toy.timer(root, engine=PLAIN), Toy().timer(root, engine=PLAIN)
     # 33 tokens take 48 rows in the two products of each block, a µs a row; up to 16 they are as measured.
-    assert timer.tokens_ns(33) - smooth.tokens_ns(33) == pytest.approx(2 * 2 * 15 * 1000)
-    assert [timer.tokens_ns(n) - smooth.tokens_ns(n) for n in (1, 7, 16, 32, 48)] == [0] * 5
-    (product,) = [cost for cost in timer.explain([(33, 0)], 0, 0, 0, 0) if cost.layer == "qkv_proj"]
+    assert tokens_ns(timer, 33) - tokens_ns(smooth, 33) == pytest.approx(2 * 2 * 15 * 1000)
+    assert [tokens_ns(timer, n) - tokens_ns(smooth, n) for n in (1, 7, 16, 32, 48)] == [0] * 5
+    (product,) = [cost for cost in timer.explain(Shape([(33, 0)])) if cost.layer == "qkv_proj"]
     assert product.origin == "interpolated between 9 and 100 tokens in tp1/dense.csv, tiles of 16 rows"
 
 
@@ -135,8 +137,8 @@ def test_a_mixed_step_waits_half_of_what_its_longest_decode_takes_longer(root: P
     assert with_tail.decode_ns(4, 4 * 136, 16, 256) == without.decode_ns(4, 4 * 136, 16, 256)
     for equal in (([(16, 0)], 4, 4 * 136, 136, 136), ([(16, 0)], 1, 136, 136, 136)):
         assert with_tail.mixed_ns(*equal) == without.mixed_ns(*equal)
-    assert sum(cost.total_us for cost in with_tail.explain(*step)) * 1000 == with_tail.mixed_ns(*step)
-    assert "attention: longest decode" in [cost.layer for cost in with_tail.explain(*step)]
+    assert sum(cost.total_us for cost in with_tail.explain(Shape(*step))) * 1000 == with_tail.mixed_ns(*step)
+    assert "attention: longest decode" in [cost.layer for cost in with_tail.explain(Shape(*step))]
 
 
 def test_the_skew_fit_wins_over_the_tail(root: Path) -> None:
@@ -187,16 +189,16 @@ def test_times_go_on_along_the_last_two_points(root: Path) -> None:
 
 def test_any_number_of_tokens_and_sequences_can_be_asked(root: Path) -> None:
     timer = Toy().timer(root)
-    small = timer.tokens_ns(100)
-    assert timer.tokens_ns(100_000) == pytest.approx((6 * 100_009 + 100_001 + 1) * 1000)
-    assert timer.sequences_ns(5_000) == pytest.approx(5_049_000)
-    assert timer.tokens_ns(100) == small
+    small = tokens_ns(timer, 100)
+    assert tokens_ns(timer, 100_000) == pytest.approx((6 * 100_009 + 100_001 + 1) * 1000)
+    assert timer.role_ns(Role.HEAD, Shape((), 5_000), 0) == pytest.approx(5_049_000)
+    assert tokens_ns(timer, 100) == small
 
 
 def test_tensor_parallelism_pays_two_all_reduces_a_block(root: Path) -> None:
     ring, single = Toy(tp=2).timer(root), Toy().timer(root)
     # 10 tokens · 8 · 2 bytes = 160 over 1 GB/s: 2 · (1000 + 80) ns, four times.
-    assert ring.tokens_ns(10) - single.tokens_ns(10) == pytest.approx(4 * 2 * 1080)
+    assert tokens_ns(ring, 10) - tokens_ns(single, 10) == pytest.approx(4 * 2 * 1080)
 
 
 def test_measured_collectives_win_over_the_formula(root: Path) -> None:
@@ -207,7 +209,7 @@ def test_measured_collectives_win_over_the_formula(root: Path) -> None:
         ("send", 2, 0, 1.0),
     ]
     timer = Toy(tp=2, comm=comm).timer(root)
-    term = timer.token_terms[-1]
+    term = timer.layers.blocks[-1]
     assert term.us(np.array([10, 40])).tolist() == [8.0, 11.0]
     assert term.origin(10) == "interpolated between 0 and 320 bytes in tp2/comm.csv"
     (root / "profiler/perf/Toy/org/toy/bf16/tp2/comm.csv").unlink()
@@ -308,10 +310,10 @@ def test_a_step_equals_its_slow_twin(
     assert timer.mixed_ns(chunks, *step) == pytest.approx(twin * 1000, rel=1e-9, abs=1)
 
 
-_TIMERS: dict[str, tuple[Toy, StepTimer]] = {}
+_TIMERS: dict[str, tuple[Toy, StageCost]] = {}
 
 
-def _cached(root: Path, engine: EngineSpec) -> tuple[Toy, StepTimer]:
+def _cached(root: Path, engine: EngineSpec) -> tuple[Toy, StageCost]:
     key = repr(engine)
     if key not in _TIMERS:
         toy = Toy(skew=ALPHAS)
@@ -353,20 +355,20 @@ def test_the_breakdown_adds_up_to_the_step(
         return
     engine = EngineSpec(chunked_attention=together, decode_step_overhead_us=7, prefill_step_overhead_us=9)
     _, timer = _cached(root, engine)
-    costs = timer.explain(chunks, *step)
+    costs = timer.explain(Shape(chunks, *step))
     assert abs(sum(c.total_us for c in costs) * 1000 - timer.mixed_ns(chunks, *step)) <= 0.5 + 1e-3
     assert all(c.origin for c in costs)
 
 
 def test_the_breakdown_names_its_sources(root: Path) -> None:
     timer = Toy(skew=ALPHAS, tp=2).timer(root, engine=EngineSpec(cudagraph=False, decode_step_overhead_us=4))
-    costs = {c.layer: c for c in timer.explain([], 4, 800, 100, 400)}
+    costs = {c.layer: c for c in timer.explain(Shape([], 4, 800, 100, 400))}
     assert costs["qkv_proj"].origin == "interpolated between 1 and 9 tokens in tp2/dense.csv"
     assert costs["attention"].origin == "decodes 4, KV length 200 (between 64 and 256) in tp2/attention.csv"
     assert costs["attention: unequal lengths"].origin.startswith("α 0.2000 of the way from mean (200)")
     assert costs["all_reduce"].origin.startswith("formula: ring all-reduce of 64 bytes over 2 ranks")
     assert costs["host overhead"].total_us == 4
-    mixed = {c.layer: c for c in timer.explain([(20, 0), (100, 64)], 4, 800, 200, 200)}
+    mixed = {c.layer: c for c in timer.explain(Shape([(20, 0), (100, 64)], 4, 800, 200, 200))}
     assert mixed["attention: 100@64"].origin == (
         "chunk 100 (extrapolated from 16 and 64), history 64 (between 32 and 128), decodes 4, "
         "KV length 200 (between 64 and 256) in tp2/attention.csv, less the decodes"
@@ -379,6 +381,6 @@ def test_the_timer_of_an_instance_finds_its_parts(root: Path) -> None:
     expected = Toy(tp=2).timer(root, engine=EngineSpec(decode_step_overhead_us=5))
     instance = SimpleNamespace(hardware="Toy", tp_size=2, engine=EngineSpec(decode_step_overhead_us=5))
     options = SimpleNamespace(variant="bf16", cudagraph=True, max_num_seqs=256, max_num_batched_tokens=2048)
-    timer = build_step_timer(instance, toy_model(), options, cluster_links(bw=1.0, latency=1000.0))  # type: ignore[arg-type]
+    timer = build_stage_cost(instance, toy_model(), options, cluster_links(bw=1.0, latency=1000.0))  # type: ignore[arg-type]
     assert timer.mixed_ns([(20, 0)], 4, 800, 100, 400) == expected.mixed_ns([(20, 0)], 4, 800, 100, 400)
     assert timer.bundle.variant == "bf16"

@@ -1,0 +1,172 @@
+"""Attention times in the form the step timer asks for them: single points, thousands of times a run.
+
+Beyond the measured grid a lookup goes on along the last two points of each axis, but never below the time at
+the grid's edge: noise in the last two points must not turn into negative time far out.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from servesim.cost.tables import bracket
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from servesim.cost.skew import SkewTable
+    from servesim.cost.tables import Surface
+
+
+@dataclass(slots=True, frozen=True)
+class DecodeRow:
+    """Steps of one number of decodes and nothing else: ns over KV length, everything but skew included.
+
+    Segment i covers KV lengths from ``points[i - 1]`` up to ``points[i]`` and is the line of ``slopes[i]``
+    through (``anchors[i]``, ``values[i]``); segment 0 lies below the grid and is flat, the last one is open.
+    """
+
+    points: list[int]
+    anchors: list[int]
+    values: list[float]
+    slopes: list[float]
+    rate_bounds: list[float]
+    length_bounds: list[float]
+    alpha: list[list[float]] | None
+    """α by (skew rate, greatest KV length) bucket; None: lengths make no difference."""
+
+    @classmethod
+    def through(
+        cls, points: list[int], values: list[float], skew: SkewTable | None, decodes: int
+    ) -> DecodeRow:
+        """The row through measured (KV length, ns) points."""
+        slopes = [
+            (b - a) / (q - p) for p, q, a, b in zip(points, points[1:], values, values[1:], strict=False)
+        ]
+        beyond = max(slopes[-1], 0.0) if slopes else 0.0
+        rates, lengths, alpha = (
+            skew.for_decodes(decodes) if skew is not None and decodes > 1 else ([], [], None)
+        )
+        return cls(
+            points, [points[0], *points], [values[0], *values], [0.0, *slopes, beyond], rates, lengths, alpha
+        )
+
+    def ns(self, kv_length: int) -> float:
+        """ns of a step whose decodes all have this KV length."""
+        i = bisect_right(self.points, kv_length)
+        return self.values[i] + self.slopes[i] * (kv_length - self.anchors[i])
+
+    def unequal_ns(self, mean: int, kv_min: int, kv_max: int) -> float:
+        """ns of a step whose decodes have this mean, least and greatest KV length.
+
+        α of the way from equal lengths to all as long as the longest; a table that finds longer sequences no
+        slower leaves nothing to share out, and a wild α never makes a step faster than its shortest decode.
+        """
+        points = self.points
+        i = bisect_right(points, mean)
+        ns = self.values[i] + self.slopes[i] * (mean - self.anchors[i])
+        if mean == kv_max or self.alpha is None:
+            return ns
+        i = bisect_right(points, kv_max)
+        longest = self.values[i] + self.slopes[i] * (kv_max - self.anchors[i])
+        if longest <= ns:
+            return ns
+        rate = bisect_left(self.rate_bounds, (mean - kv_min) / (kv_max - kv_min))
+        alpha = self.alpha[rate][bisect_left(self.length_bounds, kv_max)]
+        skewed = ns + alpha * (longest - ns)
+        return skewed if alpha >= 0.0 else max(skewed, min(self.ns(kv_min), ns))
+
+    def growing_ns(self, kv_length: int, steps: int) -> NDArray[np.float64]:
+        """:meth:`ns` of ``kv_length``, ``kv_length + 1``, …, shape (steps,); the same floats."""
+        growth = np.arange(steps, dtype=np.float64)
+        first = bisect_right(self.points, kv_length)
+        if first == bisect_right(self.points, kv_length + steps - 1):
+            line: NDArray[np.float64] = self.slopes[first] * (growth + (kv_length - self.anchors[first]))
+            return self.values[first] + line
+        lengths = growth + kv_length
+        i = np.searchsorted(self.points, lengths, side="right")
+        values, slopes, anchors = np.array(self.values), np.array(self.slopes), np.array(self.anchors)
+        result: NDArray[np.float64] = values[i] + slopes[i] * (lengths - anchors[i])
+        return result
+
+
+@dataclass(slots=True)
+class DecodeCorners:
+    """The four (n_decode, kv_decode) corners around the decodes of a step, with weights."""
+
+    offsets: tuple[int, int, int, int]
+    weights: tuple[float, float, float, float]
+    edge: DecodeCorners | None
+    """The same at the grid's edge when the decodes lie beyond it, else None."""
+
+
+class AttentionTensor:
+    """A bundle's attention times (µs) as one flat list, for lookups of single points."""
+
+    __slots__ = (
+        "_cells",
+        "_chunk_stride",
+        "_chunks",
+        "_histories",
+        "_history_stride",
+        "_lengths",
+        "_n_stride",
+        "_ns",
+    )
+
+    def __init__(self, surface: Surface) -> None:
+        self._chunks, self._ns, self._histories, self._lengths = (axis.tolist() for axis in surface.axes)
+        tensor = np.ascontiguousarray(surface.tensor)
+        self._chunk_stride, self._n_stride, self._history_stride, _ = (
+            s // tensor.itemsize for s in tensor.strides
+        )
+        self._cells: list[float] = tensor.ravel().tolist()
+
+    @property
+    def smallest_chunk(self) -> int:
+        """The smallest profiled prefill chunk."""
+        return int(self._chunks[bisect_right(self._chunks, 0)])
+
+    def corners(self, decodes: int, kv_length: int) -> DecodeCorners:
+        """Where ``decodes`` decodes of ``kv_length`` lie in the tensor."""
+        n_low, n_high, n = bracket(self._ns, decodes)
+        k_low, k_high, k = bracket(self._lengths, kv_length)
+        low, high = n_low * self._n_stride, n_high * self._n_stride
+        edge = None
+        if n > 1.0 or k > 1.0:
+            edge = self.corners(min(decodes, self._ns[-1]), min(kv_length, self._lengths[-1]))
+        m, j = 1.0 - n, 1.0 - k
+        return DecodeCorners(
+            (low + k_low, low + k_high, high + k_low, high + k_high), (m * j, m * k, n * j, n * k), edge
+        )
+
+    def us(self, chunk: int, history: int, corners: DecodeCorners) -> float:
+        """µs of one block's attention over a chunk with history beside the decodes of ``corners``."""
+        c_low, c_high, c = bracket(self._chunks, chunk)
+        h_low, h_high, h = bracket(self._histories, history)
+        o0, o1, o2, o3 = corners.offsets
+        w0, w1, w2, w3 = corners.weights
+        cells = self._cells
+        # Four corners in (n_decode, kv_decode) at each of four in (chunk, history), less those of weight 0.
+        h_low, h_high = h_low * self._history_stride, h_high * self._history_stride
+        o = c_low * self._chunk_stride + h_low
+        total = w0 * cells[o + o0] + w1 * cells[o + o1] + w2 * cells[o + o2] + w3 * cells[o + o3]
+        if h:
+            o += h_high - h_low
+            more = w0 * cells[o + o0] + w1 * cells[o + o1] + w2 * cells[o + o2] + w3 * cells[o + o3]
+            total = (1.0 - h) * total + h * more
+        if c:
+            o = c_high * self._chunk_stride + h_low
+            upper = w0 * cells[o + o0] + w1 * cells[o + o1] + w2 * cells[o + o2] + w3 * cells[o + o3]
+            if h:
+                o += h_high - h_low
+                more = w0 * cells[o + o0] + w1 * cells[o + o1] + w2 * cells[o + o2] + w3 * cells[o + o3]
+                upper = (1.0 - h) * upper + h * more
+            total = (1.0 - c) * total + c * upper
+        if c > 1.0 or h > 1.0 or corners.edge is not None:
+            edge = corners.edge or corners
+            return max(total, self.us(min(chunk, self._chunks[-1]), min(history, self._histories[-1]), edge))
+        return total

@@ -1,0 +1,175 @@
+"""What one pipeline stage of one instance costs: a list of terms, and a cache of their sum for decodes.
+
+A step pays, for p tokens (its own, or padded to a CUDA graph), S sequences and L transformer blocks:
+
+    L * attention + everything that depends on p + everything that depends on S + host overhead
+
+Most steps of a run only decode, and the same number of requests for many steps. :class:`DecodeRows` keeps,
+for each number of decodes, the whole step as one line over the KV length; the list of terms is its referee.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from servesim.cost.attention import KINDS
+from servesim.cost.cudagraph import LARGEST_GRAPH, capture_sizes, padded_tokens
+from servesim.cost.step_terms import CountTerm
+from servesim.cost.terms import HostTerm, Role, Shape, scheduled_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from servesim.cost.attention import AttentionTerm
+    from servesim.cost.attention_lookup import DecodeRow
+    from servesim.cost.bundle import Bundle, RankTables
+    from servesim.cost.step_terms import StageTerms
+    from servesim.cost.terms import BatchShape, LayerCost, Term
+    from servesim.specs.hardware import EngineSpec
+
+
+class StageCost:
+    """The terms of one stage of one instance; times in whole nanoseconds where a step is asked for.
+
+    ``tables`` are those of the instance's tensor-parallel degree; ``blocks`` the number of transformer
+    blocks, all of the model's or those of a pipeline stage; ``terms`` everything but attention;
+    ``capture_limit`` the tokens of the largest step that runs as a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tables: RankTables,
+        blocks: int,
+        terms: StageTerms,
+        engine: EngineSpec,
+        capture_limit: int = LARGEST_GRAPH,
+        attention_kind: str = "full",
+    ) -> None:
+        self.bundle = bundle
+        self.tables = tables
+        self.blocks = blocks
+        self.layers = terms
+        self.engine = engine
+        self.padding = Padding(capture_limit if engine.cudagraph else 0)
+        self.dense = CountTerm(Role.BLOCKS, terms.blocks)
+        """What the transformer blocks pay beside attention, by the tokens they compute."""
+        self.attention: AttentionTerm = KINDS[attention_kind](tables, blocks, engine)
+        host = HostTerm(engine.prefill_step_overhead_us, engine.decode_step_overhead_us)
+        once = CountTerm(Role.ONCE, terms.once)
+        heads = CountTerm(Role.HEAD, terms.sequences, by_sequences=True)
+        self.terms: tuple[Term, ...] = (self.dense, once, heads, self.attention, host)
+        self.decodes = DecodeRows(self.terms, self.attention, self.padding)
+
+    def role_ns(self, role: Role, batch: BatchShape, tokens: int) -> float:
+        """ns of the terms of one role; ``tokens``: what the dense layers compute, padding included."""
+        return sum(term.ns(batch, tokens) for term in self.terms if term.role is role)
+
+    def step_ns(self, batch: BatchShape) -> int:
+        """A step that this stage runs by itself; decodes alone come from the cache."""
+        if batch.chunks:
+            tokens = self.padding.of(scheduled_tokens(batch))
+            ns = 0.0
+            for term in self.terms:
+                ns += term.ns(batch, tokens)
+        else:
+            ns = self.decodes.ns(batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max)
+        whole = round(ns)
+        return whole if whole > 0 else 1
+
+    def explain(self, batch: BatchShape, tokens: int | None = None) -> list[LayerCost]:
+        """What every layer contributes to a step, and where from; adds up to the step's time.
+
+        ``tokens``: what the dense layers compute; None: the batch's own, padded.
+        """
+        count = self.padding.of(scheduled_tokens(batch)) if tokens is None else tokens
+        return [line for term in self.terms for line in term.explain(batch, count)]
+
+    def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int:
+        """A step of ``n`` > 0 decodes alone; sum, least and greatest of their KV lengths in tokens."""
+        whole = round(self.decodes.ns(n, kv_sum, kv_min, kv_max))
+        return whole if whole > 0 else 1
+
+    def decode_run_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> NDArray[np.int64]:
+        """``steps`` consecutive steps of the same decodes; see :meth:`DecodeRows.run_ns`."""
+        return self.decodes.run_ns(n, kv_sum, kv_min, kv_max, steps)
+
+    def mixed_ns(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> int:
+        """A step of prefill ``chunks`` (tokens > 1, tokens in the cache before) beside ``n`` >= 0 decodes."""
+        return self.step_ns(Shape(chunks, n, kv_sum, kv_min, kv_max))
+
+
+class Padding:
+    """Tokens → tokens of the CUDA graph that holds them; those beyond the largest graph stay."""
+
+    __slots__ = ("_padded",)
+
+    def __init__(self, capture_limit: int) -> None:
+        """``capture_limit``: tokens of the largest step that runs as a graph; 0: no graphs."""
+        self._padded = [0]
+        if capture_limit:
+            largest = int(capture_sizes(capture_limit)[-1])
+            self._padded += padded_tokens(np.arange(1, largest + 1), capture_limit).tolist()
+
+    def __len__(self) -> int:
+        """One more than the tokens of the largest graph."""
+        return len(self._padded)
+
+    def of(self, tokens: int) -> int:
+        """Tokens that the dense layers compute."""
+        return self._padded[tokens] if tokens < len(self._padded) else tokens
+
+
+class DecodeRows:
+    """Steps of decodes alone: for each number of them, the sum of all terms as a row over KV length."""
+
+    __slots__ = ("_attention", "_padding", "_rest", "_rows")
+
+    def __init__(self, terms: Sequence[Term], attention: AttentionTerm, padding: Padding) -> None:
+        self._rest = [term for term in terms if term is not attention]
+        self._attention = attention
+        self._padding = padding
+        self._rows: dict[int, DecodeRow] = {}
+
+    def ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> float:
+        """ns of a step of ``n`` > 0 decodes."""
+        row = self._rows.get(n) or self._new_row(n)
+        return row.unequal_ns(kv_sum // n, kv_min, kv_max)
+
+    def run_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> NDArray[np.int64]:
+        """``steps`` consecutive steps of the same ``n`` decodes, every KV length growing by one a step.
+
+        Shape (steps,), whole ns; element i equals the rounded ``ns(n, kv_sum + i * n, kv_min + i, kv_max +
+        i)`` exactly: the same floating-point operations in the same order. The skew rate does not change over
+        such a run, so α changes only where the greatest length enters another bucket.
+        """
+        row = self._rows.get(n) or self._new_row(n)
+        mean = kv_sum // n
+        ns = row.growing_ns(mean, steps)
+        if mean != kv_max and row.alpha is not None:
+            longest = row.growing_ns(kv_max, steps)
+            alphas = row.alpha[bisect_left(row.rate_bounds, (mean - kv_min) / (kv_max - kv_min))]
+            bounds = row.length_bounds
+            bucket = bisect_left(bounds, kv_max)
+            alpha: float | NDArray[np.float64] = alphas[bucket]
+            if bucket != bisect_left(bounds, kv_max + steps - 1):
+                alpha = np.array(alphas)[np.searchsorted(bounds, np.arange(kv_max, kv_max + steps))]
+            skewed = ns + alpha * (longest - ns)
+            if min(alphas) < 0.0:
+                shortest = np.minimum(row.growing_ns(kv_min, steps), ns)
+                skewed = np.where(np.less(alpha, 0.0), np.maximum(skewed, shortest), skewed)
+            ns = np.where(longest > ns, skewed, ns)
+        return np.maximum(np.rint(ns).astype(np.int64), 1)
+
+    def _new_row(self, n: int) -> DecodeRow:
+        batch, tokens = Shape((), n), self._padding.of(n)
+        rest = sum(term.ns(batch, tokens) for term in self._rest)
+        row = self._rows[n] = self._attention.decode_row(n, rest)
+        return row

@@ -1,0 +1,133 @@
+"""A step's time is a sum of terms, each evaluated on the shape of a batch.
+
+A term is one part of a step: the dense layers, attention of one kind, the wait for memory reads, the host. It
+tells its time (:meth:`Term.ns`) and takes it apart for people (:meth:`Term.explain`); both from the same
+look-ups. A new cost is a class with these two methods, put into the list of a stage
+(:class:`servesim.cost.stage_cost.StageCost`).
+
+Where members of a data-parallel group share experts, they meet in every expert layer. The role of a term says
+where its time falls between two meetings: what lies in the same place is that of the slowest member.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class BatchShape(Protocol):
+    """The integers of a batch that decide how long it takes; see :class:`servesim.engine.batch.Batch`."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def chunks(self) -> Sequence[tuple[int, int]]: ...
+    @property
+    def num_decodes(self) -> int: ...
+    @property
+    def kv_sum(self) -> int: ...
+    @property
+    def kv_min(self) -> int: ...
+    @property
+    def kv_max(self) -> int: ...
+    @property
+    def kv_lengths(self) -> Sequence[int] | None: ...
+
+
+@dataclass(slots=True, frozen=True)
+class Shape:
+    """A batch shape by itself, for questions that no running engine asks.
+
+    Decodes are ``num_decodes`` requests of one token. Their KV lengths, in tokens, are those before the step.
+    """
+
+    chunks: Sequence[tuple[int, int]] = ()
+    """(tokens > 1, tokens in the cache before) of every prefill chunk."""
+    num_decodes: int = 0
+    kv_sum: int = 0
+    kv_min: int = 0
+    kv_max: int = 0
+    kv_lengths: Sequence[int] | None = None
+    step: int = 0
+
+
+IDLE = Shape()
+"""A member without work: it runs its dense layers on a dummy token; attention and output head do not run."""
+
+
+class Role(IntEnum):
+    """Where in a stage a term's time falls."""
+
+    BLOCKS = 0
+    """In the transformer blocks, between one expert layer and the next."""
+    ONCE = 1
+    """Before the blocks and after them, by tokens."""
+    HEAD = 2
+    """The output head, by sequences."""
+    HOST = 3
+    """Host time; paid in the first stage."""
+
+
+class Term(Protocol):
+    """One additive part of a stage's time."""
+
+    @property
+    def role(self) -> Role: ...
+
+    def ns(self, batch: BatchShape, tokens: int) -> float:
+        """ns for this batch; ``tokens``: what the dense layers compute, padding included."""
+
+    def explain(self, batch: BatchShape, tokens: int) -> list[LayerCost]:
+        """The same as lines for people, in running order; their totals add up to :meth:`ns`."""
+
+
+@dataclass(slots=True, frozen=True)
+class LayerCost:
+    """One line of the breakdown of a step."""
+
+    layer: str
+    calls: int
+    """How often the step runs it."""
+    us: float
+    """µs of one call."""
+    origin: str
+    """Measured, interpolated, extrapolated or computed: from which rows or formula."""
+
+    @property
+    def total_us(self) -> float:
+        """µs of all calls of the step."""
+        return self.us * self.calls
+
+
+def scheduled_tokens(batch: BatchShape) -> int:
+    """Tokens that a batch computes, without padding."""
+    tokens = batch.num_decodes
+    for chunk, _ in batch.chunks:
+        tokens += chunk
+    return tokens
+
+
+class HostTerm:
+    """Host time of a step that does not hide behind the accelerator: constants of one machine."""
+
+    __slots__ = ("_decode_us", "_prefill_us", "role")
+
+    def __init__(self, prefill_us: float, decode_us: float) -> None:
+        self.role = Role.HOST
+        self._prefill_us, self._decode_us = prefill_us, decode_us
+
+    def ns(self, batch: BatchShape, tokens: int) -> float:  # noqa: ARG002 - see Term
+        """See :class:`Term`."""
+        if batch.chunks:
+            return self._prefill_us * 1000.0
+        return self._decode_us * 1000.0 if batch.num_decodes else 0.0
+
+    def explain(self, batch: BatchShape, tokens: int) -> list[LayerCost]:
+        """See :class:`Term`."""
+        us = self.ns(batch, tokens) / 1000.0
+        name = "prefill_step_overhead_us" if batch.chunks else "decode_step_overhead_us"
+        return [LayerCost("host overhead", 1, us, f"engine.{name}")] if us else []
