@@ -121,7 +121,7 @@ def test_lengths_have_their_sum_and_their_ends() -> None:
     ("config", "flags", "line"),
     [
         ("single_node_cxl", [], "waiting for memory"),
-        ("single_node_pim", ["--enable-attn-offloading"], "attention in memory"),
+        ("single_node_pim", [], "attention in memory"),
         ("moe_expert_parallel", [], "experts"),
         ("data_expert_parallel", [], "expert exchange"),
         ("tensor_pipeline", [], "to the next stage"),
