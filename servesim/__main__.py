@@ -129,11 +129,12 @@ def _dispatch(words: list[str], at_work: Callable[[], None] | None) -> int:
 
 
 def _refuse(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
+    from servesim.cli.foreign import advice
+
     flags = [flag for action in parser._actions for flag in action.option_strings]
     word = unknown[0].split("=")[0]
-    parser.error(
-        f"unknown argument {word!r}" + (f"; {_suggestion(word, flags)}" if word.startswith("-") else "")
-    )
+    told = advice(word, flags) if word.startswith("-") else ""
+    parser.error(f"unknown argument {word!r}" + (f"; {told}" if told else ""))
 
 
 def _suggestion(word: str, known: Sequence[str] | dict[str, tuple[str, str]]) -> str:

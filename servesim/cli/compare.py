@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from servesim.explore.compare import compare
     from servesim.explore.show import comparison_text
     from servesim.profiler.making import bundles_on_demand
-    from servesim.results.atomic import check_writable
+    from servesim.results.atomic import check_suffix, check_writable
     from servesim.specs.options import from_namespace
 
     options = from_namespace(args)
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     sets = option_sets(args)
     for flag, path in (("--json", args.json), ("--csv", args.csv)):
         if path not in (None, "-"):
+            check_suffix(path, ("." + flag.removeprefix("--"),), flag)
             check_writable(path, flag)
     if args.json == args.csv == "-":
         raise InputError("--json and --csv: only one of them can be printed; give the other a path")

@@ -88,6 +88,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "(default: %(default)s)",
     )
     add_measuring_arguments(parser)
+    parser.set_defaults(usual={action.dest: action.default for action in parser._actions})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,12 +96,12 @@ def run(args: argparse.Namespace) -> int:
     from servesim.profiler.bundle_writer import write_bundle
     from servesim.profiler.on_demand import build
 
+    job = job_of(args)
+    refuse_unused(args, job)
     if args.source in MEASURING:
         from servesim.profiler.measure.command import measure
 
-        job = job_of(args)
         return measure(args, job, bundle_folder(args.output_root, job))
-    job = job_of(args)
     folder = bundle_folder(args.output_root, job)
     if not args.force:
         refuse_to_lose(folder, args.source, job.tp_degrees)
@@ -110,6 +111,40 @@ def run(args: argparse.Namespace) -> int:
     degrees = ", ".join(f"tp{tp}" for tp in job.tp_degrees)
     print(f"{folder}: {degrees}, {rows} rows ({content.meta['confidence']})")
     return 0
+
+
+def refuse_unused(args: argparse.Namespace, job: ProfileJob) -> None:
+    """Flags that change nothing in the bundle of this source and model.
+
+    Raises:
+        InputError: one was given.
+    """
+    from servesim.profiler.measure.command import MEASURING_FLAGS, TORCH_FLAGS
+
+    reasons = {
+        **{name: "only --source torch measures with it" for name in TORCH_FLAGS if args.source != "torch"},
+        **{
+            name: f"--source {args.source} measures nothing; --source torch and vllm do"
+            for name in MEASURING_FLAGS
+            if args.source not in MEASURING
+        },
+    }
+    if job.dtype != "fp8":
+        reasons["fp8_scaling"] = f"the weights are {job.dtype}; it is about --dtype fp8"
+    elif args.source == "roofline":
+        reasons["fp8_scaling"] = "the peak rates of --source roofline know no scales"
+    if not job.model.is_moe:
+        reasons["expert_load"] = f"{job.model.name} has no experts"
+    elif args.source == "roofline":
+        reasons["expert_load"] = "--source roofline takes a balanced load"
+    for name, reason in reasons.items():
+        value = getattr(args, name)
+        if value != args.usual[name]:
+            flag = "--" + name.replace("_", "-")
+            told = (
+                flag if value is True else f"{flag} {' '.join(value) if isinstance(value, list) else value}"
+            )
+            raise InputError(f"{told}: has no effect here: {reason}; leave it out")
 
 
 def refuse_to_lose(folder: Path, source: str, degrees: Sequence[int]) -> None:

@@ -91,8 +91,8 @@ def check_outputs(options: RuntimeOptions) -> None:
             and pyarrow missing.
     """
     from servesim.errors import InputError
-    from servesim.results.atomic import check_writable
-    from servesim.results.csv import require_parquet
+    from servesim.results.atomic import check_suffix, check_writable
+    from servesim.results.csv import TABLE_SUFFIXES, require_parquet
 
     taken = {
         os.path.realpath(options.cluster_config): "--cluster-config",
@@ -102,6 +102,7 @@ def check_outputs(options: RuntimeOptions) -> None:
         path, flag = getattr(options, name), f"--{name}"
         if path is None:
             continue
+        check_suffix(path, TABLE_SUFFIXES if name in ("output", "steps") else (".json",), flag)
         if name in ("output", "steps"):
             require_parquet(path, flag)
         other = taken.setdefault(os.path.realpath(path), flag)

@@ -17,7 +17,22 @@ from typing import IO, TYPE_CHECKING, Any
 from servesim.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+
+def check_suffix(path: str | Path, allowed: Sequence[str], what: str) -> None:
+    """Refuse a file name whose ending promises another format than the one that is written.
+
+    Names without an ending are fine, such as ``/dev/stdout``.
+
+    Raises:
+        InputError: the name ends in something else than one of ``allowed``.
+    """
+    suffix = Path(path).suffix
+    if suffix and suffix.lower() not in allowed:
+        raise InputError(
+            f"{what} {path}: {suffix} is not a format that is written; must end in {' or '.join(allowed)}"
+        )
 
 
 def _temporary_sibling(path: Path) -> Path:

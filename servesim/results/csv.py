@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 
 from servesim.errors import InputError
-from servesim.results.atomic import atomic_write, remove
+from servesim.results.atomic import atomic_write, check_suffix, remove
 from servesim.results.token_gaps import GapText
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ RUN_ID_KEY = "servesim.run_id"
 """Where the metadata of a Parquet file's schema has the run's name."""
 _PARQUET_ROWS = 4096
 """Requests per Parquet row group: bounds the inter-token latencies held in memory at once."""
+
+
+TABLE_SUFFIXES = (".csv", ".parquet")
+"""Endings of the files that tables are written to."""
 
 
 def is_parquet(path: str | Path) -> bool:
@@ -72,6 +76,7 @@ def save_requests(result: Result, path: str | Path, *, itl: bool = True) -> None
         path: ``.parquet`` is written as Parquet (pyarrow), everything else as CSV.
         itl: write the inter-token latencies; without them the column stays empty.
     """
+    check_suffix(path, TABLE_SUFFIXES, "output")
     if is_parquet(path):
         require_parquet(path, "output")
         with atomic_write(path, "wb") as handle:

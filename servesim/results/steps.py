@@ -6,8 +6,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from servesim.results.atomic import atomic_write
-from servesim.results.csv import RUN_ID_KEY, is_parquet, require_parquet
+from servesim.results.atomic import atomic_write, check_suffix
+from servesim.results.csv import RUN_ID_KEY, TABLE_SUFFIXES, is_parquet, require_parquet
 from servesim.results.records import StepLog
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def save_steps(steps: NDArray[Any], path: str | Path, run_id: str = "") -> None:
 
     ``run_id``: see :attr:`servesim.results.result.Result.run_id`.
     """
+    check_suffix(path, TABLE_SUFFIXES, "steps")
     if is_parquet(path):
         require_parquet(path, "steps")
         with atomic_write(path, "wb") as handle:

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from servesim.profiler.measure.meter import Meter
 
 
+TORCH_FLAGS = ("device", "attention", "warm_cache", "cuda_graphs", "kv_memory_gib", "threads")
+"""Flags of --source torch alone, by the names of their values."""
+MEASURING_FLAGS = (
+    *("only", "budget_s", "iterations", "no_skew"),
+    *("chunk_factor", "decode_factor", "kv_factor", "token_factor", "skew_factor"),
+)
+"""Flags of both measuring sources; ``--force`` is everybody's."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of both measuring sources, and those of one alone."""
     group = parser.add_argument_group("measuring (--source torch or vllm)")
