@@ -30,12 +30,23 @@ _NEITHER = frozenset({"peak_batch", "mean_power_w", "num_gpus"})
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """Heading, table, verdict and trust."""
+    """Heading, table, verdict, what does not act, and trust."""
     parts = ["\n".join(heading(comparison)), _table(comparison), wrapped_verdict(comparison)]
     if comparison.differences is not None:
         parts.append(comparison.differences.text())
+    parts.append("\n".join(wrapped(f"note: {note}", indent="  ") for note in notes(comparison)))
     trust = "\n".join(wrapped(line, indent="  ") for line in comparison.trust)
     return "\n\n".join(filter(None, [*parts, trust]))
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """The notes of all runs, each once, with the sets it is about where it is not about all."""
+    about: dict[str, list[str]] = {}
+    for name, result in zip(comparison.names, comparison.results, strict=True):
+        for note in result.log.notes:
+            about.setdefault(note, []).append(name)
+    every = len(comparison.names)
+    return [note if len(names) == every else f"{', '.join(names)}: {note}" for note, names in about.items()]
 
 
 def heading(comparison: Comparison) -> list[str]:

@@ -272,7 +272,7 @@ class RuntimeOptions(Spec):
         ),
     ] = None
     dp: Annotated[
-        Annotated[int, Field(ge=1, le=4096)] | None,
+        Annotated[int, Field(ge=1, le=1024)] | None,
         Flag(
             "put N copies of every instance side by side (models without experts)",
             _INPUT,

@@ -11,6 +11,7 @@ import pytest
 import servesim
 from servesim.__main__ import main
 from servesim.errors import InputError
+from servesim.explore.show import comparison_text
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.formats import load_workload
 from tests.engine.toy_world import toy_cluster, toy_instance, toy_world
@@ -117,3 +118,11 @@ def test_a_key_of_an_instance_that_cannot_act_is_noted_once() -> None:
     cluster = toy_cluster([toy_instance(enable_block_copy=False), toy_instance(enable_block_copy=False)])
     notes = servesim.simulate(cluster, WORKLOAD).summary["notes"]
     assert notes == ["enable_block_copy of instance 0, 1 has no effect here: no model has experts"]
+
+
+def test_a_comparison_prints_every_note_once() -> None:
+    sets = {"a": {}, "b": {"enforce_eager": True}}
+    text = comparison_text(servesim.compare(CLUSTER, WORKLOAD, sets, seed=7))
+    flat = " ".join(text.split())
+    assert flat.count("note: --seed 7 has no effect here: nothing in this run is random") == 1
+    assert flat.count("note: b: --no-cudagraph: only the padding goes") == 1
