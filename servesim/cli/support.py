@@ -199,6 +199,7 @@ def bundle_lines(bundle: FoundBundle) -> list[str]:
         f"bundle        {bundle.folder} ({bundle.place})",
         f"source        {origin}",
         f"trust         {bundle.confidence or 'measured; the bundle states no confidence'}",
+        f"error         {bundle.error}",
         *(f"  {name}: {claim}" for name, claim in bundle.tables.items()),
         f"degrees       {', '.join(f'tp{tp}' for tp in bundle.degrees)}",
     ]

@@ -23,7 +23,7 @@ from servesim.memory.kv_cache import KvCache
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.placement import NPU, evict_place
 from servesim.results.records import InstanceLog
-from servesim.results.stated_errors import stated_error
+from servesim.results.stated_errors import reach_of, stated_error
 from servesim.specs.acting import Scene, notes_of
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster_checks import check_cluster
@@ -240,6 +240,7 @@ class Builder:
         log = InstanceLog(index, node, spec, options, capacity, bundle.describe(), host)
         tier = self._tiers.tier(index, node, spec, model, options)
         log.stated_error = stated_error(bundle.meta, spec.hardware, options.kv_dtype)
+        log.reach = reach_of(bundle.meta)
         log.tier = self._tiers.memory(index)
         cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching, tier)
         new_lane = None

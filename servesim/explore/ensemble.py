@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.api import check_used, read_cluster, read_workload, simulate_loaded, single, with_flags
-from servesim.errors import InputError
+from servesim.errors import InputError, RunError
 from servesim.results.units import digits
 from servesim.terminal import screen_width, wrapped
 from servesim.workload.request import Workload
@@ -134,6 +134,8 @@ def ensemble(
         check_used(chosen, "ensemble", workload, cluster)
         requests = workload if isinstance(workload, Workload) else read_workload(chosen, workload)
         nominal = simulate_loaded(read_cluster(chosen, cluster), requests, single(chosen))
+    if nominal.nothing_ran:
+        raise RunError(f"every request was rejected: {nominal.rejected[0].reason}")
     figures = noisy_figures(nominal, chosen, before_run=before_run)
     spreads = {
         key: spread_of(value, [each[key] for each in figures]) for key, value in figures_of(nominal).items()

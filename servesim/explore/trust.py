@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def trust_lines(names: Sequence[str], results: Sequence[Result]) -> list[str]:
-    """Two to four lines: error of the kernel times, what is left out, capacity."""
-    lines = [_errors(results), _left_out(results)]
+    """Two to four lines: error of the kernel times, extrapolation, what is left out, capacity."""
+    lines = [_errors(results), _extrapolated(names, results), _left_out(results)]
     return [line for line in (*lines, _capacity(names, results)) if line]
 
 
@@ -29,6 +29,36 @@ def _errors(results: Sequence[Result]) -> str:
                 by_reason.setdefault(error.reason, {})[told] = None
     parts = [f"{', '.join(told)} ({reason})" for reason, told in by_reason.items()]
     return f"kernel times: {'; '.join(parts)}; see {RESULTS}" if parts else ""
+
+
+def _extrapolated(names: Sequence[str], results: Sequence[Result]) -> str:
+    """What of these runs lies beyond the measurements; empty where nothing does."""
+    parts: dict[str, list[str]] = {}
+    for name, result in zip(names, results, strict=True):
+        for words in _beyond(result):
+            parts.setdefault(words, []).append(name)
+    if not parts:
+        return ""
+    told = "; ".join(
+        words + ("" if len(sets) == len(names) else f" ({', '.join(sets)})") for words, sets in parts.items()
+    )
+    return f"extrapolated, with an error that nobody measured: {told}"
+
+
+def _beyond(result: Result) -> list[str]:
+    rows = result.requests
+    reaches = [log.reach for log in result.instances if log.reach is not None]
+    prompt = min((each.prompt_tokens for each in reaches if each.prompt_tokens), default=None)
+    context = min((each.context_tokens for each in reaches if each.context_tokens), default=None)
+    sequences = min((each.sequences for each in reaches if each.sequences), default=None)
+    found = []
+    if prompt and (longer := int((rows["input"] > prompt).sum())):
+        found.append(f"prompts over {prompt:,} tokens, {longer / len(rows) * 100:.0f} % of the requests")
+    if context and (longer := int((rows["input"] + rows["output"] > context).sum())):
+        found.append(f"contexts over {context:,} tokens, {longer / len(rows) * 100:.0f} % of the requests")
+    if sequences and result.summary["peak_batch"] > sequences:
+        found.append(f"steps of more than {sequences:,} sequences (up to {result.summary['peak_batch']:,})")
+    return found
 
 
 def _left_out(results: Sequence[Result]) -> str:

@@ -12,6 +12,7 @@ from servesim.cost.variant import degrees_in, places, profile_command
 from servesim.errors import ServingError
 from servesim.profiler.job import ProfileJob
 from servesim.profiler.on_demand import build
+from servesim.results.stated_errors import RESULTS, stated_error
 from servesim.specs import paths
 from servesim.specs.dtypes import variant_name
 
@@ -40,6 +41,8 @@ class FoundBundle:
     versions: list[str]
     """Of the data it was made from and of the engine measured."""
     confidence: str | None
+    error: str
+    """How far its times are off, with the source of the number."""
     tables: dict[str, str]
     degrees: list[int]
     ranges: dict[str, tuple[int, int]]
@@ -123,6 +126,7 @@ def _described(bundle: Bundle, tables: RankTables | None, asked: dict[str, int])
     versions = [f"vLLM {meta['vllm_version']}"] if meta.get("vllm_version") else []
     if meta.get("data_package"):
         versions.insert(0, f"{meta['data_package']} {meta.get('data_version', '')}".rstrip())
+    error = stated_error(meta, bundle.hardware, "fp8" if "kvfp8" in bundle.variant else "")
     return FoundBundle(
         folder=str(bundle.folder),
         place=_place(bundle.folder),
@@ -130,6 +134,7 @@ def _described(bundle: Bundle, tables: RankTables | None, asked: dict[str, int])
         gpu=str(meta["gpu"]) if meta.get("gpu") else None,
         versions=versions,
         confidence=_confidence(meta),
+        error=f"kernel times ±{error.percent:g} % ({error.reason}; {RESULTS})",
         tables={str(name): str(claim) for name, claim in (meta.get("tables") or {}).items()},
         degrees=degrees_in(bundle.folder),
         ranges=ranges,

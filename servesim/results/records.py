@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.memory.plan import KvCapacity
-    from servesim.results.stated_errors import StatedError
+    from servesim.results.stated_errors import Reach, StatedError
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.options import InstanceOptions
 
@@ -162,6 +162,8 @@ class InstanceLog:
     """Where its prefix cache keeps what the NPUs overwrite; None: nowhere."""
     stated_error: StatedError | None = None
     """How far its kernel times are off, as far as that was measured."""
+    reach: Reach | None = None
+    """Where the measurements under its kernel times end."""
     pricing: Pricing | None = None
     """The cost object of the run itself."""
 

@@ -45,6 +45,8 @@ ROOFLINE_STEPS: dict[str, tuple[int, int]] = {
 """%: median and P95 of whole steps, the worst kind of step, of GPUs that the roofline was fitted to."""
 ROOFLINE_OTHERS = (21, 91)
 """%: the same of a GPU left out of the fit, the worst one."""
+SILICON_PROMPT = 16384
+"""Tokens of the longest prompt in the public tables; longer ones, and their history, are extrapolated."""
 MEASURED = 2.6
 """%: error of the mean TPOT of recorded runs with measured bundles and no host time, the worst run."""
 UNSTATED = 10.0
@@ -59,6 +61,34 @@ class StatedError:
     """A difference between two runs that is smaller may be the tables', not the runs'."""
     reason: str
     """Where the number is from."""
+
+
+@dataclass(slots=True, frozen=True)
+class Reach:
+    """Where the measurements under an instance's kernel times end; None: not stated."""
+
+    prompt_tokens: int | None
+    """Longest prompt that was measured."""
+    context_tokens: int | None
+    """Longest KV of the tables."""
+    sequences: int | None
+    """Most sequences of a step in the tables."""
+
+
+def reach_of(meta: Mapping[str, Any]) -> Reach:
+    """What a bundle's ``meta.yaml`` says about the range of its tables."""
+    grid = meta.get("attention_grid")
+    grid = grid if isinstance(grid, dict) else {}
+    decodes = grid.get("n_decode")
+    tables = meta.get("tables")
+    derived = isinstance(tables, dict) and "beyond the measurements" in tables
+    return Reach(
+        prompt_tokens=SILICON_PROMPT if derived else None,
+        context_tokens=grid["max_kv"] if isinstance(grid.get("max_kv"), int) else None,
+        sequences=decodes[-1]
+        if isinstance(decodes, list) and decodes and isinstance(decodes[-1], int)
+        else None,
+    )
 
 
 def stated_error(meta: Mapping[str, Any], hardware: str, kv_dtype: str) -> StatedError:

@@ -240,6 +240,13 @@ def test_trust_has_numbers_and_names_what_is_left_out() -> None:
         assert part in shown
 
 
+def test_what_lies_beyond_the_measurements_is_said() -> None:
+    far = Workload([Request(0, 20_000, 5, 0), Request(1, 100, 5, 0)], "far")
+    lines = servesim.compare(CLUSTER, far).trust
+    assert "prompts over 16,384 tokens, 50 % of the requests" in lines[1]
+    assert "extrapolated" not in " ".join(servesim.compare(CLUSTER, many(1)).trust)
+
+
 @pytest.mark.parametrize(
     ("meta", "hardware", "kv", "percent"),
     [
@@ -294,3 +301,5 @@ def test_a_set_that_rejects_everything_ends_with_status_1(
     result = servesim.simulate(CLUSTER, str(workload))
     assert result.nothing_ran
     assert change(result, result, "output_throughput") == 0.0
+    with pytest.raises(servesim.RunError, match="every request was rejected"):
+        servesim.ensemble(CLUSTER, str(workload), ensemble=2)
