@@ -138,7 +138,7 @@ def _cells(row: Row) -> list[str]:
     values = _alike(row.values)
     if row.key == "slo_met":
         values = ["yes" if value else "no" for value in row.values]
-        changes = [0.0 if value == row.values[0] else None for value in row.values]
+        return [values[0], *(cell for value in values[1:] for cell in (value, ""))]
     cells = [values[0]]
     for value, change in zip(values[1:], changes[1:], strict=True):
         cells += [value, change_text(change)]
@@ -146,10 +146,14 @@ def _cells(row: Row) -> list[str]:
 
 
 def _alike(values: Sequence[float]) -> list[str]:
-    """The values of a row with the same number of decimals: those of the largest."""
+    """The values of a row with the same number of decimals: those that the smallest needs, at most two beside
+    larger ones."""
     if all(float(value).is_integer() for value in values):
         return [f"{value:,.0f}" for value in values]
-    decimals = len(digits(max(map(abs, values))).partition(".")[2])
+    sizes = sorted(abs(value) for value in values if value)
+    decimals = len(digits(sizes[0]).partition(".")[2])
+    if sizes[-1] >= 1:
+        decimals = min(decimals, 2)
     return [f"{value:,.{decimals}f}" for value in values]
 
 

@@ -47,11 +47,19 @@ def closing(result: Result, wall_s: float | None = None) -> str:
     ]
     near = saturation_line(summary["saturation"])
     if near:
-        lines.append(wrapped(f"saturation     {near}", screen_width() or 10_000, indent=" " * 15))
+        lines.append(f"saturation     {near}")
     lines += _rejected(result)
     if wall_s is not None:
         lines.append(wall_line(result.log.end_ns, wall_s))
-    return "\n".join(lines)
+    return "\n".join(_fitted(lines))
+
+
+def _fitted(lines: list[str]) -> list[str]:
+    """Lines broken where the screen ends; in a pipe or a file, each stays whole."""
+    width = screen_width()
+    if width is None:
+        return lines
+    return [line if "\n" in line else wrapped(line, width, indent=" " * 15) for line in lines]
 
 
 def _rejected(result: Result) -> list[str]:

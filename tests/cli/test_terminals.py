@@ -145,6 +145,12 @@ def test_the_banner_breaks_between_words(columns: int) -> None:
     assert max(map(len, narrow.splitlines())) <= max(columns, longest)
 
 
+def test_the_closing_figures_fit_the_screen() -> None:
+    whole = servesim(RUN, COLUMNS="60").stdout.decode()
+    closing = whole[whole.index("requests  ", whole.rindex("[INFO]")) :]
+    assert max(map(len, closing.splitlines())) <= 60
+
+
 def test_warnings_are_yellow_where_colours_are_shown() -> None:
     far = ["--num-reqs", "2", "--max-num-batched-tokens", "100000"]
     assert b"\033[33m[WARNING]\033[0m" in servesim(far, FORCE_COLOR="1").stderr

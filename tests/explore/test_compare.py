@@ -158,3 +158,11 @@ def test_option_differences_name_what_changed() -> None:
     one, two = fp8_against_auto().results
     assert set(option_differences(one, two)) == {"kv_cache_dtype", "kv_dtype", "variant"}
     assert option_differences(one, one) == {}
+
+
+def test_small_figures_keep_their_digits_beside_large_ones() -> None:
+    slow = two_requests()
+    slow.summary["mean_ttft_ms"] *= 1000
+    shown = comparison_text(Comparison(["a", "b"], [two_requests(), slow]))
+    row = next(line for line in shown.splitlines() if line.startswith("TTFT mean"))
+    assert f"{two_requests().summary['mean_ttft_ms']:.2f}" in row
