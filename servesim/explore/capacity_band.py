@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from servesim.api import simulate_loaded
+from servesim.api import simulate_loaded, without
 from servesim.explore.ensemble import silence
 from servesim.explore.limits import limits
 
@@ -49,9 +49,11 @@ def band_runs(result: Result) -> BandRuns | None:
     bands = band(result)
     if bands is None or result.cluster is None or result.options is None:
         return None
+    # what sizes the cache otherwise has no effect, and would be refused
+    options = without(result.options, "npu_memory_utilization")
     with silence():  # the run itself has said what there is to say
         low, high = (
-            simulate_loaded(_with_blocks(result.cluster, blocks), result.workload, result.options)
+            simulate_loaded(_with_blocks(result.cluster, blocks), result.workload, options)
             for blocks in zip(*bands, strict=True)
         )
     return BandRuns(low, high)
