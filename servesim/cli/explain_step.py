@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from servesim.cost.terms import Shape
     from servesim.engine.build import step_pricing
     from servesim.profiler.making import bundles_on_demand
+    from servesim.specs.acting import EAGER
     from servesim.specs.cluster import cluster_of
     from servesim.specs.options import from_namespace
 
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     kv_sum, kv_min, kv_max = decode_lengths(args.decodes, args.kv, args.kv_min, args.kv_max)
     if not chunks and not args.decodes:
         raise InputError("the step is empty; give --chunks 512@0, --decodes 32 --kv 1000, or both")
+    if not args.decodes and (args.kv or args.kv_min or args.kv_max):
+        raise InputError("--kv, --kv-min and --kv-max have no effect without --decodes")
     options = from_namespace(args)
     cluster = cluster_of(options)
     if not 0 <= args.instance < len(cluster.instances):
@@ -65,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
         pricing = step_pricing(cluster, options, args.instance)
     lengths = each_length(args.decodes, kv_sum, kv_min, kv_max)
     batch = Shape(tuple(chunks), args.decodes, kv_sum, kv_min, kv_max, lengths)
-    print(_head(pricing, batch, cluster.instances[args.instance][1]))
+    instance = cluster.instances[args.instance][1]
+    print(_head(pricing, batch, instance))
+    if not (options.cudagraph if instance.cudagraph is None else instance.cudagraph):
+        print(f"warning: without CUDA graphs, {EAGER}")
     stages = pricing.stages(batch)
     for number, lines in enumerate(stages):
         if len(stages) > 1:

@@ -100,6 +100,7 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
         "--no-ids", action="store_false", dest="ids", help="no token ids: small file, nothing is shared"
     )
     add("--output", required=True, metavar="FILE", help="file to write: .jsonl or .jsonl.gz")
+    parser.set_defaults(usual={action.dest: action.default for action in parser._actions})
 
 
 def _add_describe(parser: argparse.ArgumentParser) -> None:
@@ -140,11 +141,36 @@ def _synth(args: argparse.Namespace) -> int:
     from servesim.workload.generators import SynthSpec, check_output, synthesise, write_jsonl
 
     check_output(args.output)
+    refuse_unused(args)
     spec = SynthSpec(**{field.name: getattr(args, field.name) for field in fields(SynthSpec)})
     workload = synthesise(spec)
     write_jsonl(workload, args.output)
     print(f"{args.output}: {len(workload)} requests, seed {spec.seed}")
     return 0
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        InputError: a flag was given that the others leave nothing to do.
+    """
+    from servesim.errors import InputError
+
+    no_gaps = args.rate == float("inf")
+    needs = {
+        "arrival": ("a finite --rate", not no_gaps),
+        "cv": ("--arrival gamma", args.arrival == "gamma" and not no_gaps),
+        "burst_size": ("--arrival burst", args.arrival == "burst" and not no_gaps),
+        "prefix_len": ("--prefix-groups", args.prefix_groups != 0),
+        "prefix_share": ("--prefix-groups", args.prefix_groups != 0),
+        "turns": ("--sessions", args.sessions),
+        "tool_time": ("--sessions", args.sessions),
+        "vocab_size": ("token ids; leave out --no-ids", args.ids),
+    }
+    for name, (what, there) in needs.items():
+        value = getattr(args, name)
+        if value != args.usual[name] and not there:
+            raise InputError(f"--{name.replace('_', '-')} {value}: has no effect without {what}")
 
 
 def _convert(args: argparse.Namespace) -> int:

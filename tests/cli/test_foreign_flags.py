@@ -96,6 +96,38 @@ def test_profile_flags_that_cannot_act_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        (["--cv", "1"], "--cv 1.0: has no effect without --arrival gamma"),
+        (["--burst-size", "3"], "--burst-size 3: has no effect without --arrival burst"),
+        (["--prefix-len", "100"], "--prefix-len 100: has no effect without --prefix-groups"),
+        (["--prefix-share", "0.5"], "--prefix-share 0.5: has no effect without --prefix-groups"),
+        (["--turns", "3"], "--turns 3: has no effect without --sessions"),
+        (["--tool-time", "3"], "--tool-time 3: has no effect without --sessions"),
+        (["--no-ids", "--vocab-size", "9"], "--vocab-size 9: has no effect without token ids"),
+        (["--rate", "inf", "--arrival", "burst"], "--arrival burst: has no effect without a finite --rate"),
+    ],
+)
+def test_synth_flags_that_cannot_act_are_refused(
+    words: list[str], needed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["workload", "synth", "--output", str(tmp_path / "w.jsonl"), *words]) == 2
+    assert needed in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--kv", "9"], ["--kv-max", "9"], ["--kv-min", "9"]])
+def test_lengths_of_decodes_need_decodes(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain-step", "--chunks", "100@0", *words]) == 2
+    assert "have no effect without --decodes" in capsys.readouterr().err
+
+
+def test_an_eager_step_says_what_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain-step", "--decodes", "3", "--kv", "100", "--enforce-eager"]) == 0
+    assert "warning: without CUDA graphs, only the padding goes; the time in which" in capsys.readouterr().out
+
+
 def script(**settings: str) -> subprocess.CompletedProcess[str]:
     """The script with ``echo`` in place of Python: what it would run."""
     here = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
