@@ -65,6 +65,12 @@ def worst_error(results: Iterable[Result]) -> StatedError:
     return max(stated, key=lambda each: each.percent, default=assumed)
 
 
+def ttft_error(results: Iterable[Result]) -> float:
+    """The greatest stated error of TTFT in %."""
+    stated = [log.stated_error for result in results for log in result.instances if log.stated_error]
+    return max((each.ttft_percent for each in stated), default=UNSTATED)
+
+
 def judge(
     base: Result, other: Result, slo: Slo | None = None, noise: Mapping[str, Spread] | None = None
 ) -> Judgement:
@@ -114,7 +120,8 @@ def _moved(
         if key == "output_throughput" and several:
             key, name = "output_throughput_per_gpu", "output throughput per GPU"
         moved = change(base, other, key) * sign
-        if abs(moved) > error and survives(noise.get(key)):
+        threshold = ttft_error((base, other)) if key == "mean_ttft_ms" else error
+        if abs(moved) > threshold and survives(noise.get(key)):
             (better if moved > 0 else worse).append(name)
     return better, worse
 

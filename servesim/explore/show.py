@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servesim.explore.judgement import num_gpus, worst_error
+from servesim.explore.judgement import num_gpus, ttft_error, worst_error
 from servesim.results.banner import workload_line
 from servesim.results.table import Table
 from servesim.results.units import digits
@@ -120,7 +120,8 @@ def _rows_of(comparison: Comparison, units: bool) -> Table:
         for row in rows:
             named = [row.title, row.unit] if units else [", ".join(filter(None, (row.title, row.unit)))]
             for index, change in enumerate(row.changes()[1:], 1):
-                error = worst_error((comparison.results[0], comparison.results[index])).percent
+                pair = comparison.results[0], comparison.results[index]
+                error = ttft_error(pair) if row.section == "TTFT" else worst_error(pair).percent
                 table.meanings[len(table.rows), first + 2 * index] = _meaning(row, change, error)
             table.rows.append([*named, *_cells(row)])
     return table

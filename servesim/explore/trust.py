@@ -26,6 +26,8 @@ def _errors(results: Sequence[Result]) -> str:
             error = log.stated_error
             if error is not None:
                 told = f"{log.spec.hardware} {log.options.variant} ±{error.percent:g} %"
+                if error.ttft_percent > error.percent:
+                    told += f" (TTFT ±{error.ttft_percent:g} %, by public serving runs)"
                 by_reason.setdefault(error.reason, {})[told] = None
     parts = [f"{', '.join(told)} ({reason})" for reason, told in by_reason.items()]
     return f"kernel times: {'; '.join(parts)}; see {RESULTS}" if parts else ""

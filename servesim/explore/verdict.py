@@ -15,6 +15,7 @@ from servesim.explore.judgement import (
     judge,
     num_gpus,
     survives,
+    ttft_error,
     worst_error,
 )
 from servesim.explore.kernels import kernel_changes
@@ -114,6 +115,8 @@ def _outcome(base: Result, other: Result, judgement: Judgement, noise: Mapping[s
             if abs(change(base, other, key)) > judgement.threshold and not survives(noise.get(key))
         ]
         words += f" (less than the tables' error of {judgement.threshold:.0f} %"
+        of_ttft = ttft_error((base, other))
+        words += f", {of_ttft:.0f} % for TTFT" if of_ttft > judgement.threshold else ""
         words += f"; lost in the noise: {', '.join(lost)})" if lost else ")"
     if words == TRADES:
         words += f" (better: {', '.join(judgement.better)}; worse: {', '.join(judgement.worse)})"
@@ -142,16 +145,18 @@ def _slo_words(base_name: str, base: Result, name: str, other: Result, slo: Slo)
     shares = f"{percent(slo.goodput_share(base))} and {percent(slo.goodput_share(other))}"
     words = f"{who} the SLO ({slo.words()}); {shares} of the requests are within it"
     error = worst_error((base, other)).percent
-    close = []
+    close: dict[str, float] = {}
     for label, result in ((base_name, base), (name, other)):
         for bound in slo.bounds:
             value = bound.value_ms(result)
             if value > bound.limit_ms:
                 words += f"; {label} has {bound.title} {digits(value)} ms"
-            if abs(value / bound.limit_ms - 1) * 100 < error:
-                close.append(f"{bound.title} of {label}")
+            allowed = ttft_error((base, other)) if bound.metric == "ttft" else error
+            if abs(value / bound.limit_ms - 1) * 100 < allowed:
+                close[f"{bound.title} of {label}"] = allowed
     if close:
-        words += f"; within the tables' error of {error:.0f} %, so it may go either way: {', '.join(close)}"
+        words += f"; within the tables' error of {max(close.values()):.0f} %, so it may go either way: "
+        words += ", ".join(close)
     return words + "."
 
 

@@ -214,7 +214,12 @@ def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> lis
     lines.append(f"  kernels   {instance.options.variant}: {instance.bundle_source}")
     if instance.stated_error is not None:
         error = instance.stated_error
-        lines.append(f"  trust     kernel times ±{error.percent:g} % ({error.reason}; {RESULTS})")
+        of_ttft = ""
+        if error.ttft_percent > error.percent:
+            of_ttft = f", TTFT ±{error.ttft_percent:g} % by public serving runs"
+        lines.append(
+            f"  trust     kernel times ±{error.percent:g} % ({error.reason}){of_ttft}; see {RESULTS}"
+        )
     lines.append(f"  host      {instance.host}")
     lines.append(f"  memory    {_memory_parts(capacity)}")
     lines.append(f"  {kv_cache_line(instance)}")

@@ -57,6 +57,14 @@ def test_only_what_exceeds_the_stated_error_counts(factors: dict[str, float], co
     assert judge(moved(), moved(**factors)).conclusion == conclusion
 
 
+def test_ttft_has_an_error_of_its_own() -> None:
+    base, other = moved(), moved(mean_ttft_ms=0.9)
+    for result in (base, other):
+        result.instances[0].stated_error = StatedError(5.0, "made up", ttft=12.0)
+    assert judge(base, other).conclusion == ALIKE
+    assert judge(base, moved(mean_ttft_ms=0.8)).conclusion == PAYS
+
+
 def test_the_worse_tables_of_both_runs_set_the_threshold() -> None:
     assert judge(moved(2.0), moved(2.0, output_throughput=1.08)).conclusion == PAYS
     assert judge(moved(2.0), moved(12.0, output_throughput=1.08)).conclusion == ALIKE
@@ -254,6 +262,7 @@ def test_what_lies_beyond_the_measurements_is_said() -> None:
         ({"source": "silicon"}, "H100", "bfloat16", 6.2),
         ({"source": "silicon"}, "H100", "fp8", 11.2),
         ({"source": "silicon"}, "A100", "fp8", 19.2),
+        ({"source": "silicon"}, "B200", "fp8", 18.1),
         ({"source": "roofline"}, "H100", "bfloat16", 7),
         ({"source": "roofline"}, "MI300X", "bfloat16", 21),
         ({"vllm_version": "0.24.0"}, "H100", "bfloat16", 2.6),
@@ -271,6 +280,11 @@ def test_stated_errors_are_those_of_the_results_page() -> None:
         assert re.search(
             rf"^\| {gpu} \| [^|]+\| {re.escape(f'{bf16:+d} %')} \| {re.escape(shown)} \|", page, re.M
         ), gpu
+    runs = page[page.index("public-rows:begin") : page.index("public-rows:end")]
+    for gpu, (tpot, ttft) in stated_errors.PUBLIC_RUNS.items():
+        rows = re.findall(rf"^\| {gpu} \| \d.* / ([\d.]+) \| \S+ / ([\d.]+) \|$", runs, re.MULTILINE)
+        assert max(float(row[0]) for row in rows) == ttft, gpu
+        assert max(float(row[1]) for row in rows) == tpot, gpu
     steps = page[page.index("Whole steps, kernels only") :]
     for gpu, worst in stated_errors.ROOFLINE_STEPS.items():
         row = re.search(rf"^\| {gpu} \|(.+)\|$", steps, re.M)
