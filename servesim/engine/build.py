@@ -22,6 +22,7 @@ from servesim.errors import BrokenRunError, InputError, RunError
 from servesim.memory.kv_cache import KvCache
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.placement import NPU, evict_place
+from servesim.memory.start_up import start_up
 from servesim.results.records import InstanceLog
 from servesim.results.stated_errors import reach_of, stated_error
 from servesim.specs.acting import Scene, notes_of
@@ -142,6 +143,12 @@ class Builder:
         self.notes = notes_of(scene(cluster, self._models, self._resolved, workload, options))
         """What was asked for and does not act."""
         self._memories = MemoryMap(cluster, self._models, self._resolved)
+        self._started = [
+            start_up(
+                index, spec, self._models[spec.model_name], self._resolved[index], options, self._memories
+            )
+            for index, (_, spec) in enumerate(self._placed)
+        ]
         self._costs = Costs(cluster)
         self._tables = BlockTables(workload)
         self._options = options
@@ -232,15 +239,16 @@ class Builder:
     def _instance(self, index: int) -> Instance:
         node, spec = self._placed[index]
         model = self._models[spec.model_name]
-        options = self._resolved[index]
+        started = self._started[index]
+        options, capacity = started.options, started.capacity
         bundle = self._costs.bundle(spec, model, options)
         self.warnings.update(dict.fromkeys(warnings_about(bundle, model, options)))
-        capacity = self._memories.capacity(index)
         host = self._costs.host(spec, options)
         log = InstanceLog(index, node, spec, options, capacity, bundle.describe(), host)
         tier = self._tiers.tier(index, node, spec, model, options)
         log.stated_error = stated_error(bundle.meta, spec.hardware, options.kv_dtype)
         log.reach = reach_of(bundle.meta)
+        log.notes = started.notes
         log.tier = self._tiers.memory(index)
         cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching, tier)
         new_lane = None

@@ -294,8 +294,8 @@ def why_impossible(request: Request, instance: Instance, output_tokens: int | No
     prompt, total = request.input_tokens, request.input_tokens + output
     if total > options.max_model_len:
         return (
-            f"{prompt} prompt + {output} output tokens exceed the model's context length of "
-            f"{options.max_model_len}"
+            f"{prompt} prompt + {output} output tokens exceed the longest context of {options.max_model_len} "
+            "(max_model_len)"
         )
     if not options.enable_chunked_prefill and prompt > options.max_num_batched_tokens:
         return (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
+from servesim.memory.npu_memory import check_speed, differences, npu_speed
 from servesim.memory.placement import (
     CPU,
     NPU,
@@ -19,6 +20,7 @@ from servesim.memory.placement import (
 from servesim.memory.plan import Outside, kv_cache_capacity
 from servesim.memory.sizing import GIB
 from servesim.specs.architecture import load_architecture
+from servesim.specs.hardware import load_hardware
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,6 +71,7 @@ class MemoryMap:
         self._placed = cluster.instances
         self._models = models
         self._options = options
+        self._hardware = {name: load_hardware(name) for name in {spec.hardware for _, spec in self._placed}}
         self._residents = {
             index: self._resident(index)
             for index, (_, spec) in enumerate(self._placed)
@@ -89,8 +92,10 @@ class MemoryMap:
         _, spec = self._placed[index]
         model, options, where = self._models[spec.model_name], self._options[index], f"instance {index}"
         resident = self.resident(index)
+        hardware = self._hardware[spec.hardware]
         if resident is None:
-            return kv_cache_capacity(model, spec, options, where)
+            check_speed(spec, hardware, where)
+            return kv_cache_capacity(model, spec, options, where, hardware=hardware)
         outside = []
         for place, held in resident.elsewhere.items():
             key = self._key(index, place)
@@ -99,12 +104,17 @@ class MemoryMap:
             room = (total - self.weight_bytes(key)) // tenants
             outside.append(Outside(place, held.weight_bytes, held.kv_bytes_per_token, room, total))
         own = [(stage.weight_bytes, stage.kv_bytes_per_token) for stage in resident.on_npus]
-        return kv_cache_capacity(model, spec, options, where, own, tuple(outside))
+        return kv_cache_capacity(model, spec, options, where, own, tuple(outside), hardware)
+
+    def notes(self, index: int) -> list[str]:
+        """Lines about an instance's memory that its user should see."""
+        _, spec = self._placed[index]
+        return differences(spec, self._hardware[spec.hardware])
 
     def ports(self, index: int) -> dict[str, MemoryPort]:
         """How an instance reads the memories that it uses, by place; its NPUs' own among them."""
         _, spec = self._placed[index]
-        found = {NPU: MemoryPort(spec.npu_mem.mem_bw, spec.npu_mem.mem_latency)}
+        found = {NPU: MemoryPort(*npu_speed(spec, self._hardware[spec.hardware], f"instance {index}"))}
         resident = self._residents[index]
         for place in resident.elsewhere:
             key = self._key(index, place)

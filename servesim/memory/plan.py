@@ -20,12 +20,15 @@ from servesim.memory.engine_memory import (
     outside_torch,
     total,
 )
+from servesim.memory.npu_memory import npu_bytes
 from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
+from servesim.specs.hardware import load_hardware
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.hardware import HardwareSpec
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions
 
@@ -146,7 +149,7 @@ def kv_cache_capacity(
     where: str = "instance",
     on_npus: Sequence[tuple[int, int]] | None = None,
     outside: tuple[Outside, ...] = (),
-    version: str | None = None,
+    hardware: HardwareSpec | None = None,
 ) -> KvCapacity:
     """Plan the memory of one NPU of ``instance``.
 
@@ -155,13 +158,15 @@ def kv_cache_capacity(
 
     ``on_npus``: (weight bytes, KV bytes per token) of a rank of each pipeline stage, where some of them lie
     ``outside``; None: everything is on the NPUs. The memory that is full first bounds the blocks.
-    ``version``: of the vLLM to plan as; None: see :func:`servesim.memory.engine_memory.engine_memory`.
+    ``hardware``: what its file says; None: it is read.
 
     Raises:
         InputError: the weights do not fit, or no block is left for the KV cache.
     """
     tp, pp, ep = instance.tp_size, instance.pp_size, instance.ep_size
-    whole = int(instance.npu_mem.mem_size * GIB)
+    hardware = hardware or load_hardware(instance.hardware)
+    version = hardware.plan_as_vllm
+    whole = npu_bytes(instance, hardware)
     budget = int(whole * options.npu_memory_utilization)
     per_token = kv_bytes_per_token(model, options.kv_dtype, tp, pp)
     if on_npus is None:
@@ -180,8 +185,8 @@ def kv_cache_capacity(
         raise InputError(
             f"{where}: the {options.dtype} weights of {model.name} take {weights / GIB:.2f} GiB per NPU "
             f"(tp_size {tp}, pp_size {pp}), but npu_mem allows {budget / GIB:.2f} GiB "
-            f"({instance.npu_mem.mem_size:g} GB x utilization {options.npu_memory_utilization:g}); raise "
-            "tp_size, choose a smaller --dtype, or an NPU with more memory"
+            f"({whole / GIB:.5g} GiB x utilization {options.npu_memory_utilization:g}); raise tp_size, "
+            " choose a smaller --dtype, or an NPU with more memory"
         )
     for memory in outside:
         if memory.kv_bytes_per_token and memory.blocks(options.block_size) < 2:

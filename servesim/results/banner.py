@@ -224,6 +224,7 @@ def _instance_lines(group: Sequence[InstanceLog], common: dict[str, Any]) -> lis
     lines.append(f"  memory    {_memory_parts(capacity)}")
     lines.append(f"  {kv_cache_line(instance)}")
     lines += [f"  band      {line}" for line in _band(capacity)]
+    lines += [f"  note      {line}" for line in instance.notes]
     if instance.tier:
         lines.append(f"  {tier_line(instance.tier)}")
     lines += [f"  {_outside_line(place, capacity)}" for place in capacity.outside]

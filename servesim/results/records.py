@@ -166,6 +166,8 @@ class InstanceLog:
     """Where the measurements under its kernel times end."""
     pricing: Pricing | None = None
     """The cost object of the run itself."""
+    notes: tuple[str, ...] = ()
+    """Lines about its memory that the user should see."""
 
 
 @dataclass(slots=True)

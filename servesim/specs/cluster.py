@@ -25,6 +25,7 @@ from servesim.specs.options import (
     EnableSubBatchInterleaving,
     KvCacheDtype,
     LongPrefillTokenThreshold,
+    MaxModelLen,
     MaxNumBatchedTokens,
     MaxNumSeqs,
     NumGpuBlocks,
@@ -93,11 +94,11 @@ LinkTopology = Annotated[
 
 
 class NpuMemory(Spec):
-    """Memory of one NPU."""
+    """Memory of one NPU. What is left out is the hardware file's."""
 
-    mem_size: Annotated[SizeGb, Field(description="GB (2**30 bytes) of one NPU")]
-    mem_bw: Annotated[BandwidthGbs, Field(description="GB/s (1e9 bytes per second)")]
-    mem_latency: Annotated[LatencyNs, Field(description="ns")]
+    mem_size: Annotated[SizeGb, Field(description="GB (2**30 bytes) of one NPU")] | None = None
+    mem_bw: Annotated[BandwidthGbs, Field(description="GB/s (1e9 bytes per second)")] | None = None
+    mem_latency: Annotated[LatencyNs, Field(description="ns")] = 0
     mem_util: Annotated[float, Field(ge=1e-6, le=1, description="share for weights and KV cache")] | None = (
         None
     )
@@ -139,7 +140,7 @@ class InstanceSpec(Spec):
         Field(min_length=1, max_length=1000, description="<org>/<name>, or a config.json"),
     ]
     hardware: Annotated[Word, Field(description="first folder of the profile bundles, such as RTXPRO6000")]
-    npu_mem: NpuMemory
+    npu_mem: NpuMemory = NpuMemory()
     num_npus: Degree
     """tp_size * pp_size; one of ``num_npus`` and ``tp_size`` may be left out."""
     tp_size: Degree
@@ -162,6 +163,7 @@ class InstanceSpec(Spec):
     block_size: BlockSize | None = None
     max_num_seqs: MaxNumSeqs | None = None
     max_num_batched_tokens: MaxNumBatchedTokens | None = None
+    max_model_len: MaxModelLen = None
     long_prefill_token_threshold: LongPrefillTokenThreshold | None = None
     enable_chunked_prefill: EnableChunkedPrefill | None = None
     reserve_full_isl: ReserveFullIsl | None = None
@@ -385,8 +387,8 @@ def _moved(
 ) -> InstanceSpec:
     changes: dict[str, Any] = {}
     if spec is not None and spec.name != instance.hardware:
-        memory = {"mem_size": spec.memory_gib, "mem_bw": spec.memory_bandwidth_gbs, "reserve": None}
-        npu_mem = instance.npu_mem.model_copy(update=memory)
+        memory = {"mem_size": spec.memory_gib, "mem_bw": spec.memory_bandwidth_gbs, "mem_latency": 0}
+        npu_mem = instance.npu_mem.model_copy(update={**memory, "reserve": None})
         changes |= {"hardware": spec.name, "npu_mem": npu_mem, "num_gpu_blocks": None, "engine": None}
     if model is not None and model != instance.model_name:
         changes |= {"model_name": model, "num_gpu_blocks": None}

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError, MissingFileError
+from servesim.specs.hardware import load_hardware
 from servesim.specs.model import load_model
 from servesim.specs.validation import joined
 
@@ -24,7 +25,7 @@ def check_structure(cluster: ClusterSpec) -> None:
     Raises:
         InputError: one message with every disagreement.
     """
-    checks = (_counts, _degrees, _data_parallel, _roles, _power)
+    checks = (_counts, _degrees, _memories, _data_parallel, _roles, _power)
     _raise_if(cluster, [problem for check in checks for problem in check(cluster)])
 
 
@@ -88,6 +89,20 @@ def _degrees(cluster: ClusterSpec) -> Iterator[str]:
             yield f"{where}.num_npus: {npus} is not allowed; must be {tp * pp} = tp_size {tp} * pp_size {pp}"
         if None not in (instance.npu_memory_utilization, instance.npu_mem.mem_util):
             yield f"{where}.npu_memory_utilization: is the same as npu_mem.mem_util beside it; keep one"
+
+
+def _memories(cluster: ClusterSpec) -> Iterator[str]:
+    """The size of an NPU's memory is given, or the hardware file knows it."""
+    sizes: dict[str, float | None] = {}  # each file is read once, and only where it is needed
+    for where, instance in located(cluster):
+        name = instance.hardware
+        if instance.npu_mem.mem_size is None and name not in sizes:
+            sizes[name] = load_hardware(name).memory_gib
+        if instance.npu_mem.mem_size is None and sizes[name] is None:
+            yield (
+                f"{where}.npu_mem.mem_size: is missing; required, as configs/hardware/{name}.yaml does not "
+                "say memory_gib"
+            )
 
 
 def _data_parallel(cluster: ClusterSpec) -> Iterator[str]:

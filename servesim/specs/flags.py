@@ -52,6 +52,8 @@ class Flag:
     """What the option leaves out of what its name promises."""
     noted: bool = False
     """Whether an option that cannot act is noted even where it asks for something, instead of refused."""
+    text: bool = False
+    """Whether a value is more than a number, so that only the field's own check can read it."""
 
 
 def flag_of(field: FieldInfo) -> Flag | None:
@@ -140,7 +142,7 @@ def _argument(field: FieldInfo, flag: Flag) -> dict[str, Any]:
     choices = choices_of(field, flag)
     if choices:
         argument["choices"] = choices
-    if base in (int, float):
+    if base in (int, float) and not flag.text:
         argument["type"] = _whole_number if base is int else _number
     if flag.metavar or not choices:
         argument["metavar"] = flag.metavar or {int: "N", float: "X"}.get(base, "TEXT")
@@ -149,7 +151,7 @@ def _argument(field: FieldInfo, flag: Flag) -> dict[str, Any]:
 
 def choices_of(field: FieldInfo, flag: Flag) -> tuple[str, ...]:
     """The words a field accepts; empty when it is not a matter of choice."""
-    if flag.choices:
+    if flag.choices or flag.text:
         return flag.choices
     annotation = field.annotation
     members = get_args(annotation) if _is_union(annotation) else (annotation,)

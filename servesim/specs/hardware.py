@@ -142,6 +142,7 @@ class HardwareSpec(Spec):
     gpu: str | None = None
     """The product's full name."""
     memory_gib: SizeGb | None = None
+    """As CUDA reports it, where ``sources`` says so; nvidia-smi and datasheets say 0.5 to 1 % more."""
     memory_bandwidth_gbs: BandwidthGbs | None = None
     l2_mib: Megabytes | None = None
     sm_count: Count | None = None
@@ -150,6 +151,9 @@ class HardwareSpec(Spec):
     link: LinkSpec | None = None
     silicon: str | None = None
     """Folder of this GPU in the public kernel measurements; None: it is not among them."""
+    plan_as_vllm: Annotated[str, Field(pattern=r"^\d+\.\d+(\.\d+)?$")] | None = None
+    """Version of vLLM whose start-ups on this GPU are known, so that the memory plan follows them; None: the
+    default of :func:`servesim.memory.engine_memory.engine_memory`."""
     sources: dict[str, str] = Field(default_factory=dict)
     """Field -> where its value is from."""
     roofline: RooflineSpec = Field(default_factory=RooflineSpec)

@@ -58,6 +58,8 @@ class ModelSpec(Spec):
     """Format the weights are published in; the default of ``--dtype``."""
     quantization: str | None = None
     """``quant_method`` of a quantised checkpoint."""
+    weight_block: tuple[Size, Size] | None = None
+    """Rows and columns of a weight that share a scale in a checkpoint quantised in blocks."""
 
     num_experts: OptionalCount = 0
     """Routed experts of a layer; 0: the model is dense."""
@@ -219,6 +221,9 @@ def _read_dtype(config: Mapping[str, Any], fields: dict[str, Any], source: str) 
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if isinstance(method, str):
         fields["quantization"] = method
+        block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+        if block is not None:
+            fields["weight_block"] = list_as_tuple(block)
         if method == "fp8":
             fields["torch_dtype"] = "fp8"
         elif fields.get("torch_dtype") not in ("fp8", "int8"):

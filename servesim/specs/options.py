@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -53,6 +56,33 @@ def _kv_alias(value: object) -> object:
 
 def _none_word(value: object) -> object:
     return None if value == "None" else value
+
+
+_MULTIPLES = {
+    letter: base**power
+    for base, letters in ((1000, "kmgt"), (1024, "KMGT"))
+    for power, letter in enumerate(letters, 1)
+}
+"""vLLM's letters: small ones count in thousands, capitals in 1024."""
+
+
+def _model_len(value: object) -> object:
+    """``auto`` and ``-1`` -> auto; ``16k`` -> 16000, ``16K`` -> 16384, ``25.6k`` -> 25600, as in vLLM."""
+    if value is None or value == "auto":
+        return value
+    number = value if type(value) is int else None
+    if isinstance(value, str):
+        match = re.fullmatch(r"(-?\d{1,10})(\.\d{1,9})?([kmgtKMGT]?)", value.strip())
+        if match is not None and (not match[2] or match[3].islower()):
+            number = int(Decimal(match[1] + (match[2] or "")) * _MULTIPLES.get(match[3], 1))
+    if number == -1:
+        return "auto"
+    if number is None or not 1 <= number <= UNLIMITED:
+        raise ValueError(
+            f"{json.dumps(value, default=str)} is not allowed; must be a number of tokens, at least 1, such "
+            "as 16000, 16k (16000) or 16K (16384); or auto"
+        )
+    return number
 
 
 def _policy(known: tuple[str, ...], variable: str) -> BeforeValidator:
@@ -107,7 +137,21 @@ BlockSize = Annotated[
 ]
 MaxNumSeqs = Annotated[Limit, Flag("running requests; 0 = unlimited", _ENGINE, per_instance=True)]
 MaxNumBatchedTokens = Annotated[
-    Limit, Flag("token budget of a step; 0 = the model's max_position_embeddings", _ENGINE, per_instance=True)
+    Limit, Flag("token budget of a step; 0 = the longest context", _ENGINE, per_instance=True)
+]
+MaxModelLen = Annotated[
+    Annotated[int, Field(ge=1, le=UNLIMITED)] | Literal["auto"] | None,
+    BeforeValidator(_model_len),
+    Unit("tokens"),
+    Flag(
+        "longest context of a request, prompt and output: a number of tokens, 16k (16000), 16K (16384), or "
+        "auto (also -1): the longest that fits the KV cache",
+        _ENGINE,
+        "N|auto",
+        default_text="the model's max_position_embeddings",
+        per_instance=True,
+        text=True,
+    ),
 ]
 LongPrefillTokenThreshold = Annotated[
     Limit,
@@ -293,6 +337,7 @@ class RuntimeOptions(Spec):
     block_size: BlockSize = 16
     max_num_seqs: MaxNumSeqs = 128
     max_num_batched_tokens: MaxNumBatchedTokens = 2048
+    max_model_len: MaxModelLen = None
     long_prefill_token_threshold: LongPrefillTokenThreshold = 0
     enable_chunked_prefill: EnableChunkedPrefill = True
     npu_memory_utilization: Utilization = 0.9
@@ -545,7 +590,7 @@ class InstanceOptions:
     enable_block_copy: bool
     npu_memory_utilization: float
     max_model_len: int
-    """Longest context, in tokens: the model's max_position_embeddings."""
+    """Longest context of a request, in tokens."""
     cudagraph: bool = True
     num_gpu_blocks: int | None = None
     """KV blocks as given; None: what fits."""
@@ -576,11 +621,33 @@ def per_instance_fields() -> list[str]:
     return [name for name, field in fields if (flag := flag_of(field)) is not None and flag.per_instance]
 
 
+def wants_auto_model_len(options: RuntimeOptions, instance: InstanceSpec) -> bool:
+    """Whether the longest context that fits the KV cache is to be found."""
+    wanted = options.max_model_len if instance.max_model_len is None else instance.max_model_len
+    return wanted == "auto"
+
+
+def _longest(wanted: int | str | None, model: ModelSpec) -> int:
+    """The longest context in tokens, for ``auto`` the longest there may be.
+
+    Raises:
+        InputError: the model has no such positions; vLLM refuses it as well.
+    """
+    if not isinstance(wanted, int):
+        return model.max_position_embeddings
+    if wanted > model.max_position_embeddings:
+        raise InputError(
+            f"--max-model-len: {wanted} is not allowed; must be <= {model.max_position_embeddings}, the "
+            f"max_position_embeddings of {model.name}; a model that was extended says so in its config.json"
+        )
+    return wanted
+
+
 def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -> InstanceOptions:
     """What holds for one instance: its own settings, else the flags, else the model's.
 
     Raises:
-        InputError: options that exclude each other.
+        InputError: options that exclude each other, or a context that the model cannot have.
     """
     chosen: dict[str, Any] = {}
     for name in per_instance_fields():
@@ -594,6 +661,7 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
                 f"--enable-sub-batch-interleaving: pp_size {instance.pp_size} is not allowed; must be 1"
             )
     dtype = chosen.pop("dtype") or model.torch_dtype
+    longest = _longest(chosen.pop("max_model_len"), model)
     utilization = chosen.pop("npu_memory_utilization")
     if instance.npu_mem.mem_util is not None:
         utilization = instance.npu_mem.mem_util
@@ -601,12 +669,12 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         **{
             **chosen,
             "max_num_seqs": chosen["max_num_seqs"] or UNLIMITED,
-            "max_num_batched_tokens": chosen["max_num_batched_tokens"] or model.max_position_embeddings,
+            "max_num_batched_tokens": chosen["max_num_batched_tokens"] or longest,
             "long_prefill_token_threshold": chosen["long_prefill_token_threshold"] or UNLIMITED,
         },
         dtype=dtype,
         kv_dtype=resolve_kv_dtype(dtype, chosen["kv_cache_dtype"]),
         variant=variant_name(dtype, chosen["kv_cache_dtype"]),
         npu_memory_utilization=utilization,
-        max_model_len=model.max_position_embeddings,
+        max_model_len=longest,
     )

@@ -234,6 +234,7 @@ EVERY_OPTION: dict[str, tuple[Any, Any]] = {
     "block_size": (32, 32),
     "max_num_seqs": (0, 2**31 - 1),
     "max_num_batched_tokens": (0, 2048),
+    "max_model_len": ("1k", 1000),
     "long_prefill_token_threshold": (100, 100),
     "enable_chunked_prefill": (False, False),
     "reserve_full_isl": (False, False),

@@ -27,7 +27,7 @@ from servesim.api import simulate
 from servesim.engine.build import build_simulation
 from servesim.engine.hand_over import HandOver
 from servesim.engine.step_loop import StepLoop
-from servesim.errors import BrokenRunError, RunError
+from servesim.errors import BrokenRunError, InputError, RunError
 from servesim.memory.block_pool import BlockPool
 from servesim.specs.cluster import load_cluster
 from servesim.specs.options import RuntimeOptions
@@ -86,13 +86,21 @@ def test_a_member_that_never_gets_a_request_holds_nobody_up() -> None:
 def test_a_prompt_over_the_budget_without_chunking_is_rejected(sides: bool) -> None:
     """The other simulator asks for its first batch for ever."""
     roles = ("prefill", "decode") if sides else (None, None)
-    instances = [
-        toy_instance(pd_type=role, enable_chunked_prefill=False, max_num_batched_tokens=64) for role in roles
-    ]
-    log = run(instances, Request(0, 65, 2, 0), Request(1, 64, 2, 0))
+    limits: dict[str, Any] = {"max_num_batched_tokens": 64, "max_model_len": 64}
+    instances = [toy_instance(pd_type=role, enable_chunked_prefill=False, **limits) for role in roles]
+    log = run(instances, Request(0, 65, 2, 0), Request(1, 62, 2, 0))
     assert [r.request for r in log.requests] == [1]
     assert [r.request for r in log.rejected] == [0]
-    assert "exceeds max_num_batched_tokens 64, and chunked prefill is off" in log.rejected[0].reason
+    assert "tokens exceed the longest context of 64" in log.rejected[0].reason
+
+
+def test_a_budget_under_the_context_is_refused_without_chunking() -> None:
+    """As vLLM does: a request that is preempted late could never be computed again."""
+    with pytest.raises(InputError, match="instance 0: --max-num-batched-tokens: 9 is not allowed without"):
+        run([toy_instance(**preempted(9))], *burst(2, 8, 16))
+    log = run([toy_instance(**preempted(28), max_model_len=28)], *burst(2, 8, 16))
+    assert len(log.requests) == 2
+    assert sum(log.instances[0].steps.preempted) > 0
 
 
 # ------------------------------------------------------------------ crashes
@@ -212,9 +220,16 @@ def preempted(budget: int) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def any_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check at the start, so that the guard behind it has something to find."""
+    monkeypatch.setattr("servesim.memory.start_up.check_budget", lambda *_: None)
+
+
 STUCK = "cannot go on: requests 1 wait, nothing runs, and the first of them"
 
 
+@pytest.mark.usefixtures("any_budget")
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("pp", [1, 2])
 def test_a_stuck_request_is_named(pp: int, asynchronous: bool) -> None:
@@ -223,6 +238,7 @@ def test_a_stuck_request_is_named(pp: int, asynchronous: bool) -> None:
         run([instance], *burst(2, 8, 16))
 
 
+@pytest.mark.usefixtures("any_budget")
 def test_a_stuck_member_of_a_group_is_named_once_the_others_are_done() -> None:
     group = [toy_instance(MOE, dp_group="A"), toy_instance(MOE, dp_group="A", **preempted(9))]
     requests = [Request(0, 8, 16, 0), Request(1, 8, 16, 0), Request(2, 8, 500, 0)]
@@ -235,12 +251,14 @@ def third_first(request: Request, candidates: Any) -> Any:
     return candidates[request.index != 2]
 
 
+@pytest.mark.usefixtures("any_budget")
 def test_a_request_stuck_on_the_decode_side_is_named() -> None:
     sides = [toy_instance(pd_type="prefill"), toy_instance(pd_type="decode", **preempted(9))]
     with pytest.raises(RunError, match=f"instance 1 {STUCK}"):
         run(sides, *burst(2, 8, 16))
 
 
+@pytest.mark.usefixtures("any_budget")
 def test_many_stuck_requests_are_counted() -> None:
     with pytest.raises(RunError) as error:
         run([toy_instance(**preempted(9))], *burst(9, 8, 16))

@@ -222,7 +222,7 @@ def test_a_conclusion_that_hangs_on_the_capacity_says_so() -> None:
 
 def test_a_run_short_of_blocks_is_repeated_at_both_ends() -> None:
     content: dict[str, Any] = json.loads(Path(CLUSTER).read_text())
-    content["nodes"][0]["instances"][0]["npu_mem"]["mem_size"] = 20
+    content["nodes"][0]["instances"][0] |= {"npu_mem": {"mem_size": 20}, "max_model_len": 8192}
     sets = {"16": {}, "fp8": {"kv_cache_dtype": "fp8"}}
     workload = Workload([Request(i, 4000, 200, 0) for i in range(12)], "long")
     comparison = servesim.compare(content, workload, sets, npu_memory_utilization=0.89, seed=0)

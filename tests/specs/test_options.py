@@ -292,6 +292,7 @@ def test_each_per_instance_option_reaches_the_instance(name: str) -> None:
         "enable_sub_batch_interleaving": False,
         "npu_memory_utilization": 0.5,
         "num_gpu_blocks": 900,
+        "max_model_len": 4096,
     }
     value = other.get(name)
     if value is None:

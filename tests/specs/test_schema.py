@@ -47,7 +47,7 @@ def test_editors_refuse_unknown_keys_and_complete_known_ones() -> None:
 
 def test_either_degree_is_enough_for_an_editor_too() -> None:
     instance = cluster_schema()["$defs"]["InstanceSpec"]
-    assert {"model_name", "hardware", "npu_mem", "pd_type"} == set(instance["required"])
+    assert {"model_name", "hardware", "pd_type"} == set(instance["required"])
     assert instance["anyOf"] == [{"required": ["num_npus"]}, {"required": ["tp_size"]}]
 
 

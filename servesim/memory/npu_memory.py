@@ -1,0 +1,74 @@
+"""The memory of an instance's NPUs: what the cluster config says of it, else the hardware file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from servesim.errors import InputError
+from servesim.memory.sizing import GIB
+
+if TYPE_CHECKING:
+    from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.hardware import HardwareSpec
+
+_SIZE_TOLERANCE = 0.002
+_SPEED_TOLERANCE = 0.01
+
+
+def npu_bytes(instance: InstanceSpec, hardware: HardwareSpec) -> int:
+    """Memory of one NPU in bytes; that somebody says it was checked with the cluster."""
+    stated = instance.npu_mem.mem_size
+    size_gib = hardware.memory_gib if stated is None else stated
+    assert size_gib is not None
+    return int(size_gib * GIB)
+
+
+def npu_speed(instance: InstanceSpec, hardware: HardwareSpec, where: str) -> tuple[float, float]:
+    """Bandwidth (GB/s) and latency (ns) of one NPU's memory.
+
+    Raises:
+        InputError: nobody says its bandwidth.
+    """
+    npu = instance.npu_mem
+    bandwidth_gbs = hardware.memory_bandwidth_gbs if npu.mem_bw is None else npu.mem_bw
+    if bandwidth_gbs is None:
+        raise InputError(
+            f"{where}: npu_mem.mem_bw: is missing; required where weights are streamed, as "
+            f"configs/hardware/{instance.hardware}.yaml does not say memory_bandwidth_gbs"
+        )
+    return bandwidth_gbs, npu.mem_latency
+
+
+def differences(instance: InstanceSpec, hardware: HardwareSpec) -> list[str]:
+    """Lines about what the cluster config says of the memory's size and the hardware file does not."""
+    stated, known = instance.npu_mem.mem_size, hardware.memory_gib
+    if stated is None or known is None or abs(stated / known - 1) <= _SIZE_TOLERANCE:
+        return []
+    return [
+        f"npu_mem.mem_size is {stated:g} GiB, and an {instance.hardware} has {known:.2f} (its hardware file)"
+    ]
+
+
+def check_speed(instance: InstanceSpec, hardware: HardwareSpec, where: str) -> None:
+    """Refuse a bandwidth or latency that no time would follow: kernel times are the bundle's, which is of the
+    hardware as its file describes it. To be asked of instances that keep everything on their NPUs.
+
+    Raises:
+        InputError: one of them differs from the hardware file.
+    """
+    npu, known = instance.npu_mem, hardware.memory_bandwidth_gbs
+    why = f"kernel times are those of a bundle for {instance.hardware}"
+    way_out = (
+        "leave it out, or describe the other memory in a hardware file of its own and make a bundle for it "
+        "with `servesim profile --source roofline`"
+    )
+    if npu.mem_bw is not None and known is not None and abs(npu.mem_bw / known - 1) > _SPEED_TOLERANCE:
+        raise InputError(
+            f"{where}: npu_mem.mem_bw: {npu.mem_bw:g} is not allowed; must be {known:g} GB/s, as {why} "
+            f"and do not follow it; {way_out}"
+        )
+    if npu.mem_latency and known is not None:
+        raise InputError(
+            f"{where}: npu_mem.mem_latency: {npu.mem_latency:g} is not allowed; must be 0, as {why}, "
+            f"which hold the latency of its memory; {way_out}"
+        )

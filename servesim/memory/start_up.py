@@ -1,0 +1,224 @@
+"""What vLLM checks before it serves: an instance that a real server would refuse is refused here as well.
+
+All of it is known before any kernel time is looked up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from servesim.errors import InputError
+from servesim.memory.sizing import GIB
+from servesim.specs.options import wants_auto_model_len
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from servesim.memory.memory_map import MemoryMap
+    from servesim.memory.plan import KvCapacity
+    from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.model import ModelSpec
+    from servesim.specs.options import InstanceOptions, RuntimeOptions
+
+
+@dataclass(frozen=True, slots=True)
+class StartUp:
+    """An instance that starts."""
+
+    options: InstanceOptions
+    """With the context that was found to fit."""
+    capacity: KvCapacity
+    notes: tuple[str, ...]
+    """Lines that its user should see."""
+
+
+def start_up(
+    index: int,
+    instance: InstanceSpec,
+    model: ModelSpec,
+    options: InstanceOptions,
+    asked: RuntimeOptions,
+    memories: MemoryMap,
+) -> StartUp:
+    """Plan the memory of instance ``index`` of the cluster and check all that vLLM would.
+
+    Raises:
+        InputError: it would not start; the message has the figures and the way out.
+    """
+    where = f"instance {index}"
+    check_budget(options, where)
+    check_quantised_shards(instance, model, options, where)
+    capacity = memories.capacity(index)
+    notes = memories.notes(index)
+    if wants_auto_model_len(asked, instance):
+        fitting = _fitting(model, options, capacity.num_blocks)
+        if not fitting:
+            raise InputError(
+                f"{where}: --max-model-len auto: the KV cache of {capacity.num_blocks} blocks holds not even "
+                "one token; raise --npu-memory-utilization or tp_size"
+            )
+        notes.append(_auto_line(options.max_model_len, fitting, capacity))
+        options = replace(options, max_model_len=fitting)
+    elif capacity.overridden:
+        notes += _too_few_blocks(model, options, capacity)
+    else:
+        notes += check_full_context(model, options, capacity, where)
+    return StartUp(options, capacity, tuple(notes))
+
+
+def check_budget(options: InstanceOptions, where: str) -> None:
+    """Without chunked prefill a step must hold the longest prompt: a preempted request is computed at once.
+
+    Raises:
+        InputError: the budget is smaller.
+    """
+    budget, longest = options.max_num_batched_tokens, options.max_model_len
+    if not options.enable_chunked_prefill and budget < longest:
+        raise InputError(
+            f"{where}: --max-num-batched-tokens: {budget} is not allowed without chunked prefill; must be >= "
+            f"{longest}, the longest context (vLLM does not start otherwise); shorten the context with "
+            f"--max-model-len {budget}, raise the budget, or leave chunked prefill on"
+        )
+
+
+def check_full_context(
+    model: ModelSpec, options: InstanceOptions, capacity: KvCapacity, where: str
+) -> list[str]:
+    """One request of the longest context must fit the KV cache, beside vLLM's null block.
+
+    Returns:
+        A line where it does not fit at the low end of the band, which vLLM may find.
+
+    Raises:
+        InputError: it does not fit.
+    """
+    longest = options.max_model_len
+    needed = _layer_blocks(model, options, longest)
+    low, high = capacity.band_blocks
+    if needed <= _layer_blocks_left(model, capacity.num_blocks):
+        if needed <= _layer_blocks_left(model, low):
+            return []
+        fitting = _fitting(model, options, low)
+        return [
+            f"the longest context of {longest} tokens fits by the estimate, but not at the low end of the "
+            f"band, where vLLM would not start; --max-model-len {fitting} fits there too"
+        ]
+    fitting = _fitting(model, options, capacity.num_blocks)
+    per_layer_block = capacity.bytes_per_block / model.num_hidden_layers
+    there = capacity.usable_blocks * capacity.bytes_per_block
+    perhaps = ""
+    if needed <= _layer_blocks_left(model, high):
+        perhaps = f" (by the estimate; at the high end of its band it would, with num_gpu_blocks {high})"
+    way_out = f"give --max-model-len {fitting} (or auto), " if fitting else ""
+    raise InputError(
+        f"{where}: one request of the longest context, {longest} tokens, takes "
+        f"{needed * per_layer_block / GIB:.2f} GiB of KV cache per NPU, and there are {there / GIB:.2f} GiB "
+        f"({capacity.usable_blocks * capacity.block_size} tokens) beside {capacity.weight_bytes / GIB:.2f} "
+        f"GiB of weights; vLLM does not start so{perhaps}; {way_out}raise --npu-memory-utilization or "
+        "tp_size, or halve the cache with --kv-cache-dtype fp8"
+    )
+
+
+def _fitting(model: ModelSpec, options: InstanceOptions, num_blocks: int) -> int:
+    """The most tokens, up to ``options.max_model_len``, of one request that the blocks hold; 0: none."""
+    left = _layer_blocks_left(model, num_blocks)
+    low, high = 0, options.max_model_len
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _layer_blocks(model, options, middle) <= left:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _layer_blocks(model: ModelSpec, options: InstanceOptions, tokens: int) -> int:
+    """Blocks of one request, counted in every layer by itself.
+
+    A layer with a window keeps the window and what one step adds, in blocks that need not begin with it.
+    """
+    size = options.block_size
+    sliding = model.num_sliding_layers
+    whole = -(-tokens // size)
+    kept = whole
+    if sliding and model.sliding_window is not None:
+        reach = model.sliding_window - 1 + options.max_num_batched_tokens
+        kept = min(whole, -(-min(reach, tokens) // size) + 1)
+    return (model.num_hidden_layers - sliding) * whole + sliding * kept
+
+
+def _layer_blocks_left(model: ModelSpec, num_blocks: int) -> int:
+    """Blocks of a pool that requests can hold, counted in every layer by itself."""
+    return (num_blocks - 1) * model.num_hidden_layers
+
+
+def _auto_line(longest: int, fitting: int, capacity: KvCapacity) -> str:
+    """As vLLM prints it."""
+    memory = f"available KV cache memory ({capacity.num_blocks * capacity.bytes_per_block / GIB:.2f} GiB)"
+    if fitting >= longest:
+        return f"Auto-fit max_model_len: full model context length {longest} fits in {memory}"
+    return f"Auto-fit max_model_len: reduced from {longest} to {fitting} to fit in {memory}"
+
+
+def _too_few_blocks(model: ModelSpec, options: InstanceOptions, capacity: KvCapacity) -> list[str]:
+    """Blocks that the user gives are taken as they are, for small caches are worth a look."""
+    if _layer_blocks(model, options, options.max_model_len) <= _layer_blocks_left(model, capacity.num_blocks):
+        return []
+    return [
+        f"num_gpu_blocks holds {capacity.tokens} tokens, less than the longest context of "
+        f"{options.max_model_len}: requests that need more are rejected; vLLM (0.33) starts only with a "
+        "--max-model-len that fits"
+    ]
+
+
+def check_quantised_shards(
+    instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, where: str
+) -> None:
+    """The shards of weights that were quantised in blocks must be whole blocks.
+
+    Raises:
+        InputError: one is not.
+    """
+    if model.weight_block is None or options.dtype != "fp8":
+        return
+    tp, ep = instance.tp_size, instance.ep_size
+    wrong = next(_broken_shards(model, tp, ep), None)
+    if wrong is None:
+        return
+    what, width, block = wrong
+    degrees = [each for each in _divisors(tp) if each < tp and not any(_broken_shards(model, each, ep))]
+    way_out = f"tp_size {' or '.join(map(str, degrees))}" if degrees else ""
+    if model.is_moe and ep == 1 and not any(_broken_shards(model, tp, tp)):
+        way_out += f"{' or ' if way_out else ''}ep_size {tp}"
+    way_out = way_out or "another model, or --dtype bfloat16"
+    raise InputError(
+        f"{where}: tp_size: {tp} is not allowed; {model.name} is quantised in blocks of "
+        f"{' x '.join(map(str, model.weight_block))}, and a rank's part of {what}, {width} wide, is no "
+        f"multiple of {block} (vLLM does not start so); choose {way_out}"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def _broken_shards(model: ModelSpec, tp: int, ep: int) -> Iterator[tuple[str, int, int]]:
+    """(matrix, width of a rank's part, block it should be a multiple of), for each that is not."""
+    assert model.weight_block is not None
+    rows, columns = model.weight_block
+    # A matrix whose outputs are split, or are several side by side, is cut by rows; one whose inputs are
+    # split, by columns.
+    parts = []
+    if model.is_moe:
+        width = model.moe_intermediate_size // (1 if ep > 1 else tp)
+        parts += [("the experts", width, rows), ("the experts", width, columns if tp > 1 and ep == 1 else 1)]
+    if model.num_moe_layers < model.num_hidden_layers:
+        width = model.intermediate_size // tp
+        parts += [("the MLP", width, rows), ("the MLP", width, columns if tp > 1 else 1)]
+    if not model.is_mla:
+        queries = model.num_attention_heads // tp * model.head_dim
+        keys = max(model.num_key_value_heads // tp, 1) * model.head_dim
+        parts += [("the queries", queries, rows), ("the keys", keys, rows)]
+        parts.append(("the attention output", queries, columns if tp > 1 else 1))
+    yield from (part for part in parts if part[1] % part[2])
