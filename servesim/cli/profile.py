@@ -105,7 +105,12 @@ def run(args: argparse.Namespace) -> int:
     folder = bundle_folder(args.output_root, job)
     if not args.force:
         refuse_to_lose(folder, args.source, job.tp_degrees)
-    content = build(args.source, job)
+    try:
+        content = build(args.source, job)
+    except InputError as error:
+        if args.source != "silicon":
+            raise
+        raise InputError(f"{error}\n--source roofline computes such a bundle from peak rates") from None
     write_bundle(folder, content)
     rows = sum(len(table) for table in content.tables.values())
     degrees = ", ".join(f"tp{tp}" for tp in job.tp_degrees)

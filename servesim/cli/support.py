@@ -43,7 +43,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--hardware", help="names configs/hardware/<name>.yaml and the bundles' folder")
     add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="KV cache (default: auto)")
-    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel degree (default: 1)")
+    add(
+        "--tp",
+        type=int,
+        metavar="N",
+        help="tensor-parallel degree (default: 1; of the matrix: any of 1, 2, 4 and 8)",
+    )
     add("--max-num-batched-tokens", type=int, default=2048, metavar="T", help="largest step (default: 2048)")
     add("--max-num-seqs", type=int, default=128, metavar="S", help="most sequences of a step (default: 128)")
     add("--max-context", type=int, metavar="T", help="longest context (default: the model's)")
@@ -57,7 +62,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the answer; returns the exit status."""
-    if args.tp < 1:
+    if args.tp is not None and args.tp < 1:
         raise InputError(f"--tp: {args.tp} is not allowed; must be at least 1")
     if args.matrix:
         answers = matrix(args)
@@ -68,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json_text(answers))
     elif args.matrix:
-        print(matrix_text(answers))
+        print(matrix_text(answers, args.tp))
     else:
         print(single_text(answers[0]))
-    return 0 if any(answer.letter != "-" for answer in answers) else 1
+    return 0 if any(answer.usable for answer in answers) else 1
 
 
 def single(args: argparse.Namespace) -> Answer:
@@ -88,7 +93,7 @@ def single(args: argparse.Namespace) -> Answer:
         hardware=known_hardware(args.hardware),
         dtype=args.dtype or model.torch_dtype,
         kv_cache_dtype=args.kv_cache_dtype,
-        tp_degrees=(args.tp,),
+        tp_degrees=(args.tp or 1,),
     )
     context = args.max_context or model.max_position_embeddings
     asked = {
@@ -125,7 +130,7 @@ def known_hardware(name: str) -> HardwareSpec:
 def matrix(args: argparse.Namespace) -> list[Answer]:
     """Every model on every hardware file in the four variants, one GPU's kernel tables after the other's."""
     from servesim.profiler.job import ProfileJob
-    from servesim.profiler.support import VARIANTS, answer
+    from servesim.profiler.support import DEGREES, VARIANTS, best_answer
     from servesim.specs import paths
     from servesim.specs.architecture import load_architecture
     from servesim.specs.hardware import load_hardware
@@ -142,14 +147,14 @@ def matrix(args: argparse.Namespace) -> list[Answer]:
             print(f"looking at {accelerator.name} ...", file=sys.stderr)
         for variant in VARIANTS:
             for model, architecture in zip(models, architectures, strict=True):
-                job = ProfileJob(model, architecture, accelerator, *variant, (args.tp,))
-                answers.append(answer(job, {}, ways=False))
+                job = ProfileJob(model, architecture, accelerator, *variant)
+                answers.append(best_answer(job, (args.tp,) if args.tp else DEGREES))
     return answers
 
 
-def matrix_text(answers: list[Answer]) -> str:
-    """Models down, hardware across; a cell has one letter for each variant."""
-    from servesim.profiler.support import variant_letters
+def matrix_text(answers: list[Answer], tp: int | None = None) -> str:
+    """Models down, hardware across; a cell has one letter for each variant, of ``tp`` or any degree."""
+    from servesim.profiler.support import DEGREES, variant_letters
     from servesim.results.table import Table
     from servesim.terminal import screen_width
 
@@ -162,17 +167,26 @@ def matrix_text(answers: list[Answer]) -> str:
     table = Table(["model", *hardware])
     table.rows += [[model, *(cells[model, name] for name in hardware)] for model in models]
     there = sum(answer.letter.isupper() for answer in answers)
-    made = sum(answer.letter.islower() for answer in answers)
+    made = sum(answer.letter in "srp" for answer in answers)
     lines = [
         table.plain(width=screen_width()),
         "",
-        f"One letter for each of {', '.join(variant_letters())} at tp {answers[0].tp}.",
+        f"One letter for each of {', '.join(variant_letters())} at tp {tp or words_of(DEGREES)}.",
         "M measured, S silicon (derived from public kernel measurements), R roofline (computed).",
-        "Capitals: the bundle is there. Small: `servesim profile` makes it in seconds. -: neither.",
+        "Capitals: the bundle is there. Small: a run makes it in seconds. -: neither.",
+        "x: the weights do not fit. p: silicon, once the package below is installed; until then roofline.",
         f"{len(models)} models on {len(hardware)} hardware: {there} bundles there, {made} more can be made.",
     ]
     unusable = {way.about for answer in answers for way in answer.ways if "pip install" in way.about}
+    no_fit = sum(answer.letter == "x" for answer in answers)
+    if no_fit:
+        lines.append(f"{no_fit} do not fit the memory.")
     return "\n".join([*lines, *sorted(unusable)])
+
+
+def words_of(degrees: tuple[int, ...]) -> str:
+    """``1, 2 or 4``."""
+    return f"{', '.join(map(str, degrees[:-1]))} or {degrees[-1]}"
 
 
 def single_text(answer: Answer) -> str:
@@ -182,6 +196,8 @@ def single_text(answer: Answer) -> str:
         lines.append("bundle        none")
     else:
         lines += bundle_lines(answer.bundle)
+    if answer.no_fit:
+        lines.append(f"does not fit  {answer.no_fit}")
     if answer.problem:
         lines.append(f"problem       {answer.problem}")
     for way in answer.ways:

@@ -20,6 +20,7 @@ from servesim.errors import InputError, ServingError
 from servesim.profiler.bundle_writer import BundleContent, write_bundle
 from servesim.profiler.derivation import outdated
 from servesim.profiler.job import ProfileJob
+from servesim.profiler.silicon.tables import package_version
 from servesim.specs import paths
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import load_hardware
@@ -39,6 +40,8 @@ LIMITS: dict[str, Any] = {"max_num_batched_tokens": 8192, "max_num_seqs": 1024, 
 """What the shipped bundles cover too, so that a degree made on demand is the one that would have shipped."""
 MARK = "made_on_demand"
 """Key of meta.yaml: nobody chose anything about this bundle, so that it may be replaced."""
+REFUSED = "silicon_refused"
+"""Key of meta.yaml: the better source was tried, with which version of its data, and what it said."""
 MADE_FROM = {
     "silicon": "from public kernel measurements",
     "roofline": "from peak rates (roofline)",
@@ -109,10 +112,11 @@ def _make(asked: Wanted, tp: int, tell: Callable[[str], None]) -> Path | None:
     folder = paths.user_data_dir() / variant_path(asked.hardware, asked.model, asked.variant)
     meta = _meta(folder)
     differing = differences(meta, folder / "meta.yaml", asked)
-    kept = set(degrees_in(folder)) if meta.get("source") == source else set()
+    same = meta.get("source") == source or _silicon_refused(meta)
+    kept = set(degrees_in(folder)) if same else set()
     if tp in kept and not differing and outdated(meta) is None:
         return folder
-    if meta and not meta.get(MARK) and (differing or meta.get("source") != source):
+    if meta and not meta.get(MARK) and (differing or not same):
         raise InputError(
             f"{folder} holds a bundle that was not made on demand; remove it, or give the model or the "
             "hardware another name"
@@ -147,7 +151,15 @@ def _build(
         tuple(sorted(degrees)),
         **LIMITS,
     )
-    content = build(source, job)
+    try:
+        content = build(source, job)
+    except InputError as error:
+        if source != "silicon":
+            raise
+        content = build("roofline", job)
+        why = f"public kernel measurements do not cover it: {str(error).splitlines()[0]}"
+        content.meta[REFUSED] = {"data_version": package_version(), "reason": why}
+        source = "roofline"
     content.meta[MARK] = True
     write_bundle(folder, content)
     name = what.format(f"{asked.hardware}/{asked.model}/{asked.variant}")
@@ -181,6 +193,7 @@ def refresher(
         source = str(meta["source"])
         chosen = source_for(asked.facts or load_hardware(asked.hardware), asked.variant)
         better = bool(meta.get(MARK)) and can_make and source == "roofline" and chosen == ("silicon", "")
+        better &= not _silicon_refused(meta)
         reason = "measurements of this GPU's kernels are installed now" if better else outdated(meta)
         if reason is None:
             return
@@ -201,6 +214,12 @@ def refresher(
         warn(f"{folder}: this bundle is old: {reason}; {way_out}")
 
     return look
+
+
+def _silicon_refused(meta: dict[str, Any]) -> bool:
+    """Whether the measurements that are installed were found not to cover a bundle's model."""
+    refused = meta.get(REFUSED)
+    return isinstance(refused, dict) and _installed() and refused.get("data_version") == package_version()
 
 
 def _meta(folder: Path) -> dict[str, Any]:

@@ -9,15 +9,22 @@ from typing import TYPE_CHECKING, Any
 from servesim.cost.bundle import find_bundle
 from servesim.cost.identity import wanted_for
 from servesim.cost.variant import degrees_in, places, profile_command
-from servesim.errors import ServingError
+from servesim.errors import InputError, ServingError
+from servesim.memory.sizing import weight_bytes_per_npu
 from servesim.profiler.job import ProfileJob
 from servesim.profiler.on_demand import build
+from servesim.profiler.shapes import rank_shapes
 from servesim.results.stated_errors import RESULTS, stated_error
+from servesim.results.units import GIB
 from servesim.specs import paths
 from servesim.specs.dtypes import variant_name
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from servesim.cost.bundle import Bundle, RankTables
+    from servesim.specs.hardware import HardwareSpec
+    from servesim.specs.model import ModelSpec
 
 VARIANTS = (("bfloat16", "auto"), ("bfloat16", "fp8"), ("fp8", "auto"), ("fp8", "fp8"))
 """Dtype combinations of the matrix, in the order of a cell's letters."""
@@ -25,6 +32,10 @@ LETTERS = {"vllm": "M", "torch": "M", "silicon": "S", "roofline": "R"}
 """Source -> letter of a cell: measured, derived from public measurements, computed."""
 COMPUTING = ("silicon", "roofline")
 """Sources that make a bundle on any machine."""
+DEGREES = (1, 2, 4, 8)
+"""Tensor-parallel degrees that the matrix looks at."""
+DEFAULT_UTILIZATION = 0.9
+"""Share of the memory that the engine uses unless it is told otherwise."""
 PROBE = 16
 """Size of the bundle that is made in memory to see whether a source can make one."""
 
@@ -71,14 +82,27 @@ class Answer:
     problem: str | None
     """Why a bundle that is there cannot be used for this degree."""
     ways: list[Way] = field(default_factory=list)
+    no_fit: str | None = None
+    """Why the weights do not fit the hardware's memory at this degree, with figures."""
 
     @property
     def letter(self) -> str:
-        """In the matrix: a capital for a bundle that is there, a small letter for one that can be made."""
+        """In the matrix: a capital for a bundle that is there, a small letter for one that can be made, x for
+        a model that does not fit; p: by measurements of this GPU's kernels, once they are installed."""
+        if self.no_fit is not None:
+            return "x"
         if self.bundle is not None and self.problem is None:
             return LETTERS.get(self.bundle.source, "M")
+        if any(way.source == "silicon" and "pip install" in way.about for way in self.ways):
+            return "p"
         made = [LETTERS[way.source].lower() for way in self.ways if way.possible and way.source in COMPUTING]
         return made[0] if made else "-"
+
+    @property
+    def usable(self) -> bool:
+        """Whether a run can have it on this machine."""
+        found = self.bundle is not None and self.problem is None
+        return self.no_fit is None and (found or any(way.possible for way in self.ways))
 
 
 def answer(job: ProfileJob, asked: dict[str, int], ways: bool = True) -> Answer:
@@ -88,10 +112,54 @@ def answer(job: ProfileJob, asked: dict[str, int], ways: bool = True) -> Answer:
     """
     tp = job.tp_degrees[0]
     found, problem = look_up(job, tp, asked)
-    told = Answer(job.model.name, job.hardware.name, job.variant, tp, found, problem)
+    no_fit = weights_that_do_not_fit(job.model, job.hardware, job.dtype, tp)
+    told = Answer(job.model.name, job.hardware.name, job.variant, tp, found, problem, no_fit=no_fit)
     if ways or found is None or problem is not None:
         told = replace(told, ways=_ways(job, all_of_them=ways))
     return told
+
+
+def best_answer(job: ProfileJob, degrees: Sequence[int]) -> Answer:
+    """What there is at whichever of the degrees has most: a bundle, else a way to make one.
+
+    Degrees that cannot split the model or whose ranks cannot hold its weights do not count.
+    """
+    fitting: list[int] = []
+    told = Answer(job.model.name, job.hardware.name, job.variant, degrees[0], None, None)
+    for tp in degrees:
+        try:
+            rank_shapes(job.model, tp)
+        except InputError:
+            continue
+        no_fit = weights_that_do_not_fit(job.model, job.hardware, job.dtype, tp)
+        if no_fit is not None:
+            told = replace(told, tp=tp, no_fit=no_fit)
+            continue
+        fitting.append(tp)
+        found, problem = look_up(job, tp, {})
+        if found is not None and problem is None:
+            return replace(told, tp=tp, bundle=found, no_fit=None)
+    if not fitting:
+        return told
+    one = replace(job, tp_degrees=(fitting[0],))
+    return replace(told, tp=fitting[0], no_fit=None, ways=_ways(one, all_of_them=False))
+
+
+def weights_that_do_not_fit(model: ModelSpec, hardware: HardwareSpec, dtype: str, tp: int) -> str | None:
+    """That the weights alone exceed what the engine uses of a rank's memory, with figures and the degree that
+    holds them; None: they fit, or nobody says how much memory there is."""
+    if hardware.memory_gib is None:
+        return None
+    usable = DEFAULT_UTILIZATION * hardware.memory_gib
+    needed = {n: weight_bytes_per_npu(model, dtype, n) / GIB for n in sorted({tp, *DEGREES})}
+    if needed[tp] <= usable:
+        return None
+    fits = [n for n, weights in needed.items() if n > tp and weights <= usable]
+    way_out = f"tp {fits[0]} fits" if fits else f"nor at tp {max(needed)} ({needed[max(needed)]:.1f} GiB)"
+    return (
+        f"{needed[tp]:.1f} GiB of {dtype} weights per GPU at tp {tp}, of {usable:.1f} GiB that can be used "
+        f"({hardware.memory_gib:g} GiB x {DEFAULT_UTILIZATION:g}); {way_out}"
+    )
 
 
 def _ways(job: ProfileJob, all_of_them: bool) -> list[Way]:

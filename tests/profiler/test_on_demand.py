@@ -273,13 +273,26 @@ def test_experts_come_whole_as_well() -> None:
 
 @needs_silicon
 @pytest.mark.usefixtures("home")
-def test_an_a100_has_no_fp8_kv_and_says_so() -> None:
-    make = on_demand.maker(print)
-    assert make is not None
-    with pytest.raises(
-        InputError, match=r"fp8 KV cache: was not measured on a100_sxm .* Use --kv-cache-dtype"
-    ):
-        make(asked("A100", LLAMA, "bf16-kvfp8"), 1)
+def test_what_measurements_do_not_cover_comes_from_peak_rates() -> None:
+    """Once: the next run reads it, and does not try the measurements again."""
+    for again in (False, True):
+        told: list[str] = []
+        with bundles_on_demand(True, told.append):
+            bundle = find_bundle(asked("A100", LLAMA, "bf16-kvfp8"), 1)
+        assert bundle.meta["source"] == "roofline"
+        if again:
+            assert told == []
+        else:
+            assert "do not cover it: fp8 KV cache: was not measured on a100_sxm" in told[0]
+
+
+@needs_silicon
+def test_a_refusal_of_the_measurements_names_another_source(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["profile", LLAMA, "--hardware", "A100", "--kv-cache-dtype", "fp8", "--output-root", str(work)]
+    assert main(words) == 2
+    assert "--source roofline computes such a bundle from peak rates" in capsys.readouterr().err
 
 
 @needs_silicon

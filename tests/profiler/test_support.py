@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 
 from servesim.profiler.bundle_writer import write_bundle
 from servesim.profiler.roofline.build import build_bundle
-from servesim.profiler.support import LETTERS, answer, command_for, way
+from servesim.profiler.support import DEGREES, LETTERS, answer, best_answer, command_for, way
 from servesim.specs.hardware import HardwareSpec, load_hardware
+from servesim.specs.model import load_model
 from tests.profiler.roofline_toy import job
 
 ASKED = {"tokens": 128, "sequences": 16, "decode KV": 4096}
@@ -94,3 +96,44 @@ def test_the_command_repeats_the_question() -> None:
         "servesim profile meta-llama/Llama-3.1-8B --hardware Toy --source silicon "
         "--dtype fp8 --kv-cache-dtype fp8 --tp 2"
     )
+
+
+def test_what_does_not_fit_is_told_with_figures() -> None:
+    told = answer(job("meta-llama/Llama-3.1-70B"), ASKED)
+    assert told.letter == "x"
+    assert not told.usable
+    assert told.no_fit == (
+        "131.4 GiB of bfloat16 weights per GPU at tp 1, of 57.6 GiB that can be used (64 GiB x 0.9); "
+        "tp 4 fits"
+    )
+
+
+def test_the_matrix_looks_at_every_degree(working_folder: Path) -> None:
+    big = "meta-llama/Llama-3.1-70B"
+    assert best_answer(job(big), DEGREES).tp == 4
+    assert best_answer(job(big), DEGREES).letter == "r"
+    assert best_answer(job(big), (1, 2)).letter == "x"
+    write(working_folder, model=job(big).model, tp_degrees=(8,))
+    told = best_answer(job(big), DEGREES)
+    assert (told.letter, told.tp) == ("R", 8)
+
+
+def test_the_matrix_tells_what_an_extra_would_make(monkeypatch: pytest.MonkeyPatch) -> None:
+    from servesim.errors import InputError
+    from servesim.profiler.silicon import tables
+
+    def absent() -> str:
+        raise InputError(f"the silicon source needs the package; {tables.INSTALL_HINT}")
+
+    monkeypatch.setattr(tables, "package_version", absent)
+    assert best_answer(job(hardware=load_hardware("B300")), (1,)).letter == "p"
+    assert best_answer(job(), (1,)).letter == "r"  # nobody measured it: the extra changes nothing
+
+
+def test_an_own_model_is_named_by_its_path_in_commands(working_folder: Path) -> None:
+    folder = working_folder / "my models" / "base"
+    folder.mkdir(parents=True)
+    config = job().model.model_dump(exclude_none=True, mode="json", exclude={"name", "layer_types"})
+    (folder / "config.json").write_text(json.dumps(config))
+    command = command_for(job(load_model(folder)), "roofline")
+    assert command.startswith(f"servesim profile '{folder}' --hardware Toy")
