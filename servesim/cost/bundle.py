@@ -162,6 +162,27 @@ class Bundle:
             parts.append(str(confidence))
         return f"{self.folder} ({', '.join(parts)})"
 
+    def measured_reach(self, tp: int) -> tuple[int, int] | None:
+        """Tokens of the longest prompt and of the longest KV of a decode that attention was measured with.
+
+        From ``measured_up_to`` of meta.yaml; of a measured bundle without it the ends of its table. None: it
+        was computed, or does not say.
+        """
+        path = self.folder / "meta.yaml"
+        stated = _mapping(self.meta, "measured_up_to", path)
+        if stated:
+            lengths = {str(degree): tokens for degree, tokens in _mapping(stated, "decode_kv", path).items()}
+            prompt, kv = stated.get("prompt_tokens"), lengths.get(str(tp))
+            if not (isinstance(prompt, int) and isinstance(kv, int) and prompt >= 0 and kv >= 0):
+                raise InputError(
+                    f"{path}: measured_up_to: must have prompt_tokens and decode_kv.{tp}, whole numbers"
+                )
+            return prompt, kv
+        if is_computed(self.meta):
+            return None
+        chunks, _, histories, kv_lengths = self.tables(tp).attention.axes
+        return int(chunks[-1] + histories[-1]), int(kv_lengths[-1])
+
     def unstated(self) -> list[str]:
         """One warning where meta.yaml does not state what it takes to check the bundle; else empty."""
         lacks = []

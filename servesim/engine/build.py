@@ -247,7 +247,7 @@ class Builder:
         log = InstanceLog(index, node, spec, options, capacity, bundle.describe(), host)
         tier = self._tiers.tier(index, node, spec, model, options)
         log.stated_error = stated_error(bundle.meta, spec.hardware, options.kv_dtype)
-        log.reach = reach_of(bundle.meta)
+        log.reach = reach_of(bundle.meta, bundle.measured_reach(spec.tp_size))
         log.notes = started.notes
         log.tier = self._tiers.memory(index)
         cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching, tier)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.results.energy import energy_line
 from servesim.results.prefix_cache import prefix_cache_lines
+from servesim.results.reach import extrapolation_line
 from servesim.results.saturation import saturation_line
 from servesim.results.table import Table
 from servesim.results.units import digits
@@ -48,6 +49,9 @@ def closing(result: Result, wall_s: float | None = None) -> str:
     near = saturation_line(summary["saturation"])
     if near:
         lines.append(f"saturation     {near}")
+    beyond = extrapolation_line(summary["extrapolated"])
+    if beyond:
+        lines.append(f"extrapolated   {beyond}")
     lines += _rejected(result)
     if wall_s is not None:
         lines.append(wall_line(result.log.end_ns, wall_s))

@@ -80,21 +80,29 @@ class Reach:
     prompt_tokens: int | None
     """Longest prompt that was measured."""
     context_tokens: int | None
-    """Longest KV of the tables."""
+    """Longest KV of a decode that was measured, or of the tables."""
     sequences: int | None
     """Most sequences of a step in the tables."""
 
 
-def reach_of(meta: Mapping[str, Any]) -> Reach:
-    """What a bundle's ``meta.yaml`` says about the range of its tables."""
+def reach_of(meta: Mapping[str, Any], measured: tuple[int, int] | None = None) -> Reach:
+    """What a bundle's ``meta.yaml`` says about the range of its tables.
+
+    ``measured``: tokens of the longest prompt and of the longest context that attention was measured with;
+    None: the bundle does not say, and the ends of its tables stand in.
+    """
     grid = meta.get("attention_grid")
     grid = grid if isinstance(grid, dict) else {}
     decodes = grid.get("n_decode")
     tables = meta.get("tables")
     derived = isinstance(tables, dict) and "beyond the measurements" in tables
+    prompt = SILICON_PROMPT if derived else None
+    context = grid["max_kv"] if isinstance(grid.get("max_kv"), int) else None
+    if measured is not None:
+        prompt, context = measured
     return Reach(
-        prompt_tokens=SILICON_PROMPT if derived else None,
-        context_tokens=grid["max_kv"] if isinstance(grid.get("max_kv"), int) else None,
+        prompt_tokens=prompt,
+        context_tokens=context,
         sequences=decodes[-1]
         if isinstance(decodes, list) and decodes and isinstance(decodes[-1], int)
         else None,

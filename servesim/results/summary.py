@@ -13,6 +13,7 @@ from servesim._version import __version__
 from servesim.results.atomic import atomic_write
 from servesim.results.energy import energy_entry
 from servesim.results.prefix_cache import prefix_cache_entry
+from servesim.results.reach import extrapolation_entry
 from servesim.results.saturation import saturation_entry
 from servesim.results.stats import Distribution, describe, exact_sum
 from servesim.results.units import MS, SECOND
@@ -191,6 +192,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "recomputed_tokens": sum(record.recomputed_tokens for record in result.records),
         "prefix_cache": prefix_cache_entry(result.instances, rows),
         "saturation": saturation_entry(result),
+        "extrapolated": extrapolation_entry(result),
         "energy": energy_entry(result),
         "skipped_lines": result.workload.skipped,
         "options": _options(result),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from servesim.profiler.provenance import attention_axes, profiled
+from servesim.profiler.provenance import attention_axes, measured_reach, profiled
 from servesim.profiler.roofline.build import build_bundle
 from servesim.profiler.silicon.provenance import Sources
 from servesim.profiler.silicon.provenance import describe as describe_silicon
@@ -40,3 +40,26 @@ def test_both_computing_sources_say_it_in_the_same_words() -> None:
     for meta in (content.meta, silicon):
         assert meta | profiled(JOB) == meta
         assert meta["attention_grid"] == attention_axes(JOB, content)
+
+
+@needs_silicon
+def test_silicon_says_how_far_it_was_measured() -> None:
+    content = build_bundle(JOB)
+    gemm = type("Gemm", (), {"table": kernel_table("gemm", [{"us": 1.0, "m": 4096}]), "dtype": "fp8"})()
+    gemm.measured = lambda *_: True
+    sources = Sources(gemm, [toy_attention()] * 2, None, [])
+    gpu = replace(TOY, folder="a100_sxm")
+    meta = describe_silicon(JOB, gpu, content, sources)
+    longest = toy_attention().longest_decode
+    reach = meta["measured_up_to"]
+    assert (reach["tokens"], reach["decode_kv"]) == (4096, {1: longest, 2: longest})
+    assert f"up to {longest:,} tokens" not in meta["confidence"]
+    beyond = describe_silicon(replace(JOB, max_kv=longest * 2), gpu, content, sources)
+    assert f"decode measured up to {longest:,} tokens" in beyond["confidence"]
+    assert f"decodes over more than {longest} tokens of KV" in beyond["tables"]["beyond the measurements"]
+
+
+def test_measured_tables_reach_as_far_as_their_rows() -> None:
+    content = build_bundle(JOB)
+    reach = measured_reach(content)["measured_up_to"]
+    assert reach == {"prompt_tokens": 64 + 1024, "decode_kv": {1: 1024, 2: 1024}}

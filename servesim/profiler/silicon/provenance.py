@@ -130,9 +130,13 @@ def _table_claims(job: ProfileJob, gpu: Gpu, sources: Sources, content: BundleCo
         if "skew_fit.csv" in names
         else "none: the decode kernel cuts the KV of all sequences in equal pieces"
     )
-    if job.max_kv > 16384:
+    prompt = min(times.longest_prompt for times in sources.attention)
+    longest = {times.longest_decode for times in sources.attention}
+    if job.max_kv > min(prompt, *longest):
         claims["beyond the measurements"] = (
-            "prompts over 16384 tokens and the longest contexts are extrapolated"
+            f"prompts over {prompt} tokens and decodes over more than "
+            f"{' to '.join(map(str, sorted({min(longest), max(longest)})))} tokens of KV (by tp, see "
+            "measured_up_to) are extrapolated"
         )
     return claims
 
@@ -151,15 +155,18 @@ def _slow_products(sources: Sources) -> str:
     return f"with the {us:.0f} us that even the smallest took, so all read slow" if us > SLOW_US else ""
 
 
-def _confidence(gpu: Gpu, sources: Sources) -> str:
+def _confidence(job: ProfileJob, gpu: Gpu, sources: Sources) -> str:
     """One line for a run's banner."""
     if _slow_products(sources):
-        return f"products read slow, {_of_attention(gpu, sources)}"
-    return _of_attention(gpu, sources)
+        return f"products read slow, {_of_attention(job, gpu, sources)}"
+    return _of_attention(job, gpu, sources)
 
 
-def _of_attention(gpu: Gpu, sources: Sources) -> str:
+def _of_attention(job: ProfileJob, gpu: Gpu, sources: Sources) -> str:
     decode = "derived from other head counts" if _derived_heads(sources) else "measured"
+    longest = min(times.longest_decode for times in sources.attention)
+    if job.max_kv > longest:
+        decode += f" up to {longest:,} tokens"
     history, mixed = _history_claim(gpu, sources)[0], _mixed_claim(gpu, sources.attention[0])[0]
     if history == mixed:
         return f"decode {decode}, history and mixed steps {mixed}"
@@ -229,7 +236,7 @@ def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources
     return {
         "source": "silicon",
         "derivation": DERIVATION,
-        "confidence": _confidence(gpu, sources),
+        "confidence": _confidence(job, gpu, sources),
         "data_package": tables.PACKAGE,
         "data_version": tables.package_version(),
         "data_licence": tables.LICENCE,
