@@ -113,14 +113,33 @@ def _device(case: Case, rng: Random) -> None:
     _simulate(case, rng)
 
 
+def _roofline(case: Case, rng: Random) -> None:
+    config, hardware = world.TOY_CONFIG | {"model_type": "llama"}, world.TOY_HARDWARE
+    if rng.random() < 0.5:
+        config = mutated(config, rng)
+    else:
+        hardware = mutated(hardware, rng)
+    case.files["mine/config.json"] = json_text(config, rng)
+    text = yaml.safe_dump(hardware, allow_unicode=True)
+    case.files[f"configs/hardware/{HARDWARE}.yaml"] = text.encode("utf-8", "replace")
+    case.argv = ["profile", "mine", "--hardware", HARDWARE, "--source", "roofline", "--output-root", "made"]
+    sizes = ("--max-num-batched-tokens", "--max-num-seqs", "--max-kv", "--tp")
+    for flag, value in zip(sizes, ("64", "16", "512", "1"), strict=True):
+        odd = rng.choice((*SMALL, str(rng.choice(NUMBERS)), rng.choice(WORDS)))
+        case.argv += [flag, odd if rng.random() < 0.1 else value]
+
+
 def _workload(case: Case, rng: Random) -> None:
-    match rng.choice(("requests", "requests", "mooncake", "chats", "csv", "bench")):
+    match rng.choice(("requests", "requests", "mooncake", "chats", "csv", "bench", "texts")):
         case "requests":
             content = _spoilt_lines(world.requests(6), rng)
         case "mooncake":
             content = _spoilt_lines(world.mooncake(4), rng)
         case "chats":
             content = _spoilt_lines(world.CHATS, rng)
+        case "texts":
+            content = json_text(mutated(world.TEXTS, rng), rng)
+            case.files["tokenizer.json"] = json_text(world.TOKENIZER, rng)
         case "csv":
             content = spoilt_bytes(rng.choice(world.CSVS), rng)
         case _:
@@ -133,10 +152,12 @@ def _workload(case: Case, rng: Random) -> None:
     case.files["w.jsonl"] = content
     rate = str(rng.choice((2.5, *NUMBERS)))
     loading = rng.choice(([], ["--lenient"], ["--num-reqs", "2"], ["--request-rate", rate]))
+    if "tokenizer.json" in case.files:
+        loading += ["--tokenizer", "tokenizer.json"]
     match rng.choice(("run", "describe", "convert")):
         case "run":
             _simulate(case, rng)
-            case.argv += loading
+            case.argv += [word for word in loading if "tokenizer" not in word]
         case "describe":
             case.argv = ["workload", "describe", "w.jsonl", *loading]
         case _:
@@ -215,6 +236,7 @@ KINDS: dict[str, Callable[[Case, Random], None]] = {
     "hardware": _hardware,
     "bundle": _bundle,
     "device": _device,
+    "roofline": _roofline,
     "workload": _workload,
     "flags": _flags,
     "recording": _recording,

@@ -147,7 +147,9 @@ def _bad_files(folder: Path, before: set[str], case: Case, status: int | None) -
     for name in made:
         if name.endswith(".tmp"):
             yield f"{name} is left over"
-        elif name not in asked and not name.endswith(".rejected.jsonl"):
+        elif (folder / name).is_dir():
+            continue
+        elif name not in asked and not name.endswith(".rejected.jsonl") and "--output-root" not in case.argv:
             yield f"{name} was not asked for"
         elif status == 2:
             yield f"{name} was written although the input was refused"
@@ -157,6 +159,8 @@ def _bad_files(folder: Path, before: set[str], case: Case, status: int | None) -
 
 def _half_written(path: Path) -> str | None:
     text = path.read_text(encoding="utf-8")
+    if path.suffix not in (".csv", ".json", ".jsonl"):
+        return None
     try:
         if path.suffix == ".json":
             json.loads(text)

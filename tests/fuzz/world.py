@@ -173,6 +173,16 @@ CSVS = (
     b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.680,374,4\n2023-11-16 18:15:50.99,396,9\n",
     b"Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,G,472,18,490,x\n45,G,1,2,3,y\n",
 )
+TEXTS = [
+    {"conversations": [{"from": "human", "value": "Who wrote the"}, {"from": "gpt", "value": "the ?"}]},
+    {"conversations": [{"from": "human", "value": "Who"}, {"from": "gpt", "value": "wrote"}]},
+]
+TOKENIZER: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [],
+    "pre_tokenizer": {"type": "Whitespace"},
+    "model": {"type": "WordLevel", "vocab": {"?": 0, "Who": 1, "wrote": 2, "the": 3}, "unk_token": "?"},
+}
 BENCH = {
     "request_rate": 2.0,
     "burstiness": 1.0,
