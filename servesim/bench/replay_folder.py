@@ -21,6 +21,7 @@ import orjson
 from servesim._version import __version__
 from servesim.errors import InputError, RunError
 from servesim.results.atomic import atomic_write, check_creatable
+from servesim.specs.reading import read_json_object
 
 if TYPE_CHECKING:
     from servesim.bench.target import TargetFacts
@@ -214,10 +215,9 @@ class Journal:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give another --output folder") from None
-    return meta if isinstance(meta, dict) else {}
+        return read_json_object(path)
+    except InputError as error:
+        raise InputError(f"{error}; give another --output folder") from None
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError, MissingFileError
+from servesim.workload.files import numbered_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -110,13 +111,11 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
         raise MissingFileError(
             f"{path} does not exist; a log is written by `servesim bench record-scheduler`"
         )
-    data = path.read_bytes()
-    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     objects = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in numbered_lines(path, str(path)):
         try:
             objects.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number}: not JSON: {error}") from None
     return objects
 
