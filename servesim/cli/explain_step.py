@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
@@ -111,6 +112,12 @@ def each_length(decodes: int, kv_sum: int, kv_min: int, kv_max: int) -> list[int
     return [kv_min, *(rest // count + (place < rest % count) for place in range(count)), kv_max]
 
 
+_MOST_TOKENS = 4_194_304
+"""Most tokens of a step's chunks, most decodes."""
+_LONGEST_CONTEXT = 100_000_000
+"""Longest context that a model may have."""
+
+
 def parse_chunks(text: str) -> list[tuple[int, int]]:
     """``512@0,256@1024`` -> ``[(512, 0), (256, 1024)]``; a chunk without ``@`` has no history.
 
@@ -120,12 +127,19 @@ def parse_chunks(text: str) -> list[tuple[int, int]]:
     chunks = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         tokens, _, history = part.partition("@")
-        if not tokens.isdecimal() or not (history or "0").isdecimal() or int(tokens) < 2:
+        whole = re.fullmatch(r"\d{1,40}(@\d{0,40})?", part, re.ASCII)
+        if not whole or int(tokens) < 2:
             raise InputError(
                 f"--chunks: {part!r} is not allowed; must be tokens@history with at least 2 tokens, "
                 "such as 512@0"
             )
+        if max(int(tokens), int(history or 0)) > _LONGEST_CONTEXT:
+            raise InputError(
+                f"--chunks: {part[:40]!r} is not allowed; no context has {_LONGEST_CONTEXT:,} tokens"
+            )
         chunks.append((int(tokens), int(history or 0)))
+    if sum(tokens for tokens, _ in chunks) > _MOST_TOKENS:
+        raise InputError(f"--chunks: all of them together may have {_MOST_TOKENS:,} tokens")
     return chunks
 
 
@@ -137,6 +151,11 @@ def decode_lengths(decodes: int, mean: int, least: int | None, greatest: int | N
     """
     if decodes < 0 or mean < 0:
         raise InputError("--decodes and --kv: must not be negative")
+    if decodes > _MOST_TOKENS or max(mean, greatest or 0) > _LONGEST_CONTEXT:
+        raise InputError(
+            f"--decodes {decodes}, --kv {mean}: at most {_MOST_TOKENS:,} decodes "
+            f"and {_LONGEST_CONTEXT:,} tokens"
+        )
     if not decodes:
         return 0, 0, 0
     greatest = mean if greatest is None else greatest

@@ -13,6 +13,7 @@ from servesim.errors import InputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_MOST = 2**31 - 1  # a lognormal one has no upper bound of its own
 FORMS = "fixed:VALUE, uniform:LOW:HIGH or lognormal:MEAN:STD[:MIN:MAX]"
 
 
@@ -46,7 +47,7 @@ class Distribution:
         if self.kind == "uniform":
             low, high = math.ceil(self.low), math.floor(self.high)
             return low + whole_below(high - low + 1, count, rng)
-        return np.rint(self.draw(count, rng)).astype(np.int64)
+        return np.rint(np.minimum(self.draw(count, rng), _MOST)).astype(np.int64)
 
 
 def parse_distribution(words: str, what: str, *, whole: bool = True, least: float = 1) -> Distribution:

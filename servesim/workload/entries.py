@@ -26,10 +26,35 @@ MAX_TOKENS = 2**31 - 1
 """Longest prompt or output that is taken for meant."""
 MAX_MADE_IDS = 2**24
 """Longest prompt whose token ids are made up from hash ids: more than any model's context."""
-_REQUEST_BYTES = 200
+REQUEST_BYTES = 200
 """About what a request takes in memory, beside 8 bytes for every token id."""
 MAX_TIME_NS = 2**53
 """Latest time: 104 days, and the last integer that survives every tool that reads JSON numbers as doubles."""
+
+
+class MemoryBudget:
+    """The memory that the requests of one workload may take, and what is left of it."""
+
+    __slots__ = ("_left", "_source")
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._left = input_limit_bytes()
+
+    def take(self, amount: int, place: str = "") -> None:
+        """Count ``amount`` bytes that are going to be taken; ``place`` follows the source in a message.
+
+        Raises:
+            InputError: there are not so many left.
+        """
+        self._left -= amount
+        if self._left < 0:
+            limit_mib = input_limit_bytes() >> 20
+            raise InputError(
+                f"{self._source}{place}: the requests so far take more than {limit_mib:,} MiB "
+                f"of memory; take fewer with --num-reqs, or raise the limit with the environment variable "
+                f"{LIMIT_VARIABLE}"
+            )
 
 
 class EntryError(Exception):
@@ -129,7 +154,7 @@ def collect(
     """
     workload = Workload(source=source) if onto is None else onto
     requests = workload.requests
-    left_bytes = input_limit_bytes()
+    budget = MemoryBudget(source)
     entries = 0
     number = 0
     for number, item in items:
@@ -146,13 +171,7 @@ def collect(
             workload.skipped += 1
             continue
         requests += found
-        left_bytes -= sum(map(_memory_bytes, found))
-        if left_bytes < 0:
-            raise InputError(
-                f"{source}{place}{number}: the requests so far take more than "
-                f"{input_limit_bytes() >> 20:,} MiB of memory; take fewer with --num-reqs, or raise the "
-                f"limit with the environment variable {LIMIT_VARIABLE}"
-            )
+        budget.take(sum(map(_memory_bytes, found)), f"{place}{number}")
         entries += found[0].predecessor < 0
         if num_reqs and entries == num_reqs:
             break
@@ -164,4 +183,4 @@ def collect(
 
 def _memory_bytes(request: Request) -> int:
     ids = 0 if request.input_ids is None else request.input_ids.nbytes
-    return _REQUEST_BYTES + ids + (0 if request.output_ids is None else request.output_ids.nbytes)
+    return REQUEST_BYTES + ids + (0 if request.output_ids is None else request.output_ids.nbytes)

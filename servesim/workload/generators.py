@@ -10,6 +10,7 @@ import numpy as np
 from servesim.errors import InputError
 from servesim.workload.arrivals import ARRIVALS, arrivals_ns, check_rate
 from servesim.workload.distribution import parse_distribution, whole_below
+from servesim.workload.entries import REQUEST_BYTES, MemoryBudget
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
@@ -63,14 +64,17 @@ def synthesise(spec: SynthSpec) -> Workload:
     arrival_rng, length_rng, group_rng, turn_rng, token_rng = (
         np.random.Generator(np.random.PCG64(seed)) for seed in np.random.SeedSequence(spec.seed).spawn(5)
     )
+    MemoryBudget("this workload").take(spec.num_reqs * REQUEST_BYTES)
     arrivals = arrivals_ns(
         spec.arrival, spec.num_reqs, spec.rate, arrival_rng, cv=spec.cv, burst_size=spec.burst_size
     )
     turns, tool_ns = _turns(spec, turn_rng)
     total = int(turns.sum())
+    budget = MemoryBudget("this workload")
+    budget.take(total * REQUEST_BYTES)
     input_lengths = parse_distribution(spec.input_len, "--input-len").draw_whole(total, length_rng)
     output_lengths = parse_distribution(spec.output_len, "--output-len").draw_whole(total, length_rng)
-    tokens = _Tokens(spec, group_rng, token_rng)
+    tokens = _Tokens(spec, group_rng, token_rng, budget)
 
     workload = Workload(source=f"synthetic, seed {spec.seed}")
     turn = 0
@@ -84,6 +88,7 @@ def synthesise(spec: SynthSpec) -> Workload:
             request = Request(index, context, int(output_lengths[turn]), int(arrivals[entry]))
             context += request.output_tokens
             if spec.ids:
+                budget.take(8 * (context if spec.sessions else request.input_tokens))
                 request.input_ids = np.concatenate((past, tokens.draw(int(input_lengths[turn]))))
             if spec.sessions:
                 request.session_id = f"s{entry}"
@@ -122,6 +127,7 @@ def _turns(spec: SynthSpec, rng: np.random.Generator) -> tuple[NDArray[np.int64]
     if not spec.sessions:
         return np.ones(spec.num_reqs, dtype=np.int64), np.zeros(spec.num_reqs, dtype=np.int64)
     turns = parse_distribution(spec.turns, "--turns").draw_whole(spec.num_reqs, rng)
+    MemoryBudget("this workload").take(int(turns.sum()) * REQUEST_BYTES)
     seconds: Distribution = parse_distribution(spec.tool_time, "--tool-time", whole=False, least=0)
     tool_us = np.rint(seconds.draw(int(turns.sum()), rng) * 1e6).astype(np.int64)
     return turns, tool_us * 1000
@@ -131,7 +137,11 @@ class _Tokens:
     """Draws token ids, and deals out the shared prefixes."""
 
     def __init__(
-        self, spec: SynthSpec, group_rng: np.random.Generator, token_rng: np.random.Generator
+        self,
+        spec: SynthSpec,
+        group_rng: np.random.Generator,
+        token_rng: np.random.Generator,
+        budget: MemoryBudget,
     ) -> None:
         self._vocab_size = spec.vocab_size
         self._rng = token_rng
@@ -139,9 +149,11 @@ class _Tokens:
         self._prefixes = [self._none]
         self._group = np.zeros(spec.num_reqs, dtype=np.int64)  # 0: no prefix, g: prefix g
         if spec.prefix_groups:
+            budget.take(spec.prefix_groups * REQUEST_BYTES)
             lengths = parse_distribution(spec.prefix_len, "--prefix-len").draw_whole(
                 spec.prefix_groups, group_rng
             )
+            budget.take(8 * int(lengths.sum()))
             self._prefixes += [self.draw(int(length)) for length in lengths]
             shares = group_rng.random(spec.num_reqs) < spec.prefix_share
             self._group = np.where(shares, 1 + whole_below(spec.prefix_groups, spec.num_reqs, group_rng), 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-from typing import TYPE_CHECKING
+import tracemalloc
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -245,3 +246,29 @@ def test_convert_writes_any_format_as_json_lines(tmp_path: Path) -> None:
     assert not path.exists()
     assert main(["workload", "convert", str(trace), "--lenient", "--output", str(path)]) == 0
     assert path.read_text() == '{"input_toks":374,"output_toks":44,"arrival_time_ns":0}\n'
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_reqs": 10**9},
+        {"num_reqs": 2, "input_len": "2000000000"},
+        {"num_reqs": 2, "sessions": True, "turns": "2000000000"},
+        {"num_reqs": 2, "sessions": True, "output_len": "2000000000"},
+        {"num_reqs": 2, "prefix_groups": 2**31},
+        {"num_reqs": 2, "prefix_groups": 1, "prefix_len": "2000000000"},
+    ],
+)
+def test_a_workload_beyond_memory_is_refused_at_once(changes: dict[str, Any]) -> None:
+    tracemalloc.start()
+    with pytest.raises(InputError, match="this workload: the requests so far take more than 4,096 MiB"):
+        synthesise(synth(**changes))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_a_length_without_an_upper_bound_stays_a_length() -> None:
+    lengths = parse_distribution("lognormal:2000000000:2000000000", "x").draw_whole(
+        1000, np.random.default_rng(1)
+    )
+    assert (int(lengths.min()) > 0, int(lengths.max())) == (True, 2**31 - 1)
