@@ -142,7 +142,10 @@ def test_a_gpu_that_is_not_there_is_an_error_that_says_so(capsys: pytest.Capture
         (["--only", "moe"], "--only moe: servesim/tiny-llama has no experts"),
         (["--tp", "3"], "8 attention heads cannot be split over tp 3"),
         (["--kv-factor", "0.5"], "--kv-factor 0.5: is not allowed"),
-        (["--fp8-scaling", "block"], "--fp8-scaling block: --source torch measures tensor only"),
+        (
+            ["--dtype", "fp8", "--fp8-scaling", "block"],
+            "--fp8-scaling block: --source torch measures tensor only",
+        ),
         (["--collectives", "measured"], "--collectives measured: --source torch measures none only"),
     ],
 )
