@@ -102,12 +102,12 @@ def check_outputs(options: RuntimeOptions) -> None:
         path, flag = getattr(options, name), f"--{name}"
         if path is None:
             continue
-        check_suffix(path, TABLE_SUFFIXES if name in ("output", "steps") else (".json",), flag)
         if name in ("output", "steps"):
             require_parquet(path, flag)
         other = taken.setdefault(os.path.realpath(path), flag)
         if other != flag and (Path(path).is_file() or not Path(path).exists()):
             raise InputError(f"{flag} {path}: is the file of {other} too; give another path")
+        check_suffix(path, TABLE_SUFFIXES if name in ("output", "steps") else (".json",), flag)
         check_writable(path, flag)
 
 

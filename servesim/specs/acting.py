@@ -178,7 +178,11 @@ def with_output(options: RuntimeOptions) -> str:
 
 def with_tier(options: RuntimeOptions) -> str:
     """A shared lower tier has to be there."""
-    return "" if options.prefix_storage else "without --prefix-storage CPU or CXL: there is no tier to share"
+    return (
+        ""
+        if options.prefix_storage
+        else "without --prefix-storage CPU or CXL: there is no lower tier to share"
+    )
 
 
 def several_takers(scene: Scene) -> str:

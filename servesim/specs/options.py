@@ -358,6 +358,7 @@ class RuntimeOptions(Spec):
             _CLUSTER,
             beside=acting.with_tier,
             acts=acting.nodes_with_several,
+            noted=True,
         ),
     ] = False
     prefix_storage: Annotated[

@@ -170,7 +170,7 @@ OPTIONS: dict[str, Option] = {
         ),
         [
             Case("--enable-prefix-sharing", "two", "chats", told=REFUSED),
-            Case("--enable-prefix-sharing", "one", "chats", beside="--prefix-storage CPU", told=REFUSED),
+            Case("--enable-prefix-sharing", "one", "chats", beside="--prefix-storage CPU", told=NOTED),
         ],
     ),
     "prefix_storage": Option(

@@ -264,7 +264,7 @@ def test_stepped_or_jumped_and_run_again_everything_is_the_same(
         for request in workload:
             request.output_tokens = len(request.output_ids)  # type: ignore[arg-type]
         result = run(cluster, workload, stepped=stepped, **flags, **limits)
-        names = [tmp_path / f"{number}.{kind}" for kind in ("requests", "steps", "json")]
+        names = [tmp_path / f"{number}.{kind}" for kind in ("requests.csv", "steps.csv", "json")]
         result.save(names[0])
         result.save_steps(names[1])
         result.save_summary(names[2])
