@@ -27,9 +27,12 @@ from servesim.bench.agreement import METRICS, STATISTICS, Agreement  # noqa: E40
 from servesim.bench.calibrate import calibrate  # noqa: E402
 from servesim.bench.recording import load_recording  # noqa: E402
 from servesim.bench.validate import recorded_run  # noqa: E402
+from servesim.cost.integrity import stamp_of  # noqa: E402
 from servesim.errors import NotSupportedError  # noqa: E402
+from servesim.profiler.bundle_writer import meta_bytes  # noqa: E402
 from servesim.specs.hardware import NO_HOST_TIME, EngineSpec  # noqa: E402
 from servesim.specs.paths import bundles_from  # noqa: E402
+from servesim.specs.reading import read_yaml_object  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -184,16 +187,23 @@ def changed(**constants: Any) -> EngineSpec:
 
 @contextmanager
 def bundles_with_measured(table: str) -> Iterator[Path]:
-    """The shipped bundles with one table from the measured ones, as links in a temporary folder."""
+    """The shipped bundles with one table from the measured ones, as links in a temporary folder.
+
+    Their ``meta.yaml`` state the stamps of the tables that lie there.
+    """
     shipped = ROOT / "profiler" / "perf"
     with tempfile.TemporaryDirectory() as folder:
-        for path in sorted(shipped.rglob("*")):
+        for path in sorted(shipped.rglob("*.csv")):
             relative = path.relative_to(shipped)
             measured = MEASURED / relative
-            if path.is_file():
-                link = Path(folder) / relative
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(measured.resolve() if path.name == table and measured.exists() else path)
+            link = Path(folder) / relative
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(measured.resolve() if path.name == table and measured.exists() else path)
+        for path in sorted(shipped.rglob("meta.yaml")):
+            place = Path(folder) / path.parent.relative_to(shipped)
+            meta = read_yaml_object(path)
+            meta["files"] = {name: str(stamp_of((place / name).read_bytes())) for name in meta["files"]}
+            (place / "meta.yaml").write_bytes(meta_bytes(meta))
         yield Path(folder)
 
 
