@@ -229,6 +229,9 @@ class StepLoop:
                 member.note_step(batch, since_ns)
                 if member.scheduled:
                     member.scheduled(member, batch, since_ns)
+            else:
+                member.log.dummies.start_ns.append(since_ns)
+                member.log.dummies.end_ns.append(time)
         wave.end_ns = time
         self._launched += 1
 

@@ -32,6 +32,7 @@ class Spans:
     @classmethod
     def union(cls, several: Sequence[Spans]) -> Spans:
         """Times at which at least one of several devices is active."""
+        several = [spans for spans in several if len(spans.start_ns)]
         if not several:
             return cls.none()
         if len(several) == 1:

@@ -16,6 +16,8 @@ from servesim.power.traffic import link_bytes_per_token
 from servesim.specs.model import load_model
 
 if TYPE_CHECKING:
+    from array import array
+
     from numpy.typing import NDArray
 
     from servesim.power.node import NodeEnergy
@@ -29,6 +31,7 @@ class InstanceMeter:
     def __init__(self, log: InstanceLog) -> None:
         self._log = log
         self._first = self._last = 0
+        self._dummies = Spans.none()
         spec = log.spec
         self._sends_kv = spec.pd_type == "prefill"
         self._bytes_per_token = self._kv_bytes_per_token = 0
@@ -42,10 +45,18 @@ class InstanceMeter:
         steps = self._log.steps
         self._first = max(bisect_right(steps.end_ns, begin_ns) - 1, 0)
         self._last = max(bisect_left(steps.start_ns, end_ns), self._first)
+        if len(dummies := self._log.dummies):
+            first = max(bisect_right(dummies.end_ns, begin_ns) - 1, 0)
+            window = slice(first, max(bisect_left(dummies.start_ns, end_ns), first))
+            self._dummies = Spans(_numbers(dummies.start_ns[window]), _numbers(dummies.end_ns[window]))
         return Spans(self._column("start_ns"), self._column("end_ns"))
 
     def npus(self, spans: Spans) -> list[NpuActivity]:
-        """The NPUs of every pipeline stage; the stages of a step are taken to be equally long."""
+        """The NPUs of every pipeline stage; the stages of a step are taken to be equally long.
+
+        Dummy batches keep them as busy as steps do.
+        """
+        spans = Spans.union([spans, self._dummies])
         index, spec = self._log.index, self._log.spec
         return [
             NpuActivity(
@@ -64,7 +75,10 @@ class InstanceMeter:
         if self._sends_kv:  # what was sent before a preemption is not sent again
             new = tokens - self._column("recomputed_tokens") + self._column("hit_tokens")
             sent += new * self._kv_bytes_per_token
-        return moved_within(spans, sent, begin_ns, end_ns)
+        of_dummies = np.full(len(self._dummies.start_ns), self._bytes_per_token)  # one token each
+        return moved_within(spans, sent, begin_ns, end_ns) + moved_within(
+            self._dummies, of_dummies, begin_ns, end_ns
+        )
 
     def tier_bytes(self, spans: Spans, begin_ns: int, end_ns: int, *, cxl: bool) -> int:
         """Moved to and from CXL or else host memory: what a lower tier of the prefix cache there is read and
@@ -82,7 +96,11 @@ class InstanceMeter:
         return Spans(spans.start_ns[decoding], spans.end_ns[decoding])
 
     def _column(self, name: str) -> NDArray[np.int64]:
-        return np.array(getattr(self._log.steps, name)[self._first : self._last], dtype=np.int64)
+        return _numbers(getattr(self._log.steps, name)[self._first : self._last])
+
+
+def _numbers(column: array[int]) -> NDArray[np.int64]:
+    return np.array(column, dtype=np.int64)
 
 
 @dataclass(slots=True)

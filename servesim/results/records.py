@@ -145,6 +145,17 @@ class Pricing(Protocol):
 
 
 @dataclass(slots=True)
+class DummyLog:
+    """Waves in which a member of a lock-step group had no work and ran a dummy batch of one token."""
+
+    start_ns: array[int] = field(default_factory=lambda: array("q"))
+    end_ns: array[int] = field(default_factory=lambda: array("q"))
+
+    def __len__(self) -> int:
+        return len(self.start_ns)
+
+
+@dataclass(slots=True)
 class InstanceLog:
     """Everything recorded about one instance."""
 
@@ -160,6 +171,7 @@ class InstanceLog:
     steps: StepLog = field(default_factory=StepLog)
     tier: TierMemory | None = None
     """Where its prefix cache keeps what the NPUs overwrite; None: nowhere."""
+    dummies: DummyLog = field(default_factory=DummyLog)
     stated_error: StatedError | None = None
     """How far its kernel times are off, as far as that was measured."""
     reach: Reach | None = None

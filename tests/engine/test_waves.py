@@ -44,6 +44,9 @@ def test_an_idle_member_does_not_hold_the_others_up() -> None:
     log = run_group(requests((40, 3, 0)))
     assert log.requests[0].end_ns == 1400 + 1010 + 1010
     assert len(log.instances[1].steps) == 0
+    dummies = log.instances[1].dummies
+    assert list(zip(dummies.start_ns, dummies.end_ns, strict=True)) == [(0, 1400), (1400, 2410), (2410, 3420)]
+    assert len(log.instances[0].dummies) == 0
 
 
 def test_an_arrival_at_an_idle_member_waits_for_the_wave_to_end() -> None:

@@ -116,14 +116,42 @@ def test_pipeline_stages_are_active_in_turn() -> None:
     assert [npu["active_s"] for npu in npus] == [0.5, 0.5]
 
 
+def test_a_dummy_batch_costs_as_much_as_a_step_of_one_token() -> None:
+    spec = one_node(num_npus=2, tp_size=2)
+    result = two_steps(spec)
+    dummies = result.instances[0].dummies
+    for start_ms, end_ms in ((1500, 1750), (3000, 3250)):
+        dummies.start_ns.append(start_ms * MS)
+        dummies.end_ns.append(end_ms * MS)
+    node = result.summary["energy"]["per_node"][0]
+    assert [npu["active_s"] for npu in node["npus"]] == [1.5, 1.5]
+    assert node["devices_j"]["cpu"] == 4 * 100 + 1.5 * 50
+    moved_bytes = (1001 + 2) * 64 * 8192 * 2
+    assert node["devices_j"]["link"] == pytest.approx(8 + moved_bytes * 8 * 1000e-12, abs=1e-6)
+    assert sum(result.power(0.4)["power_w"]) > sum(two_steps(spec).power(0.4)["power_w"])
+    assert result.summary["instances"][0]["dummy_steps"] == 2
+
+
+def test_tokens_count_on_the_node_that_decodes_them() -> None:
+    sides = node(instance(pd_type="prefill")), node(instance(pd_type="decode"), power=POWER)
+    spec = load_cluster(cluster(num_nodes=2, nodes=list(sides)))
+    log = RunLog(logs_of(spec), end_ns=4000 * MS)
+    for side in log.instances:
+        add_step(side, 1000, 1500, decode_tokens=1, running=1)
+    log.requests = [record(0, 1000, [(1, 0, 0)], log, instance=0)]
+    result = Result(log, Workload([Request(0, 1000, 1, 1000 * MS)], "by hand"), RuntimeOptions(), spec)
+    assert result.summary["energy"]["output_tokens"] == 1
+
+
 def test_a_prefill_instance_sends_its_kv_cache() -> None:
     spec = load_cluster(
         cluster(nodes=[node(instance(pd_type="prefill"), instance(pd_type="decode"), power=POWER)])
     )
     result = two_steps(spec)
     result.instances[0].steps.hit_tokens[0] = 24
+    result.instances[0].steps.recomputed_tokens[0] = 5  # they left before
     devices = result.summary["energy"]["per_node"][0]["devices_j"]
-    moved_bytes = (1001 + 24) * 65536  # the hand-made instance has an fp8 KV cache
+    moved_bytes = (1001 - 5 + 24) * 65536  # the hand-made instance has an fp8 KV cache
     assert devices["link"] == pytest.approx(8 + moved_bytes * 8 * 1000e-12, abs=1e-6)
 
 
