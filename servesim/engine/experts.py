@@ -22,7 +22,7 @@ import numpy as np
 
 from servesim.cost.expert_stage import ExpertLoads
 from servesim.cost.moe import expected_distinct_experts
-from servesim.engine.own_policy import load_own_policy
+from servesim.engine.own_policy import call_own_policy, load_own_policy
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ class Custom:
         rows = []
         for layer in layers:
             rng = _generator(self._seed, wave, layer)
-            said = self._policy(tokens, layer, self._experts, self._experts_per_token, rng)
+            wanted = tokens, layer, self._experts, self._experts_per_token, rng
+            said = call_own_policy(self._name, "--expert-routing-policy", self._policy, *wanted)
             rows.append(self._checked(said, tokens, layer))
         return rank_loads(np.stack(rows), self._ranks, self._experts_per_token)
 

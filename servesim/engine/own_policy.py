@@ -1,4 +1,4 @@
-"""Loads a policy of the user's own, named ``module:callable``."""
+"""Loads and calls a policy of the user's own, named ``module:callable``; its failures are told as its own."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from servesim.errors import InputError
+from servesim.errors import InputError, ServingError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 def load_own_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
@@ -26,49 +26,74 @@ def load_own_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
         arguments: what it is called with, for messages.
 
     Raises:
-        InputError: the module or the callable does not exist, cannot be called, or raises something.
+        InputError: the module or the callable does not exist, fails while it is loaded, or cannot be called.
     """
     module_name, _, attribute = name.removeprefix("CUSTOM:").partition(":")
     try:
         with _working_directory_importable():
             policy = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
+        where = _place(error, module_name)
         raise InputError(
-            f"{flag}: {name} cannot be loaded ({error}); must be {built_in} or module:callable of a module "
-            "in the working directory or installed"
+            f"{flag}: {name} cannot be loaded ({where}{error}); must be {built_in} or module:callable of a "
+            "module in the working directory or installed"
         ) from error
     except (Exception, SystemExit) as error:
-        raise InputError(
-            f"{flag}: {name} cannot be loaded: its module raises {_words(error)}; mend the module"
-        ) from error
+        raise _told(name, flag, "while it was imported", error) from error
     if isinstance(policy, type):
         try:
             policy = policy()
         except TypeError as error:
             raise InputError(
-                f"{flag}: {name} is a class that cannot be made ({error}); it must take no arguments"
+                f"{flag}: {name} is a class that cannot be made ({_place(error, module_name)}{error}); "
+                "it must take no arguments"
             ) from error
+        except (Exception, SystemExit) as error:
+            raise _told(name, flag, "while its object was made", error) from error
     if not callable(policy):
         raise InputError(f"{flag}: {name} is not callable; must be a function of ({arguments})")
-    return _told_as_its_own(policy, f"{flag}: {name} raises", f"it is called with ({arguments})")
+    return policy
 
 
-def _told_as_its_own(policy: Any, what: str, way_out: str) -> Any:
-    """The policy, whose errors are told as its own; one that leaves the program is an error too."""
+def call_own_policy(name: str, flag: str, policy: Callable[..., Any], *arguments: Any) -> Any:
+    """What the policy returns.
 
-    def call(*arguments: Any) -> Any:
-        try:
-            return policy(*arguments)
-        except (Exception, SystemExit) as error:
-            raise InputError(f"{what} {_words(error)}; {way_out}") from error
+    Raises:
+        InputError: it raises something, ``SystemExit`` included; the message says what and where.
+    """
+    try:
+        return policy(*arguments)
+    except ServingError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _told(name, flag, "when it was asked", error) from error
 
-    return call
+
+def _told(name: str, flag: str, when: str, error: BaseException) -> InputError:
+    module_name = name.removeprefix("CUSTOM:").partition(":")[0]
+    return InputError(
+        f"{flag}: {name} failed {when}: {_place(error, module_name)}{_words(error)}; the fault is in that "
+        "module, not in servesim"
+    )
 
 
 def _words(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _place(error: BaseException, module_name: str) -> str:
+    """``file, line N: `` of the last place in the module that an error passed; empty if it passed none."""
+    place = ""
+    if isinstance(error, SyntaxError) and error.lineno is not None:
+        place = f"{error.filename}, line {error.lineno}: "
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == module_name:
+            place = f"{trace.tb_frame.f_code.co_filename}, line {trace.tb_lineno}: "
+        trace = trace.tb_next
+    return place
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from servesim.engine.arrivals import NEVER
-from servesim.engine.own_policy import load_own_policy
+from servesim.engine.own_policy import call_own_policy, load_own_policy
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -176,7 +176,9 @@ class _Checked:
         self._policy = policy
 
     def __call__(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
-        chosen = self._policy(request, candidates)
+        chosen: Candidate = call_own_policy(
+            self._name, "--request-routing-policy", self._policy, request, candidates
+        )
         if not any(chosen is candidate for candidate in candidates):
             raise InputError(
                 f"--request-routing-policy: {self._name} returned {chosen!r} for request {request.index}; "

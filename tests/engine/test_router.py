@@ -182,7 +182,9 @@ def test_a_policy_that_cannot_be_used_is_told(policies: str, attribute: str, com
 
 @pytest.mark.parametrize(("attribute", "raised"), [("fails", "KeyError: 'x'"), ("leaves", "SystemExit: 7")])
 def test_an_error_in_a_policy_is_told_as_its_own(policies: str, attribute: str, raised: str) -> None:
-    with pytest.raises(InputError, match=f"{policies}:{attribute} raises {raised}; it is called with"):
+    with pytest.raises(
+        InputError, match=f"{policies}:{attribute} failed when it was asked: .* {raised}; the fault"
+    ):
         choices(router(f"{policies}:{attribute}", Busy(0, 0, 0), Busy(1, 0, 0)), 1, 0, 1)
 
 
@@ -191,10 +193,44 @@ def test_a_module_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     name = f"bad_{len(line)}_{tmp_path.name.replace('-', '_')[:20]}"
     (tmp_path / f"{name}.py").write_text(line + "\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=f"--request-routing-policy: {name}:f cannot be loaded: its module"):
+    with pytest.raises(
+        InputError, match=f"--request-routing-policy: {name}:f failed while it was imported: "
+    ):
         router(f"{name}:f", Busy(0, 0, 0))
 
 
 def test_a_policy_that_returns_no_candidate_is_told(policies: str) -> None:
     with pytest.raises(InputError, match="returned 1 for request 7; must be one of the 2 candidates"):
         choices(router(f"{policies}:wrong", Busy(0, 0, 0), Busy(1, 0, 0)), 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("import sys\nsys.exit(3)\n", "while it was imported: {file}, line 2: SystemExit: 3"),
+        ("\n1 / 0\n", "while it was imported: {file}, line 2: ZeroDivisionError: division by zero"),
+        ("def pick(:\n", "while it was imported: {file}, line 1: SyntaxError"),
+        (
+            "class pick:\n    def __init__(self):\n        raise OSError('no')\n",
+            "while its object was made: {file}, line 3: OSError: no",
+        ),
+        (
+            "def pick(request, candidates):\n    return candidates[len(candidates)]\n",
+            "when it was asked: {file}, line 2: IndexError: list index out of range",
+        ),
+        ("def pick(*_):\n    raise SystemExit\n", "when it was asked: {file}, line 2: SystemExit"),
+        ("def pick(*_):\n    import json\n    json.loads('{')\n", "when it was asked: {file}, line 3: JSON"),
+    ],
+)
+def test_a_policy_that_fails_is_told_as_its_own_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, complaint: str
+) -> None:
+    name = f"failing_{tmp_path.name}"
+    file = tmp_path / f"{name}.py"
+    file.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        choices(router(f"{name}:pick", Busy(0, 0, 0), Busy(1, 0, 0)), 1, 0, 1)
+    expected = f"--request-routing-policy: {name}:pick failed {complaint.format(file=file)}"
+    assert str(error.value).startswith(expected)
+    assert str(error.value).endswith("the fault is in that module, not in servesim")
