@@ -99,6 +99,14 @@ def test_a_prompt_is_attended_to_on_the_npu_while_memory_works() -> None:
     assert interleaved_ns([HalfTimes(2.0, 4.0, 5.0, 3.0)], 1) == 10
 
 
+def test_each_half_pays_for_its_own_prompts() -> None:
+    # A: before 0-2, memory 2-7, chunk 2-10; B: before 10-12, memory 12-17; A after 12-15, B after 17-20.
+    chunk, none = HalfTimes(2.0, 8.0, 5.0, 3.0), HalfTimes(2.0, 0.0, 5.0, 3.0)
+    assert interleaved_ns([chunk, none], 1) == 20
+    # A: before 0-2, memory 2-7; B: before 2-4, memory 7-12, chunk 4-12; A after 12-15, B after 15-18.
+    assert interleaved_ns([none, chunk], 1) == 18
+
+
 @given(
     st.lists(
         st.tuples(*[st.floats(0, 100)] * 4).map(lambda times: HalfTimes(*times)), min_size=1, max_size=2

@@ -181,6 +181,16 @@ def test_noise_in_the_last_points_never_turns_into_negative_time(root: Path) -> 
     assert timer.mixed_ns(step, 4, 4 * 131072, 131072, 131072) == timer.mixed_ns(step, 4, 4 * 256, 256, 256)
 
 
+def test_a_longer_history_never_makes_attention_faster_than_the_longest_measured(root: Path) -> None:
+    toy = Toy()
+    longest = 128
+    for key in [key for key in toy.attention if key[2] == (longest if key[1] == 0 else 32)]:
+        toy.attention[key] = toy.attention[(*key[:2], 0, key[3])] - 0.5
+    timer = toy.timer(root)
+    for decodes in ((0, 0, 0, 0), (4, 256, 64, 64)):
+        assert timer.mixed_ns([(64, 100 * longest)], *decodes) == timer.mixed_ns([(64, longest)], *decodes)
+
+
 def test_times_go_on_along_the_last_two_points(root: Path) -> None:
     timer = Toy().timer(root)
     step = timer.decode_ns(4, 4 * 131073, 131073, 131073) - timer.decode_ns(4, 4 * 131072, 131072, 131072)

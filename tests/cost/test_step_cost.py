@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servesim.cost.build import Costs
-from servesim.cost.expert_stage import ExpertLoads
+from servesim.cost.expert_stage import ExpertLoads, ExpertStage
 from servesim.cost.stage import pipeline_stages
 from servesim.engine.batch import Batch
 from servesim.engine.experts import expert_routing
@@ -344,6 +344,18 @@ def test_a_layer_takes_as_long_as_its_slowest_rank() -> None:
     uneven = us(Group(members=2, ep=2, experts=8, routing=routing).timer(), FOUR, EIGHT)[0][0]
     assert uneven - even == pytest.approx(2 * (12 + 9 + 10 - balanced_us(12)), abs=1e-3)
     assert [call[:2] for call in routing.asked] == [(12, [0])]
+
+
+def test_a_rank_that_nobody_chose_takes_no_time() -> None:
+    """The second rank's table says 1000 us however little it is asked; the first layer leaves it alone."""
+    quick, slow = (
+        SimpleNamespace(surface=SimpleNamespace(at=lambda tokens, _, us=us: np.full(len(tokens), us)))
+        for us in (7.0, 1000.0)
+    )
+    stage = ExpertStage(
+        cast("Any", Uneven()), [0, 1], cast("Any", [quick, slow]), 1, None, "all_to_all", block_copy=False
+    )
+    assert stage.ns(12, 12, 0) == (7 + 1000) * 1000
 
 
 @pytest.mark.usefixtures("root")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,6 +75,25 @@ def test_the_first_token_comes_from_the_decode_side_once_the_kv_is_there() -> No
     assert record.first_token_ns == 8000 + 1010
     assert record.end_ns == 8000 + 3 * 1010
     assert record.token_steps == [(1, 0, 2)]
+
+
+def test_kv_that_arrives_with_a_request_is_taken_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, int]] = []
+    move, arrive = Simulation._move, Simulation._arrive
+
+    def noting_move(self: Simulation, now: int) -> None:
+        done.append(("KV", now))
+        move(self, now)
+
+    def noting_arrive(self: Simulation) -> None:
+        done.append(("request", self._arrivals.next_ns))
+        arrive(self)
+
+    monkeypatch.setattr(Simulation, "_move", noting_move)
+    monkeypatch.setattr(Simulation, "_arrive", noting_arrive)
+    log = run_split(requests((8, 3, 0), (8, 1, 8000)))
+    assert log.requests[0].handed_over_ns == 8000
+    assert [what for what, at in done if at == 8000][:2] == ["KV", "request"]
 
 
 def test_over_a_fast_link_only_the_last_layer_is_seen() -> None:

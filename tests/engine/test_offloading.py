@@ -106,6 +106,18 @@ def test_kv_on_a_slow_memory_sets_the_pace() -> None:
     )
 
 
+def test_the_history_of_a_chunk_is_read_from_where_it_lies() -> None:
+    # The second chunk's attention reads 64 tokens of 32 bytes in every block, 1000 ns a byte.
+    requests, flags = [Request(0, 128, 1, 0)], {"max_num_batched_tokens": 64}
+    slow = toy_cluster([toy_instance(placement={"default": {"kv_loc": "cpu"}})])
+    slow["nodes"][0]["cpu_mem"].update(mem_bw=0.001, mem_latency=500)
+    usual = run(toy_cluster([toy_instance()]), requests, **flags)
+    late = run(slow, requests, **flags)
+    assert step_us(late, 0) == step_us(usual, 0)
+    behind = 2 * (64 + 9) + 1 + 50  # two layers of the last block, the norm, the head
+    assert step_us(late, 1) == pytest.approx(LAYERS * (0.5 + 64 * 32) + behind)
+
+
 def test_local_offloading_keeps_a_step_from_being_faster_than_the_weights_are_read() -> None:
     slow = {"mem_size": 1, "mem_bw": 0.001, "mem_latency": 0, "reserve": 0}
     cluster = toy_cluster([toy_instance(npu_mem=slow)])
