@@ -98,6 +98,11 @@ class Recorder:
     without any tool time: a client has to read the answer first."""
     last_end: int = 0
 
+    @property
+    def depth(self) -> int:
+        """Most batches in flight."""
+        return 2 if self.settings.async_scheduling else 1
+
     def run(self) -> SchedulerLog:
         """Play the whole workload and return the log."""
         for request in self.workload:
@@ -106,7 +111,7 @@ class Recorder:
             else:
                 self.arrivals.append((request.arrival_ns, request.index))
         heapq.heapify(self.arrivals)
-        depth = 2 if self.settings.async_scheduling else 1
+        depth = self.depth
         while True:
             self._take_arrivals()
             if self.scheduler.has_unfinished_requests():
@@ -236,7 +241,12 @@ class Recorder:
         return free
 
 
-def record_scheduler(workload: Workload, settings: SchedulerSettings, formula: StepFormula) -> SchedulerLog:
+def record_scheduler(
+    workload: Workload,
+    settings: SchedulerSettings,
+    formula: StepFormula,
+    recorder_class: type[Recorder] = Recorder,
+) -> SchedulerLog:
     """Drive vLLM's scheduler over ``workload`` and return its log.
 
     Raises InputError when vLLM could not serve the workload with these settings (its own refusals included)
@@ -244,7 +254,7 @@ def record_scheduler(workload: Workload, settings: SchedulerSettings, formula: S
     """
     settings = _resolved(workload, settings)
     try:
-        recorder, version = _build_recorder(workload, settings, formula)
+        recorder, version = _build_recorder(workload, settings, formula, recorder_class)
     except ImportError as error:
         raise MissingFileError(
             f"recording needs vLLM's scheduler, but importing it failed: {error}. Install vLLM next to "
@@ -284,7 +294,7 @@ def _resolved(workload: Workload, settings: SchedulerSettings) -> SchedulerSetti
 
 
 def _build_recorder(
-    workload: Workload, settings: SchedulerSettings, formula: StepFormula
+    workload: Workload, settings: SchedulerSettings, formula: StepFormula, recorder_class: type[Recorder]
 ) -> tuple[Recorder, str]:
     """Import vLLM, build its scheduler, and wrap it; also returns vLLM's version."""
     import os
@@ -312,7 +322,7 @@ def _build_recorder(
             block_hasher=hasher,
         )
 
-    recorder = Recorder(workload, settings, formula, scheduler, new_request, ModelRunnerOutput)
+    recorder = recorder_class(workload, settings, formula, scheduler, new_request, ModelRunnerOutput)
     return recorder, str(vllm.__version__)
 
 

@@ -255,6 +255,7 @@ class Scheduler:
         """Take a decoding request out for one step."""
         state.known = self.decodes.length(state)
         self.decodes.remove(state)
+        state.home = None
         state.end_run(len(self.decodes.token_times) - 1 if self.new_lane else step - 1)
         state.run_start = step + 1
 

@@ -18,13 +18,17 @@ from typing import Any
 
 import numpy as np
 
-from servesim.bench.record_scheduler import SchedulerSettings, record_scheduler
+from servesim.bench.record_scheduler import Recorder, SchedulerSettings, record_scheduler
 from servesim.bench.scheduler_log import SchedulerLog, differences
 from servesim.bench.step_formula import StepFormula
 from tests.golden.golden_file import (
+    STAGES,
     Golden,
     build_workload,
     golden_names,
+    is_drained,
+    is_pipeline,
+    pass_stages,
     read_golden,
     write_golden,
 )
@@ -70,6 +74,28 @@ def settings(num_gpu_blocks: int, **changes: Any) -> SchedulerSettings:
 
 SYNC = {"async_scheduling": False}
 NO_CACHE = {"enable_prefix_caching": False}
+
+PIPELINE = {"max_num_seqs": 16, "max_num_batched_tokens": 16, "long_prefill_token_threshold": 12, **SYNC}
+
+
+class PipelineRecorder(Recorder):
+    """vLLM's scheduler with :data:`STAGES` batches in flight. Behind a batch that :func:`is_drained` names
+    nothing is scheduled until all in flight have ended, as if it waited for something from outside."""
+
+    depth = STAGES  # type: ignore[assignment]
+
+    def _schedule(self) -> Any:
+        scheduled = len(self.log.steps) + len(self.in_flight)
+        if self.in_flight and is_drained(scheduled - 1):
+            return None
+        self.last_end = 0
+        batch = super()._schedule()
+        if batch is not None:
+            took = batch.step.end - batch.step.start
+            ends = self.__dict__.setdefault("ends", [0] * STAGES)
+            batch.step.start, batch.step.end = pass_stages(self.now, took, ends)
+        return batch
+
 
 RECIPES: dict[str, Recipe] = {
     "sync_plain": Recipe(
@@ -212,6 +238,14 @@ RECIPES: dict[str, Recipe] = {
         "prompts without ids share nothing, but find their own blocks after a preemption",
         lambda r: without_ids(r, 80, 6, (5, 120), (20, 200)), settings(48),
     ),
+    "pipeline_drained": Recipe(
+        "a pipeline that now and then runs dry: what comes back together does not fit the budget",
+        lambda r: unrelated(r, 60, 60, (1, 120), (5, 40)), settings(2000, **PIPELINE),
+    ),
+    "pipeline_drained_shared": Recipe(
+        "a pipeline that now and then runs dry, with shared prefixes",
+        lambda r: shared_prefixes(r, 60, 60, prefix=(20, 120), output=(5, 40)), settings(2000, **PIPELINE),
+    ),
     "async_long_chats": Recipe(
         "long runs of pure decode steps whose time grows with the context", long_chats,
         settings(500), CONTEXT,
@@ -229,7 +263,8 @@ def record(name: str) -> Golden:
     # Both modes of a pair get the same workload: the seed depends on the name without its first word.
     seed = [ord(letter) for letter in name.partition("_")[2]]
     entries = recipe.entries(np.random.default_rng(seed))
-    log = record_scheduler(build_workload(entries, name), recipe.settings, recipe.formula)
+    recorder = PipelineRecorder if is_pipeline(name) else Recorder
+    log = record_scheduler(build_workload(entries, name), recipe.settings, recipe.formula, recorder)
     return Golden(name, recipe.about, entries, log)
 
 

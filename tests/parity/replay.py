@@ -15,6 +15,7 @@ from servesim.bench.record_scheduler import SchedulerSettings
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
 from servesim.engine.block_tables import BlockTables
+from servesim.engine.build import lane_maker
 from servesim.engine.instance import Instance
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
@@ -22,10 +23,15 @@ from servesim.engine.step_loop import StepLoop
 from servesim.memory.kv_cache import KvCache
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
+from tests.golden.golden_file import STAGES, is_drained, is_pipeline
 from tests.hand_made import OneInstance
 
 if TYPE_CHECKING:
+    from array import array
+    from collections.abc import Callable, Sequence
+
     from servesim.engine.batch import Batch
+    from servesim.engine.decode_set import DecodeSet
     from servesim.workload.request import Workload
     from tests.golden.golden_file import Golden
 
@@ -35,8 +41,10 @@ class NotingScheduler(Scheduler):
 
     __slots__ = ("notes", "pending")
 
-    def __init__(self, limits: SchedulerLimits, kv: KvCache) -> None:
-        super().__init__(limits, kv)
+    def __init__(
+        self, limits: SchedulerLimits, kv: KvCache, new_lane: Callable[[], DecodeSet] | None = None
+    ) -> None:
+        super().__init__(limits, kv, new_lane)
         self.traced = True
         self.notes: dict[int, LoggedStep] = {}
         self.pending: list[int] = []
@@ -68,7 +76,9 @@ class NotingScheduler(Scheduler):
 def replay(golden: Golden) -> SchedulerLog:
     """The engine's log of a golden's workload, every step taken one by one."""
     settings, formula = golden_settings(golden)
-    scheduler = NotingScheduler(limits(settings), kv_cache(settings))
+    lanes: list[array[int]] = []
+    new_lane = lane_maker(settings.block_size, lanes, 1) if is_pipeline(golden.name) else None
+    scheduler = NotingScheduler(limits(settings), kv_cache(settings), new_lane)
     workload = golden.workload()
     loop = build_loop(scheduler, settings, formula, workload, jump=False)
 
@@ -78,15 +88,36 @@ def replay(golden: Golden) -> SchedulerLog:
         note.finished = [state.request.index for state in batch.finishing]
 
     loop.members[0].trace = note_completion
-    run = simulate(loop, workload)
+    run = simulate(loop, workload, lanes)
     scheduler.kv.pool.check_integrity()
     steps = [scheduler.notes[step] for step in sorted(scheduler.notes)]
     return SchedulerLog(golden.log.header, steps, [logged(record) for record in run.requests])
 
 
-def simulate(loop: StepLoop, workload: Workload) -> RunLog:
+def simulate(loop: StepLoop, workload: Workload, lanes: list[array[int]] | None = None) -> RunLog:
     """Run a workload on one instance by the simulation's own event loop."""
-    return Simulation([loop], workload, RuntimeOptions()).run()
+    return Simulation([loop], workload, RuntimeOptions(), lane_times=lanes).run()
+
+
+class FormulaStages:
+    """Every stage of a pipeline takes what the formula says of the whole."""
+
+    alone = None
+
+    def __init__(self, formula: StepFormula) -> None:
+        self._whole = OneInstance(formula)
+
+    def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
+        return [*self._whole.stages_ns(batches)] * STAGES
+
+
+class DrainedLoop(StepLoop):
+    """A loop that schedules nothing behind the steps that :func:`is_drained` names."""
+
+    def _launch(self, now_ns: int) -> bool:
+        if self._in_flight and is_drained(self._launched - 1):
+            return False
+        return super()._launch(now_ns)
 
 
 def golden_settings(golden: Golden) -> tuple[SchedulerSettings, StepFormula]:
@@ -128,8 +159,10 @@ def build_loop(
         bundle_source="formula",
         host="in the formula",
     )
-    depth = 2 if settings.async_scheduling else 1
     member = Instance(log, scheduler, BlockTables(workload))
+    if scheduler.new_lane is not None:
+        return DrainedLoop([member], FormulaStages(formula), depth=STAGES, stages=STAGES, jump=False)
+    depth = 2 if settings.async_scheduling else 1
     return StepLoop([member], OneInstance(formula), depth=depth, jump=jump)
 
 
