@@ -548,12 +548,14 @@ class RuntimeOptions(Spec):
             """Raises InputError, as everything else does, when a value is not allowed."""
             from pydantic import ValidationError
 
-            from servesim.specs.validation import field_path, joined, problems
+            from servesim.specs.validation import field_path, joined, no_text, problems
 
             try:
                 super().__init__(**values)
             except ValidationError as error:
                 raise InputError(joined("options", problems(error, type(self), field_path))) from None
+            except UnicodeEncodeError as error:
+                raise no_text(error, "options") from None
 
         __init__.__pydantic_base_init__ = (
             True  # model_validate goes its own way and reports all problems itself

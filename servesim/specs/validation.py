@@ -70,6 +70,14 @@ def validated(
         return model.model_validate(data)
     except ValidationError as error:
         raise InputError(joined(source, problems(error, model, path or field_path))) from None
+    except UnicodeEncodeError as error:
+        raise no_text(error, source) from None
+
+
+def no_text(error: UnicodeEncodeError, source: str = "") -> InputError:
+    """The refusal of a value with bytes that are no UTF-8 text, such as an argument in another encoding."""
+    prefix = f"{source}: " if source else ""
+    return InputError(f"{prefix}{ascii(error.object)[:60]} is not allowed; must be text in UTF-8")
 
 
 def joined(source: str, found: Sequence[str]) -> str:

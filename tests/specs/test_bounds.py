@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from typing_extensions import TypeAliasType
 
+from servesim.__main__ import main
 from servesim.errors import InputError
 from servesim.specs.architecture import Architecture
 from servesim.specs.cluster import ClusterSpec
@@ -152,3 +153,17 @@ def test_yaml_that_repeats_itself_takes_no_memory(tmp_path: Path) -> None:
     path.write_text(laughs("a{n}: &a{n} {{<<: [{uses}]}}"))
     with pytest.raises(InputError, match=r"line 2 column \d+: not valid YAML: merge keys \(<<\)"):
         read_yaml_object(path)
+
+
+def test_an_argument_in_another_encoding_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in (
+        "--request-routing-policy",
+        "--expert-routing-policy",
+        "--dataset",
+        "--hardware",
+        "--run-id",
+    ):
+        assert main(["run", flag, "caf\udce9"]) == 2
+        assert "caf" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"^options: .*must be text in UTF-8"):
+        RuntimeOptions(request_routing_policy="\udce9:f")
