@@ -25,6 +25,8 @@ def comparison_text(run: RecordedRun, agreement: Agreement) -> str:
         f"simulated: {agreement.result.instances[0].bundle_source}",
         f"           arrivals of the {run.arrivals}, TTFT and latency from {agreement.anchor}",
     ]
+    if run.kv_blocks:
+        lines.append(f"           KV blocks: {run.kv_blocks}")
     if run.not_simulated:
         left = ", ".join(f"{name}={value}" for name, value in run.not_simulated.items())
         lines.append(f"           not simulated: {left}")

@@ -73,6 +73,8 @@ class Recording:
     ticks: Ticks | None = None
     cluster: Path | None = None
     """The cluster config recorded with it."""
+    num_gpu_blocks: int | None = None
+    """KV blocks of each replica, as the engine counted them; None: it did not say."""
 
     def __len__(self) -> int:
         return len(self.input_tokens)
@@ -173,7 +175,27 @@ def _load_folder(folder: Path) -> Recording:
         last_token_ns=on_engine_clock[3],
         ticks=_read_ticks(ticks) if ticks.exists() else None,
         cluster=cluster if cluster.exists() else None,
+        num_gpu_blocks=_recorded_blocks(meta, arguments, meta_path),
     )
+
+
+def _recorded_blocks(meta: dict[str, Any], arguments: dict[str, Any], meta_path: Path) -> int | None:
+    """``kv_cache.num_gpu_blocks``, else what the engine was told or resolved among its arguments.
+
+    Raises:
+        InputError: it is no number of blocks.
+    """
+    cache = meta.get("kv_cache")
+    found = {"kv_cache.num_gpu_blocks": cache.get("num_gpu_blocks") if isinstance(cache, dict) else None}
+    for name in ("num_gpu_blocks", "num_gpu_blocks_override"):
+        found[f"engine_kwargs.{name}"] = arguments.get(name)
+    for name, value in found.items():
+        if value is None:
+            continue
+        if type(value) is not int or not 2 <= value < 2**31:
+            raise InputError(f"{meta_path}: {name}: {shown(value)} is not allowed; must be at least 2 blocks")
+        return value
+    return None
 
 
 def _read_requests(path: Path) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

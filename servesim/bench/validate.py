@@ -31,6 +31,7 @@ _OPTIONS = {
     "enable_prefix_caching": "enable_prefix_caching",
     "async_scheduling": "async_scheduling",
     "gpu_memory_utilization": "npu_memory_utilization",
+    "max_model_len": "max_model_len",
 }
 """vLLM's argument -> ours."""
 _DEGREES = {"tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size"}
@@ -40,9 +41,16 @@ _WITHOUT_EFFECT = {
     "data_parallel_size",
     "enable_expert_parallel",
     "enforce_eager",
+    "num_gpu_blocks",
+    "num_gpu_blocks_override",
     *_DEGREES,
 }
 """Arguments that are read elsewhere, or that change no time."""
+_SIZES_THE_CACHE = (
+    *("num_gpu_blocks", "npu_memory_utilization", "block_size", "dtype", "kv_cache_dtype"),
+    *("max_num_seqs", "max_num_batched_tokens"),
+)
+"""Flags with which the recorded number of KV blocks is not that of the run any more."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -57,6 +65,8 @@ class RecordedRun:
     """Where the arrivals are from: ``workload`` or ``recording``."""
     not_simulated: dict[str, Any] = field(default_factory=dict)
     """Arguments of the recorded engine that the simulation knows nothing about."""
+    kv_blocks: str = ""
+    """Where the number of KV blocks is from; empty: it is estimated, as the recording does not say it."""
 
     def simulate(self, anchor: str, engine: EngineSpec | None = None) -> Agreement:
         """Run it and compare.
@@ -125,7 +135,23 @@ def recorded_run(
     if chosen == "recording":
         for request, arrival_ns in zip(workload.requests, recording.arrival_ns.tolist(), strict=True):
             request.arrival_ns = arrival_ns
-    return RecordedRun(recording, cluster, workload, options, chosen, not_simulated)
+    options, kv_blocks = _with_recorded_blocks(recording, cluster, options, flags or {})
+    return RecordedRun(recording, cluster, workload, options, chosen, not_simulated, kv_blocks)
+
+
+def _with_recorded_blocks(
+    recording: Recording, cluster: ClusterSpec, options: RuntimeOptions, flags: Mapping[str, Any]
+) -> tuple[RuntimeOptions, str]:
+    """The options with the recorded number of KV blocks, and a line about it."""
+    blocks = recording.num_gpu_blocks
+    if blocks is None:
+        return options, ""
+    others = sorted(set(flags) & set(_SIZES_THE_CACHE))
+    if others:
+        return options, f"not the recorded {blocks} a replica, since {others[0]} is given"
+    if all(instance.num_gpu_blocks is not None for _, instance in cluster.instances):
+        return options, f"num_gpu_blocks of {cluster.source}, not the recorded {blocks} a replica"
+    return options.replace(num_gpu_blocks=blocks), f"{blocks} a replica, as recorded"
 
 
 def options_of(recording: Recording, flags: Mapping[str, Any]) -> tuple[RuntimeOptions, dict[str, Any]]:

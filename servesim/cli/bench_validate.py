@@ -168,6 +168,7 @@ def write_json(
         if hardware
         else None,
         "options": recorded.options.model_dump(mode="json", exclude_unset=True),
+        "kv_blocks": recorded.kv_blocks,
         "not_simulated": recorded.not_simulated,
         **agreement.report(),
     }

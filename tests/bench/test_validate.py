@@ -213,6 +213,29 @@ def test_a_request_the_simulation_rejects_ends_the_comparison(tmp_path: Path) ->
         recorded_run(load_recording(recordings.write(tmp_path, rows))).simulate("queued")
 
 
+def test_recorded_blocks_are_used_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = recordings.rows(recordings.simulated())
+    folder = recordings.write(tmp_path / "a", rows, meta={"kv_cache": {"num_gpu_blocks": 700}})
+    run = recorded_run(load_recording(folder))
+    assert run.simulate("queued").result.instances[0].capacity.num_blocks == 700
+    assert main(["bench", "validate", str(folder)]) == 0
+    assert "KV blocks: 700 a replica, as recorded" in capsys.readouterr().out
+    told = recordings.arguments(num_gpu_blocks=800)
+    other = recorded_run(load_recording(recordings.write(tmp_path / "b", rows, meta={"engine_kwargs": told})))
+    assert (other.options.num_gpu_blocks, other.not_simulated) == (800, {})
+
+
+def test_what_is_given_wins_over_recorded_blocks(tmp_path: Path) -> None:
+    rows, meta = recordings.rows(recordings.simulated()), {"kv_cache": {"num_gpu_blocks": 700}}
+    recording = load_recording(recordings.write(tmp_path / "a", rows, meta=meta))
+    run = recorded_run(recording, flags={"kv_cache_dtype": "fp8"})
+    assert run.options.num_gpu_blocks is None
+    assert run.kv_blocks == "not the recorded 700 a replica, since kv_cache_dtype is given"
+    wrong = recordings.write(tmp_path / "b", rows, meta={"kv_cache": {"num_gpu_blocks": "many"}})
+    with pytest.raises(InputError, match=r"kv_cache\.num_gpu_blocks: .* must be at least 2 blocks"):
+        load_recording(wrong)
+
+
 def test_gib_links_carry_seven_percent_more(own_run: Path) -> None:
     recording = load_recording(own_run)
     assert recorded_run(recording).cluster.link_bandwidths_gbs == (16.0,)
