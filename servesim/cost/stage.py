@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from servesim.memory.sizing import stage_layers
+from servesim.specs.weights import stage_layers
 
 if TYPE_CHECKING:
     from servesim.specs.model import ModelSpec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from array import array
 from typing import TYPE_CHECKING
 
@@ -281,6 +282,7 @@ def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -
     """What a user should know before trusting a run of this instance."""
     found = bundle.unstated()
     found += range_warnings(bundle, options.max_num_batched_tokens, options.max_num_seqs)
+    found += weight_warnings(model)
     if model.num_sliding_layers:
         found.append(
             f"{model.name}: {model.num_sliding_layers} of {model.num_hidden_layers} layers attend to a "
@@ -288,6 +290,27 @@ def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -
             "context"
         )
     return found
+
+
+_FORMAT_IN_NAME = re.compile(
+    r"[-_.](fp8|nvfp4|fp4|mxfp4|int8|int4|awq|gptq|w4a16|w8a8)([-_.]|$)", re.IGNORECASE
+)
+
+
+def weight_warnings(model: ModelSpec) -> list[str]:
+    """What a user should know about the format of a checkpoint's weights."""
+    formats = model.layers.formats
+    if formats.method is None and (named := _FORMAT_IN_NAME.search(model.name)) and not model.is_8bit:
+        return [
+            f"{model.name}: the name says {named[1]}, but no quantization_config in its config.json and no "
+            f"hf_quant_config.json beside it; taken as {model.torch_dtype}"
+        ]
+    if formats.method is not None and not model.is_8bit:
+        return [
+            f"{model.name}: weights are counted as published ({formats.label}); kernel times are those of "
+            f"{model.torch_dtype} weights, so decode steps are predicted too long"
+        ]
+    return []
 
 
 def lane_maker(block_size: int, lane_times: list[array[int]], num_instances: int) -> Callable[[], DecodeSet]:

@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
-from servesim.memory.sizing import attention_params, kv_bytes_per_token, stage_layers
+from servesim.memory.sizing import kv_bytes_per_token
 from servesim.specs.architecture import load_architecture
-from servesim.specs.dtypes import dtype_bytes
+from servesim.specs.layers import Experts
 from servesim.specs.validation import hint
+from servesim.specs.weights import stage_layers, tensor_bytes
 
 if TYPE_CHECKING:
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.layers import Tensor
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions
     from servesim.specs.placement import PlacementRule
 
 NPU, CPU, PIM = "npu", "cpu", "pim"
-_HALF = 2  # bytes of a 16-bit float
 
 
 @dataclass(slots=True, frozen=True)
@@ -129,8 +130,10 @@ def _stage(
     architecture: Architecture,
     blocks: range,
 ) -> list[PlacedLayer]:
-    plain = max(dtype_bytes(options.dtype), _HALF)
-    vocabulary = model.vocab_size * model.hidden_size * plain // instance.tp_size
+    stored = model.stored_as(options.dtype)
+    tp, plain = instance.tp_size, stored.formats.plain_bytes
+    vocabulary = sum(tensor_bytes(tensor, "", stored.formats, tp) for tensor in stored.embedding)
+    vision = sum(tensor_bytes(tensor, "", stored.formats, tp) for tensor in stored.vision)
     tied = model.tie_word_embeddings and instance.pp_size == 1
     layers = []
     if blocks.start == 0:
@@ -138,7 +141,7 @@ def _stage(
             place, _ = rule_for(instance, name, None)
             if name == "embedding":
                 layers.append(
-                    PlacedLayer(name, place, vocabulary, 0, 0, model.hidden_size * plain // instance.tp_size)
+                    PlacedLayer(name, place, vocabulary + vision, 0, 0, model.hidden_size * plain // tp)
                 )
             else:
                 layers.append(PlacedLayer(name, place))
@@ -179,6 +182,28 @@ def _block(
     return layers
 
 
+_PARTS = {
+    "q_proj": "qkv_proj",
+    "k_proj": "qkv_proj",
+    "v_proj": "qkv_proj",
+    "q_norm": "qk_norm",
+    "k_norm": "qk_norm",
+    "o_proj": "o_proj",
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+    "down_proj": "down_proj",
+}
+"""Part of a parameter's name -> the layer of an architecture file that reads it."""
+
+
+def _part_of(tensor: Tensor) -> str:
+    """The layer of an architecture file that a parameter belongs to; ``layernorm`` for norms of the block."""
+    words = tensor.name.removesuffix(".bias").split(".")
+    if words[0] in ("self_attn", "attn") or words[-1] in ("gate_proj", "up_proj", "down_proj"):
+        return _PARTS.get(words[-1], "qkv_proj")
+    return "layernorm" if len(words) == 1 else "moe"
+
+
 def block_weights(
     model: ModelSpec, dtype: str, tp: int, ep: int, names: list[str], *, has_experts: bool
 ) -> tuple[list[int], int]:
@@ -187,24 +212,24 @@ def block_weights(
     The sum is that of the memory plan (:mod:`servesim.memory.sizing`). Weights of a layer that the
     architecture file does not name on its own count to the largest that it names.
     """
-    size = dtype_bytes(dtype)
-    plain, hidden = max(size, _HALF), model.hidden_size
-    out = model.num_attention_heads // tp * model.head_dim * hidden * size
-    parts = {"o_proj": out, "qkv_proj": attention_params(model, tp) * size - out}
-    experts = 0
-    if has_experts:
-        experts = (
-            3 * hidden * model.moe_intermediate_size * model.num_experts * size // (ep if ep > 1 else tp)
-        )
-        parts["moe"] = hidden * model.num_experts * plain
-    else:
-        mlp = hidden * model.intermediate_size * size
-        parts |= {"gate_up_proj": 2 * mlp // tp, "down_proj": mlp // tp}
-    norm = hidden * plain
-    weights = [norm if name == "layernorm" else parts.get(name, 0) for name in names]
-    lost = sum(part for name, part in parts.items() if name not in names)
-    lost += max(2 - names.count("layernorm"), 0) * norm
-    weights[weights.index(max(weights))] += lost
+    stored = model.stored_as(dtype)
+    block = next(layer for layer in stored.layers if isinstance(layer.mlp, Experts) == has_experts)
+    parts: dict[str, int] = {}
+    experts, norms = 0, []
+    for tensor in block.tensors:
+        size = tensor_bytes(tensor, block.prefix, stored.formats, tp, ep)
+        part = _part_of(tensor)
+        if tensor.copies > 1:
+            experts += size
+        elif part == "layernorm":
+            norms.append(size)
+        else:
+            parts[part] = parts.get(part, 0) + size
+    weights = []
+    for name in names:  # a name that stands twice has its weights once, norms one each
+        own = norms.pop() if name == "layernorm" and norms else parts.pop(name, 0)
+        weights.append(own)
+    weights[weights.index(max(weights))] += sum(parts.values()) + sum(norms)
     return weights, experts
 
 

@@ -4,75 +4,51 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.specs import weights
 from servesim.specs.dtypes import dtype_bytes
+from servesim.specs.layers import Attention, LatentAttention
+from servesim.specs.weights import stage_layers
 
 if TYPE_CHECKING:
+    from servesim.specs.layers import AnyAttention
     from servesim.specs.model import ModelSpec
 
 GIB = 1 << 30
-_HALF = 2  # bytes of a 16-bit float
-
-
-def attention_params(model: ModelSpec, tp: int) -> int:
-    """Parameters of one layer's attention projections on one rank; KV heads are replicated once tp exceeds
-    them."""
-    hidden, head = model.hidden_size, model.head_dim
-    if model.is_mla:
-        rank, rope = model.kv_lora_rank or 0, model.qk_rope_head_dim or 0
-        return hidden * (rank + rope) + (hidden + rank) * model.num_attention_heads * head * 2 // tp
-    heads = model.num_attention_heads // tp
-    kv_heads = max(model.num_key_value_heads // tp, 1)
-    return hidden * (heads + 2 * kv_heads) * head + heads * head * hidden
 
 
 def block_weight_bytes(model: ModelSpec, dtype: str, tp: int, ep: int) -> int:
-    """Bytes of one transformer block's weights on one rank. Norms and the MoE router stay in 16 bit or
-    more."""
-    size = dtype_bytes(dtype)
-    plain = max(size, _HALF)
-    hidden = model.hidden_size
-    weights = attention_params(model, tp) * size + 2 * hidden * plain
-    if model.is_moe:
-        experts = 3 * hidden * model.moe_intermediate_size * model.num_experts
-        return weights + experts * size // (ep if ep > 1 else tp) + hidden * model.num_experts * plain
-    return weights + 3 * hidden * model.intermediate_size * size // tp
-
-
-def stage_layers(num_layers: int, pp: int) -> list[int]:
-    """Blocks of each pipeline stage: as even as possible, the remainder to the stages before the last."""
-    layers = [num_layers // pp] * pp
-    for extra in range(num_layers % pp):
-        layers[pp - 2 - extra] += 1
-    return layers
+    """Bytes of the last transformer block's weights on one rank: one with experts, where a model has them."""
+    stored = model.stored_as(dtype)
+    return weights.layer_bytes(stored.layers[-1], stored.formats, tp, ep)
 
 
 def weight_bytes_per_npu(model: ModelSpec, dtype: str, tp: int = 1, pp: int = 1, ep: int = 1) -> int:
-    """Bytes of weights on the NPU that holds most of them.
+    """Bytes of weights on the NPU that holds most of them, from the model's list of layers.
 
     Blocks are sharded by ``tp`` (experts by ``ep``) and split over ``pp`` stages; embedding and output head
     are vocabulary-sharded, counted once when tied, and stay in 16 bit when the rest is in 8.
     """
-    plain = max(dtype_bytes(dtype), _HALF)
-    vocabulary = model.vocab_size * model.hidden_size * plain // tp
-    block = block_weight_bytes(model, dtype, tp, ep)
-    layers = stage_layers(model.num_hidden_layers, pp)
-    stages = [count * block for count in layers]
-    stages[0] += vocabulary
-    stages[-1] += model.hidden_size * plain
-    if not (model.tie_word_embeddings and pp == 1):
-        stages[-1] += vocabulary
-    return max(stages)
+    return weights.rank_bytes(model.stored_as(dtype), tp, pp, ep)
 
 
 def kv_bytes_per_token(model: ModelSpec, kv_dtype: str, tp: int = 1, pp: int = 1) -> int:
-    """KV-cache bytes of one token on one rank, over the layers of the longest pipeline stage.
+    """KV-cache bytes of one token on one rank, over the layers of the pipeline stage that keeps most.
 
     Keys and values of every local KV head; for multi-head latent attention the one compressed vector, which
-    is not sharded by ``tp``.
+    is not sharded by ``tp``. Layers with a window count as if they kept the whole context.
     """
-    layers = max(stage_layers(model.num_hidden_layers, pp))
-    if model.is_mla:
-        width = (model.kv_lora_rank or 0) + (model.qk_rope_head_dim or 0)
-    else:
-        width = 2 * max(model.num_key_value_heads // tp, 1) * model.head_dim
-    return layers * width * dtype_bytes(kv_dtype)
+    widths = [_kv_width(layer.attention, tp) for layer in model.layers.layers]
+    first, most = 0, 0
+    for count in stage_layers(len(widths), pp):
+        most = max(most, sum(widths[first : first + count]))
+        first += count
+    return most * dtype_bytes(kv_dtype)
+
+
+def _kv_width(attention: AnyAttention | None, tp: int) -> int:
+    """Elements that one layer keeps of a token on one rank."""
+    if isinstance(attention, LatentAttention):
+        return attention.kv_rank + attention.rope_dim
+    if isinstance(attention, Attention) and not attention.shared:
+        return max(attention.kv_heads // tp, 1) * (attention.head_dim + attention.value_dim)
+    return 0

@@ -383,15 +383,11 @@ _READERS = {
 }
 
 
+@lru_cache
 def format_of_dtype(dtype: str) -> WeightFormats:
-    """What ``--dtype`` makes of a 16-bit checkpoint: every linear layer in 8 bits, the rest as it is."""
+    """What ``--dtype`` makes of a 16-bit checkpoint: every linear layer in 8 bits, but embedding, output
+    matrix and router."""
     if dtype in ("fp8", "int8"):
-        fmt = WeightFormat("fp8", None, extra_bytes=4) if dtype == "fp8" else WeightFormat("int8", (1, 0), 4)
-        return WeightFormats(
-            "bfloat16",
-            (Rule(("Linear",), fmt),),
-            ("lm_head", "re:.*mlp\\.gate$", "re:.*router$"),
-            dtype,
-            dtype,
-        )
-    return WeightFormats(_element(dtype))
+        rule = Rule(("Linear",), WeightFormat(_element(dtype)))
+        return WeightFormats("bfloat16", (rule,), ("lm_head",), None, dtype)
+    return WeightFormats(_element(dtype), label=dtype)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from servesim.errors import InputError, MissingFileError, NotSupportedError
 from servesim.specs import paths
 from servesim.specs.base import Spec, list_as_tuple
+from servesim.specs.dtypes import dtype_bytes
+from servesim.specs.families import families, model_type_of, read_layers
+from servesim.specs.families.generic import refuse_other_layers, standard_block
+from servesim.specs.families.reading import Fields
+from servesim.specs.formats import format_of_dtype
+from servesim.specs.layers import Attention, Experts, ModelLayers, Recurrent
 from servesim.specs.reading import read_json_object
 from servesim.specs.validation import nearest, one_slip, validated
 
@@ -27,12 +34,13 @@ _ALIASES = {
     "n_shared_experts": "num_shared_experts",
     "num_shared_expert": "num_shared_experts",
     "num_experts_per_token": "num_experts_per_tok",
+    "experts_per_token": "num_experts_per_tok",
     "top_k_experts": "num_experts_per_tok",
     "dtype": "torch_dtype",
 }
 """Other models' names for the same fact."""
-_LABELS = frozenset({"name", "path"})
-"""Fields that say where a model was found, not what it is."""
+_LABELS = frozenset({"name", "path", "layers"})
+"""Fields that no config gives: where a model was found, and what has been read from it."""
 _TORCH_DTYPES = ("float16", "bfloat16", "float32", "fp8", "int8")
 
 
@@ -43,6 +51,8 @@ class ModelSpec(Spec):
     """``<org>/<name>``, or the last part of the path a model was given by: a label for people."""
     path: str = Field(default="", exclude=True, repr=False)
     """What the user gave where that is a path and no name; commands that are printed repeat it."""
+    layers: InstanceOf[ModelLayers] = Field(default=None, exclude=True, repr=False)  # type: ignore[assignment]
+    """What it is a list of: sizes of weights and KV cache come from here."""
     model_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     """Names the architecture file ``profiler/models/<model_type>.yaml``."""
     hidden_size: Size
@@ -126,12 +136,7 @@ class ModelSpec(Spec):
 
     def has_experts(self, layer: int) -> bool:
         """Whether transformer block ``layer`` (from 0) routes to experts instead of running a dense MLP."""
-        return (
-            self.is_moe
-            and layer >= self.first_k_dense_replace
-            and layer not in self.mlp_only_layers
-            and (layer + 1) % self.decoder_sparse_step == 0
-        )
+        return isinstance(self.layers.layers[layer].mlp, Experts)
 
     @property
     def num_moe_layers(self) -> int:
@@ -140,11 +145,25 @@ class ModelSpec(Spec):
     @property
     def num_sliding_layers(self) -> int:
         """Blocks whose attention, and KV cache, reach back at most :attr:`sliding_window` tokens."""
-        if self.sliding_window is None:
-            return 0
-        if self.layer_types is None:
-            return self.num_hidden_layers
-        return self.layer_types.count("sliding_attention")
+        return sum(
+            layer.attention is not None and layer.attention.kind == "sliding" for layer in self.layers.layers
+        )
+
+    def stored_as(self, dtype: str) -> ModelLayers:
+        """The layers with their weights in ``dtype``: as published where that is what ``dtype`` stands for.
+
+        A 16-bit ``dtype`` is the activations' where a checkpoint is quantised to 4 bits.
+        """
+        own = self.layers.formats
+        if dtype == self.torch_dtype or (
+            own.method is not None and dtype_bytes(dtype) == 2 and not self.is_8bit
+        ):
+            return self.layers
+        return replace(self.layers, formats=format_of_dtype(dtype))
+
+    @property
+    def is_8bit(self) -> bool:
+        return self.torch_dtype in ("fp8", "int8")
 
 
 def load_model(name_or_path: str | Path) -> ModelSpec:
@@ -157,17 +176,26 @@ def load_model(name_or_path: str | Path) -> ModelSpec:
     file, name, is_path = _locate(given)
     # Python writes Infinity where a published config means "no limit"; a field that counts is checked below.
     config = read_json_object(file, finite=False)
-    return model_from_config(config, name, str(file), given if is_path else "")
+    beside = file.parent / "hf_quant_config.json"
+    sidecar = read_json_object(beside) if is_path and beside.is_file() else None
+    return model_from_config(config, name, str(file), given if is_path else "", sidecar)
 
 
-def model_from_config(config: Mapping[str, Any], name: str, source: str, path: str = "") -> ModelSpec:
+def model_from_config(
+    config: Mapping[str, Any],
+    name: str,
+    source: str,
+    path: str = "",
+    sidecar: Mapping[str, Any] | None = None,
+) -> ModelSpec:
     """The model that the fields of a Hugging Face config describe; fields without influence are passed over.
 
-    ``path`` is what the user gave in place of a name, if he did.
+    ``path`` is what the user gave in place of a name, if he did; ``sidecar``: ``hf_quant_config.json``.
 
     Raises:
         InputError: a field is missing or wrong; ``source`` names the file in the message.
     """
+    whole = config
     if "hidden_size" not in config and isinstance(config.get("text_config"), dict):
         config = {**config, **config["text_config"]}  # multimodal: the language model's own section
     fields = {"name": name, "path": path}
@@ -179,8 +207,64 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str, path: s
         if value is not None and field in ModelSpec.model_fields and (field == key or field not in config):
             fields[field] = value
     _refuse_misspelt(config, source)
+    known, layers = model_type_of(whole) in families(), None
+    if not known:
+        refuse_other_layers(Fields(config, source))
+    elif any(name not in fields for name in _REQUIRED):
+        layers = read_layers(whole, source, sidecar)  # the library's defaults stand in for what is left out
+        for name, value in _as_fields(layers).items():
+            fields.setdefault(name, value)
     _fill_defaults(config, fields, source)
-    return validated(ModelSpec, fields, source)
+    model = validated(ModelSpec, fields, source)
+    layers = layers or read_layers(whole, source, sidecar, standard_block)
+    return validated(ModelSpec, {**fields, **_seen_in(layers, model), "layers": layers}, source)
+
+
+_REQUIRED = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""Fields that some published configs leave to the library."""
+
+
+def _as_fields(layers: ModelLayers) -> dict[str, Any]:
+    """The fields of a config that a list of layers stands for."""
+    kept = [layer.attention for layer in layers.layers if not isinstance(layer.attention, Recurrent | None)]
+    first = kept[0] if kept else None
+    found = {
+        "num_hidden_layers": len(layers.layers),
+        "vocab_size": layers.vocab_size,
+        "max_position_embeddings": layers.max_position_embeddings,
+    }
+    if first is not None:
+        found["num_attention_heads"] = first.heads
+    if isinstance(first, Attention):
+        found |= {"num_key_value_heads": first.kv_heads, "head_dim": first.head_dim}
+    widths = [layer.mlp.width for layer in layers.layers if layer.mlp is not None]
+    return found | {"intermediate_size": widths[0]} if widths else found
+
+
+def _seen_in(layers: ModelLayers, model: ModelSpec) -> dict[str, Any]:
+    """What the layers say where fields alone say it in many ways: format, windows, the tied matrix."""
+    found: dict[str, Any] = {"tie_word_embeddings": layers.tied, "quantization": layers.formats.method}
+    elements = {rule.format.element for rule in layers.formats.rules}
+    if elements and elements <= {"fp8", "mxfp8"}:
+        found["torch_dtype"] = "fp8"
+    elif elements == {"int8"}:
+        found["torch_dtype"] = "int8"
+    kinds = [getattr(layer.attention, "kind", None) for layer in layers.layers]
+    reaches = {layer.attention.reach for layer in layers.layers if isinstance(layer.attention, Attention)} - {
+        None
+    }
+    if "sliding" in kinds and set(kinds) <= {"full", "sliding"} and len(reaches) == 1:
+        found["sliding_window"] = reaches.pop()
+        found["layer_types"] = tuple(f"{kind}_attention" for kind in kinds)
+    elif "sliding" not in kinds:
+        found |= {"sliding_window": None, "layer_types": None}
+    return {name: value for name, value in found.items() if value != getattr(model, name)}
 
 
 def _fill_defaults(config: Mapping[str, Any], fields: dict[str, Any], source: str) -> None:
@@ -206,7 +290,7 @@ def _fill_defaults(config: Mapping[str, Any], fields: dict[str, Any], source: st
     ):
         _slide_upper_layers(config, fields)
     _read_dtype(config, fields, source)
-    _refuse_unknown_layers(fields, source)
+    _refuse_unknown_layers(fields, config, source)
 
 
 def _slide_upper_layers(config: Mapping[str, Any], fields: dict[str, Any]) -> None:
@@ -218,19 +302,9 @@ def _slide_upper_layers(config: Mapping[str, Any], fields: dict[str, Any]) -> No
 
 def _read_dtype(config: Mapping[str, Any], fields: dict[str, Any], source: str) -> None:
     quantization = config.get("quantization_config")
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if isinstance(method, str):
-        fields["quantization"] = method
-        block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
-        if block is not None:
-            fields["weight_block"] = list_as_tuple(block)
-        if method == "fp8":
-            fields["torch_dtype"] = "fp8"
-        elif fields.get("torch_dtype") not in ("fp8", "int8"):
-            raise NotSupportedError(
-                f"{source}: quantization_config.quant_method: {method!r} is not supported yet; supported: "
-                "'fp8' (or drop the section and give the weights' format with --dtype)"
-            )
+    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    if block is not None:
+        fields["weight_block"] = list_as_tuple(block)
     dtype = fields.get("torch_dtype")
     if isinstance(dtype, str):
         dtype = dtype.removeprefix("torch.")
@@ -241,8 +315,13 @@ def _read_dtype(config: Mapping[str, Any], fields: dict[str, Any], source: str) 
             )
 
 
-def _refuse_unknown_layers(fields: Mapping[str, Any], source: str) -> None:
+def _refuse_unknown_layers(fields: dict[str, Any], config: Mapping[str, Any], source: str) -> None:
     kinds = fields.get("layer_types")
+    if str(config.get("model_type")) in families() and isinstance(kinds, list):
+        # The family knows its words; which layers can be simulated is asked of the list that it makes.
+        if not set(map(str, kinds or ())) <= {"full_attention", "sliding_attention"}:
+            del fields["layer_types"]
+        return
     for index, kind in enumerate(kinds if isinstance(kinds, list) else ()):
         if isinstance(kind, str) and kind not in ("full_attention", "sliding_attention"):
             raise NotSupportedError(

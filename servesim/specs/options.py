@@ -664,6 +664,8 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
                 f"--enable-sub-batch-interleaving: pp_size {instance.pp_size} is not allowed; must be 1"
             )
     dtype = chosen.pop("dtype") or model.torch_dtype
+    if chosen["kv_cache_dtype"] == "auto" and model.layers.kv_format is not None:
+        chosen["kv_cache_dtype"] = model.layers.kv_format  # the checkpoint asks for it
     longest = _longest(chosen.pop("max_model_len"), model)
     utilization = chosen.pop("npu_memory_utilization")
     if instance.npu_mem.mem_util is not None:

@@ -123,8 +123,8 @@ class Toy:
         return StageCost(bundle, tables, model.num_hidden_layers, terms, engine)
 
 
-def toy_model(experts: int = 0) -> ModelSpec:
-    """Two blocks, hidden size 8; with ``experts``, two of them per token."""
+def toy_model(experts: int = 0, **more: Any) -> ModelSpec:
+    """Two blocks, hidden size 8; with ``experts``, two of them per token; ``more``: fields of the config."""
     config: dict[str, Any] = {
         "model_type": "toy",
         "hidden_size": 8,
@@ -137,7 +137,7 @@ def toy_model(experts: int = 0) -> ModelSpec:
     }
     if experts:
         config |= {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 4}
-    return model_from_config(config, MODEL, "toy.json")
+    return model_from_config(config | more, MODEL, "toy.json")
 
 
 def toy_architecture(root: Path, products: tuple[str, ...] = ()) -> Architecture:

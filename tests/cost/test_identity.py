@@ -58,9 +58,7 @@ def test_the_shape_is_what_kernel_times_depend_on() -> None:
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 4,
     }
-    half = model.model_copy(
-        update={"sliding_window": 64, "layer_types": ("full_attention", "sliding_attention")}
-    )
+    half = toy_model(sliding_window=64, layer_types=["full_attention", "sliding_attention"])
     assert shape_of(half) == shape | {"sliding_window": 64, "sliding_share": "1/2"}
 
 

@@ -11,12 +11,12 @@ from servesim.memory.plan import KvCapacity, Outside, kv_cache_capacity
 from servesim.memory.sizing import (
     GIB,
     kv_bytes_per_token,
-    stage_layers,
     weight_bytes_per_npu,
 )
 from servesim.specs.cluster import load_cluster
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.weights import stage_layers
 
 LLAMA, QWEN_MOE = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B-Instruct-2507"
 

@@ -447,9 +447,9 @@ MODELS: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "no experts chosen": (model_config(num_local_experts=4), "num_experts_per_tok", ("0 is not allowed",)),
     "MLA without its rope part": (model_config(kv_lora_rank=512), "qk_rope_head_dim", ("is missing",)),
     "quantised in an unknown way": (
-        model_config(quantization_config={"quant_method": "awq"}),
+        model_config(quantization_config={"quant_method": "aqlm"}),
         "quantization_config.quant_method",
-        ("'awq' is not supported yet",),
+        ("'aqlm' is not modelled",),
     ),
 }
 

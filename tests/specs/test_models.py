@@ -103,7 +103,7 @@ def test_null_means_not_used() -> None:
 
 def test_experts_under_any_of_their_names() -> None:
     for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        model = parse(**{name: 8, "num_experts_per_tok": 2})
+        model = parse(model_type="qwen3_moe", **{name: 8, "num_experts_per_tok": 2})
         assert model.is_moe
         assert (model.num_experts, model.moe_intermediate_size) == (8, 128)
 
@@ -114,9 +114,10 @@ def test_an_own_name_wins_over_an_alias() -> None:
 
 
 def test_some_layers_may_be_dense_in_a_model_of_experts() -> None:
-    experts = {"num_experts": 8, "num_experts_per_tok": 2}
+    experts = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}
     assert parse(**experts).num_moe_layers == 4
-    assert parse(**experts, first_k_dense_replace=1).num_moe_layers == 3
+    later = {**experts, "model_type": "dots1", "moe_intermediate_size": 64, "first_k_dense_replace": 1}
+    assert parse(**later).num_moe_layers == 3
     assert parse(**experts, mlp_only_layers=[0, 2]).num_moe_layers == 2
     model = parse(**experts, decoder_sparse_step=2)
     assert [model.has_experts(layer) for layer in range(4)] == [False, True, False, True]
@@ -208,7 +209,8 @@ def test_another_model_is_no_twin(name: str) -> None:
 def test_other_names_of_published_fields_are_read(field: str, read_as: str) -> None:
     experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     experts.pop(read_as, None)
-    model = model_from_config(model_config(**experts, **{field: 2}), "x", "config.json")
+    made = model_config(model_type="qwen3_moe", **experts, **{field: 2})
+    model = model_from_config(made, "x", "config.json")
     assert getattr(model, read_as) == 2
 
 

@@ -51,16 +51,21 @@ def model_type_of(config: Mapping[str, Any]) -> str:
 
 
 def read_layers(
-    config: Mapping[str, Any], source: str, sidecar: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    source: str,
+    sidecar: Mapping[str, Any] | None = None,
+    otherwise: Family | None = None,
 ) -> ModelLayers:
     """The layers of a model, from its ``config.json`` and the ``hf_quant_config.json`` beside it.
+
+    ``otherwise`` reads a family that is not modelled.
 
     Raises:
         NotSupportedError: the family, a kind of layer or a weight format is not modelled.
         InputError: a field is missing or wrong; ``source`` names the file.
     """
     model_type = model_type_of(config)
-    family = families().get(model_type)
+    family = families().get(model_type, otherwise)
     if family is None:
         raise NotSupportedError(
             f"{source}: model_type: {model_type!r} is not modelled; its layers are not known. Known: "

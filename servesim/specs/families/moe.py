@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
 from servesim.specs.families import blocks
-from servesim.specs.families.stack import Style, standard
+from servesim.specs.families.stack import EXPERT_COUNT, Style, standard
 from servesim.specs.layers import Experts
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from servesim.specs.families.stack import Stack
     from servesim.specs.layers import Tensor
 
-COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -36,7 +35,7 @@ def routed(
     Raises:
         InputError: a field is missing, or more experts are chosen than there are.
     """
-    count, top_k = c.size(*COUNT), c.whole(*TOP_K)
+    count, top_k = c.size(*EXPERT_COUNT), c.whole(*TOP_K)
     if not 1 <= top_k <= count:
         raise InputError(
             f"{c.source}: num_experts_per_tok: {top_k} is not allowed; must be 1 to num_experts ({count})"
@@ -114,8 +113,8 @@ QWEN3_MOE = Style(
 
 _STYLES: dict[str, Style] = {
     "mixtral": Style(experts=_every, router=_named("block_sparse_moe")),
-    "phimoe": Style(qkv_bias="attention_bias", o_bias="attention_bias", norm_bias=True, head_bias=True,
-                    experts=_every, router=_named("block_sparse_moe")),
+    "phimoe": Style(qkv_bias="attention_bias", o_bias="attention_bias", norm_bias=True,
+                    head_bias="lm_head_bias", experts=_every, router=_named("block_sparse_moe")),
     "qwen2_moe": Style(qkv_bias=True, experts=qwen_experts, router=_QWEN_ROUTER),
     "qwen3_moe": QWEN3_MOE,
     "olmoe": Style(qk_norm="whole", experts=_every),

@@ -25,6 +25,10 @@ class Fields:
     def has(self, *names: str) -> bool:
         return any(name in self._values for name in names)
 
+    def truthy(self, *names: str) -> bool:
+        """Whether one of the fields is there and neither zero, false nor empty."""
+        return any(bool(self._values.get(name)) for name in names)
+
     def whole(self, *names: str, default: int | None = None) -> int:
         """A whole number by the first of its names that is there.
 

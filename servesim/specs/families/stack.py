@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from servesim.errors import NotSupportedError
 from servesim.specs.families import blocks
 from servesim.specs.layers import AnyAttention, AnyMlp, Experts, Layer, Mlp, Tensor
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from servesim.specs.families.reading import Fields
     from servesim.specs.formats import WeightFormats
     from servesim.specs.layers import Attention
+
+
+EXPERT_COUNT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Names of the number of experts."""
 
 
 @dataclass(slots=True)
@@ -74,7 +79,7 @@ class Style:
     norm_bias: bool = False
     gated: bool = True
     tied: bool = False
-    head_bias: bool = False
+    head_bias: bool | str = False
     sinks: bool = False
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Of the library, where configs leave a field out."""
@@ -87,6 +92,11 @@ class Style:
 def standard(c: Fields, style: Style) -> Stack:
     """A stack of standard blocks."""
     c = c.with_defaults(style.defaults)
+    if style.experts is None and c.truthy(*EXPERT_COUNT):
+        raise NotSupportedError(
+            f"{c.source}: num_experts: is not modelled for model_type {c.text('model_type')!r}, whose blocks "
+            "have a dense MLP; name the family that the checkpoint really is of"
+        )
     stack = start(c, tied=style.tied, norm_bias=style.norm_bias, head_bias=_flag(c, style.head_bias))
     count = c.size("num_hidden_layers", "n_layer", "num_layers")
     kinds = blocks.attention_kinds(c, count)

@@ -1,0 +1,72 @@
+"""Which models can be simulated: those whose every kind of layer the engine and its kernel times know.
+
+Weights and caches of the other kinds are known (:mod:`servesim.specs.layers`), but not yet how the engine
+frees their caches or what their steps cost. They are refused by name: a state is
+not counted as a cache that grows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from servesim.specs.layers import (
+    Attention,
+    CompressedAttention,
+    Experts,
+    LatentAttention,
+    Mlp,
+    Recurrent,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from servesim.specs.layers import AnyAttention, AnyMlp, ModelLayers
+
+
+def missing_kinds(model: ModelLayers) -> list[str]:
+    """What cannot be simulated yet, each with how many layers have it; empty: nothing."""
+    counts: dict[str, int] = {}
+    for layer in model.layers:
+        for kind in (*_of_attention(layer.attention), *_of_mlp(layer.mlp)):
+            counts[kind] = counts.get(kind, 0) + 1
+    shapes = {
+        (a.heads, a.kv_heads, a.head_dim)
+        for layer in model.layers
+        if isinstance(a := layer.attention, Attention)
+    }
+    if len(shapes) > 1:
+        counts["attention of another shape than in other layers"] = len(model.layers)
+    return [f"{kind} ({count} of {len(model.layers)} layers)" for kind, count in counts.items()]
+
+
+def _of_attention(a: AnyAttention | None) -> Iterator[str]:
+    if a is None:
+        yield "no attention"
+    elif isinstance(a, Recurrent):
+        yield f"a state in place of a KV cache ({a.kind})"
+    elif isinstance(a, LatentAttention):
+        yield "latent attention with an indexer (sparse MLA)" if a.index_top_k else "latent attention (MLA)"
+    elif isinstance(a, CompressedAttention):
+        yield "attention over a window and compressed tokens"
+    else:
+        if a.kind == "chunked":
+            yield f"attention in chunks of {a.reach} tokens"
+        if a.shared:
+            yield "attention that reads another layer's KV cache"
+        if a.index_dim:
+            yield "attention with an indexer"
+
+
+def _of_mlp(m: AnyMlp | None) -> Iterator[str]:
+    if m is None:
+        yield "no MLP"
+    elif isinstance(m, Experts):
+        if m.shared_width:
+            yield "a shared expert"
+        if m.latent:
+            yield "experts on a latent vector"
+        if m.dense_width:
+            yield "a dense network beside the experts"
+    if isinstance(m, Mlp | Experts) and not m.gated:
+        yield "an MLP without a gate"
