@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from servesim.errors import InputError
 from servesim.specs.acting import check_beside
 from servesim.specs.cluster import ClusterSpec, load_cluster, with_options
-from servesim.specs.options import RuntimeOptions
+from servesim.specs.options import RuntimeOptions, output_fields
 from servesim.specs.validation import validated
 from servesim.workload.formats import load_workload
 from servesim.workload.request import Workload
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _LOADING = ("num_reqs", "lenient", "request_rate", "dataset")
 """Options that act while a workload file is read."""
-_SCREEN = ("output", "summary", "steps", "timeline", "itl", "log_interval", "log_level")
-"""Options of what the command line prints and writes."""
+_SCREEN = ("itl", "log_interval", "log_level")
+"""Options of what the command line prints and writes, beside its files."""
 NOISE = ("ensemble", "step_noise", "run_noise", "arrival_jitter")
 """Options of the runs of an ensemble, as opposed to one run."""
 
@@ -62,7 +62,7 @@ def check_used(options: RuntimeOptions, who: str, workload: object = None, clust
             raise InputError(f"dataset: {who} was given a workload beside it; leave one of them out")
         if cluster is not None and name == "cluster_config":
             raise InputError(f"cluster_config: {who} was given a cluster beside it; leave one of them out")
-        if name in _SCREEN:
+        if name in _SCREEN or name in output_fields():
             raise InputError(f"{name}: {who} prints nothing and writes no file; save what it returns")
     check_beside(without(options, "run_id"))  # what is returned carries it, files or not
 

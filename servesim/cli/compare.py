@@ -21,16 +21,8 @@ Flags outside --set hold for all.
 
   servesim compare --set "small batch: --max-num-seqs 32" --set "large batch: --max-num-seqs 256"
 """
-_NOT_COMPARED = (
-    "output",
-    "summary",
-    "steps",
-    "timeline",
-    "itl",
-    "log_interval",
-    "run_id",
-)
-"""Run flags that a comparison has no use for."""
+_NOT_COMPARED = ("itl", "log_interval", "run_id")
+"""Run flags that a comparison has no use for, beside those of files."""
 _NOISE = ("ensemble", "step_noise", "run_noise", "arrival_jitter")
 """Run flags that hold for all sets."""
 
@@ -40,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 
     from servesim.explore.compare import KV_BOUND_WORKLOAD
-    from servesim.specs.options import add_arguments
+    from servesim.specs.options import add_arguments, output_fields
 
     parser = subparsers.add_parser(
         "compare",
@@ -83,7 +75,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="where requests waited for KV blocks, run again at both ends of the estimate of the KV capacity "
         "(default: on)",
     )
-    add_arguments(parser, exclude=_NOT_COMPARED)
+    add_arguments(parser, exclude=(*_NOT_COMPARED, *output_fields()))
     for action in parser._actions:
         if action.dest == "dataset":
             action.help = f"workload; its format is found by content (default: {KV_BOUND_WORKLOAD})"
@@ -169,12 +161,14 @@ def parse_set(text: str) -> tuple[str, dict[str, Any]]:
             '"large batch: --max-num-seqs 256"'
         )
 
+    from servesim.specs.options import output_fields
+
     class SetParser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise InputError(f'--set "{text}": {message}; allowed are the flags of `servesim run`')
 
     parser = SetParser(add_help=False, allow_abbrev=False)
-    add_arguments(parser, exclude=(*_NOT_COMPARED, *_NOISE))
+    add_arguments(parser, exclude=(*_NOT_COMPARED, *_NOISE, *output_fields()))
     try:
         words = shlex.split(flags)
     except ValueError as error:

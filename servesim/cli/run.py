@@ -50,6 +50,7 @@ def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
     from servesim.cli.screen import RunScreen, say
     from servesim.explore.ensemble import ensemble_text
     from servesim.results.closing import closing
+    from servesim.results.outputs import save_outputs
 
     set_up_messages(options.log_level)
     cluster = api.read_cluster(options)
@@ -65,7 +66,8 @@ def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
     if result.nothing_ran:
         print(f"error: every request was rejected: {result.rejected[0].reason}", file=sys.stderr)
     spread = spread_around(result, options) if options.ensemble and not result.nothing_ran else None
-    saved = save_outputs(result, options, spread)
+    extra = {} if spread is None else {"ensemble": spread.to_dict()}
+    saved = save_outputs(result, options, extra)
     say(closing(result, wall_s))
     if spread is not None:
         say(f"\n{ensemble_text(spread)}")
@@ -76,7 +78,9 @@ def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
 
 def with_run_id(options: RuntimeOptions) -> RuntimeOptions:
     """The options with ``{run_id}`` replaced in every output path; a missing run id is made from the time."""
-    paths = {name: getattr(options, name) for name in ("output", "summary", "steps", "timeline")}
+    from servesim.specs.options import output_fields
+
+    paths = {name: getattr(options, name) for name in output_fields()}
     if not any(path and "{run_id}" in path for path in paths.values()):
         return options
     run_id = options.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
@@ -92,22 +96,23 @@ def check_outputs(options: RuntimeOptions) -> None:
     """
     from servesim.errors import InputError
     from servesim.results.atomic import check_suffix, check_writable
-    from servesim.results.csv import TABLE_SUFFIXES, require_parquet
+    from servesim.results.csv import require_parquet
+    from servesim.specs.flags import flag_name
+    from servesim.specs.options import output_fields
 
     taken = {
         os.path.realpath(options.cluster_config): "--cluster-config",
         os.path.realpath(options.dataset): "--dataset",
     }
-    for name in ("output", "summary", "steps", "timeline"):
-        path, flag = getattr(options, name), f"--{name}"
+    for name, suffixes in output_fields().items():
+        path, flag = getattr(options, name), flag_name(name)
         if path is None:
             continue
-        if name in ("output", "steps"):
-            require_parquet(path, flag)
+        require_parquet(path, flag)
         other = taken.setdefault(os.path.realpath(path), flag)
         if other != flag and (Path(path).is_file() or not Path(path).exists()):
             raise InputError(f"{flag} {path}: is the file of {other} too; give another path")
-        check_suffix(path, TABLE_SUFFIXES if name in ("output", "steps") else (".json",), flag)
+        check_suffix(path, suffixes, flag)
         check_writable(path, flag)
 
 
@@ -124,34 +129,3 @@ def spread_around(result: Result, options: RuntimeOptions) -> Ensemble:
     finally:
         if shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def save_outputs(result: Result, options: RuntimeOptions, spread: Ensemble | None = None) -> list[str]:
-    """Write the files the options ask for, all of them or none; returns their paths."""
-    from servesim.results.atomic import all_or_none
-
-    with all_or_none():
-        return _save_outputs(result, options, spread)
-
-
-def _save_outputs(result: Result, options: RuntimeOptions, spread: Ensemble | None) -> list[str]:
-    from servesim.results.csv import rejected_path
-    from servesim.results.summary import save_summary
-
-    saved = []
-    if options.output:
-        result.save(options.output, itl=options.itl)
-        saved.append(options.output)
-        if result.rejected:
-            saved.append(str(rejected_path(options.output)))
-    if options.steps:
-        result.save_steps(options.steps)
-        saved.append(options.steps)
-    if options.timeline:
-        result.save_timeline(options.timeline)
-        saved.append(options.timeline)
-    if options.summary:
-        extra = {} if spread is None else {"ensemble": spread.to_dict()}
-        save_summary({**result.summary, **extra}, options.summary)
-        saved.append(options.summary)
-    return saved

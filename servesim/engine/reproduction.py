@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from servesim.specs.options import output_fields
 from servesim.workload.generators import write_jsonl
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 _APPLIED = ("hardware", "model", "tp", "num_reqs", "lenient", "request_rate")
 """Options that the loaded cluster and workload hold already."""
-_OUTPUTS = ("output", "summary", "steps", "timeline", "run_id")
 
 
 def save_reproduction(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> Path:
@@ -35,7 +35,7 @@ def save_reproduction(cluster: ClusterSpec, workload: Workload, options: Runtime
     chosen = options.model_dump(
         mode="json",
         exclude_defaults=True,
-        exclude={"cluster_config", "dataset", *_APPLIED, *_OUTPUTS},
+        exclude={"cluster_config", "dataset", "run_id", *_APPLIED, *output_fields()},
     )
     for name, content in (("cluster.json", described), ("options.json", chosen)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

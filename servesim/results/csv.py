@@ -6,7 +6,7 @@ import json
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,11 +15,12 @@ from servesim.results.atomic import atomic_write, check_suffix, remove
 from servesim.results.token_gaps import GapText
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from servesim.results.result import Result
+    from servesim.specs.options import RuntimeOptions
 
 MODEL_COLUMN = "model"
 ITL_COLUMN = "ITL"
@@ -181,3 +182,10 @@ def _rejected_lines(result: Result) -> Sequence[str]:
         }
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return lines
+
+
+def write_requests(result: Result, path: str, options: RuntimeOptions, extra: Mapping[str, Any]) -> list[str]:
+    """See :class:`servesim.results.outputs.Writer`."""
+    del extra
+    result.save(path, itl=options.itl)
+    return [path, str(rejected_path(path))] if result.rejected else [path]

@@ -11,12 +11,14 @@ from servesim.results.csv import RUN_ID_KEY, TABLE_SUFFIXES, is_parquet, require
 from servesim.results.records import StepLog
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from servesim.results.records import InstanceLog
+    from servesim.results.result import Result
+    from servesim.specs.options import RuntimeOptions
 
 STEP_DTYPE = np.dtype([(name, np.int64) for name in ("instance", "step", *StepLog.COLUMNS)])
 
@@ -69,3 +71,10 @@ def _write_parquet(steps: NDArray[Any], handle: IO[bytes], run_id: str) -> None:
 
     table = pa.table({name: np.ascontiguousarray(steps[name]) for name in FILE_COLUMNS})
     pq.write_table(table.replace_schema_metadata({RUN_ID_KEY: run_id}), handle, compression="zstd")
+
+
+def write_steps(result: Result, path: str, options: RuntimeOptions, extra: Mapping[str, Any]) -> list[str]:
+    """See :class:`servesim.results.outputs.Writer`."""
+    del options, extra
+    result.save_steps(path)
+    return [path]

@@ -17,19 +17,22 @@ from servesim.results.reach import extrapolation_entry
 from servesim.results.saturation import saturation_entry
 from servesim.results.stats import Distribution, describe, exact_sum
 from servesim.results.units import MS, SECOND
+from servesim.specs.options import output_fields
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from servesim.results.records import InstanceLog
     from servesim.results.result import Result
+    from servesim.specs.options import RuntimeOptions
 
 _PROFILES = "profiler/perf/"
 _NOT_IN_SUMMARY = frozenset(
     {
-        *("cluster_config", "dataset", "output", "summary", "steps", "timeline", "run_id"),
+        *("cluster_config", "dataset", "run_id"),
         *("itl", "log_interval", "log_level", "lenient", "stepped"),
         *("ensemble", "step_noise", "run_noise", "arrival_jitter"),
         *("network_backend", "inputs_root", "cleanup_inputs"),
@@ -161,7 +164,7 @@ def _options(result: Result) -> dict[str, Any] | None:
     return {
         name: "inf" if value == math.inf else value
         for name, value in chosen.items()
-        if name not in _NOT_IN_SUMMARY
+        if name not in _NOT_IN_SUMMARY and name not in output_fields()
     }
 
 
@@ -215,3 +218,10 @@ def save_summary(summary: dict[str, Any], path: str | Path) -> None:
 def _plain(value: object) -> object:
     """NumPy numbers as Python numbers, everything else as text."""
     return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def write_summary(result: Result, path: str, options: RuntimeOptions, extra: Mapping[str, Any]) -> list[str]:
+    """See :class:`servesim.results.outputs.Writer`."""
+    del options
+    save_summary({**result.summary, **extra}, path)
+    return [path]

@@ -16,13 +16,15 @@ import orjson
 from servesim.results.atomic import atomic_write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from servesim.results.records import InstanceLog, RequestRecord, RunLog
+    from servesim.results.result import Result
+    from servesim.specs.options import RuntimeOptions
 
 _EVENTS_AT_ONCE = 1 << 14
 
@@ -115,3 +117,10 @@ def _request(record: RequestRecord) -> Iterator[dict[str, Any]]:
     for name, start, end in phases:
         yield {"ph": "b", "name": name, "ts": start / 1000, **base}
         yield {"ph": "e", "name": name, "ts": end / 1000, **base}
+
+
+def write_timeline(result: Result, path: str, options: RuntimeOptions, extra: Mapping[str, Any]) -> list[str]:
+    """See :class:`servesim.results.outputs.Writer`."""
+    del options, extra
+    result.save_timeline(path)
+    return [path]

@@ -42,6 +42,8 @@ class Flag:
     """Other spellings of the flag, such as those of vLLM; without dashes they are keys of a config too."""
     opposites: tuple[str, ...] = ()
     """Spellings that switch a flag off: ``--enforce-eager`` of ``--cudagraph``."""
+    writes: tuple[str, ...] = ()
+    """Endings of the file that the option names for the run to write; empty: it names none."""
     hidden: bool = False
     """Left out of the help: there for the scripts of another tool."""
     beside: Callable[[Any], str] | None = None

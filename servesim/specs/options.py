@@ -40,6 +40,8 @@ _CLUSTER = "cluster"
 _RUN = "how requests arrive and run"
 _UNCERTAINTY = "uncertainty"
 _OUTPUT = "output"
+_TABLE = (".csv", ".parquet")
+_JSON = (".json",)
 _OTHER_TOOLS = "accepted from scripts of other simulators"
 
 ROUTING_POLICIES = ("LOAD", "RR", "RAND", "PREFIX", "CUSTOM")
@@ -493,13 +495,16 @@ class RuntimeOptions(Spec):
     ] = 0.0
 
     output: Annotated[
-        FilePath | None, Flag("per-request results, .csv or .parquet; {run_id} is replaced", _OUTPUT, "PATH")
+        FilePath | None,
+        Flag("per-request results, .csv or .parquet; {run_id} is replaced", _OUTPUT, "PATH", writes=_TABLE),
     ] = None
-    summary: Annotated[FilePath | None, Flag("run summary as JSON", _OUTPUT, "PATH")] = None
-    steps: Annotated[FilePath | None, Flag("step log, .csv or .parquet", _OUTPUT, "PATH")] = None
-    timeline: Annotated[FilePath | None, Flag("Chrome trace, opens in ui.perfetto.dev", _OUTPUT, "PATH")] = (
+    summary: Annotated[FilePath | None, Flag("run summary as JSON", _OUTPUT, "PATH", writes=_JSON)] = None
+    steps: Annotated[FilePath | None, Flag("step log, .csv or .parquet", _OUTPUT, "PATH", writes=_TABLE)] = (
         None
     )
+    timeline: Annotated[
+        FilePath | None, Flag("Chrome trace, opens in ui.perfetto.dev", _OUTPUT, "PATH", writes=_JSON)
+    ] = None
     itl: Annotated[
         bool, Flag("write every request's inter-token latencies", _OUTPUT, beside=acting.with_output)
     ] = True
@@ -616,6 +621,12 @@ def from_namespace(namespace: argparse.Namespace, **overrides: Any) -> RuntimeOp
         InputError: a value is not allowed; the message names its flag.
     """
     return from_flags(RuntimeOptions, namespace, **overrides)
+
+
+def output_fields() -> dict[str, tuple[str, ...]]:
+    """Option -> endings of the file that it names for a run to write."""
+    flags = ((name, flag_of(field)) for name, field in RuntimeOptions.model_fields.items())
+    return {name: flag.writes for name, flag in flags if flag is not None and flag.writes}
 
 
 def per_instance_fields() -> list[str]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from servesim.cli.run import save_outputs
 from servesim.errors import InputError, RunError
 from servesim.results.atomic import all_or_none, atomic_write, check_writable, remove
+from servesim.results.outputs import save_outputs
 from servesim.results.result import Result
 from servesim.specs.options import RuntimeOptions
 from tests import hand_made
@@ -183,7 +183,7 @@ def test_every_output_says_which_run_it_is_of(
     monkeypatch.chdir(tmp_path)
     made = hand_made.two_requests()
     options = outputs(run_id=named) if named else outputs()
-    save_outputs(Result(made.log, made.workload, options), options)
+    save_outputs(Result(made.log, made.workload, options), options, {})
     run_id = json.loads(Path("run.json").read_text())["run_id"]
     assert run_id == named or (named is None and len(run_id) == 16)
     assert json.loads(Path("t.json").read_text())["otherData"] == {"run_id": run_id}
