@@ -14,41 +14,64 @@ if TYPE_CHECKING:
     from typing import Any
 
     from servesim.api import simulate
-    from servesim.errors import InputError, RunError, ServingError
+    from servesim.engine.simulation import Observer
+    from servesim.errors import InputError, MissingFileError, RunError, ServingError
     from servesim.explore.compare import Comparison, compare
     from servesim.explore.ensemble import Ensemble, ensemble
+    from servesim.explore.slo import Slo
     from servesim.results.result import Result
-    from servesim.specs.cluster import load_cluster
+    from servesim.results.summary_keys import Summary
+    from servesim.specs.cluster import ClusterSpec, load_cluster
+    from servesim.specs.model import ModelSpec, load_model
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.formats import load_workload
+    from servesim.workload.request import Request, Workload
 
 __all__ = [
+    "ClusterSpec",
     "Comparison",
     "Ensemble",
     "InputError",
+    "MissingFileError",
+    "ModelSpec",
+    "Observer",
+    "Request",
     "Result",
     "RunError",
     "RuntimeOptions",
     "ServingError",
+    "Slo",
+    "Summary",
+    "Workload",
     "__version__",
     "compare",
     "ensemble",
     "load_cluster",
+    "load_model",
     "load_workload",
     "simulate",
 ]
 
 _HOMES = {
+    "ClusterSpec": "servesim.specs.cluster",
     "Comparison": "servesim.explore.compare",
     "Ensemble": "servesim.explore.ensemble",
     "InputError": "servesim.errors",
+    "MissingFileError": "servesim.errors",
+    "ModelSpec": "servesim.specs.model",
+    "Observer": "servesim.engine.simulation",
+    "Request": "servesim.workload.request",
     "Result": "servesim.results.result",
     "RunError": "servesim.errors",
     "RuntimeOptions": "servesim.specs.options",
     "ServingError": "servesim.errors",
+    "Slo": "servesim.explore.slo",
+    "Summary": "servesim.results.summary_keys",
+    "Workload": "servesim.workload.request",
     "compare": "servesim.explore.compare",
     "ensemble": "servesim.explore.ensemble",
     "load_cluster": "servesim.specs.cluster",
+    "load_model": "servesim.specs.model",
     "load_workload": "servesim.workload.formats",
     "simulate": "servesim.api",
 }

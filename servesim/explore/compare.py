@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from os import PathLike
 
+    import pandas as pd
+
     from servesim.explore.capacity_band import BandRuns
     from servesim.explore.differences import Differences
     from servesim.explore.rows import Row
@@ -40,7 +42,7 @@ DEFAULT_SETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """Results of several option sets, the first being what the others are compared with."""
 
@@ -80,6 +82,23 @@ class Comparison:
     def trust(self) -> list[str]:
         """How far the figures may be trusted, and what is in none of them; two to four lines."""
         return trust_lines(self.names, self.results)
+
+    def __repr__(self) -> str:
+        sets = ", ".join(f"{name}: {result!r}" for name, result in zip(self.names, self.results, strict=True))
+        return f"<Comparison of {sets}>"
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a figure: its title and unit, the value of every set, the differences to the first in %.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        columns = ["title", "unit", *self.names, *(f"{name} change %" for name in self.names[1:])]
+        rows = [[row.title, row.unit, *row.values, *row.changes()[1:]] for row in self.rows]
+        index = pandas.Index([row.key for row in self.rows], name="figure")
+        return pandas.DataFrame(rows, index=index, columns=pandas.Index(columns))
 
     @property
     def failures(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from servesim.results.stated_errors import UNSTATED, StatedError
 
@@ -55,7 +55,7 @@ def num_gpus(result: Result) -> int:
 
 def per_gpu(result: Result, key: str = "output_throughput") -> float:
     """A rate of the summary divided by the NPUs."""
-    return round(float(result.summary[key]) / max(num_gpus(result), 1), 6)
+    return round(result.figure(key) / max(num_gpus(result), 1), 6)
 
 
 def worst_error(results: Iterable[Result]) -> StatedError:
@@ -134,5 +134,4 @@ def survives(spread: Spread | None) -> bool:
 def _figure(result: Result, key: str) -> float:
     if key.endswith("_per_gpu"):
         return per_gpu(result, key.removesuffix("_per_gpu"))
-    value: Any = result.summary[key]
-    return float(value)
+    return result.figure(key)

@@ -9,7 +9,7 @@ from servesim.explore.judgement import num_gpus, per_gpu
 from servesim.results.units import GIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from servesim.explore.slo import Slo
     from servesim.results.result import Result
@@ -49,25 +49,25 @@ class Row:
 
 def figures(results: Sequence[Result], slo: Slo | None = None) -> list[Row]:
     """All figures that every run has, in the order they are shown in."""
-    summaries = [result.summary for result in results]
+    summaries: list[Mapping[str, Any]] = [result.summary for result in results]
     rows: list[Row] = []
 
     def add(
-        section: str, title: str, unit: str, key: str, value: Callable[[dict[str, Any]], float | None]
+        section: str, title: str, unit: str, key: str, value: Callable[[Mapping[str, Any]], float | None]
     ) -> None:
         values = [value(summary) for summary in summaries]
         known = [number for number in values if number is not None]
         if len(known) == len(values):
             rows.append(Row(section, title, unit, key, known))
 
-    def kv(name: str) -> Callable[[dict[str, Any]], float | None]:
+    def kv(name: str) -> Callable[[Mapping[str, Any]], float | None]:
         """A figure that every instance of a run has in common."""
         return lambda summary: summary["instances"][0]["kv_cache"][name] if _uniform(summary, name) else None
 
-    def energy(name: str) -> Callable[[dict[str, Any]], float | None]:
+    def energy(name: str) -> Callable[[Mapping[str, Any]], float | None]:
         return lambda summary: summary["energy"][name] if summary["energy"] else None
 
-    def total(name: str) -> Callable[[dict[str, Any]], float | None]:
+    def total(name: str) -> Callable[[Mapping[str, Any]], float | None]:
         return lambda summary: summary[name]
 
     def of_run(section: str, title: str, unit: str, key: str, value: Callable[[Result], float]) -> None:
@@ -123,7 +123,7 @@ def figures(results: Sequence[Result], slo: Slo | None = None) -> list[Row]:
 def _add_prefix_cache(add: Callable[..., None], caches: Sequence[dict[str, Any]]) -> None:
     """Rows about the prefix cache where any run found something, those of a lower tier where any has one."""
 
-    def percent(name: str) -> Callable[[dict[str, Any]], float]:
+    def percent(name: str) -> Callable[[Mapping[str, Any]], float]:
         return lambda summary: round(summary["prefix_cache"][name] * 100, 4)
 
     section = "prefix cache"
@@ -142,11 +142,11 @@ def _storage_tokens(cache: dict[str, Any]) -> int:
     return sum(pool["tokens"] for pool in cache["storage_pools"])
 
 
-def _gib(name: str) -> Callable[[dict[str, Any]], float]:
+def _gib(name: str) -> Callable[[Mapping[str, Any]], float]:
     return lambda summary: round(summary["prefix_cache"][name] / GIB, 6)
 
 
-def _uniform(summary: dict[str, Any], name: str) -> bool:
+def _uniform(summary: Mapping[str, Any], name: str) -> bool:
     return len({instance["kv_cache"][name] for instance in summary["instances"]}) == 1
 
 

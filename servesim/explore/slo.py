@@ -48,7 +48,7 @@ class Bound:
     def value_ms(self, result: Result) -> float:
         """The run's figure that must not be above the limit."""
         name = "median" if self.statistic == "p50" else self.statistic
-        return float(result.summary[f"{name}_{self.metric}_ms"])
+        return result.figure(f"{name}_{self.metric}_ms")
 
 
 @dataclass(slots=True, frozen=True)

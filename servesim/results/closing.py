@@ -13,6 +13,8 @@ from servesim.results.units import digits
 from servesim.terminal import screen_width, wrapped
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from servesim.results.result import Result
 
 LATENCY_ROWS = (
@@ -73,7 +75,7 @@ def _rejected(result: Result) -> list[str]:
     return lines
 
 
-def latency_table(summary: dict[str, Any]) -> Table:
+def latency_table(summary: Mapping[str, Any]) -> Table:
     """Mean and percentiles of every latency, in ms."""
     table = Table(["ms", *(title for title, _ in STATISTICS)])
     for title, name in LATENCY_ROWS:
@@ -89,7 +91,7 @@ def wall_line(end_ns: int, wall_s: float) -> str:
     return f"wall time      {wall_s:.2f} s for {end_ns / 1e9:.1f} simulated seconds{ratio}"
 
 
-def _totals(summary: dict[str, Any]) -> list[str]:
+def _totals(summary: Mapping[str, Any]) -> list[str]:
     rejected = f", {summary['failed']} rejected" if summary["failed"] else ""
     return [
         f"requests       {summary['completed']} completed{rejected} in {summary['duration']:.2f} simulated "
@@ -101,7 +103,7 @@ def _totals(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _memory(summary: dict[str, Any]) -> list[str]:
+def _memory(summary: Mapping[str, Any]) -> list[str]:
     return [
         f"KV cache       peak {summary['kv_cache']['peak']:.1%}, peak batch {summary['peak_batch']}",
         f"preemptions    {summary['preemptions']}, {summary['recomputed_tokens']} tokens recomputed",

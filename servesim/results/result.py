@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.results.records import InstanceLog, RejectedRequest, RequestRecord, RunLog
+    from servesim.results.summary_keys import Summary
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Workload
@@ -47,6 +48,18 @@ class Result:
         self.workload = workload
         self.options = options
         self.cluster = cluster
+
+    def __repr__(self) -> str:
+        one = self.summary
+        return (
+            f"<Result: {one['completed']} of {len(self.workload)} requests in {one['duration']:.1f} s, "
+            f"{one['output_throughput']:,.0f} output tok/s, mean TTFT {one['mean_ttft_ms']:,.1f} ms, "
+            f"mean TPOT {one['mean_tpot_ms']:,.2f} ms>"
+        )
+
+    def figure(self, key: str) -> float:
+        """One number of :attr:`summary` by its key."""
+        return float(cast("dict[str, Any]", self.summary)[key])
 
     @cached_property
     def records(self) -> list[RequestRecord]:
@@ -160,9 +173,9 @@ class Result:
         return hashlib.sha256(__version__.encode() + self.requests.tobytes()).hexdigest()[:16]
 
     @cached_property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Summary:
         """Figures of the run under the names of ``vllm bench serve``, and ours; ready for JSON."""
-        return summarise(self)
+        return cast("Summary", summarise(self))
 
     def power(self, interval_s: float = 1.0) -> NDArray[np.void]:
         """Mean power of every node with a ``power`` section over the run, shape (nodes * intervals,).

@@ -208,7 +208,7 @@ def summarise(result: Result) -> dict[str, Any]:
     }
 
 
-def save_summary(summary: dict[str, Any], path: str | Path) -> None:
+def save_summary(summary: Mapping[str, Any], path: str | Path) -> None:
     """Write a summary as indented JSON."""
     text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
     with atomic_write(path, "w") as handle:

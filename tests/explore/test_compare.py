@@ -166,3 +166,12 @@ def test_small_figures_keep_their_digits_beside_large_ones() -> None:
     shown = comparison_text(Comparison(["a", "b"], [two_requests(), slow]))
     row = next(line for line in shown.splitlines() if line.startswith("TTFT mean"))
     assert f"{two_requests().summary['mean_ttft_ms']:.2f}" in row
+
+
+def test_a_comparison_becomes_a_table() -> None:
+    pytest.importorskip("pandas")
+    comparison = servesim.compare(CLUSTER, long_answers(2), {"a": {}, "b": {"max_num_seqs": 1}})
+    table = comparison.to_pandas()
+    assert table.loc["output_throughput", "a"] == comparison.results[0].figure("output_throughput")
+    assert list(table.columns) == ["title", "unit", "a", "b", "b change %"]
+    assert repr(comparison).startswith("<Comparison of a: <Result: 2 of 2")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import servesim
 from tests.hand_made import MS, two_requests
 
 
@@ -115,3 +116,10 @@ def test_a_run_in_which_nothing_finished_has_a_summary_of_zeros() -> None:
     assert (result.summary["completed"], result.summary["duration"]) == (0, 0.0)
     assert result.summary["p99_itl_ms"] == 0.0
     assert result.summary["output_throughput"] == 0.0
+
+
+def test_results_say_what_they_are() -> None:
+    result = servesim.simulate(num_reqs=4)
+    assert repr(result).startswith("<Result: 4 of 4 requests in ")
+    assert set(result.summary) == set(servesim.Summary.__annotations__)
+    assert result.figure("completed") == 4

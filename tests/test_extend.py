@@ -1,0 +1,71 @@
+"""What a stranger adds takes one new file and at most two edited lines elsewhere: done here on a copy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the package and what its runs read, except the bundles of other hardware."""
+    for part in ("servesim", "configs", "workloads"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "profiler" / "models", tmp_path / "profiler" / "models")
+    bundle = Path("profiler", "perf", "RTXPRO6000", "meta-llama")
+    shutil.copytree(ROOT / bundle, tmp_path / bundle)
+    return tmp_path
+
+
+def edit(path: Path, line: str, *, after: str) -> None:
+    """Add one line behind the one that contains ``after``."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    (place,) = (number for number, text in enumerate(lines) if after in text)
+    lines.insert(place + 1, line)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """The output of a run of the copy."""
+    done = subprocess.run(
+        [sys.executable, "-m", "servesim", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_output_is_one_file_and_two_lines(copy: Path) -> None:
+    (copy / "servesim" / "results" / "slowest.py").write_text(
+        "def write(result, path, options, extra):\n"
+        "    worst = result.requests['latency'].argmax()\n"
+        "    with open(path, 'w') as handle:\n"
+        "        handle.write(f\"{result.requests['request_id'][worst]}\\n\")\n"
+        "    return [path]\n"
+    )
+    edit(
+        copy / "servesim" / "results" / "outputs.py",
+        '    "slowest": "servesim.results.slowest:write",',
+        after='"summary": "servesim.results.summary:write_summary"',
+    )
+    edit(
+        copy / "servesim" / "specs" / "options.py",
+        '    slowest: Annotated[FilePath | None, Flag("slowest", _OUTPUT, "PATH", writes=(".txt",))] = None',
+        after="class RuntimeOptions(Spec):",
+    )
+    out = run(copy, "--num-reqs", "20", "--slowest", "slowest.txt", "--output", "r.csv")
+    assert "written        r.csv, slowest.txt" in out
+    rows = (line.split(",") for line in (copy / "r.csv").read_text().splitlines()[1:])
+    slowest = max(rows, key=lambda row: int(row[7]))
+    assert (copy / "slowest.txt").read_text().strip() == slowest[1]
