@@ -89,7 +89,8 @@ def _columns(path: Path) -> tuple[list[list[Any]], str | None]:
         if reason:
             raise InputError(f"{path}: errors[{i}]: request {i} failed: {shown(reason)}")
     model = result.get("model_id")
-    return columns, model if isinstance(model, str) and model else None
+    named = isinstance(model, str) and model and model.isprintable()
+    return columns, model if named else None
 
 
 def _time(path: Path, key: str, index: int, value: object) -> float:

@@ -42,7 +42,8 @@ def _temporary_sibling(path: Path) -> Path:
 def _open_new(path: Path, mode: str) -> IO[Any]:
     if "b" in mode:
         return path.open(mode)
-    return path.open(mode, encoding="utf-8", newline="")
+    # A name that is no text, such as a path in another encoding, is written as its escapes.
+    return path.open(mode, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def _missing_folders(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError, MissingFileError
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 LIMIT_VARIABLE = "SERVESIM_MAX_INPUT_MIB"
 """Environment variable: MiB that one input file may have, unpacked, and the memory its requests may take."""
 _DEFAULT_LIMIT_MIB = 4096
+_SURROGATE = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+)
+"""Half of a character outside the first 65,536 as JSON writes it; behind a backslash it may be none."""
 _CONFIG_BYTES = 64 << 20  # a configuration that a person writes; the longest published ones have 100 kB
 
 
@@ -143,6 +149,13 @@ def parse_json_object(text: str, source: str, *, finite: bool = True) -> dict[st
         raise InputError(f"{source}: line 1: nested too deeply to be a configuration") from None
     except ValueError as error:  # an integer of thousands of digits
         raise InputError(f"{source}: line 1: {str(error).split(';')[0]}") from None
+    half = _SURROGATE.search(text)
+    if half is not None:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            line = text.count("\n", 0, half.start()) + 1
+            raise InputError(f"{source}: line {line}: {half[0]} is half a character; write text") from None
     return _object(value, source, "JSON object {...}")
 
 

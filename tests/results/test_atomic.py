@@ -235,3 +235,8 @@ def test_what_a_killed_process_left_does_no_harm(tmp_path: Path) -> None:
     write(path, "new\n")
     assert path.read_text() == "new\n"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_is_no_text_is_written_as_its_escapes(tmp_path: Path) -> None:
+    write(tmp_path / "x.json", json.dumps({"path": "caf\udce9"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "x.json").read_bytes()) == {"path": "caf\udce9"}

@@ -167,3 +167,13 @@ def test_an_argument_in_another_encoding_is_told(capsys: pytest.CaptureFixture[s
         assert "caf" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"^options: .*must be text in UTF-8"):
         RuntimeOptions(request_routing_policy="\udce9:f")
+
+
+def test_half_a_character_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"smile": "\\ud83d\\ude00",\n "path": "\\\\ud83d"}')
+    assert read_json_object(path) == {"smile": "\U0001f600", "path": "\\ud83d"}
+    for text in ("\\ud83d", "\\uD83D \\ude00", "\\ude00"):
+        path.write_text('{"a": 1,\n "b": "' + text + '"}')
+        with pytest.raises(InputError, match=r"line 2: \\u[dD][8eE][0-9a-fA-F]{2} is half a character"):
+            read_json_object(path)
