@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.cost.step_terms import StageTerms
-    from servesim.memory.memory_map import MemoryPort
+    from servesim.memory.ledger import Memory
     from servesim.memory.placement import PlacedLayer
     from servesim.specs.model import ModelSpec
 
@@ -37,15 +37,16 @@ _MOST_KEPT = 4096
 class StageReads:
     """The reads of one pipeline stage of one instance.
 
-    ``layers``: in running order. ``terms``: what they compute. ``ports``: of every place. ``kv_layer_bytes``:
-    KV of one token in one block on one rank. ``local``: weights on the NPU are read again, too.
+    ``layers``: in running order. ``terms``: what they compute. ``ports``: the memory at every place, as this
+    instance reads it. ``kv_layer_bytes``: KV of one token in one block on one rank. ``local``: weights on the
+    NPU are read again, too.
     """
 
     def __init__(
         self,
         layers: Sequence[PlacedLayer],
         terms: StageTerms,
-        ports: Mapping[str, MemoryPort],
+        ports: Mapping[str, Memory],
         model: ModelSpec,
         ranks: int,
         kv_layer_bytes: int,
@@ -59,8 +60,8 @@ class StageReads:
         self._attention = np.cumsum([layer.kv_place is not None for layer in layers])
         """Attention layers up to and including each layer."""
         self._queues = [
-            _Queue(layers, place, port, model, 1 if place == NPU else ranks, kv_layer_bytes)
-            for place, port in ports.items()
+            _Queue(layers, place, memory, model, 1 if place == NPU else ranks, kv_layer_bytes)
+            for place, memory in ports.items()
             if place != NPU or local
         ]
         self._kept: dict[int, tuple[NDArray[np.float64], list[NDArray[np.float64]]]] = {}
@@ -130,13 +131,13 @@ class _Queue:
         self,
         layers: Sequence[PlacedLayer],
         place: str,
-        port: MemoryPort,
+        memory: Memory,
         model: ModelSpec,
         ranks: int,
         kv_layer_bytes: int,
     ) -> None:
         self.place = place
-        self._port = port
+        self._memory = memory
         self._model = model
         kv = [layer.kv_place == place and place != NPU for layer in layers]
         weights = [
@@ -169,11 +170,11 @@ class _Queue:
             experts, chosen = self._model.num_experts, self._model.num_experts_per_tok
             distinct = float(expected_distinct_experts(np.array([tokens]), experts, chosen)[0])
             sizes = sizes + self._expert_bytes * (distinct / experts)
-        return np.cumsum(sizes / self._port.bandwidth_gbs + self._reads * self._port.latency_ns)
+        return np.cumsum(sizes / self._memory.bandwidth_gbs + self._reads * self._memory.latency_ns)
 
     def arrival_ns(self, weights_ns: NDArray[np.float64], kv_tokens: int) -> NDArray[np.float64]:
         """The same with the KV of ``kv_tokens`` tokens read in every block."""
         if not kv_tokens:
             return weights_ns
-        read_ns = self._port.latency_ns + kv_tokens * self._kv_bytes / self._port.bandwidth_gbs
+        read_ns = self._memory.latency_ns + kv_tokens * self._kv_bytes / self._memory.bandwidth_gbs
         return weights_ns + self._kv_reads * read_ns

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from servesim.cost.stage_cost import StageCost
     from servesim.cost.step_terms import StageTerms
     from servesim.cost.terms import BatchShape, Term
-    from servesim.memory.memory_map import MemoryPort, Resident
+    from servesim.memory.ledger import Memory
+    from servesim.memory.memory_map import Resident
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.model import ModelSpec
@@ -28,7 +29,7 @@ class Offload:
     """What one instance keeps elsewhere and lets memory compute."""
 
     resident: Resident
-    ports: Mapping[str, MemoryPort]
+    ports: Mapping[str, Memory]
     architecture: Architecture
     pim: PimAttention | None
     interleaved: bool
@@ -40,7 +41,7 @@ class Offload:
     def of(
         cls,
         resident: Resident,
-        ports: Mapping[str, MemoryPort],
+        ports: Mapping[str, Memory],
         channels: int,
         instance: InstanceSpec,
         model: ModelSpec,

@@ -143,7 +143,7 @@ class Builder:
         self._resolved = [resolve(options, spec, self._models[spec.model_name]) for _, spec in self._placed]
         self.notes = notes_of(scene(cluster, self._models, self._resolved, workload, options))
         """What was asked for and does not act."""
-        self._memories = MemoryMap(cluster, self._models, self._resolved)
+        self._memories = MemoryMap(cluster, self._models, self._resolved, options.prefix_storage)
         self._started = [
             start_up(
                 index, spec, self._models[spec.model_name], self._resolved[index], options, self._memories

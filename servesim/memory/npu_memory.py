@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
+from servesim.memory.ledger import Memory
 from servesim.memory.sizing import GIB
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def npu_bytes(instance: InstanceSpec, hardware: HardwareSpec) -> int:
     return int(size_gib * GIB)
 
 
-def npu_speed(instance: InstanceSpec, hardware: HardwareSpec, where: str) -> tuple[float, float]:
-    """Bandwidth (GB/s) and latency (ns) of one NPU's memory.
+def npu_memory(instance: InstanceSpec, hardware: HardwareSpec, where: str) -> Memory:
+    """The memory of one NPU, where its speed counts.
 
     Raises:
         InputError: nobody says its bandwidth.
@@ -36,7 +37,9 @@ def npu_speed(instance: InstanceSpec, hardware: HardwareSpec, where: str) -> tup
             f"{where}: npu_mem.mem_bw: is missing; required where weights are streamed, as "
             f"configs/hardware/{instance.hardware}.yaml does not say memory_bandwidth_gbs"
         )
-    return bandwidth_gbs, npu.mem_latency
+    return Memory(
+        f"memory of an NPU of {where}", "rank", npu_bytes(instance, hardware), bandwidth_gbs, npu.mem_latency
+    )
 
 
 def differences(instance: InstanceSpec, hardware: HardwareSpec) -> list[str]:

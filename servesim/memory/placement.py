@@ -233,34 +233,31 @@ def block_weights(
     return weights, experts
 
 
-@dataclass(slots=True, frozen=True)
-class Holding:
-    """What an instance keeps in one memory: of one rank in its own, of all ranks in a shared one."""
+def held_bytes(
+    stages: list[list[PlacedLayer]], kv_layer_bytes: int, ranks: int
+) -> tuple[list[tuple[int, int]], dict[str, tuple[int, int]]]:
+    """(weight bytes, KV bytes per token) that an instance keeps: of a rank of every stage in its own memory,
+    and of all ranks together in other memories by place.
 
-    weight_bytes: int = 0
-    kv_bytes_per_token: int = 0
-
-
-def holdings(
-    stages: list[list[PlacedLayer]], instance: InstanceSpec, model: ModelSpec, options: InstanceOptions
-) -> tuple[list[Holding], dict[str, Holding]]:
-    """(NPU memory of each stage's ranks, other memories by place)."""
-    per_layer = kv_bytes_per_layer(model, options, instance.tp_size)
-    own: list[Holding] = []
-    shared: dict[str, list[int]] = {}
+    ``kv_layer_bytes``: KV of one token in one block on one rank; ``ranks``: of a stage.
+    """
+    own: list[tuple[int, int]] = []
+    elsewhere: dict[str, tuple[int, int]] = {}
     for layers in stages:
         weights = kv = 0
         for layer in layers:
             if layer.place == NPU:
                 weights += layer.stored_bytes
             elif layer.stored_bytes:
-                shared.setdefault(layer.place, [0, 0])[0] += layer.stored_bytes * instance.tp_size
+                before = elsewhere.get(layer.place, (0, 0))
+                elsewhere[layer.place] = before[0] + layer.stored_bytes * ranks, before[1]
             if layer.kv_place == NPU:
-                kv += per_layer
+                kv += kv_layer_bytes
             elif layer.kv_place is not None:
-                shared.setdefault(layer.kv_place, [0, 0])[1] += per_layer * instance.tp_size
-        own.append(Holding(weights, kv))
-    return own, {place: Holding(*sizes) for place, sizes in sorted(shared.items())}
+                before = elsewhere.get(layer.kv_place, (0, 0))
+                elsewhere[layer.kv_place] = before[0], before[1] + kv_layer_bytes * ranks
+        own.append((weights, kv))
+    return own, dict(sorted(elsewhere.items()))
 
 
 def kv_bytes_per_layer(model: ModelSpec, options: InstanceOptions, tp: int) -> int:

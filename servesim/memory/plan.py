@@ -27,37 +27,11 @@ from servesim.specs.hardware import load_hardware
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from servesim.memory.ledger import Share
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.hardware import HardwareSpec
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Outside:
-    """What an instance, all its ranks together, keeps in a memory that is not its NPUs'."""
-
-    place: str
-    """``cpu``, ``cxl:<device>`` or ``pim``."""
-    weight_bytes: int
-    kv_bytes_per_token: int
-    room_bytes: int
-    """For the instance's KV cache."""
-    total_bytes: int
-    """Of the memory."""
-
-    def blocks(self, block_size: int) -> int:
-        """KV blocks that fit."""
-        return self.room_bytes // (self.kv_bytes_per_token * block_size)
-
-    def no_room(self, block_size: int) -> str:
-        """That not even two blocks fit, with the figures."""
-        return (
-            f"no room for the KV cache in {self.place}: of {self.total_bytes} bytes, {self.room_bytes} are "
-            "left to this instance beside weights and other instances, for blocks of "
-            f"{self.kv_bytes_per_token * block_size} bytes (2 are needed at least); choose a larger memory "
-            "or another kv_loc"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +58,7 @@ class KvCapacity:
     estimated."""
     engine: str
     """Versions of vLLM whose start-ups the estimate follows."""
-    outside: tuple[Outside, ...] = ()
+    outside: tuple[Share, ...] = ()
     """What lies elsewhere; ``weight_bytes`` and ``kv_bytes`` are without it, bytes per token and block with
     it."""
 
@@ -148,7 +122,7 @@ def kv_cache_capacity(
     options: InstanceOptions,
     where: str = "instance",
     on_npus: Sequence[tuple[int, int]] | None = None,
-    outside: tuple[Outside, ...] = (),
+    outside: tuple[Share, ...] = (),
     hardware: HardwareSpec | None = None,
 ) -> KvCapacity:
     """Plan the memory of one NPU of ``instance``.

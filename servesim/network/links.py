@@ -8,7 +8,7 @@ moved its last byte, so time passes from one such moment to the next.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from math import ceil
 from typing import TYPE_CHECKING
@@ -28,6 +28,9 @@ class Port:
 
     name: str
     bandwidth_gbs: float
+    weight: int = field(default=1, compare=False)
+    """How often each byte of a transfer counts here: the port of one of D devices over which others are
+    striped is stated at D times its bandwidth, and counts D-fold what lies in that device alone."""
 
 
 @dataclass(slots=True)
@@ -54,8 +57,8 @@ class Links:
         """Port → its number here, in the order of first use."""
         self._bandwidths: list[float] = []
         """Of each port by number, in bytes per ns."""
-        self._users: list[dict[int, None]] = []
-        """The transfers through each port by number."""
+        self._users: list[dict[int, int]] = []
+        """The transfers through each port by number, with their weights."""
         self._changed: dict[int, None] = {}
         """Ports that transfers joined or left since rates were last shared out."""
         self._landing: dict[int, int] = {}
@@ -77,11 +80,12 @@ class Links:
         if flow in self._flows or flow in self._landing:
             raise ValueError(f"transfer {flow} is under way already")
         self._pass_time(now_ns)
-        crossed = tuple(dict.fromkeys(self._number(port) for port in ports))
+        weights = {self._number(port): port.weight for port in ports}
+        crossed = tuple(weights)
         if size > 0 and crossed:
             self._flows[flow] = _Flow(crossed, floor_ns, float(size))
             for port in crossed:
-                self._users[port][flow] = None
+                self._users[port][flow] = weights[port]
                 self._changed[port] = None
         else:
             self._landing[flow] = max(now_ns, floor_ns)
@@ -147,7 +151,7 @@ class Links:
         reached = self._reached()
         self._changed.clear()
         left = {port: self._bandwidths[port] for port in reached}
-        waiting = {port: len(self._users[port]) for port in reached}
+        waiting = {port: sum(self._users[port].values()) for port in reached}
         heap = [(left[port] / waiting[port], port) for port in reached]
         heapify(heap)
         fixed: set[int] = set()
@@ -162,8 +166,9 @@ class Links:
                 fixed.add(number)
                 flow = self._flows[number]
                 for port in flow.ports:
-                    left[port] -= rate
-                    waiting[port] -= 1
+                    weight = self._users[port][number]
+                    left[port] -= rate * weight
+                    waiting[port] -= weight
                 touched.update(flow.ports)
                 if rate != flow.rate:
                     flow.rate = rate

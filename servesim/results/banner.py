@@ -16,7 +16,8 @@ from servesim.terminal import WIDTH, screen_width, wrapped
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from servesim.memory.plan import KvCapacity, Outside
+    from servesim.memory.ledger import Share
+    from servesim.memory.plan import KvCapacity
     from servesim.results.records import InstanceLog
     from servesim.specs.cluster import InstanceSpec
     from servesim.workload.request import Workload
@@ -252,9 +253,9 @@ def _band(capacity: KvCapacity) -> list[str]:
     ]
 
 
-def _outside_line(memory: Outside, capacity: KvCapacity) -> str:
+def _outside_line(share: Share, capacity: KvCapacity) -> str:
     """What an instance keeps in a memory that is not its NPUs'."""
-    parts = [f"weights {gib(memory.weight_bytes)}"] if memory.weight_bytes else []
-    if memory.kv_bytes_per_token:
-        parts.append(f"KV cache {gib(memory.kv_bytes_per_token * capacity.tokens)}")
-    return f"{memory.place:<10}{', '.join(parts)} of {gib(memory.total_bytes)} GiB"
+    parts = [f"weights {gib(share.weight_bytes)}"] if share.weight_bytes else []
+    if share.kv_bytes_per_token:
+        parts.append(f"KV cache {gib(share.kv_bytes_per_token * capacity.tokens)}")
+    return f"{share.place:<10}{', '.join(parts)} of {gib(share.memory.total_bytes)} GiB"

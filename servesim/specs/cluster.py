@@ -13,6 +13,7 @@ from servesim.specs import paths
 from servesim.specs.base import BandwidthGbs, Count, LatencyNs, SizeGb, Spec, Unit, list_as_tuple
 from servesim.specs.flags import renamed
 from servesim.specs.hardware import EngineSpec, HardwareSpec, load_hardware
+from servesim.specs.memories import CpuMemory, CxlMemory, Word
 from servesim.specs.options import (
     AsyncScheduling,
     BlockSize,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Degree = Annotated[int, Field(ge=1, le=65536)]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 
 
 _OTHER_NAMES = {"tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size"}
@@ -107,25 +107,6 @@ class NpuMemory(Spec):
         Annotated[float, Field(ge=0, le=1e6, description="GB kept from the KV cache"), Unit("GB")] | None
     ) = None
     """In place of the estimate of what activations and the runtime take; 0: nothing."""
-
-
-class CpuMemory(Spec):
-    """Host memory of a node, shared by its instances."""
-
-    mem_size: Annotated[SizeGb, Field(description="GB (2**30 bytes)")]
-    mem_bw: Annotated[BandwidthGbs, Field(description="GB/s (1e9 bytes per second)")]
-    mem_latency: Annotated[LatencyNs, Field(description="ns")]
-    pim_config: Word | None = None
-    """Name of a processing-in-memory device, ``configs/pim/<name>.ini``."""
-
-
-class CxlMemory(Spec):
-    """CXL memory pool of the cluster."""
-
-    mem_size: Annotated[SizeGb, Field(description="GB (2**30 bytes) of one device")]
-    mem_bw: Annotated[BandwidthGbs, Field(description="GB/s of one device")]
-    mem_latency: Annotated[LatencyNs, Field(description="ns")]
-    num_devices: Count = 1
 
 
 class InstanceSpec(Spec):

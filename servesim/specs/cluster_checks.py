@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from servesim.errors import InputError, MissingFileError
 from servesim.specs.hardware import load_hardware
+from servesim.specs.memories import KINDS, split_place
 from servesim.specs.model import load_model
 from servesim.specs.runnable import missing_kinds
 from servesim.specs.validation import joined
@@ -41,7 +42,7 @@ def check_cluster(cluster: ClusterSpec) -> dict[str, ModelSpec]:
     """
     models: dict[str, ModelSpec] = {}
     found: list[str] = []
-    for where, instance in located(cluster):
+    for (where, instance), (node, _) in zip(located(cluster), cluster.instances, strict=True):
         if instance.model_name not in models:
             models[instance.model_name] = _load(cluster, where, instance.model_name)
         model = models[instance.model_name]
@@ -49,7 +50,7 @@ def check_cluster(cluster: ClusterSpec) -> dict[str, ModelSpec]:
         members = group if instance.dp_group is not None else 1
         found += [f"{where}.model_name: {problem}" for problem in _kinds(model)]
         found += [f"{where}.{problem}" for problem in _splits(instance, model, members)]
-        found += [f"{where}.{problem}" for problem in _places(cluster, instance, model)]
+        found += [f"{where}.{problem}" for problem in _places(cluster, node, instance, model)]
     _raise_if(cluster, found)
     return models
 
@@ -218,16 +219,22 @@ def _splits(instance: InstanceSpec, model: ModelSpec, group: int) -> Iterator[st
         )
 
 
-def _places(cluster: ClusterSpec, instance: InstanceSpec, model: ModelSpec) -> Iterator[str]:
-    """Placement rules name blocks the model has and CXL devices the cluster has."""
+def _places(cluster: ClusterSpec, node: int, instance: InstanceSpec, model: ModelSpec) -> Iterator[str]:
+    """Placement rules name blocks the model has and memories that the cluster has."""
     if instance.placement is None:
         return
-    devices = cluster.cxl_mem.num_devices if cluster.cxl_mem else 0
     for where, rule in instance.placement.rules:
         for key, place in rule.places:
-            if place.startswith("cxl:") and int(place[4:]) >= devices:
-                allowed = f"0 to {devices - 1}" if devices else "none, as the cluster has no cxl_mem"
-                yield f"placement.{where}.{key}: '{place}' is not allowed; CXL devices: {allowed}"
+            name, device = split_place(place)
+            if name not in KINDS:
+                continue
+            kind = KINDS[name]
+            memory = kind.spec(cluster, node)
+            devices = memory.devices if memory is not None else 0
+            if (device or 0) >= devices:
+                missing = f"none, as the {kind.scope} has no {kind.field}"
+                allowed = f"0 to {devices - 1}" if devices else missing
+                yield f"placement.{where}.{key}: '{place}' is not allowed; {name.upper()} devices: {allowed}"
     for index, block in enumerate(instance.placement.blocks):
         if block.block_indices[-1] >= model.num_hidden_layers:
             yield (

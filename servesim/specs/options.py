@@ -23,6 +23,7 @@ from servesim.specs.dtypes import (
     variant_name,
 )
 from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
+from servesim.specs.memories import TIER_WORDS
 
 if TYPE_CHECKING:
     import argparse
@@ -364,12 +365,12 @@ class RuntimeOptions(Spec):
         ),
     ] = False
     prefix_storage: Annotated[
-        Literal["CPU", "CXL"] | None,
+        Literal[*TIER_WORDS] | None,  # type: ignore[valid-type]
         BeforeValidator(_none_word),
         Flag(
             "lower tier of the prefix cache",
             _CLUSTER,
-            choices=("None", "CPU", "CXL"),
+            choices=("None", *TIER_WORDS),
             default_text="None",
             acts=acting.prompts_with_ids,
             noted=True,

@@ -8,11 +8,13 @@ from typing import Annotated
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from servesim.specs.base import Spec, list_as_tuple
+from servesim.specs.memories import PLACES, is_place
 
 
 def _check_place(value: str) -> str:
-    if not re.fullmatch(r"npu|cpu|cxl:\d{1,6}", value):
-        raise ValueError(f'"{value}" is not allowed; must be npu, cpu or cxl:<device>')
+    if not is_place(value):
+        allowed = f"{', '.join(PLACES[:-1])} or {PLACES[-1]}"
+        raise ValueError(f'"{value}" is not allowed; must be {allowed}')
     return value
 
 

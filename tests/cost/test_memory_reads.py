@@ -10,14 +10,14 @@ import pytest
 
 from servesim.cost.memory_reads import StageReads
 from servesim.cost.step_terms import StageTerms
-from servesim.memory.memory_map import MemoryPort
+from servesim.memory.ledger import Memory
 from servesim.memory.placement import PlacedLayer
 from tests.cost.bundles import toy_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-ONE_GBS = MemoryPort(1.0, 0.0)  # a byte takes a nanosecond
+ONE_GBS = Memory("toy", "node", 0, 1.0, 0.0)  # a byte takes a nanosecond
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Fixed:
         return f"{count}"
 
 
-def reads(layers: list[PlacedLayer], ports: dict[str, MemoryPort] | None = None, **how: Any) -> StageReads:
+def reads(layers: list[PlacedLayer], ports: dict[str, Memory] | None = None, **how: Any) -> StageReads:
     """Of layers that take 1 µs each, the head 2 µs, attention what is said."""
     names = {layer.name for layer in layers if layer.kv_place is None}
     terms = StageTerms(
@@ -64,7 +64,9 @@ def test_a_layer_takes_as_long_as_the_slower_of_compute_and_read(size: int, wait
 
 
 def test_a_read_takes_bytes_over_bandwidth_and_the_latency() -> None:
-    assert wait([weights("cpu", 6000)], ports={"cpu": MemoryPort(2.0, 250.0)}) == 3000 + 250 - 1000
+    assert (
+        wait([weights("cpu", 6000)], ports={"cpu": Memory("toy", "node", 0, 2.0, 250.0)}) == 3000 + 250 - 1000
+    )
 
 
 def test_reads_of_one_device_come_one_after_the_other() -> None:

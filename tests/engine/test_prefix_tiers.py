@@ -14,6 +14,7 @@ import servesim.engine.lower_tiers as lower_tiers
 from servesim import simulate
 from servesim.__main__ import main
 from servesim.errors import InputError
+from servesim.memory.sizing import GIB
 from servesim.memory.tier import TierPool
 from servesim.workload.request import Request, Workload
 from tests.engine.toy_world import DENSE, KV_BYTES_PER_TOKEN, MOE, toy_cluster, toy_instance, toy_world
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from servesim.results.result import Result
 
 MS = 1_000_000
 CHUNK = 256
 CXL = {"mem_size": 1, "mem_bw": 50, "mem_latency": 250, "num_devices": 2}
+CPU_EVICTS = {"default": {"kv_evict_loc": "cpu"}}
 CPU_TIER: dict[str, Any] = {"prefix_storage": "CPU"}
 CXL_TIER: dict[str, Any] = {"prefix_storage": "CXL"}
 
@@ -212,6 +216,49 @@ def test_cxl_memory_is_split_over_the_nodes() -> None:
     result = run(toy_cluster([small()], [small(), small()], cxl_mem=CXL), **CXL_TIER)
     sizes = [pool["bytes"] for pool in result.summary["prefix_cache"]["storage_pools"]]
     assert sizes == [1 << 30, 1 << 29, 1 << 29]
+
+
+EVICTS = {"default": {"kv_evict_loc": "cxl:0"}}
+"""Beside an instance whose tier is striped over both devices."""
+
+
+def test_a_device_of_two_pools_is_split_between_them() -> None:
+    cluster = toy_cluster([small(placement=EVICTS), small()], cxl_mem=CXL)
+    result = run(cluster, enable_prefix_sharing=True, **CXL_TIER)
+    sizes = [pool["bytes"] for pool in result.summary["prefix_cache"]["storage_pools"]]
+    assert sizes == [GIB // 2, GIB // 2 + GIB]
+    private = run(cluster, **CXL_TIER).summary["prefix_cache"]["storage_pools"]
+    assert [pool["bytes"] for pool in private] == [GIB // 2, GIB]
+
+
+def test_a_device_of_two_pools_moves_no_more_than_it_can() -> None:
+    # Both instances recall a chunk at 2 s: one from device 0, one half from each. At 2/3 of a device's rate
+    # for both, device 0 moves 2/3 + 1/3.
+    said = np.arange(400), np.arange(2000, 3575), np.arange(400)
+    requests = [Request(i, len(said[i // 2]), 2, i // 2 * 1000 * MS, said[i // 2]) for i in range(6)]
+
+    def ttft_ns(mem_bw: float) -> NDArray[np.int64]:
+        cluster = toy_cluster([small(placement=EVICTS), small()], cxl_mem={**CXL, "mem_bw": mem_bw})
+        flags: dict[str, Any] = {"request_routing_policy": "RR", "enable_prefix_sharing": True}
+        result = run(cluster, Workload(requests, "again"), **flags, **CXL_TIER)
+        assert result.requests["storage_hit"].tolist() == [0, 0, 0, 0, CHUNK, CHUNK]
+        return result.requests["TTFT"][4:].astype(np.int64)
+
+    read_ns = CHUNK * KV_BYTES_PER_TOKEN / 0.001
+    assert ttft_ns(0.001) - ttft_ns(1e6) == pytest.approx(1.5 * read_ns, abs=2)
+
+
+def test_a_tier_leaves_bandwidth_to_who_reads_weights_there() -> None:
+    weights = {"default": {"weights": "cpu"}}
+    both = toy_cluster([small(placement=weights), small()])
+    alone = toy_cluster([small(placement=weights)])
+    tiers = [run(cluster, **CPU_TIER).instances[-1].tier for cluster in (alone, both)]
+    # alone: first the recall, then the step. Both have tiers, so recalls may have it all
+    assert [tier.bandwidth_gbs for tier in tiers if tier] == [100, 100]
+    only = toy_cluster([small(placement=weights, enable_prefix_caching=False), small(placement=CPU_EVICTS)])
+    tier = run(only).instances[1].tier
+    assert tier is not None
+    assert tier.bandwidth_gbs == 50
 
 
 @pytest.mark.parametrize("sharing", [False, True])

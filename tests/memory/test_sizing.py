@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from servesim.errors import InputError
-from servesim.memory.plan import KvCapacity, Outside, kv_cache_capacity
+from servesim.memory.ledger import Memory, Share
+from servesim.memory.plan import KvCapacity, kv_cache_capacity
 from servesim.memory.sizing import (
     GIB,
     kv_bytes_per_token,
@@ -27,7 +28,7 @@ def plan(instance: dict[str, Any] | None = None, **flags: Any) -> KvCapacity:
 
 def plan_with(
     on_npus: list[tuple[int, int]] | None,
-    outside: tuple[Outside, ...],
+    outside: tuple[Share, ...],
     instance: dict[str, Any] | None = None,
     **flags: Any,
 ) -> KvCapacity:
@@ -122,7 +123,7 @@ def test_what_is_given_has_no_band() -> None:
 
 
 def test_kv_that_lies_elsewhere_has_no_band() -> None:
-    elsewhere = Outside("cpu", 0, 131072, 100 * GIB, 512 * GIB)
+    elsewhere = Share("cpu", Memory("CPU", "node", 512 * GIB, 256, 0), 0, 131072, 100 * GIB)
     capacity = plan_with([(16 * GIB, 0)], (elsewhere,))
     assert capacity.band_blocks == (capacity.num_blocks, capacity.num_blocks) == (51200, 51200)
 

@@ -205,3 +205,15 @@ def test_ends_are_those_of_the_slow_twin(transfers: list[tuple[int, int, list[Po
     """To the ns that each of the rate changes may be rounded by."""
     ends, twin = run(transfers), slow_ends(transfers)
     assert ends == pytest.approx(twin, rel=1e-6, abs=2 + 2 * len(transfers))
+
+
+def test_a_weighted_port_counts_each_byte_that_often() -> None:
+    # One device of two moves half of what is striped over both, and all of what lies in it alone.
+    links = Links()
+    links.open(0, 600, [Port("device", 2.0)], 0)
+    links.open(1, 600, [Port("device", 2.0, weight=2)], 0)
+    assert links.rates() == {0: pytest.approx(2 / 3), 1: pytest.approx(2 / 3)}
+    assert links.next_ns == 900
+    links.advance(900)
+    links.open(2, 600, [Port("device", 2.0, weight=2)], 900)
+    assert links.rates() == {2: 1.0}
