@@ -27,10 +27,11 @@ from servesim.cost.step_terms import stage_terms
 from servesim.errors import ServingError
 from servesim.profiler.bundle_writer import BundleContent, write_bundle
 from servesim.profiler.job import ProfileJob
-from servesim.profiler.roofline.build import build_bundle
 from servesim.profiler.roofline.efficiency import efficiency_of, typical, with_overrides
 from servesim.profiler.roofline.formulas import accelerator
-from servesim.profiler.silicon import build as silicon
+from servesim.profiler.roofline.meter import RooflineMeter
+from servesim.profiler.sources import compute
+from servesim.profiler.sweep import computed_bundle
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import EngineSpec
 from servesim.specs.model import load_model
@@ -96,11 +97,11 @@ def step_table(gpus: list[HardwareSpec], folder: Path) -> Iterable[str]:
                 model = load_model(name)
                 job = ProfileJob(model, load_architecture(model.model_type), gpu, *variant, (tp,))
                 try:
-                    truth = step_us(silicon.build_bundle(job), job, folder / "silicon")
+                    truth = step_us(compute("silicon", job), job, folder / "silicon")
                 except ServingError:
                     continue
                 for title, efficiency in candidates(gpu).items():
-                    ours = step_us(build_bundle(job, efficiency), job, folder / title)
+                    ours = step_us(computed_bundle(job, RooflineMeter(job, efficiency)), job, folder / title)
                     for kind in kinds:
                         found.setdefault((title, kind), []).append(np.log(ours[kind] / truth[kind]))
         cells = [sizes(np.concatenate(found[title, kind])) for title in names for kind in kinds]

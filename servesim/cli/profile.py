@@ -13,14 +13,6 @@ if TYPE_CHECKING:
 
     from servesim.profiler.job import ProfileJob
 
-SOURCES = {
-    "silicon": "derived from public kernel measurements (pip install 'servesim[silicon]'); needs no GPU",
-    "vllm": "measured layer by layer inside vLLM on this machine's GPU",
-    "torch": "measured with PyTorch kernels on this machine's GPU or CPU",
-    "roofline": "computed from peak rates, for hardware nobody measured",
-}
-MEASURING = ("torch", "vllm")
-"""Sources that need a device; their flags and work are in :mod:`servesim.profiler.measure.command`."""
 EXPERT_LOADS = ("balanced", "power_law_1.01", "power_law_1.2")
 OUTPUT_ROOT = "profiler/perf"
 _HELP = "make a profile bundle: kernel times of a model on a hardware"
@@ -29,13 +21,14 @@ _HELP = "make a profile bundle: kernel times of a model on a hardware"
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
     from servesim.profiler.measure.command import add_arguments as add_measuring_arguments
+    from servesim.profiler.sources import SOURCES
     from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES
 
     parser = subparsers.add_parser("profile", help=_HELP, description=_HELP, allow_abbrev=False)
     add = parser.add_argument
     add("model", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
     add("--hardware", required=True, help="names configs/hardware/<name>.yaml and the bundle's folder")
-    sources = "; ".join(f"{name}: {what}" for name, what in SOURCES.items())
+    sources = "; ".join(f"{name}: {source.about}" for name, source in SOURCES.items())
     add("--source", choices=sorted(SOURCES), default="silicon", help=f"{sources} (default: silicon)")
     add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="KV cache (default: auto)")
@@ -94,7 +87,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Make the bundle and say where it is; returns the exit status."""
     from servesim.profiler.bundle_writer import write_bundle
-    from servesim.profiler.on_demand import build
+    from servesim.profiler.sources import MEASURING, compute
 
     job = job_of(args)
     refuse_unused(args, job)
@@ -106,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.force:
         refuse_to_lose(folder, args.source, job.tp_degrees)
     try:
-        content = build(args.source, job)
+        content = compute(args.source, job)
     except InputError as error:
         if args.source != "silicon":
             raise
@@ -125,6 +118,7 @@ def refuse_unused(args: argparse.Namespace, job: ProfileJob) -> None:
         InputError: one was given.
     """
     from servesim.profiler.measure.command import MEASURING_FLAGS, TORCH_FLAGS
+    from servesim.profiler.sources import MEASURING
 
     reasons = {
         **{name: "only --source torch measures with it" for name in TORCH_FLAGS if args.source != "torch"},
@@ -184,6 +178,7 @@ def job_of(args: argparse.Namespace) -> ProfileJob:
         InputError: a number is out of range, or the model or its architecture is unknown.
     """
     from servesim.profiler.job import ProfileJob
+    from servesim.profiler.sources import MEASURING
     from servesim.specs.architecture import load_architecture
     from servesim.specs.hardware import load_hardware
     from servesim.specs.model import load_model

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from servesim.profiler.meter import AttentionBatch
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.measure.grid import SkewShot
+    from servesim.specs.model import ModelSpec
+
+Windows = tuple[tuple[int | None, float], ...]
+"""Attention windows of a model's blocks (None: the whole context), each with its share of them."""
 
 HISTORY = (0, 2048, 16384, 131072)
 """Histories of a chunk: its cost is close to linear in them, so a few points carry it."""
@@ -123,3 +132,58 @@ def attention_grid(
         decodes=doubling(1, max(1, max_num_seqs)),
         lengths=doubling(16, max(16, max_kv)),
     )
+
+
+def attention_batches(
+    limits: tuple[int, int, int], windows: Windows, prefill_us: Callable[[int], float] | None = None
+) -> tuple[AttentionBatch, ...]:
+    """Batches of a computed attention.csv, sorted, as :func:`attention_grid` places them.
+
+    ``limits``: tokens of a step, sequences, KV length. A window has a point of its own on the axes: the time
+    bends where it is full.
+    """
+    grid = attention_grid(*limits, prefill_us)
+    edges = {window for window, _ in windows if window is not None and 16 < window < limits[2]}
+    if edges:
+        lengths, histories = ({*axis, *edges} for axis in (grid.lengths, grid.histories))
+        grid = replace(grid, lengths=sorted(lengths), histories=sorted(histories))
+    return tuple(
+        AttentionBatch(chunk, history, ((n, kv),) if n else ()) for chunk, history, n, kv in grid.rows()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedGrid:
+    """Where a computed bundle is sampled: as finely as interpolation needs, since points cost no device."""
+
+    job: ProfileJob
+    batches: tuple[AttentionBatch, ...]
+    all_reduces: Sequence[int] = ()
+
+    def tokens(self) -> list[int]:
+        return token_grid(self.job.max_num_batched_tokens)
+
+    def sequences(self) -> list[int]:
+        return token_grid(self.job.max_num_seqs)
+
+    def attention(self, kv_tokens: int) -> Sequence[AttentionBatch]:
+        """All of them: no memory has to hold what is computed."""
+        del kv_tokens
+        return self.batches
+
+    def experts(self, model: ModelSpec) -> list[tuple[int, int]]:
+        """T tokens with k experts each touch k to min(E, T k)."""
+        top = model.num_experts_per_tok
+        return [
+            (tokens, activated)
+            for tokens in doubling(1, self.job.max_num_batched_tokens)
+            for activated in doubling(top, min(model.num_experts, tokens * top))
+        ]
+
+    def skews(self, kv_tokens: int) -> list[SkewShot]:
+        """None: where the formulas know what unequal lengths cost, they give skew_fit.csv at once."""
+        del kv_tokens
+        return []
+
+    def payloads(self) -> Sequence[int]:
+        return self.all_reduces

@@ -17,10 +17,11 @@ from servesim.cost.variant import (
     variant_path,
 )
 from servesim.errors import InputError, ServingError
-from servesim.profiler.bundle_writer import BundleContent, write_bundle
+from servesim.profiler.bundle_writer import write_bundle
 from servesim.profiler.derivation import outdated
 from servesim.profiler.job import ProfileJob
 from servesim.profiler.silicon.tables import package_version
+from servesim.profiler.sources import compute
 from servesim.specs import paths
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import load_hardware
@@ -83,21 +84,6 @@ def _installed() -> bool:
     return find_spec("aiconfigurator_core") is not None and find_spec("pyarrow") is not None
 
 
-def build(source: str, job: ProfileJob) -> BundleContent:
-    """A bundle's content from a source that needs no device.
-
-    Raises:
-        InputError: the source does not cover the job.
-    """
-    if source == "silicon":
-        from servesim.profiler.silicon.build import build_bundle as from_silicon
-
-        return from_silicon(job)
-    from servesim.profiler.roofline.build import build_bundle as from_roofline
-
-    return from_roofline(job)
-
-
 def _make(asked: Wanted, tp: int, tell: Callable[[str], None]) -> Path | None:
     """The folder of a bundle with this degree in the user's data folder; None: nothing to make it from.
 
@@ -152,11 +138,11 @@ def _build(
         **LIMITS,
     )
     try:
-        content = build(source, job)
+        content = compute(source, job)
     except InputError as error:
         if source != "silicon":
             raise
-        content = build("roofline", job)
+        content = compute("roofline", job)
         why = f"public kernel measurements do not cover it: {str(error).splitlines()[0]}"
         content.meta[REFUSED] = {"data_version": package_version(), "reason": why}
         source = "roofline"

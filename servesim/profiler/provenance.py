@@ -14,6 +14,18 @@ if TYPE_CHECKING:
 
     from servesim.profiler.bundle_writer import BundleContent
     from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import Provenance
+
+
+def described(job: ProfileJob, provenance: Provenance) -> dict[str, Any]:
+    """``meta.yaml`` of a bundle: its source, the job, what the times were made for, and the claims."""
+    return {
+        "source": provenance.source,
+        **provenance.origin,
+        **profiled(job),
+        **made_for(job, provenance.hardware, {"source": provenance.source, **provenance.derivation}),
+        **provenance.claims,
+    }
 
 
 def profiled(job: ProfileJob) -> dict[str, Any]:

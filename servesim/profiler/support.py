@@ -12,8 +12,8 @@ from servesim.cost.variant import degrees_in, places, profile_command
 from servesim.errors import InputError, ServingError
 from servesim.memory.sizing import weight_bytes_per_npu
 from servesim.profiler.job import ProfileJob
-from servesim.profiler.on_demand import build
 from servesim.profiler.shapes import rank_shapes
+from servesim.profiler.sources import COMPUTING, SOURCES, capability
 from servesim.results.stated_errors import RESULTS, stated_error
 from servesim.results.units import GIB
 from servesim.specs import paths
@@ -28,16 +28,10 @@ if TYPE_CHECKING:
 
 VARIANTS = (("bfloat16", "auto"), ("bfloat16", "fp8"), ("fp8", "auto"), ("fp8", "fp8"))
 """Dtype combinations of the matrix, in the order of a cell's letters."""
-LETTERS = {"vllm": "M", "torch": "M", "silicon": "S", "roofline": "R"}
-"""Source -> letter of a cell: measured, derived from public measurements, computed."""
-COMPUTING = ("silicon", "roofline")
-"""Sources that make a bundle on any machine."""
 DEGREES = (1, 2, 4, 8)
 """Tensor-parallel degrees that the matrix looks at."""
 DEFAULT_UTILIZATION = 0.9
 """Share of the memory that the engine uses unless it is told otherwise."""
-PROBE = 16
-"""Size of the bundle that is made in memory to see whether a source can make one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +86,10 @@ class Answer:
         if self.no_fit is not None:
             return "x"
         if self.bundle is not None and self.problem is None:
-            return LETTERS.get(self.bundle.source, "M")
+            return SOURCES[self.bundle.source].letter if self.bundle.source in SOURCES else "M"
         if any(way.source == "silicon" and "pip install" in way.about for way in self.ways):
             return "p"
-        made = [LETTERS[way.source].lower() for way in self.ways if way.possible and way.source in COMPUTING]
+        made = [SOURCES[way.source].letter.lower() for way in self.ways if way.possible]
         return made[0] if made else "-"
 
     @property
@@ -245,16 +239,8 @@ def _place(folder: Path) -> str:
 
 
 def way(job: ProfileJob, source: str) -> Way:
-    """Whether a computing source can make the bundle: it is asked to make a very small one."""
-    if source == "silicon" and job.hardware.silicon is None:
-        about = "nobody published kernel measurements of this hardware"
-        return Way(source, False, about, command_for(job, source))
-    small = replace(job, max_num_batched_tokens=PROBE, max_num_seqs=PROBE, max_kv=PROBE)
-    try:
-        content = build(source, small)
-    except ServingError as error:
-        return Way(source, False, str(error).splitlines()[0], command_for(job, source))
-    return Way(source, True, str(content.meta["confidence"]), command_for(job, source))
+    """Whether a computing source can make the bundle, and by which command."""
+    return Way(source, *capability(source, job), command_for(job, source))
 
 
 def command_for(job: ProfileJob, source: str) -> str:

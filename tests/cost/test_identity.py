@@ -13,11 +13,10 @@ from servesim.cost.identity import Wanted, differences, made_for
 from servesim.cost.integrity import stamp_of
 from servesim.errors import InputError, MissingFileError
 from servesim.profiler.bundle_writer import write_bundle
-from servesim.profiler.roofline.build import build_bundle
 from servesim.specs.model import model_from_config
 from servesim.specs.shape import bundle_label, digest, shape_of
 from tests.cost.bundles import HARDWARE, MODEL, VARIANT, Toy, toy_model
-from tests.profiler.roofline_toy import job
+from tests.profiler.roofline_toy import build_bundle, job
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from servesim.profiler.bundle_writer import BundleContent
 from servesim.profiler.job import ProfileJob
 from servesim.profiler.roofline.efficiency import Efficiency
 from servesim.profiler.roofline.formulas import Accelerator
+from servesim.profiler.roofline.meter import RooflineMeter
+from servesim.profiler.sources import check
+from servesim.profiler.sweep import computed_bundle
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import HardwareSpec
+from servesim.specs.layers import Attention
 from servesim.specs.model import ModelSpec, load_model
 
 PERFECT = Efficiency(
@@ -66,3 +71,21 @@ def job(model: str | ModelSpec = "meta-llama/Llama-3.1-8B", **changes: Any) -> P
     spec = load_model(model) if isinstance(model, str) else model
     fields = {"hardware": TOY_HARDWARE, "max_num_batched_tokens": 64, "max_num_seqs": 16, "max_kv": 1024}
     return ProfileJob(model=spec, architecture=load_architecture(spec.model_type), **{**fields, **changes})
+
+
+def build_bundle(job: ProfileJob, efficiency: Efficiency | None = None) -> BundleContent:
+    """The roofline source's bundle; ``efficiency`` None: the hardware's own."""
+    check("roofline", job)
+    return computed_bundle(job, RooflineMeter(job, efficiency))
+
+
+def sliding_half(model: ModelSpec, window: int) -> ModelSpec:
+    """The model, every second block of which slides."""
+    layers = tuple(
+        replace(layer, attention=replace(layer.attention, kind="sliding", reach=window))
+        if index % 2 and isinstance(layer.attention, Attention)
+        else layer
+        for index, layer in enumerate(model.layers.layers)
+    )
+    changes = {"sliding_window": window, "layers": replace(model.layers, layers=layers)}
+    return model.model_copy(update=changes)

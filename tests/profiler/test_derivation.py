@@ -14,11 +14,10 @@ from servesim.cost.missing import missing_bundles_from
 from servesim.profiler import derivation, on_demand, roofline, silicon
 from servesim.profiler.bundle_writer import write_bundle
 from servesim.profiler.derivation import outdated
-from servesim.profiler.roofline.build import build_bundle
 from servesim.profiler.roofline.efficiency import fits
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.shape import digest
-from tests.profiler.roofline_toy import PERFECT, job
+from tests.profiler.roofline_toy import PERFECT, build_bundle, job
 from tests.profiler.silicon_data import needs_silicon, toy_attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,7 +238,7 @@ def test_what_is_no_longer_covered_comes_from_peak_rates(home: Path, monkeypatch
     def refuse(_: object) -> None:
         raise InputError("not measured any more\nand more lines")
 
-    monkeypatch.setattr("servesim.profiler.silicon.build.build_bundle", refuse)
+    monkeypatch.setattr("servesim.profiler.silicon.meter.silicon_gpu", refuse)
     _shipped_like(home, source="silicon", derivation=0, made_on_demand=True)
     (line,), warned = _read()
     assert warned == []

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from servesim.profiler.provenance import attention_axes, measured_reach, profiled
-from servesim.profiler.roofline.build import build_bundle
-from servesim.profiler.silicon.provenance import Sources
-from servesim.profiler.silicon.provenance import describe as describe_silicon
-from tests.profiler.roofline_toy import job
+from servesim.profiler.provenance import attention_axes, described, measured_reach, profiled
+from servesim.profiler.silicon.provenance import Sources, provenance
+from tests.profiler.roofline_toy import build_bundle, job
 from tests.profiler.silicon_data import TOY, needs_silicon, toy_attention
 from tests.profiler.silicon_data import table as kernel_table
 
@@ -34,9 +32,8 @@ def test_both_computing_sources_say_it_in_the_same_words() -> None:
     content = build_bundle(JOB)
     gemm = type("Gemm", (), {"table": kernel_table("gemm", [{"us": 1.0, "m": 4096}]), "dtype": "fp8"})()
     gemm.measured = lambda *_: True
-    silicon = describe_silicon(
-        JOB, replace(TOY, folder="a100_sxm"), content, Sources(gemm, [toy_attention()] * 2, None, [])
-    )
+    sources = Sources(gemm, [toy_attention()] * 2, None, [])
+    silicon = described(JOB, provenance(JOB, replace(TOY, folder="a100_sxm"), content, sources))
     for meta in (content.meta, silicon):
         assert meta | profiled(JOB) == meta
         assert meta["attention_grid"] == attention_axes(JOB, content)
@@ -49,12 +46,12 @@ def test_silicon_says_how_far_it_was_measured() -> None:
     gemm.measured = lambda *_: True
     sources = Sources(gemm, [toy_attention()] * 2, None, [])
     gpu = replace(TOY, folder="a100_sxm")
-    meta = describe_silicon(JOB, gpu, content, sources)
+    meta = described(JOB, provenance(JOB, gpu, content, sources))
     longest = toy_attention().longest_decode
     reach = meta["measured_up_to"]
     assert (reach["tokens"], reach["decode_kv"]) == (4096, {1: longest, 2: longest})
     assert f"up to {longest:,} tokens" not in meta["confidence"]
-    beyond = describe_silicon(replace(JOB, max_kv=longest * 2), gpu, content, sources)
+    beyond = described(JOB, provenance(replace(JOB, max_kv=longest * 2), gpu, content, sources))
     assert f"decode measured up to {longest:,} tokens" in beyond["confidence"]
     assert f"decodes over more than {longest} tokens of KV" in beyond["tables"]["beyond the measurements"]
 

@@ -9,12 +9,11 @@ import pytest
 from servesim.cost.bundle import load_bundle
 from servesim.errors import InputError, NotSupportedError
 from servesim.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
-from servesim.profiler.roofline.build import build_bundle
 from servesim.profiler.roofline.layers import BY_NAME, layer_kind
 from servesim.profiler.shapes import block_windows
 from servesim.specs.architecture import LayerEntry, load_architecture
 from servesim.specs.model import known_models, load_model
-from tests.profiler.roofline_toy import PERFECT, TOY_HARDWARE, job
+from tests.profiler.roofline_toy import PERFECT, TOY_HARDWARE, build_bundle, job, sliding_half
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,8 +66,7 @@ def test_a_mixed_step_is_its_prefill_and_its_decodes() -> None:
 
 def test_sliding_blocks_make_the_average_block_cheaper() -> None:
     full = load_model("meta-llama/Llama-3.1-8B")
-    kinds = ("full_attention", "sliding_attention") * 16
-    sliding = full.model_copy(update={"sliding_window": 256, "layer_types": kinds})
+    sliding = sliding_half(full, 256)
     assert block_windows(full) == [(None, 1.0)]
     assert block_windows(sliding) == [(None, 0.5), (256, 0.5)]
     whole, half = (attention(build_bundle(job(model), PERFECT)) for model in (full, sliding))

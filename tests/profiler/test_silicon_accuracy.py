@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import silicon_error
 
+from servesim.profiler.inspection import open_bundle
 from tests.profiler.whole_steps import HARDWARE, MODELS, STEPS, errors_percent, step_timer
 from tests.recorded import recorded_path
 
@@ -79,8 +80,11 @@ def test_the_predicted_skew_of_large_batches_is_that_of_the_measured_fit(
 
 @pytest.mark.parametrize("model", MODELS)
 def test_fp8_kv_pays_on_long_decodes_and_not_on_short_ones(model: str) -> None:
-    wide, narrow = (step_timer(SHIPPED, model, 1, variant) for variant in ("bf16", "bf16-kvfp8"))
-    long = narrow.decode_attention_us(128)[-3] / wide.decode_attention_us(128)[-3]
-    short = narrow.decode_attention_us(1)[0] / wide.decode_attention_us(1)[0]
+    wide, narrow = (
+        open_bundle(str(SHIPPED / HARDWARE / model / variant)).tables(1).attention
+        for variant in ("bf16", "bf16-kvfp8")
+    )
+    long = narrow.at(0, 128, 0, 32768) / wide.at(0, 128, 0, 32768)
+    short = narrow.at(0, 1, 0, 16) / wide.at(0, 1, 0, 16)
     assert 0.45 < long < 0.6
     assert short > 0.85

@@ -47,8 +47,8 @@ def _job(model: str, dtype: str, kv_cache_dtype: str, tp: int) -> ProfileJob:
     ("dtype", "kv", "variant"), [("bfloat16", "fp8", "bf16-kvfp8"), ("fp8", "fp8", "fp8-kvfp8")]
 )
 def test_a_shipped_bundle_can_be_made_again_byte_for_byte(dtype: str, kv: str, variant: str) -> None:
-    from servesim.profiler.silicon.build import build_bundle
     from servesim.profiler.silicon.tables import package_version
+    from servesim.profiler.sources import compute
 
     shipped = SHIPPED / MOE / variant
     made_with = yaml.safe_load((shipped / "meta.yaml").read_text(encoding="utf-8"))["data_version"]
@@ -56,7 +56,7 @@ def test_a_shipped_bundle_can_be_made_again_byte_for_byte(dtype: str, kv: str, v
         pytest.skip(
             f"the shipped bundles are from aiconfigurator-core {made_with}, here is {package_version()}"
         )
-    files = bundle_files(build_bundle(_job(MOE, dtype, kv, 8)))
+    files = bundle_files(compute("silicon", _job(MOE, dtype, kv, 8)))
     del files["meta.yaml"]  # names the degrees that were made together
     assert sorted(files) == [
         f"tp8/{name}" for name in sorted(path.name for path in (shipped / "tp8").iterdir())
@@ -208,12 +208,12 @@ def test_degrees_are_sorted_and_distinct() -> None:
 
 
 def test_models_with_compressed_attention_are_refused() -> None:
-    from servesim.profiler.silicon.build import build_bundle
+    from servesim.profiler.sources import SOURCES, check
 
-    model = SimpleNamespace(name="org/mla", kv_lora_rank=512)
-    job = SimpleNamespace(model=model)
-    with pytest.raises(NotSupportedError, match="latent attention"):
-        build_bundle(job)  # type: ignore[arg-type]
+    job = SimpleNamespace(model=SimpleNamespace(name="org/mla", is_mla=True))
+    for source in SOURCES:
+        with pytest.raises(NotSupportedError, match=f"latent attention is not supported by the {source} "):
+            check(source, job)  # type: ignore[arg-type]
 
 
 @needs_silicon

@@ -116,7 +116,7 @@ def test_experts_in_a_format_nobody_measured_are_refused() -> None:
 @pytest.mark.parametrize("hardware", GPUS)
 def test_every_gpu_makes_small_bundles_of_dense_and_expert_models(hardware: str) -> None:
     from servesim.profiler.job import ProfileJob
-    from servesim.profiler.silicon.build import build_bundle
+    from servesim.profiler.sources import compute
     from servesim.specs.architecture import load_architecture
     from servesim.specs.hardware import load_hardware
     from servesim.specs.model import load_model
@@ -127,7 +127,7 @@ def test_every_gpu_makes_small_bundles_of_dense_and_expert_models(hardware: str)
             model, load_architecture(model.model_type), load_hardware(hardware), tp_degrees=(1, 4),
             max_num_batched_tokens=16, max_num_seqs=16, max_kv=16,
         )  # fmt: skip
-        content = build_bundle(job)
+        content = compute("silicon", job)
         assert all(row[-1] > 0 for rows in content.tables.values() for row in rows if len(row) != 7)
         assert content.meta["confidence"].startswith("decode ")
         assert content.meta["collectives"]["link"] in ("pcie", "nvlink")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from servesim.profiler.bundle_writer import write_bundle
-from servesim.profiler.roofline.build import build_bundle
-from servesim.profiler.support import DEGREES, LETTERS, answer, best_answer, command_for, way
+from servesim.profiler.sources import SOURCES
+from servesim.profiler.support import DEGREES, answer, best_answer, command_for, way
 from servesim.specs.hardware import HardwareSpec, load_hardware
 from servesim.specs.model import load_model
-from tests.profiler.roofline_toy import job
+from tests.profiler.roofline_toy import build_bundle, job
 
 ASKED = {"tokens": 128, "sequences": 16, "decode KV": 4096}
 
@@ -87,7 +87,7 @@ def test_the_shipped_bundles_are_called_shipped() -> None:
     shipped = job(hardware=load_hardware("RTXPRO6000"))
     found = answer(shipped, {}, ways=False).bundle
     assert found is not None
-    assert (found.place, LETTERS[found.source]) == ("shipped", "S")
+    assert (found.place, SOURCES[found.source].letter) == ("shipped", "S")
 
 
 def test_the_command_repeats_the_question() -> None:

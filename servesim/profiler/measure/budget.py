@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
 from servesim.profiler.measure.progress import duration
-from servesim.profiler.measure.sweep import wanted
-from servesim.profiler.measure.tasks import shots
+from servesim.profiler.shots import shots
+from servesim.profiler.sweep import wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from servesim.profiler.job import ProfileJob
     from servesim.profiler.measure.grid import SweepGrid
-    from servesim.profiler.measure.meter import Meter
+    from servesim.profiler.meter import Meter
 
 COARSER = (1.0, 1.0, 1.0, 1.5, 2.0, 2.0, 4.0, 8.0)
 """Rungs: how much the attention axes' factors grow ..."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,7 @@ from servesim.profiler.bundle_writer import BundleContent, write_bundle
 from servesim.profiler.measure.budget import grid_within
 from servesim.profiler.measure.grid import SweepGrid
 from servesim.profiler.measure.skew_fit import BUCKET_AXES, fit_skew, sample_of
-from servesim.profiler.measure.sweep import SweepReport, sweep, wanted
 from servesim.profiler.measure.table_file import TableFile
-from servesim.profiler.measure.tasks import CATEGORIES, TABLE_HEADERS, VALUES
 from servesim.profiler.measure.work_folder import (
     CONDITIONS,
     MeasureOptions,
@@ -26,7 +24,9 @@ from servesim.profiler.measure.work_folder import (
     take_over,
     write_yaml,
 )
-from servesim.profiler.provenance import made_for, measured_reach, profiled
+from servesim.profiler.provenance import described, measured_reach, profiled
+from servesim.profiler.shots import CATEGORIES, TABLE_HEADERS, VALUES
+from servesim.profiler.sweep import SweepReport, sweep, wanted
 from servesim.specs.reading import read_yaml_object
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
     from servesim.profiler.job import ProfileJob
-    from servesim.profiler.measure.meter import Meter
+    from servesim.profiler.meter import Meter
 
 
 def measure_bundle(
@@ -82,11 +82,14 @@ def measure_bundle(
         before = read_yaml_object(folder / "meta.yaml").get("taken_from", {})
         stale = only if options.force else ()
         taken = {name: variant for name, variant in before.items() if name not in stale} | taken
-    content = BundleContent(
-        meta=_meta(work, folder, job, grid, conditions, meter.notes, started, report, taken)
-    )
-    _collect(work, content)
-    content.meta |= measured_reach(content)
+    content = BundleContent(meta={})
+    skew_fit = _collect(work, content)
+    own = meter.provenance(content)
+    when = {"profiler_version": __version__, "profiled_at": started.isoformat(timespec="seconds")}
+    about = _conditions_met(work, folder, conditions)
+    claims = {**about, **own.claims, **_claims(job, folder, grid, report, taken)}
+    provenance = replace(own, origin={**own.origin, **when}, claims=claims)
+    content.meta = {**described(job, provenance), "skew_fit": skew_fit, **measured_reach(content)}
     write_bundle(folder, content)
     shutil.rmtree(work, ignore_errors=True)
     return report
@@ -121,8 +124,8 @@ def _absent(work: Path, job: ProfileJob) -> list[str]:
     ]
 
 
-def _collect(work: Path, content: BundleContent) -> None:
-    """All tables of all degrees, sorted, and the fits of those that have a skew sweep."""
+def _collect(work: Path, content: BundleContent) -> dict[str, Any]:
+    """All tables of all degrees, sorted; ``skew_fit`` of meta.yaml, from those that have a skew sweep."""
     fits: dict[int, dict[str, Any]] = {}
     for tp in degrees(work):
         for category in CATEGORIES:
@@ -137,9 +140,7 @@ def _collect(work: Path, content: BundleContent) -> None:
             if category == "skew" and (fit := fit_skew(sample_of(row) for row in table.rows.values())):
                 content.tables[tp, "skew_fit.csv"] = list(fit.rows)
                 fits[tp] = {**fit.summary, "bucket_table": f"tp{tp}/skew_fit.csv"}
-    content.meta["skew_fit"] = {"enabled": bool(fits)}
-    if fits:
-        content.meta["skew_fit"] |= {"bucket_axes": BUCKET_AXES, "per_tp": fits}
+    return {"enabled": True, "bucket_axes": BUCKET_AXES, "per_tp": fits} if fits else {"enabled": False}
 
 
 def _in_order(row: Sequence[str]) -> list[tuple[int, float, str]]:
@@ -149,37 +150,25 @@ def _in_order(row: Sequence[str]) -> list[tuple[int, float, str]]:
     ]
 
 
-def _meta(
-    work: Path,
-    folder: Path,
-    job: ProfileJob,
-    grid: SweepGrid,
-    conditions: dict[str, Any],
-    notes: dict[str, Any],
-    started: datetime,
-    report: SweepReport,
-    taken: dict[str, str],
-) -> dict[str, Any]:
-    axes = grid.describe()
-    if "attention" in taken:
-        there = read_yaml_object(folder.with_name(taken["attention"]) / "meta.yaml")
-        axes = {name: there.get(name, value) for name, value in axes.items()}
+def _conditions_met(work: Path, folder: Path, conditions: dict[str, Any]) -> dict[str, Any]:
+    """Of all rows that the bundle will have: those of the sweep before reach as far as they did then."""
     limits = dict(conditions["engine_effective"])
     if (folder / "meta.yaml").is_file():
         before = read_yaml_object(folder / "meta.yaml")
         limits = {
             key: max(value, before.get("engine_effective", {}).get(key, 0)) for key, value in limits.items()
         }
+    return {**conditions, "tp_degrees": degrees(work), "engine_effective": limits}
+
+
+def _claims(
+    job: ProfileJob, folder: Path, grid: SweepGrid, report: SweepReport, taken: dict[str, str]
+) -> dict[str, Any]:
+    axes = grid.describe()
+    if "attention" in taken:
+        there = read_yaml_object(folder.with_name(taken["attention"]) / "meta.yaml")
+        axes = {name: there.get(name, value) for name, value in axes.items()}
     return {
-        "source": conditions["source"],
-        "profiler_version": __version__,
-        "profiled_at": started.isoformat(timespec="seconds"),
-        **profiled(job),
-        **made_for(job, {}, {"source": conditions["source"]}),
-        **conditions,
-        "tp_degrees": degrees(work),
-        "engine_effective": limits,
-        "measured": notes,
         "last_sweep": {
             "rows_measured": report.measured,
             "rows_kept": report.kept,

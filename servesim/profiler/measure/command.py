@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from servesim.errors import InputError, NotSupportedError
-from servesim.profiler.measure.tasks import CATEGORIES
+from servesim.errors import InputError
+from servesim.profiler.shots import CATEGORIES
 
 if TYPE_CHECKING:
     import argparse
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from servesim.profiler.job import ProfileJob
     from servesim.profiler.measure.grid import SweepGrid
-    from servesim.profiler.measure.meter import Meter
+    from servesim.profiler.meter import Meter
 
 
 TORCH_FLAGS = ("device", "attention", "warm_cache", "cuda_graphs", "kv_memory_gib", "threads")
@@ -101,11 +101,9 @@ def measure(args: argparse.Namespace, job: ProfileJob, folder: Path) -> int:
     """
     from servesim.profiler.measure.bundle import measure_bundle
     from servesim.profiler.measure.work_folder import MeasureOptions
-    from servesim.profiler.shapes import rank_shapes
+    from servesim.profiler.sources import check
 
-    refuse_unmeasured(job, args.source)
-    for tp in job.tp_degrees:
-        rank_shapes(job.model, tp)
+    check(args.source, job)
     grid = grid_of(args, job)
     only = tuple(name for name in CATEGORIES if not args.only or name in args.only)
     if "moe" in (args.only or ()) and not job.model.is_moe:
@@ -121,20 +119,6 @@ def measure(args: argparse.Namespace, job: ProfileJob, folder: Path) -> int:
     degrees = ", ".join(f"tp{tp}" for tp in job.tp_degrees)
     print(f"{folder}: {degrees}, {report.measured} rows measured, {report.kept} kept, {report.seconds:.1f} s")
     return 0
-
-
-def refuse_unmeasured(job: ProfileJob, source: str) -> None:
-    """
-    Raises:
-        NotSupportedError: the job asks for something that other sources derive and this one does not measure.
-    """
-    for flag, value, measured in (
-        ("--fp8-scaling", job.fp8_scaling, "tensor"),
-        ("--expert-load", job.expert_load, "balanced"),
-        ("--collectives", "none" if job.collectives == "auto" else job.collectives, "none"),
-    ):
-        if value != measured:
-            raise NotSupportedError(f"{flag} {value}: --source {source} measures {measured} only, so far")
 
 
 def grid_of(args: argparse.Namespace, job: ProfileJob) -> SweepGrid:
@@ -160,11 +144,11 @@ def open_meter(args: argparse.Namespace, job: ProfileJob) -> Meter:
         NotSupportedError: what it needs (PyTorch, vLLM, a GPU) is not there, or cannot do the format.
     """
     if args.source == "vllm":
-        from servesim.profiler.vllm_source.source import VllmMeter
+        from servesim.profiler.vllm_source.meter import VllmMeter
 
         return VllmMeter(job, iterations=args.iterations)
     from servesim.profiler.torch_source.device import open_device
-    from servesim.profiler.torch_source.source import TorchMeter
+    from servesim.profiler.torch_source.meter import TorchMeter
 
     device = open_device(
         args.device,

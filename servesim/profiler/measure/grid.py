@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError
 from servesim.profiler.grids import token_grid
-from servesim.profiler.measure.meter import AttentionBatch
+from servesim.profiler.meter import AttentionBatch
 
 if TYPE_CHECKING:
+    from servesim.profiler.job import ProfileJob
     from servesim.specs.model import ModelSpec
 
 FIRST_CHUNK = 16
@@ -80,6 +81,11 @@ class SweepGrid:
     """Growth of the skew sweep's axes; None: no skew sweep."""
     skew: float = 4.0
     """How many times longer the long decodes of the skew sweep are."""
+
+    @classmethod
+    def of(cls, job: ProfileJob) -> SweepGrid:
+        """The grid of a job's limits, its factors as they are by default."""
+        return cls(job.max_num_batched_tokens, job.max_num_seqs, job.max_kv)
 
     def __post_init__(self) -> None:
         factors = {
@@ -153,6 +159,10 @@ class SweepGrid:
             for kv in geometric(min(FIRST_SKEW_KV, longest), longest, factor)
         ]
         return [shot for shot in shots if max(b.kv_tokens for b in shot.batches()) <= kv_tokens]
+
+    def payloads(self) -> list[int]:
+        """None: collectives are not measured so far."""
+        return []
 
     def describe(self) -> dict[str, Any]:
         """The axes for meta.yaml."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError, RunError
 from servesim.profiler.measure.grid import SweepGrid
-from servesim.profiler.measure.tasks import CATEGORIES
+from servesim.profiler.shots import CATEGORIES
 from servesim.results.atomic import atomic_write
 from servesim.specs.dtypes import resolve_kv_dtype
 from servesim.specs.reading import read_yaml_object

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from servesim.profiler.provenance import attention_axes, made_for, profiled
+from servesim.profiler.meter import Provenance
+from servesim.profiler.provenance import attention_axes
 from servesim.profiler.roofline import DERIVATION
 from servesim.profiler.roofline.efficiency import LAUNCH_US, fits
 from servesim.specs.shape import digest
@@ -29,10 +30,10 @@ def confidence(job: ProfileJob) -> str:
     return OWN if job.hardware.silicon in fits()["gpus"] else TYPICAL
 
 
-def _made_for(job: ProfileJob) -> dict[str, Any]:
-    """The bundle's identity: every figure of the hardware file that the formulas read."""
+def _hardware(job: ProfileJob) -> dict[str, Any]:
+    """Every figure of the hardware file that the formulas read."""
     facts = job.hardware
-    hardware = {
+    return {
         "silicon": facts.silicon,
         "memory_bandwidth_gbs": facts.memory_bandwidth_gbs,
         "l2_mib": facts.l2_mib,
@@ -41,20 +42,17 @@ def _made_for(job: ProfileJob) -> dict[str, Any]:
         "link": facts.link.model_dump(mode="json") if facts.link else None,
         "roofline": facts.roofline.model_dump(mode="json", exclude_none=True),
     }
-    derivation = {"source": "roofline", "revision": DERIVATION, "constants": digest(fits())}
-    return made_for(job, hardware, derivation)
 
 
-def describe(job: ProfileJob, acc: Accelerator, content: BundleContent) -> dict[str, Any]:
-    """``meta.yaml`` of a bundle; it holds no time of making, so that the same inputs give the same file."""
+def provenance(job: ProfileJob, acc: Accelerator, content: BundleContent) -> Provenance:
+    """No time of making is in it, so that the same inputs give the same file."""
     fitted = fits()
-    return {
-        "source": "roofline",
+    origin = {
         "derivation": DERIVATION,
         "confidence": confidence(job),
         "gpu": job.hardware.gpu or job.hardware.name,
-        **profiled(job),
-        **_made_for(job),
+    }
+    claims = {
         "accelerator": {
             "memory_bandwidth_gbs": job.hardware.memory_bandwidth_gbs,
             "peak_tflops": dict(job.hardware.peak_tflops),
@@ -77,6 +75,8 @@ def describe(job: ProfileJob, acc: Accelerator, content: BundleContent) -> dict[
         **_collectives(job, content),
         "skew_fit": {"enabled": False},
     }
+    derivation = {"revision": DERIVATION, "constants": digest(fitted)}
+    return Provenance("roofline", origin, claims, _hardware(job), derivation)
 
 
 def _collectives(job: ProfileJob, content: BundleContent) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from servesim.profiler.provenance import attention_axes, made_for, profiled
+from servesim.profiler.meter import Provenance
+from servesim.profiler.provenance import attention_axes
 from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.silicon import DERIVATION, comm, tables
 from servesim.profiler.silicon.gemm import smallest_us
@@ -187,14 +188,11 @@ def _choices(job: ProfileJob, sources: Sources) -> dict[str, Any]:
     return chosen | ({"expert_load": job.expert_load} if sources.experts else {})
 
 
-def _made_for(job: ProfileJob, choices: dict[str, Any]) -> dict[str, Any]:
-    """The bundle's identity.
-
-    The hardware's rates are part of it although the derivations read few of them: kernels were measured on
-    the GPU that has them, and are not those of one that a file describes otherwise.
-    """
+def _hardware(job: ProfileJob) -> dict[str, Any]:
+    """The hardware's rates, although the derivations read few of them: kernels were measured on the GPU that
+    has them, and are not those of one that a file describes otherwise."""
     facts = job.hardware
-    hardware = {
+    return {
         "silicon": facts.silicon,
         "memory_bandwidth_gbs": facts.memory_bandwidth_gbs,
         "l2_mib": facts.l2_mib,
@@ -202,9 +200,6 @@ def _made_for(job: ProfileJob, choices: dict[str, Any]) -> dict[str, Any]:
         "peak_tflops": dict(facts.peak_tflops),
         "link": {"bandwidth_gbs": facts.link.bandwidth_gbs} if facts.link else None,
     }
-    version = tables.package_version()
-    derivation = {"source": "silicon", "revision": DERIVATION, "data_version": version, **choices}
-    return made_for(job, hardware, derivation)
 
 
 def _measured_up_to(content: BundleContent, sources: Sources) -> dict[str, Any]:
@@ -230,21 +225,21 @@ def _collectives(gpu: Gpu, content: BundleContent) -> dict[str, Any]:
     return {"collectives": {"link": comm.link_of(gpu)}}
 
 
-def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources) -> dict[str, Any]:
-    """``meta.yaml`` of a bundle; it holds no time of making, so that the same inputs give the same file."""
+def provenance(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources) -> Provenance:
+    """No time of making is in it, so that the same inputs give the same file."""
     choices = _choices(job, sources)
-    return {
-        "source": "silicon",
+    version = tables.package_version()
+    origin = {
         "derivation": DERIVATION,
         "confidence": _confidence(job, gpu, sources),
         "data_package": tables.PACKAGE,
-        "data_version": tables.package_version(),
+        "data_version": version,
         "data_licence": tables.LICENCE,
         "data_gpu": gpu.folder,
         "vllm_version": sources.attention[0].generation.version,
         "gpu": job.hardware.gpu or gpu.folder,
-        **profiled(job),
-        **_made_for(job, choices),
+    }
+    claims = {
         "kernels": _kernels(sources),
         **choices,
         "tables": _table_claims(job, gpu, sources, content),
@@ -254,3 +249,5 @@ def describe(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources
         **_collectives(gpu, content),
         "skew_fit": _skew(content),
     }
+    derivation = {"revision": DERIVATION, "data_version": version, **choices}
+    return Provenance("silicon", origin, claims, _hardware(job), derivation)

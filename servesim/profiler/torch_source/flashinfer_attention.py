@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from servesim.profiler.job import ProfileJob
-    from servesim.profiler.measure.meter import AttentionBatch
+    from servesim.profiler.meter import AttentionBatch
     from servesim.profiler.shapes import RankShapes
     from servesim.profiler.torch_source.device import Device
 

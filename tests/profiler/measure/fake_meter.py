@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.profiler.job import ProfileJob
 from servesim.profiler.measure.grid import SweepGrid
+from servesim.profiler.meter import Provenance
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import HardwareSpec
 from servesim.specs.model import load_model
@@ -13,7 +14,8 @@ from servesim.specs.model import load_model
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from servesim.profiler.measure.meter import AttentionBatch
+    from servesim.profiler.bundle_writer import BundleContent, Row
+    from servesim.profiler.meter import AttentionBatch
 
 GRID = SweepGrid(
     64, 8, 256, token_factor=4.0, chunk_factor=4.0, decode_factor=4.0, kv_factor=4.0, skew_factor=8.0
@@ -45,13 +47,18 @@ class FakeMeter:
         self.ranks: list[int] = []
         self._stop_after, self._capacity, self._device = stop_after, capacity, device
 
+    computes = False
+
     @property
     def conditions(self) -> dict[str, Any]:
         return {"source": "torch", "gpu": self._device}
 
-    @property
-    def notes(self) -> dict[str, Any]:
-        return {"clock": "a formula"}
+    def provenance(self, content: BundleContent) -> Provenance:
+        del content
+        return Provenance("torch", {}, {"measured": {"clock": "a formula"}})
+
+    def grid(self) -> SweepGrid:
+        return GRID
 
     def start_rank(self, tp: int) -> None:
         self.ranks.append(tp)
@@ -59,21 +66,28 @@ class FakeMeter:
     def kv_capacity_tokens(self) -> int:
         return self._capacity
 
-    def layers_us(self, layers: Sequence[str], tokens: int) -> dict[str, float]:
+    def layers_us(self, layers: Sequence[str], tokens: Sequence[int]) -> dict[str, list[float]]:
         self._count()
-        return dict.fromkeys(layers, 1.0 * tokens)
+        return {layer: [1.0 * count for count in tokens] for layer in layers}
 
-    def heads_us(self, layers: Sequence[str], sequences: int) -> dict[str, float]:
+    def heads_us(self, layers: Sequence[str], sequences: Sequence[int]) -> dict[str, list[float]]:
         self._count()
-        return dict.fromkeys(layers, 2.0 * sequences)
+        return {layer: [2.0 * count for count in sequences] for layer in layers}
 
-    def attention_us(self, batch: AttentionBatch) -> float:
+    def attention_us(self, batches: Sequence[AttentionBatch]) -> list[float]:
         self._count()
-        return 1.0 + 0.001 * batch.kv_tokens + 0.01 * batch.longest
+        return [1.0 + 0.001 * batch.kv_tokens + 0.01 * batch.longest for batch in batches]
 
-    def experts_us(self, tokens: int, activated: int) -> float:
+    def experts_us(self, points: Sequence[tuple[int, int]]) -> list[float]:
         self._count()
-        return 10.0 * activated + tokens
+        return [10.0 * activated + tokens for tokens, activated in points]
+
+    def all_reduce_us(self, payloads: Sequence[int]) -> list[float]:
+        self._count()
+        return [0.001 * payload for payload in payloads]
+
+    def skew_rows(self) -> list[Row]:
+        return []
 
     def close(self) -> None:
         pass

@@ -10,11 +10,13 @@ import pytest
 
 from servesim.profiler.measure.budget import grid_within, ladder
 from servesim.profiler.measure.progress import SweepProgress, duration
-from servesim.profiler.measure.tasks import CATEGORIES, shots
+from servesim.profiler.shots import CATEGORIES, shots
 from tests.profiler.measure.fake_meter import FakeMeter, job
 
 if TYPE_CHECKING:
-    from servesim.profiler.measure.meter import AttentionBatch
+    from collections.abc import Sequence
+
+    from servesim.profiler.meter import AttentionBatch
 
 
 def _shots(grid: object) -> int:
@@ -36,9 +38,9 @@ def test_a_slow_device_gets_a_coarser_grid(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
     class Slow(FakeMeter):
-        def attention_us(self, batch: AttentionBatch) -> float:
+        def attention_us(self, batches: Sequence[AttentionBatch]) -> list[float]:
             clock[0] += 0.1
-            return super().attention_us(batch)
+            return super().attention_us(batches)
 
     told = io.StringIO()
     grid = SweepGrid(2048, 256, 16384)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from servesim.errors import InputError
 from servesim.profiler.measure.grid import SkewShot, SweepGrid, geometric
-from servesim.profiler.measure.meter import AttentionBatch
+from servesim.profiler.meter import AttentionBatch
 from servesim.specs.model import load_model
 from tests.recorded import recorded_path
 

@@ -13,14 +13,16 @@ from servesim.api import load_cluster
 from servesim.cost.bundle import load_bundle
 from servesim.errors import InputError, RunError
 from servesim.profiler.measure.bundle import measure_bundle
-from servesim.profiler.measure.tasks import CATEGORIES
 from servesim.profiler.measure.work_folder import MeasureOptions
+from servesim.profiler.shots import CATEGORIES
 from servesim.specs.reading import read_yaml_object
 from tests.profiler.measure.fake_meter import GRID, FakeMeter, PulledPlug, job
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from servesim.profiler.job import ProfileJob
-    from servesim.profiler.measure.sweep import SweepReport
+    from servesim.profiler.sweep import SweepReport
 
 ALL = MeasureOptions()
 
@@ -232,8 +234,8 @@ def test_meta_says_how_it_was_measured() -> None:
 
 def test_a_time_that_is_none_stops_the_sweep() -> None:
     class Broken(FakeMeter):
-        def experts_us(self, tokens: int, activated: int) -> float:
-            return float("nan") if (tokens, activated) == (4, 4) else super().experts_us(tokens, activated)
+        def experts_us(self, points: Sequence[tuple[int, int]]) -> list[float]:
+            return [float("nan")] if points == [(4, 4)] else super().experts_us(points)
 
     with pytest.raises(RunError, match=r"tp1 moe: shot \(4, 4\) gave"):
         _measure(job("servesim/tiny-moe"), Broken(), MeasureOptions(only=("moe",)))

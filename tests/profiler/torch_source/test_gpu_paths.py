@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'servesim[torch]'")
 
 from servesim.errors import NotSupportedError  # noqa: E402
-from servesim.profiler.measure.meter import AttentionBatch  # noqa: E402
+from servesim.profiler.meter import AttentionBatch  # noqa: E402
 from servesim.profiler.shapes import rank_shapes  # noqa: E402
 from servesim.profiler.torch_source.device import Calls, Device, open_device  # noqa: E402
 from servesim.profiler.torch_source.flashinfer_attention import PAGE, FlashInferAttention  # noqa: E402

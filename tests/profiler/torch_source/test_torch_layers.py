@@ -7,16 +7,17 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'servesim[torch]'")
 
 from servesim.errors import NotSupportedError  # noqa: E402
-from servesim.profiler.measure.meter import AttentionBatch  # noqa: E402
+from servesim.profiler.meter import AttentionBatch  # noqa: E402
 from servesim.profiler.shapes import rank_shapes  # noqa: E402
 from servesim.profiler.torch_source.device import Calls, Device, open_device, read_smi  # noqa: E402
 from servesim.profiler.torch_source.experts import RankExperts, assigned_experts  # noqa: E402
 from servesim.profiler.torch_source.flashinfer_attention import Pages, pages_needed  # noqa: E402
 from servesim.profiler.torch_source.formats import check_format, product, random_weight  # noqa: E402
 from servesim.profiler.torch_source.layers import RankLayers, rotary_table, rotate_heads  # noqa: E402
+from servesim.profiler.torch_source.meter import TorchMeter  # noqa: E402
 from servesim.profiler.torch_source.sdpa import SdpaAttention  # noqa: E402
-from servesim.profiler.torch_source.source import TorchMeter  # noqa: E402
 from tests.profiler.measure.fake_meter import job  # noqa: E402
+from tests.profiler.roofline_toy import sliding_half  # noqa: E402
 
 
 @pytest.fixture
@@ -146,15 +147,13 @@ def test_in_a_window_a_token_sees_only_the_last_ones(device: Device) -> None:
 
 
 def test_blocks_that_slide_count_by_their_share(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = job().model.model_copy(
-        update={"sliding_window": 4, "layer_types": ("full_attention", "sliding_attention") * 2}
-    )
+    half = sliding_half(job().model, 4)
     meter = TorchMeter(device, job().__class__(**{**_fields(job()), "model": half}))
     meter.start_rank(1)
     times = {None: 10.0, 4: 2.0}
     monkeypatch.setattr(SdpaAttention, "calls", lambda _, __, window: window)
     monkeypatch.setattr(Device, "time_us", lambda _, window: times[window])
-    assert meter.attention_us(AttentionBatch(0, 0, ((1, 16),))) == 6.0
+    assert meter.attention_us([AttentionBatch(0, 0, ((1, 16),))]) == [6.0]
 
 
 def test_unequal_decodes_run_as_one_call_for_every_length(device: Device) -> None:

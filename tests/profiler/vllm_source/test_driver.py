@@ -10,7 +10,8 @@ import pytest
 
 from servesim.__main__ import main
 from servesim.errors import NotSupportedError
-from servesim.profiler.vllm_source.source import engine_arguments, require_vllm, version_tuple
+from servesim.profiler.sources import check
+from servesim.profiler.vllm_source.meter import engine_arguments, require_vllm, version_tuple
 from tests.profiler.measure.fake_meter import job
 
 
@@ -74,4 +75,4 @@ def test_formats_go_to_vllm_by_its_own_names() -> None:
     assert (both["quantization"], both["kv_cache_dtype"], both["dtype"]) == ("fp8", "fp8", "bfloat16")
     assert "quantization" not in engine_arguments(job(), 1, "folder")
     with pytest.raises(NotSupportedError, match="int8 from a checkpoint"):
-        engine_arguments(job(dtype="int8"), 1, "folder")
+        check("vllm", job(dtype="int8"))

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import NotSupportedError, RunError
-from servesim.profiler.shapes import block_windows, rank_shapes
+from servesim.profiler.measure.grid import SweepGrid
+from servesim.profiler.meter import Provenance
+from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.vllm_source.modules import calls_of
 from servesim.profiler.vllm_source.steps import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from servesim.profiler.bundle_writer import BundleContent, Row
     from servesim.profiler.job import ProfileJob
-    from servesim.profiler.measure.meter import AttentionBatch
+    from servesim.profiler.meter import AttentionBatch
 
 OLDEST = (0, 19)
 _EXTENSION = "servesim.profiler.vllm_source.extension.LayerTimes"
@@ -71,21 +74,14 @@ def version_tuple(version: str) -> tuple[int, int]:
 class VllmMeter:
     """One engine at a time: that of the rank last started."""
 
+    computes = False
+
     def __init__(self, job: ProfileJob, *, iterations: int = 3) -> None:
         """
         Raises:
-            NotSupportedError: vLLM or a GPU is missing, or the model is none this source can describe to
-            vLLM.
+            NotSupportedError: vLLM or a GPU is missing.
         """
         self._version = require_vllm()
-        if job.model.is_mla:
-            raise NotSupportedError(
-                f"{job.model.name}: --source vllm cannot set up multi-head latent attention yet"
-            )
-        if len(block_windows(job.model)) > 1:
-            raise NotSupportedError(
-                f"{job.model.name}: not all blocks slide; --source vllm runs one block, use --source torch"
-            )
         import torch
 
         self._job, self._iterations = job, iterations
@@ -109,18 +105,19 @@ class VllmMeter:
             },
         }
 
-    @property
-    def notes(self) -> dict[str, Any]:
+    def provenance(self, content: BundleContent) -> Provenance:
+        del content
         from servesim.profiler.torch_source.device import nvidia_state
 
         arguments = engine_arguments(self._job, self._tp or self._job.tp_degrees[0], "")
         arguments.pop("model")
-        return {
+        notes = {
             "device_after": nvidia_state(),
             "engine_arguments": arguments,
             "modules": self._found.get("modules", {}),
             "emulation": "one GPU with the shapes of one rank, one block, dummy weights",
         }
+        return Provenance("vllm", {}, {"measured": notes})
 
     def start_rank(self, tp: int) -> None:
         """
@@ -151,21 +148,37 @@ class VllmMeter:
         spare = 1 + self._job.max_num_seqs + 1
         return int(self._found["num_blocks"] - spare) * BLOCK_SIZE
 
-    def layers_us(self, layers: Sequence[str], tokens: int) -> dict[str, float]:
-        times = self._time(chunk=tokens, history=0, decodes=[])
-        return {layer: self._per_call(layer, times) for layer in layers}
+    def grid(self) -> SweepGrid:
+        return SweepGrid.of(self._job)
 
-    def heads_us(self, layers: Sequence[str], sequences: int) -> dict[str, float]:
-        times = self._time(chunk=0, history=0, decodes=[(sequences, _SHORT_KV)])
-        return {layer: self._per_call(layer, times) for layer in layers}
+    def layers_us(self, layers: Sequence[str], tokens: Sequence[int]) -> dict[str, list[float]]:
+        steps = [self._time(chunk=count, history=0, decodes=[]) for count in tokens]
+        return {layer: [self._per_call(layer, step) for step in steps] for layer in layers}
 
-    def attention_us(self, batch: AttentionBatch) -> float:
-        times = self._time(chunk=batch.chunk, history=batch.history, decodes=list(batch.decodes))
-        return self._per_call(self._job.architecture.attention_layer, times)
+    def heads_us(self, layers: Sequence[str], sequences: Sequence[int]) -> dict[str, list[float]]:
+        steps = [self._time(chunk=0, history=0, decodes=[(count, _SHORT_KV)]) for count in sequences]
+        return {layer: [self._per_call(layer, step) for step in steps] for layer in layers}
 
-    def experts_us(self, tokens: int, activated: int) -> float:
-        times = self._time(chunk=tokens, history=0, decodes=[], activated=activated)
-        return self._per_call(next(iter(self._job.architecture.catalog.moe)), times)
+    def attention_us(self, batches: Sequence[AttentionBatch]) -> list[float]:
+        layer = self._job.architecture.attention_layer
+        return [
+            self._per_call(layer, self._time(chunk=chunk, history=history, decodes=list(decodes)))
+            for chunk, history, decodes in batches
+        ]
+
+    def experts_us(self, points: Sequence[tuple[int, int]]) -> list[float]:
+        layer = next(iter(self._job.architecture.catalog.moe))
+        return [
+            self._per_call(layer, self._time(chunk=tokens, history=0, decodes=[], activated=activated))
+            for tokens, activated in points
+        ]
+
+    def all_reduce_us(self, payloads: Sequence[int]) -> list[float]:
+        raise NotImplementedError("collectives are not measured so far; the grid asks for none")
+
+    def skew_rows(self) -> list[Row]:
+        """None: they are fitted to skew.csv."""
+        return []
 
     def close(self) -> None:
         self._stop()
@@ -271,8 +284,4 @@ def engine_arguments(job: ProfileJob, tp: int, model: str) -> dict[str, Any]:
     }
     if job.dtype == "fp8":
         arguments["quantization"] = "fp8"
-    if job.dtype == "int8" or job.kv_dtype == "int8":
-        raise NotSupportedError(
-            "--source vllm: vLLM quantises to int8 from a checkpoint only; use --dtype fp8 or 16 bit"
-        )
     return arguments

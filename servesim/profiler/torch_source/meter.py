@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from servesim.errors import InputError, NotSupportedError
+from servesim.errors import InputError
+from servesim.profiler.measure.grid import SweepGrid
+from servesim.profiler.meter import Provenance
 from servesim.profiler.shapes import block_windows, rank_shapes
 from servesim.profiler.torch_source.experts import RankExperts
 from servesim.profiler.torch_source.flashinfer_attention import FlashInferAttention
@@ -16,8 +18,9 @@ from servesim.specs.dtypes import dtype_bytes
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from servesim.profiler.bundle_writer import BundleContent, Row
     from servesim.profiler.job import ProfileJob
-    from servesim.profiler.measure.meter import AttentionBatch
+    from servesim.profiler.meter import AttentionBatch
     from servesim.profiler.torch_source.device import Device
 
 POOL_SHARE = 0.7
@@ -28,6 +31,8 @@ _SEED = 0
 
 class TorchMeter:
     """Builds a rank's layers on first use and times them."""
+
+    computes = False
 
     def __init__(
         self, device: Device, job: ProfileJob, *, attention: str = "auto", kv_memory_gib: float | None = None
@@ -40,13 +45,8 @@ class TorchMeter:
             kv_memory_gib: memory for the KV pool; None: as much as is free, within reason.
 
         Raises:
-            NotSupportedError: the model or format is none that this source can build here.
+            NotSupportedError: the format is none that this source can do on this device.
         """
-        model = job.model
-        if model.is_mla:
-            raise NotSupportedError(
-                f"{model.name}: --source torch cannot build multi-head latent attention yet"
-            )
         check_format(device, job.dtype, job.kv_dtype)
         self._device, self._job = device, job
         self._backend = attention if attention != "auto" else ("flashinfer" if device.is_cuda else "sdpa")
@@ -67,9 +67,9 @@ class TorchMeter:
     def conditions(self) -> dict[str, Any]:
         return {"source": "torch", **self._device.conditions(), "attention_kernel": self._kernel()}
 
-    @property
-    def notes(self) -> dict[str, Any]:
-        return {
+    def provenance(self, content: BundleContent) -> Provenance:
+        del content
+        notes = {
             "device_before": self._before,
             "device_after": self._device.notes(),
             "attention": "includes writing the step's keys and values; decodes read one token more than "
@@ -77,6 +77,7 @@ class TorchMeter:
             "attention_windows": {str(window): share for window, share in block_windows(self._job.model)},
             "emulation": "one device with the shapes of one rank",
         }
+        return Provenance("torch", {}, {"measured": notes})
 
     def start_rank(self, tp: int) -> None:
         if tp == self._tp:
@@ -87,29 +88,39 @@ class TorchMeter:
         self._tp = tp
         self._layers = RankLayers(self._device, self._job, shapes)
 
+    def grid(self) -> SweepGrid:
+        return SweepGrid.of(self._job)
+
     def kv_capacity_tokens(self) -> int:
         return self._pool().capacity_tokens
 
-    def layers_us(self, layers: Sequence[str], tokens: int) -> dict[str, float]:
+    def layers_us(self, layers: Sequence[str], tokens: Sequence[int]) -> dict[str, list[float]]:
         return self._times(layers, tokens)
 
-    def heads_us(self, layers: Sequence[str], sequences: int) -> dict[str, float]:
+    def heads_us(self, layers: Sequence[str], sequences: Sequence[int]) -> dict[str, list[float]]:
         return self._times(layers, sequences)
 
-    def attention_us(self, batch: AttentionBatch) -> float:
+    def attention_us(self, batches: Sequence[AttentionBatch]) -> list[float]:
         """The mean over the model's blocks, where some of them slide."""
-        pool = self._pool()
+        pool, windows = self._pool(), block_windows(self._job.model)
         with self._device.torch.inference_mode():
-            return sum(
-                share * self._device.time_us(pool.calls(batch, window))
-                for window, share in block_windows(self._job.model)
-            )
+            return [
+                sum(share * self._device.time_us(pool.calls(batch, window)) for window, share in windows)
+                for batch in batches
+            ]
 
-    def experts_us(self, tokens: int, activated: int) -> float:
+    def experts_us(self, points: Sequence[tuple[int, int]]) -> list[float]:
         if self._experts is None:
             self._experts = RankExperts(self._device, self._job, self._tp)
         with self._device.torch.inference_mode():
-            return self._device.time_us(self._experts.calls(tokens, activated))
+            return [self._device.time_us(self._experts.calls(*point)) for point in points]
+
+    def all_reduce_us(self, payloads: Sequence[int]) -> list[float]:
+        raise NotImplementedError("collectives are not measured so far; the grid asks for none")
+
+    def skew_rows(self) -> list[Row]:
+        """None: they are fitted to skew.csv."""
+        return []
 
     def close(self) -> None:
         self._layers = self._attention = self._experts = None
@@ -117,10 +128,13 @@ class TorchMeter:
         if self._device.is_cuda:
             self._device.torch.cuda.empty_cache()
 
-    def _times(self, layers: Sequence[str], count: int) -> dict[str, float]:
+    def _times(self, layers: Sequence[str], counts: Sequence[int]) -> dict[str, list[float]]:
         assert self._layers is not None
         with self._device.torch.inference_mode():
-            return {layer: self._device.time_us(self._layers.calls(layer, count)) for layer in layers}
+            return {
+                layer: [self._device.time_us(self._layers.calls(layer, count)) for count in counts]
+                for layer in layers
+            }
 
     def _kernel(self) -> str:
         if self._backend != "flashinfer":

@@ -1,4 +1,8 @@
-"""The sweep: every missing shot of every table, in a random order, saved as it goes."""
+"""The sweep: every shot of every table of every degree, asked of a meter. All sources go through it.
+
+What is computed stays in memory (:func:`computed_bundle`). What is measured is saved as it goes, in a random
+order, and a sweep that was stopped goes on from there (:mod:`servesim.profiler.measure.bundle`).
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.errors import RunError
-from servesim.profiler.measure.progress import SweepProgress
-from servesim.profiler.measure.table_file import TableFile
-from servesim.profiler.measure.tasks import CATEGORIES, TABLE_HEADERS, VALUES, Shot, shots
+from servesim.profiler.bundle_writer import BundleContent, Row
+from servesim.profiler.provenance import described
+from servesim.profiler.shots import ALL_CATEGORIES, CATEGORIES, TABLE_HEADERS, VALUES, Shot, Table, shots
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
     from typing import TextIO
 
     from servesim.profiler.job import ProfileJob
-    from servesim.profiler.measure.grid import SweepGrid
-    from servesim.profiler.measure.meter import Meter
-    from servesim.profiler.measure.table_file import Row
+    from servesim.profiler.measure.progress import SweepProgress
+    from servesim.profiler.measure.table_file import TableFile
+    from servesim.profiler.meter import Grid, Meter
 
 _SAVE_EVERY_S = 1.0
 _SAVE_EVERY_ROWS = 32
@@ -38,15 +42,53 @@ class SweepReport:
     seconds: float = 0.0
 
 
+class MemoryTable:
+    """The rows of a table that is computed; none is there twice and none is left out."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def __contains__(self, row: Row) -> bool:
+        return False
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows."""
+        self.rows += rows
+
+
+def computed_bundle(job: ProfileJob, meter: Meter) -> BundleContent:
+    """All tables of one variant for every tensor-parallel degree, from a meter that computes.
+
+    Raises:
+        InputError: the source does not cover a layer, a shape or a degree.
+    """
+    content = BundleContent(meta={})
+    for tp in job.tp_degrees:
+        meter.start_rank(tp)
+        grid = meter.grid()
+        for category in wanted(job, ALL_CATEGORIES):
+            table = MemoryTable()
+            todo = shots(category, job, grid, meter.kv_capacity_tokens(), at_once=True, tp=tp)
+            run_shots(todo, meter, table, f"tp{tp} {category}")
+            if todo:
+                content.tables[tp, f"{category}.csv"] = table.rows
+        if skew := meter.skew_rows():
+            content.tables[tp, "skew_fit.csv"] = skew
+    content.meta = described(job, meter.provenance(content))
+    return content
+
+
 def open_table(folder: Path, tp: int, category: str) -> TableFile:
     """The table of a category below the bundle folder, made where there is none."""
+    from servesim.profiler.measure.table_file import TableFile
+
     path = folder / f"tp{tp}" / f"{category}.csv"
     return TableFile(path, TABLE_HEADERS[category], VALUES.get(category, 1))
 
 
 def sweep(
     job: ProfileJob,
-    grid: SweepGrid,
+    grid: Grid,
     meter: Meter,
     folder: Path,
     stream: TextIO,
@@ -60,6 +102,8 @@ def sweep(
     Raises:
         RunError: a shot gave no sensible time, or a table cannot be written.
     """
+    from servesim.profiler.measure.progress import SweepProgress
+
     started_s = time.monotonic()
     report = SweepReport()
     parts = {f"tp{tp} {category}": (tp, category) for tp in job.tp_degrees for category in wanted(job, only)}
@@ -85,7 +129,7 @@ def sweep(
 
 def _sweep_rank(
     job: ProfileJob,
-    grid: SweepGrid,
+    grid: Grid,
     meter: Meter,
     folder: Path,
     tp: int,
@@ -105,7 +149,7 @@ def _sweep_rank(
         random.Random(_ORDER_SEED).shuffle(missing[part])
         table = open_table(folder, tp, category)
         try:
-            measured += _run(missing[part], meter, table, progress, part)
+            measured += run_shots(missing[part], meter, table, part, progress)
         finally:
             table.close()
     return measured
@@ -113,16 +157,18 @@ def _sweep_rank(
 
 def wanted(job: ProfileJob, only: Sequence[str]) -> list[str]:
     """The categories to measure, in the order of the tables; experts only where the model has them."""
-    return [name for name in CATEGORIES if name in only and (name != "moe" or job.model.is_moe)]
+    return [name for name in ALL_CATEGORIES if name in only and (name != "moe" or job.model.is_moe)]
 
 
-def _run(missing: list[Shot], meter: Meter, table: TableFile, progress: SweepProgress, part: str) -> int:
-    """Measure and save; rows are on the disk within a second, also when interrupted."""
+def run_shots(
+    todo: list[Shot], meter: Meter, table: Table, part: str, progress: SweepProgress | None = None
+) -> int:
+    """Ask the meter and keep what it says; rows are in the table within a second, also when interrupted."""
     rows: list[Row] = []
     measured = 0
     saved_s = time.monotonic()
     try:
-        for shot in missing:
+        for shot in todo:
             before_s = time.monotonic()
             results = shot.measure(meter)
             for key, result in zip(shot.keys, results, strict=True):
@@ -130,7 +176,8 @@ def _run(missing: list[Shot], meter: Meter, table: TableFile, progress: SweepPro
                 rows.append((*key, *result))
             measured += len(shot.keys)
             now_s = time.monotonic()
-            progress.step(part, now_s - before_s)
+            if progress is not None:
+                progress.step(part, now_s - before_s)
             if now_s - saved_s >= _SAVE_EVERY_S or len(rows) >= _SAVE_EVERY_ROWS:
                 table.append(rows)
                 rows, saved_s = [], now_s
