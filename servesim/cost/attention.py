@@ -93,10 +93,10 @@ class FullAttention:
 
     def decode_row(self, n: int, rest_ns: float) -> DecodeRow:
         """See :class:`AttentionTerm`."""
-        values = rest_ns + self._ns_per_us * self._decodes_us(n)
+        values = rest_ns + self._ns_per_us * self.decodes_us(n)
         return DecodeRow.through(self._surface.axes[1].tolist(), values.tolist(), self.tables.skew, n)
 
-    def _decodes_us(self, n: int) -> NDArray[np.float64]:
+    def decodes_us(self, n: int) -> NDArray[np.float64]:
         """µs of one block for ``n`` decodes at every ``kv_decode`` of the grid."""
         ns, _ = self._surface.axes
         values: NDArray[np.float64] = resample(ns, self._surface.tensor, [n])[0]
@@ -239,7 +239,7 @@ class FullAttention:
     def _block_row(self, n: int) -> DecodeRow:
         """One block for ``n`` decodes and nothing else over KV length, in µs, lengths taken as equal."""
         lengths = self.tables.attention.axes[3].tolist()
-        return DecodeRow.through(lengths, self._decodes_us(n).tolist(), None, n)
+        return DecodeRow.through(lengths, self.decodes_us(n).tolist(), None, n)
 
     def _origin(self, chunk: int = 0, history: int = 0, n: int = 0, kv: int = 0) -> str:
         """How the table was asked, on the axes that matter to the step."""

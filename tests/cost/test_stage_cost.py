@@ -334,7 +334,7 @@ def _cached(root: Path, engine: EngineSpec) -> tuple[Toy, StageCost]:
 @st.composite
 def bundles(draw: st.DrawFn) -> Toy:
     """Bundles of random, even absurd, numbers: times that fall with length, α of any sign."""
-    us = st.floats(0, 1000, allow_nan=False).map(lambda x: round(x, 5))
+    us = st.floats(0.001, 1000, allow_nan=False).map(lambda x: round(x, 5))
     attention: Rows = {(16, 0, 0, 0): 1.0}
     for n in draw(st.lists(st.integers(1, 20), min_size=1, max_size=3, unique=True)):
         for kv in draw(st.lists(st.integers(0, 400), min_size=1, max_size=5, unique=True)):

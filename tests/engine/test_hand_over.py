@@ -18,6 +18,7 @@ from servesim.engine.hand_over import HandOver, Routes
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import StepLoop
 from servesim.engine.transfers import Transfers
+from servesim.specs.model import model_from_config
 from servesim.specs.options import RuntimeOptions
 from tests.engine.small_engine import LinearTimes, requests, small_member
 from tests.engine.test_properties import workloads
@@ -27,7 +28,22 @@ if TYPE_CHECKING:
     from servesim.results.records import RunLog
     from servesim.workload.request import Workload
 
-MODEL = SimpleNamespace(num_hidden_layers=4, num_key_value_heads=1, head_dim=125, is_mla=False)
+MODEL = model_from_config(
+    {
+        "model_type": "llama",
+        "hidden_size": 250,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 125,
+        "intermediate_size": 16,
+        "vocab_size": 64,
+        "max_position_embeddings": 4096,
+    },
+    "org/tiny",
+    "tiny.json",
+)
+"""1,000 bytes of KV a token and layer in 32 bit, 500 in 16."""
 
 
 def run_split(
@@ -56,7 +72,7 @@ def run_split(
     far = SimpleNamespace(bandwidth_gbs=bandwidth / 2, latency_ns=latency * 3)
     routes = Routes(cast("Any", SimpleNamespace(dp=link, nodes=far)))
     transfers = Transfers()
-    hand_over = HandOver(transfers, {"org/tiny": cast("Any", MODEL)})
+    hand_over = HandOver(transfers, {"org/tiny": MODEL})
     run = Simulation(
         loops, workload, RuntimeOptions(), transfers=transfers, hand_over=hand_over, route=routes
     )

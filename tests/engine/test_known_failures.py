@@ -274,7 +274,7 @@ def test_a_lost_block_ends_the_run_and_saves_its_input(
     with monkeypatch.context() as broken:
         broken.setattr(BlockPool, "free", lambda *_: None)
         with pytest.raises(BrokenRunError, match="KV blocks of instance 0 do not add up") as error:
-            simulate(cluster, Workload(burst(1, 8, 4), "w"), seed=7, output="o.csv")
+            simulate(cluster, Workload(burst(1, 8, 4), "w"), seed=7)
     (folder,) = re.findall(r"the input in (\S+)", str(error.value))
     assert json.loads((Path(folder) / "options.json").read_text()) == {"seed": 7}
     with chdir(folder):
