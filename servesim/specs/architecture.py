@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from servesim.errors import InputError
 from servesim.specs import paths
@@ -31,6 +31,14 @@ class LayerEntry(Spec):
     """The enclosing class, where the class alone is ambiguous."""
     tp_stable: bool = False
     """Its time does not depend on the tensor-parallel degree."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _class_by_its_engine(cls, entry: object) -> object:
+        """``vllm: RMSNorm`` names the class too, as the files of LLMServingSim do."""
+        if isinstance(entry, dict) and "vllm" in entry and "class" not in entry:
+            return {"class" if key == "vllm" else key: value for key, value in entry.items()}
+        return entry
 
 
 class Sequence(Spec):

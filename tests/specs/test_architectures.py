@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from servesim.errors import InputError
@@ -48,3 +50,18 @@ def test_a_norm_takes_the_same_time_at_any_degree() -> None:
 @pytest.mark.parametrize("path", paths.find_all("profiler/models/*.yaml"), ids=lambda path: path.stem)
 def test_every_shipped_architecture_is_good_and_named_as_its_file(path) -> None:  # type: ignore[no-untyped-def]
     assert read_architecture(path).model_type == path.stem
+
+
+def test_a_class_may_be_named_by_its_engine(tmp_path: Path) -> None:
+    ours = paths.find("profiler/models/llama.yaml")
+    theirs = tmp_path / "llama.yaml"
+    theirs.write_text(ours.read_text(encoding="utf-8").replace("{class:", "{vllm:"), encoding="utf-8")
+    assert read_architecture(theirs) == read_architecture(ours)
+
+
+def test_a_class_under_both_names_is_refused(tmp_path: Path) -> None:
+    text = paths.find("profiler/models/llama.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "llama.yaml"
+    path.write_text(text.replace("{class: Sampler", "{class: Sampler, vllm: Sampler"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"catalog.per_sequence.sampler.vllm"):
+        read_architecture(path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from servesim.errors import InputError, MissingFileError
-from servesim.specs.pim import load_pim, read_pim
+from servesim.specs.pim import PimSpec, load_pim, read_pim
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +57,66 @@ def test_a_new_device_needs_nothing_but_a_file(tmp_path: Path, monkeypatch: pyte
     folder.mkdir(parents=True)
     (folder / "Mine.ini").write_text(SMALL)
     assert load_pim("Mine").attention.slope == 2
+
+
+DRAMSIM = """
+[dram_structure]
+protocol = DDR4
+bankgroups = 4
+BL = 8
+
+[timing]
+tCK = 0.5 ; ns
+CL = 20
+tRCD = 22
+
+[system]
+channel_size = 2048
+bus_width = 64
+"""
+
+
+def _device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> PimSpec:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs" / "pim"
+    folder.mkdir(parents=True)
+    (folder / f"{name}.ini").write_text(text.replace(" ; ns", ""))
+    return load_pim(name)
+
+
+def test_a_dramsim_file_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pim = _device(tmp_path, monkeypatch, "DDR4_8GB_3200_pim", DRAMSIM)
+    dram = pim.dram
+    assert (dram.capacity_gb, dram.data_rate_mts, dram.bus_width_bits, dram.burst_length) == (2, 4000, 64, 8)
+    assert (dram.row_to_column_ns, dram.cas_latency_ns) == (11, 10)
+    assert pim.attention == load_pim("DDR4_8GB_3200").attention
+
+
+def test_a_dramsim_file_may_time_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pim = _device(tmp_path, monkeypatch, "Mine", DRAMSIM + "[attention]\nslope = 3\nintercept = 5\n")
+    assert (pim.attention.slope, pim.attention.intercept) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (DRAMSIM, r"attention: is missing, and no device of that name is shipped; add a section"),
+        (DRAMSIM.replace("CL = 20", ""), r"timing\.CL: is missing; must be a number above 0"),
+        (DRAMSIM.replace("BL = 8", "BL = many"), r"dram_structure\.BL: 'many' is not allowed"),
+        (DRAMSIM.replace("[system]", "[other]"), r"system\.channel_size: is missing"),
+    ],
+)
+def test_what_a_dramsim_file_lacks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        _device(tmp_path, monkeypatch, "Mine", text)
+
+
+def test_a_name_may_end_in_pim() -> None:
+    assert load_pim("DDR4_8GB_3200_pim") == load_pim("DDR4_8GB_3200")
+    with pytest.raises(MissingFileError, match=r"configs/pim/DDR9\.ini: no such device"):
+        load_pim("DDR9_pim")
 
 
 def test_a_device_that_is_not_there_is_told_with_the_nearest() -> None:
