@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,17 @@ def test_settings_that_cannot_act_are_refused_by_name(settings: dict[str, str]) 
     ((name, value),) = settings.items()
     assert (done.returncode, done.stdout) == (2, "")
     assert f"error: {name}={value}" in done.stderr
+
+
+@pytest.mark.parametrize(("package", "told"), [("profiler", "servesim profile"), ("bench", "servesim bench")])
+def test_commands_of_llmservingsim_name_ours(package: str, told: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", package, "--model", "org/name"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: python -m {package} is no command here")
+    assert f"  {told} " in done.stderr
