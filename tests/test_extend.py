@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -69,3 +70,39 @@ def test_an_output_is_one_file_and_two_lines(copy: Path) -> None:
     rows = (line.split(",") for line in (copy / "r.csv").read_text().splitlines()[1:])
     slowest = max(rows, key=lambda row: int(row[7]))
     assert (copy / "slowest.txt").read_text().strip() == slowest[1]
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    """Change the one place where ``old`` stands."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def mean_tpot(folder: Path) -> float:
+    run(folder, "--num-reqs", "20", "--summary", "s.json")
+    return float(json.loads((folder / "s.json").read_text())["mean_tpot_ms"])
+
+
+def test_an_attention_kind_is_one_file_and_two_lines(copy: Path) -> None:
+    before = mean_tpot(copy)
+    (copy / "servesim" / "cost" / "double_attention.py").write_text(
+        "from servesim.cost.attention import FullAttention\n\n\n"
+        "class DoubleAttention(FullAttention):\n"
+        "    def __init__(self, tables, blocks, engine):\n"
+        "        super().__init__(tables, 2 * blocks, engine)\n"
+    )
+    edit(
+        copy / "servesim" / "cost" / "attention.py",
+        '    "double": "servesim.cost.double_attention:DoubleAttention",',
+        after='"full": "servesim.cost.attention:FullAttention"',
+    )
+    replace(
+        copy / "profiler" / "models" / "llama.yaml",
+        "attention: {class: Attention, within: LlamaAttention}",
+        "attention: {class: Attention, within: LlamaAttention, kind: double}",
+    )
+    assert mean_tpot(copy) > 1.02 * before
+    lines = run(copy, "explain-step", "--decodes", "4", "--kv", "500").splitlines()
+    (attention,) = (line.split() for line in lines if line.startswith("attention"))
+    assert attention[1] == "64"

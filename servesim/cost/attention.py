@@ -1,12 +1,14 @@
 """Attention terms: one class a kind, found by the kind's name.
 
-A kind is made by ``KINDS[name](tables, blocks, engine)``: the tables of a rank, the number of blocks of the
-stage that have it, and the engine's constants. :func:`attention_kind` registers another one.
+A kind is made by ``cls(tables, blocks, engine)``: the tables of a rank, the number of blocks of the stage
+that have it, and the engine's constants. Another kind is a class with the methods of :class:`AttentionTerm`,
+a line in :data:`KINDS`, and ``kind: NAME`` in the architecture file of its models.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,9 +17,10 @@ from servesim.cost.attention_lookup import AttentionTensor, DecodeRow
 from servesim.cost.skew import skew_rate
 from servesim.cost.tables import describe_axis, resample
 from servesim.cost.terms import LayerCost, Role, Term
+from servesim.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -36,21 +39,25 @@ class AttentionTerm(Term, Protocol):
         """ns of ``n`` decodes alone over their KV length, and ``rest_ns`` with it."""
 
 
-KINDS: dict[str, Callable[[RankTables, int, EngineSpec], AttentionTerm]] = {}
-"""Name of an attention kind -> what makes its term."""
+KINDS = {
+    "full": "servesim.cost.attention:FullAttention",
+}
+"""Name of an attention kind -> module:class of its term."""
 
 
-def attention_kind(name: str) -> Callable[[type[AttentionTerm]], type[AttentionTerm]]:
-    """Class decorator: the attention kind ``name`` is priced by this class."""
+def attention_term(kind: str, tables: RankTables, blocks: int, engine: EngineSpec) -> AttentionTerm:
+    """The term of ``blocks`` transformer blocks with attention of this kind.
 
-    def register(made_by: type[AttentionTerm]) -> type[AttentionTerm]:
-        KINDS[name] = made_by
-        return made_by
+    Raises:
+        InputError: no class prices this kind.
+    """
+    if kind not in KINDS:
+        raise InputError(f"attention kind {kind!r} is not known; must be one of {', '.join(KINDS)}")
+    module, _, name = KINDS[kind].partition(":")
+    term: AttentionTerm = getattr(import_module(module), name)(tables, blocks, engine)
+    return term
 
-    return register
 
-
-@attention_kind("full")
 class FullAttention:
     """Every token attends to its whole context, in ``blocks`` transformer blocks.
 

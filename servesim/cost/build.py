@@ -119,7 +119,9 @@ class Costs:
             architecture = self._architecture(model.model_type)
             tables = self._tables(bundle, tp)
             terms = stage_terms(architecture, stage, tables, tp, self.topology.tp, experts=experts)
-            self._stages[key] = StageCost(bundle, tables, stage.num_blocks, terms, engine, limit)
+            self._stages[key] = StageCost(
+                bundle, tables, stage.num_blocks, terms, engine, limit, architecture.attention_kind
+            )
         return self._stages[key]
 
     def bundle(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Bundle:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from servesim.cost.attention import KINDS
+from servesim.cost.attention import attention_term
 from servesim.cost.cudagraph import LARGEST_GRAPH, capture_sizes, padded_tokens
 from servesim.cost.step_terms import CountTerm
 from servesim.cost.terms import HostTerm, Role, Shape, scheduled_tokens
@@ -59,7 +59,7 @@ class StageCost:
         self.padding = Padding(capture_limit if engine.cudagraph else 0)
         self.dense = CountTerm(Role.BLOCKS, terms.blocks)
         """What the transformer blocks pay beside attention, by the tokens they compute."""
-        self.attention: AttentionTerm = KINDS[attention_kind](tables, blocks, engine)
+        self.attention = attention_term(attention_kind, tables, blocks, engine)
         host = HostTerm(engine.prefill_step_overhead_us, engine.decode_step_overhead_us)
         once = CountTerm(Role.ONCE, terms.once)
         heads = CountTerm(Role.HEAD, terms.sequences, by_sequences=True)

@@ -31,6 +31,8 @@ class LayerEntry(Spec):
     """The enclosing class, where the class alone is ambiguous."""
     tp_stable: bool = False
     """Its time does not depend on the tensor-parallel degree."""
+    kind: LayerName = "full"
+    """Of attention: what its steps cost; one of :data:`servesim.cost.attention.KINDS`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +92,11 @@ class Architecture(Spec):
         """Whether a dense layer is a matrix product: the engine's linear layers are."""
         entry = self.catalog.dense.get(layer)
         return entry is not None and entry.class_name.endswith("Linear")
+
+    @property
+    def attention_kind(self) -> str:
+        """What prices the attention layer."""
+        return self.catalog.attention[self.attention_layer].kind
 
     @property
     def attention_layer(self) -> str:
