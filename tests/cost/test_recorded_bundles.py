@@ -147,7 +147,7 @@ def test_a_wave_of_two_members_on_measured_points_is_the_sum_of_its_rows(perf: P
     block = sum(n * row("dense.csv", layer, 128) for layer, n in per_block.items())
     block += row("attention.csv", 0, 0, 128, 1024)
     experts = row("moe.csv", 128, 64)  # 256 tokens touch all 64 experts of a rank, but for 4e-6 of one
-    exchange = 3 * 20.0 + 128 * (2 * 2048 + 128) * 2 / 2 / 16 / 1000
+    exchange = 2 * 20.0 + 128 * (2 * 2048 + 128) * 2 / 1.75 / 16 / 1000
     us = 48 * (block + experts + exchange) + sum(
         row(file, layer, 128)
         for file, layer in (

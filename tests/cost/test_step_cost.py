@@ -204,6 +204,10 @@ def test_an_idle_member_changes_nothing_for_a_dense_model() -> None:
 # Experts on several ranks. Two of eight experts a token; a rank of two holds four.
 
 
+PIECE_US = 0.128 / 1.75
+"""8 rows of 8 features in 16 bit over a link of 1 GB/s, at the speed of an exchange."""
+
+
 def balanced_us(tokens: int, ranks: int = 2) -> float:
     """One expert layer of N tokens over ``ranks`` ranks, from MOE's closed form, held at its first rows."""
     activated = 8 / ranks * (1 - 0.75**tokens)
@@ -214,9 +218,9 @@ def balanced_us(tokens: int, ranks: int = 2) -> float:
 def test_members_meet_in_every_expert_layer() -> None:
     timer = Group(members=2, ep=2, experts=8).timer()
     # Blocks without experts: 2 layers; the 8 decodes' block takes 2 · 17 + 21, the 4 decodes' 2 · 13 + 13.
-    # Exchange of 8 rows a member: all-gathers of 8 · 8 · 2 bytes of hidden states and as many of logits, and
-    # a reduce-scatter of hidden states, each at 2 GB/s and 1000 ns.
-    exchange = 3 * (1 + 0.064)
+    # Exchange of 8 rows a member at 1.75 GB/s and 1000 ns: one all-gather of 8 · 8 · 2 bytes of hidden states
+    # and as many of logits, and a reduce-scatter of hidden states.
+    exchange = (1 + 2 * PIECE_US) + (1 + PIECE_US)
     expected = 2 * (2 * 17 + 21 + balanced_us(12) + exchange) + 9 + 1 + 57
     assert us(timer, FOUR, EIGHT) == [(pytest.approx(expected, abs=1e-3), 0)]
 
@@ -226,7 +230,7 @@ def test_the_slowest_in_blocks_need_not_be_the_slowest_outside() -> None:
     timer = Group(members=2, ep=2, experts=8).timer()
     long, many = batch(decodes=[256] * 4), batch(chunks=[(10, 0)])  # attention 25 and 12
     blocks = max(2 * 13 + 25, 2 * 19 + 12)
-    exchange = 3 + 10 * 3 * 8 / 1000
+    exchange = 2 + 10 * 3 * PIECE_US / 8
     expected = 2 * (blocks + balanced_us(14) + exchange) + 11 + 1 + 53
     assert us(timer, long, many) == [(pytest.approx(expected, abs=1e-3), 0)]
 
@@ -234,7 +238,7 @@ def test_the_slowest_in_blocks_need_not_be_the_slowest_outside() -> None:
 @pytest.mark.usefixtures("root")
 def test_an_idle_member_runs_one_token_through_its_experts() -> None:
     timer = Group(members=2, ep=2, experts=8).timer()
-    exchange = 3 + 4 * 3 * 8 / 1000
+    exchange = 2 + 4 * 3 * PIECE_US / 8
     expected = 2 * (2 * 13 + 13 + balanced_us(5) + exchange) + 5 + 1 + 53
     assert us(timer, None, FOUR) == [(pytest.approx(expected, abs=1e-3), 0)]
 
@@ -242,7 +246,7 @@ def test_an_idle_member_runs_one_token_through_its_experts() -> None:
 @pytest.mark.usefixtures("root")
 def test_padding_goes_through_the_experts_too() -> None:
     timer = Group(members=2, ep=2, experts=8, engine=EngineSpec()).timer()
-    exchange = 3 + 8 * 3 * 8 / 1000
+    exchange = 2 + 8 * 3 * PIECE_US / 8
     five = 5 + 5 + 5 * 16 / 64  # attention of 5 decodes of 16 tokens, between 4 and 8
     expected = 2 * (2 * 17 + max(13, five) + balanced_us(16) + exchange) + 9 + 1 + 54
     assert us(timer, batch(decodes=[16] * 5), FOUR) == [(pytest.approx(expected, abs=1e-3), 0)]
@@ -267,7 +271,7 @@ def test_ranks_that_hold_the_same_experts_share_the_tokens() -> None:
 @pytest.mark.usefixtures("root")
 def test_ranks_of_several_members_share_all_experts() -> None:
     timer = Group(members=2, tp=2, ep=4, experts=8).timer()
-    exchange = 3 + 8 * 3 * 8 / 1000  # each rank with its counterpart on the other member
+    exchange = 2 + 8 * 3 * PIECE_US / 8  # each rank with its counterpart on the other member
     all_reduces = 2 * 2 * (1 + 0.064)
     expected = 2 * (2 * 17 + 21 + balanced_us(12, 4) + exchange + all_reduces) + 9 + 1 + 57
     assert us(timer, FOUR, EIGHT) == [(pytest.approx(expected, abs=1e-3), 0)]
@@ -285,7 +289,7 @@ def test_a_group_may_hold_all_experts_several_times() -> None:
 def test_an_all_to_all_moves_each_token_to_the_ranks_it_chose() -> None:
     timer = Group(members=2, ep=2, experts=8, backend="all_to_all").timer()
     # Both of a token's experts are elsewhere with 4/8 · 3/7: 11/14 of 8 rows a member, there and back.
-    exchange = 2 * (1 + 8 * 11 / 14 * 8 / 1000)
+    exchange = 2 * (1 + 11 / 14 * PIECE_US)
     expected = 2 * (2 * 17 + 21 + balanced_us(12) + exchange) + 9 + 1 + 57
     assert us(timer, FOUR, EIGHT) == [(pytest.approx(expected, abs=1e-3), 0)]
 
@@ -294,7 +298,7 @@ def test_an_all_to_all_moves_each_token_to_the_ranks_it_chose() -> None:
 def test_members_on_two_nodes_use_the_links_between_them() -> None:
     same = us(Group(nodes=[0, 0], ep=2, experts=8).timer(), FOUR, EIGHT)[0][0]
     apart = us(Group(nodes=[0, 3], ep=2, experts=8).timer(), FOUR, EIGHT)[0][0]
-    assert apart - same == pytest.approx(2 * 3 * 0.064, abs=2e-3)  # half the bandwidth
+    assert apart - same == pytest.approx(2 * 3 * PIECE_US, abs=2e-3)  # half the bandwidth
 
 
 @pytest.mark.usefixtures("root")
@@ -305,8 +309,8 @@ def test_four_members_exchange_over_the_wiring_of_their_dimension() -> None:
         return us(timer, *wave)[0][0] / 2
 
     ring, full, switch = (exchange_us(wiring) for wiring in ("ring", "fully_connected", "switch"))
-    assert ring - switch == pytest.approx(3 * 2, abs=1e-3)  # two more latencies in each of three
-    assert switch - full == pytest.approx(3 * 2 * 0.064, abs=1e-3)  # two more pieces in each
+    assert ring - switch == pytest.approx(2 * 2, abs=1e-3)  # two more latencies in each of two
+    assert switch - full == pytest.approx(3 * 2 * PIECE_US, abs=1e-3)  # two more pieces of each of three
 
 
 @pytest.mark.usefixtures("root")
@@ -315,8 +319,8 @@ def test_measured_exchanges_win_on_one_node(root: Path) -> None:
     without = us(Group(nodes=[0, 1], ep=2, experts=8).timer(), FOUR, EIGHT)[0][0]
     path.write_text("collective,ranks,bytes,time_us\nall_gather,2,0,7.0\nall_gather,2,1024,9.0\n")
     timer = Group(members=2, ep=2, experts=8).timer()
-    # 2 · 8 · 8 · 2 = 256 bytes: 7.5 µs, twice; the reduce-scatter was not measured.
-    expected = 2 * (2 * 17 + 21 + balanced_us(12) + 15 + 1.064) + 9 + 1 + 57
+    # 2 · 8 · (8 + 8) · 2 = 512 bytes: 8 µs, once; the reduce-scatter was not measured.
+    expected = 2 * (2 * 17 + 21 + balanced_us(12) + 8 + 1 + PIECE_US) + 9 + 1 + 57
     assert us(timer, FOUR, EIGHT) == [(pytest.approx(expected, abs=1e-3), 0)]
     assert us(Group(nodes=[0, 1], ep=2, experts=8).timer(), FOUR, EIGHT)[0][0] == without
     path.unlink()
