@@ -133,9 +133,12 @@ def _notes_of_flags(scene: Scene) -> Iterator[str]:
             continue
         reason = flag.acts(scene) if flag.acts else ""
         told = _told(name, value)
-        if flag.per_instance and all(getattr(instance, name) is not None for instance in scene.instances):
+        noted = flag.noted or value == field.default
+        own = [getattr(instance, name) for instance in scene.instances] if flag.per_instance else [None]
+        if None not in own:
             reason = f"every instance of {scene.cluster.source} sets {name} for itself"
-        if reason and not flag.noted and value != field.default:
+            noted = noted or all(theirs == value for theirs in own)
+        if reason and not noted:
             raise InputError(f"{told}: has no effect here: {reason}; leave it out")
         if reason:
             yield f"{told} has no effect here: {reason}"

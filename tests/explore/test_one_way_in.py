@@ -120,6 +120,16 @@ def test_a_key_of_an_instance_that_cannot_act_is_noted_once() -> None:
     assert notes == ["enable_block_copy of instance 0, 1 has no effect here: no model has experts"]
 
 
+def test_a_flag_is_noted_where_all_instances_say_the_same() -> None:
+    cluster = toy_cluster([toy_instance(block_size=32), toy_instance(block_size=32)])
+    (note,) = servesim.simulate(cluster, WORKLOAD, block_size=32).summary["notes"]
+    assert note.startswith("--block-size 32 has no effect here: every instance of ")
+    with pytest.raises(
+        InputError, match=r"--block-size 8: has no effect here: every instance of .* sets block_size"
+    ):
+        servesim.simulate(cluster, WORKLOAD, block_size=8)
+
+
 def test_a_comparison_prints_every_note_once() -> None:
     sets = {"a": {}, "b": {"enforce_eager": True}}
     text = comparison_text(servesim.compare(CLUSTER, WORKLOAD, sets, seed=7))
