@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
 
+    from servesim.engine.build import Kept
     from servesim.engine.simulation import Observer
     from servesim.results.result import Result
 
@@ -130,7 +131,11 @@ def read_cluster(
 
 
 def simulate_loaded(
-    cluster: ClusterSpec, workload: Workload, options: RuntimeOptions, observer: Observer | None = None
+    cluster: ClusterSpec,
+    workload: Workload,
+    options: RuntimeOptions,
+    observer: Observer | None = None,
+    kept: Kept | None = None,
 ) -> Result:
     """One run of what :func:`read_cluster` and :func:`read_workload` gave; the way of every caller."""
     from servesim.engine.build import run
@@ -138,5 +143,5 @@ def simulate_loaded(
     from servesim.results.result import Result
 
     with bundles_on_demand(options.auto_profile):
-        log = run(cluster, workload, options, observer)
+        log = run(cluster, workload, options, observer, kept)
     return Result(log, workload, options, cluster)

@@ -36,14 +36,19 @@ class Costs:
     A cost keeps nothing of a run but look-ups it has already done, so sharing changes no result.
     """
 
-    def __init__(self, cluster: ClusterSpec) -> None:
+    def __init__(self, cluster: ClusterSpec, like: Costs | None = None) -> None:
+        """
+        Args:
+            cluster: whose costs.
+            like: costs of an earlier run, of any cluster: what it read and made is not read and made again.
+        """
         self.topology = Topology.of(cluster)
         self._collectives = cluster.collectives
-        self._stages: dict[Hashable, StageCost] = {}
-        self._bundles: dict[Hashable, Bundle] = {}
-        self._architectures: dict[str, Architecture] = {}
-        self._engines: dict[Hashable, EngineSpec] = {}
-        self._hardware: dict[str, HardwareSpec] = {}
+        self._stages: dict[Hashable, StageCost] = like._stages if like else {}
+        self._bundles: dict[Hashable, Bundle] = like._bundles if like else {}
+        self._architectures: dict[str, Architecture] = like._architectures if like else {}
+        self._engines: dict[Hashable, EngineSpec] = like._engines if like else {}
+        self._hardware: dict[str, HardwareSpec] = like._hardware if like else {}
 
     def of(
         self,
@@ -112,7 +117,8 @@ class Costs:
         stage = stage or whole_model(model)
         where = (stage.first_block, stage.num_blocks, experts)
         limit = capture_limit(options.max_num_seqs, options.max_num_batched_tokens)
-        key = (instance.hardware, model, options.variant, instance.tp_size, engine, where, limit)
+        links = (self.topology.tp, self._collectives)
+        key = (instance.hardware, model, options.variant, instance.tp_size, engine, where, limit, links)
         if key not in self._stages:
             tp = instance.tp_size
             bundle = self.bundle(instance, model, options)

@@ -10,24 +10,31 @@ from servesim.workload.hashes import block_ids
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from servesim.workload.hashes import BlockIds
     from servesim.workload.request import Request, Workload
 
 
 class BlockTables:
     """Makes the empty block tables of a workload's requests."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, like: BlockTables | None = None) -> None:
+        """
+        Args:
+            workload: whose requests.
+            like: tables of another run of the same requests, at whatever times they arrived.
+        """
         self._workload = workload
-        self._shared: dict[int, list[list[int]]] = {}
+        self._found: dict[int, BlockIds] = like._found if like else {}
         self._next_unique: dict[int, int] = {}
 
     def shared_ids(self, request: Request, block_size: int) -> Sequence[int]:
         """Identities of the request's leading blocks of ``block_size`` tokens that other requests have as
         well."""
-        if block_size not in self._shared:
-            found = block_ids(self._workload, block_size)
-            self._shared[block_size], self._next_unique[block_size] = found.ids, found.num_ids
-        return self._shared[block_size][request.index]
+        if block_size not in self._next_unique:
+            if block_size not in self._found:
+                self._found[block_size] = block_ids(self._workload, block_size)
+            self._next_unique[block_size] = self._found[block_size].num_ids
+        return self._found[block_size].ids[request.index]
 
     def new_table(self, request: Request, block_size: int) -> BlockTable:
         """An empty table for ``request``, with identities of its own for the blocks it shares with nobody."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from array import array
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.cost.build import Costs
@@ -48,17 +49,33 @@ _ONE_FOR_ALL = ("async_scheduling", "enable_block_copy")
 """Options that a lock-step group has one of: they say how waves follow each other and what layers share."""
 
 
+@dataclass(slots=True)
+class Kept:
+    """What one run leaves for the next, so that it need not be read or worked out again; empty at first.
+
+    Results are the same with and without.
+    """
+
+    costs: Costs | None = None
+    tables: BlockTables | None = None
+    """Of the same requests; the times at which they arrive may differ."""
+
+
 def run(
-    cluster: ClusterSpec, workload: Workload, options: RuntimeOptions, observer: Observer | None = None
+    cluster: ClusterSpec,
+    workload: Workload,
+    options: RuntimeOptions,
+    observer: Observer | None = None,
+    kept: Kept | None = None,
 ) -> RunLog:
-    """Simulate ``workload`` on ``cluster``.
+    """Simulate ``workload`` on ``cluster``; ``kept`` is read and renewed.
 
     Raises:
         InputError: the cluster cannot be built as described.
         RunError: the run cannot be finished, or lost something on its way.
     """
     try:
-        return build_simulation(cluster, workload, options).run(observer)
+        return build_simulation(cluster, workload, options, kept).run(observer)
     except BrokenRunError as error:
         raise BrokenRunError(f"{error}; {_how_to_report(cluster, workload, options)}") from error
     except OverflowError as error:
@@ -78,14 +95,16 @@ def _how_to_report(cluster: ClusterSpec, workload: Workload, options: RuntimeOpt
     return f"this is a fault of servesim and its figures are not to be trusted, please report it with {what}"
 
 
-def build_simulation(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> Simulation:
+def build_simulation(
+    cluster: ClusterSpec, workload: Workload, options: RuntimeOptions, kept: Kept | None = None
+) -> Simulation:
     """The instances of a cluster, with their kernel times loaded and their memory planned.
 
     Raises:
         InputError: a bundle is missing or wrong, or something does not fit.
     """
     check_requested_models(cluster, workload)
-    builder = Builder(cluster, workload, options)
+    builder = Builder(cluster, workload, options, kept)
     loops = [builder.loop(group) for group in builder.lockstep_groups()]
     for warning in builder.warnings:
         logging.getLogger("servesim").warning("%s", warning)
@@ -137,7 +156,13 @@ def step_pricing(cluster: ClusterSpec, options: RuntimeOptions, index: int) -> S
 class Builder:
     """Makes the step loops of one run; what instances have in common is made once."""
 
-    def __init__(self, cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> None:
+    def __init__(
+        self,
+        cluster: ClusterSpec,
+        workload: Workload,
+        options: RuntimeOptions,
+        kept: Kept | None = None,
+    ) -> None:
         self._placed = cluster.instances
         self._models = check_cluster(cluster)
         self._resolved = [resolve(options, spec, self._models[spec.model_name]) for _, spec in self._placed]
@@ -150,8 +175,9 @@ class Builder:
             )
             for index, (_, spec) in enumerate(self._placed)
         ]
-        self._costs = Costs(cluster)
-        self._tables = BlockTables(workload)
+        kept = kept or Kept()
+        self._costs = kept.costs = Costs(cluster, kept.costs)
+        self._tables = kept.tables = BlockTables(workload, kept.tables)
         self._options = options
         self._tiers = LowerTiers(cluster, options, self._memories)
         separate = any(spec.pd_type for _, spec in self._placed)
