@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from servesim.errors import InputError, MissingFileError, RunError, ServingError
     from servesim.explore.compare import Comparison, compare
     from servesim.explore.ensemble import Ensemble, ensemble
+    from servesim.explore.rate_search import LoadLimit, slo
     from servesim.explore.slo import Slo
     from servesim.results.result import Result
     from servesim.results.summary_keys import Summary
@@ -32,6 +33,7 @@ __all__ = [
     "Comparison",
     "Ensemble",
     "InputError",
+    "LoadLimit",
     "MissingFileError",
     "ModelSpec",
     "Observer",
@@ -50,6 +52,7 @@ __all__ = [
     "load_model",
     "load_workload",
     "simulate",
+    "slo",
 ]
 
 _HOMES = {
@@ -57,6 +60,7 @@ _HOMES = {
     "Comparison": "servesim.explore.compare",
     "Ensemble": "servesim.explore.ensemble",
     "InputError": "servesim.errors",
+    "LoadLimit": "servesim.explore.rate_search",
     "MissingFileError": "servesim.errors",
     "ModelSpec": "servesim.specs.model",
     "Observer": "servesim.engine.simulation",
@@ -74,6 +78,7 @@ _HOMES = {
     "load_model": "servesim.specs.model",
     "load_workload": "servesim.workload.formats",
     "simulate": "servesim.api",
+    "slo": "servesim.explore.rate_search",
 }
 
 

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
     from servesim.results.result import Result
 
-_METRICS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "latency", "latency": "latency"}
+_METRICS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "latency"}
 """Name in an SLO -> column of the requests' table."""
 _STATISTICS = ("mean", "median", "p50", "p90", "p95", "p99")
-_FORM = re.compile(r"(?P<metric>[a-z0-9]+):(?:(?P<statistic>[a-z0-9]+)[:<])?(?P<bound>[^:<]+)")
+_SAME = {"latency": "e2el", "e2e": "e2el"}
+"""Other names of a metric."""
+_FORM = re.compile(r"(?P<metric>[a-z0-9]+)(?::(?P<statistic>[a-z0-9]+)[:<]|[:<])(?P<bound>[^:<]+)")
 _ALLOWED = (
     "must be METRIC:MS or METRIC:STATISTIC:MS with a metric of ttft, tpot, e2el, a statistic of "
     f"{', '.join(_STATISTICS)} (p99 unless said) and milliseconds above 0, such as ttft:1000 or "
@@ -72,7 +74,7 @@ class Slo:
 
     def words(self) -> str:
         """``TTFT P99 up to 1,000 ms, TPOT P99 up to 50 ms``."""
-        return ", ".join(f"{bound.title} up to {bound.limit_ms:,g} ms" for bound in self.bounds)
+        return ", ".join(f"{bound.title} up to {bound.limit_ms:,.10g} ms" for bound in self.bounds)
 
     def _within(self, result: Result) -> NDArray[np.bool_]:
         rows = result.requests
@@ -88,12 +90,9 @@ def parse_slo(given: str | Sequence[str] | Mapping[str, float]) -> Slo:
     Raises:
         InputError: a word of another form, a metric given twice with the same statistic, or no word at all.
     """
-    if isinstance(given, Mapping):
-        given = [f"{metric}:{limit}" for metric, limit in given.items()]
-    words = given.replace(",", " ").split() if isinstance(given, str) else list(given)
     bounds: dict[tuple[str, str], Bound] = {}
-    for word in words:
-        bound = _bound(str(word).strip().lower())
+    for word in _words(given):
+        bound = _bound(word)
         if bounds.setdefault((bound.metric, bound.statistic), bound) is not bound:
             raise InputError(f"--slo: {word!r}: there is a bound of {bound.title} already; give one of each")
     if not bounds:
@@ -101,10 +100,35 @@ def parse_slo(given: str | Sequence[str] | Mapping[str, float]) -> Slo:
     return Slo(tuple(bounds.values()))
 
 
+def per_request_slo(given: str | Sequence[str] | Mapping[str, float]) -> Slo:
+    """The same for bounds that every request is held to by itself, as ``vllm bench serve --goodput`` does.
+
+    Raises:
+        InputError: as :func:`parse_slo`; or a bound is of a statistic, which a single request has none of.
+    """
+    slo = parse_slo(given)
+    for word in _words(given):
+        if len(re.split("[:<]", word)) > 2:
+            raise InputError(
+                f"--slo: {word!r}: with --goodput every request is held to the bounds by itself; leave the "
+                "statistic out, such as ttft:1000"
+            )
+    return slo
+
+
+def _words(given: str | Sequence[str] | Mapping[str, float]) -> list[str]:
+    if isinstance(given, Mapping):
+        given = [f"{metric}:{limit}" for metric, limit in given.items()]
+    if isinstance(given, str):
+        given = [given]
+    return [word.lower() for part in given for word in str(part).replace(",", " ").split()]
+
+
 def _bound(word: str) -> Bound:
     form = _FORM.fullmatch(word)
     wrong = InputError(f"--slo: {word!r} is not allowed; {_ALLOWED}")
-    if form is None or form["metric"] not in _METRICS:
+    metric = "" if form is None else _SAME.get(form["metric"], form["metric"])
+    if form is None or metric not in _METRICS:
         raise wrong
     statistic = form["statistic"] or "p99"
     try:
@@ -113,4 +137,4 @@ def _bound(word: str) -> Bound:
         raise wrong from None
     if statistic not in _STATISTICS or not 0 < limit < float("inf"):
         raise wrong
-    return Bound("e2el" if form["metric"] == "latency" else form["metric"], statistic, limit)
+    return Bound(metric, statistic, limit)

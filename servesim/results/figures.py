@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def require_matplotlib() -> None:
-    """Say before the work that plots cannot be drawn.
+def require_matplotlib(flag: str = "--plots") -> None:
+    """Say before the work that the plots of ``flag`` cannot be drawn.
 
     Raises:
         InputError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise InputError("--plots: needs matplotlib; install it with  pip install 'servesim[report]'")
+        raise InputError(f"{flag}: needs matplotlib; install it with  pip install 'servesim[report]'")
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -37,8 +37,18 @@ def save_figures(figures: Mapping[str, Any], folder: str | Path) -> list[Path]:
     """Write each figure under its file name; the same figure gives the same bytes. Returns the paths."""
     written = []
     for name, figure in figures.items():
-        path = Path(folder) / name
-        with atomic_write(path) as handle:
-            figure.savefig(handle, format="png", dpi=110, metadata={"Software": None})
-        written.append(path)
+        written.append(Path(folder) / name)
+        save_figure(figure, written[-1])
     return written
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as SVG where the path ends in ``.svg``, else as PNG; the same figure, the same bytes."""
+    from matplotlib import rc_context
+
+    svg = path.suffix.lower() == ".svg"
+    with rc_context({"svg.hashsalt": "servesim"}), atomic_write(path) as handle:
+        if svg:
+            figure.savefig(handle, format="svg", metadata={"Date": None, "Creator": None})
+        else:
+            figure.savefig(handle, format="png", dpi=110, metadata={"Software": None})

@@ -102,6 +102,29 @@ def change_rate(workload: Workload, rate: float, seed: int) -> None:
         request.arrival_ns = arrival_ns
 
 
+def reshuffle(workload: Workload, seed: tuple[int, ...]) -> None:
+    """Put the gaps between the arrivals of the entries into a random order, in place.
+
+    The entries keep their order, the gaps their sizes: rate and burstiness are those of the file, only where
+    the bursts fall differs. Where all arrive at once, their order is what is drawn: they come 1 ns apart.
+    """
+    heads = [request for request in workload.requests if request.predecessor < 0]
+    heads.sort(key=lambda request: request.arrival_ns)
+    times = np.array([request.arrival_ns for request in heads], dtype=np.int64)
+    rng = np.random.default_rng(seed)
+    gaps = rng.permutation(np.diff(times))
+    if len(heads) and not gaps.any():
+        new = times + rng.permutation(len(heads))
+    else:
+        new = np.concatenate((times[:1], times[:1] + np.cumsum(gaps)))
+    at = {request.index: time for request, time in zip(heads, new.tolist(), strict=True)}
+    arrival_ns = 0
+    for request in workload.requests:  # the requests of a session follow its head
+        arrival_ns = at.get(request.index, arrival_ns)
+        request.arrival_ns = arrival_ns
+    workload.drawn_arrivals = True
+
+
 def start_at_zero(workload: Workload) -> None:
     """Move all arrivals so that the earliest is at 0."""
     earliest = min(request.arrival_ns for request in workload.requests)

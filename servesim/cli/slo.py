@@ -1,0 +1,155 @@
+"""``servesim slo``: the largest request rate, or concurrency, that keeps bounds of latencies."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from servesim.errors import InputError
+
+if TYPE_CHECKING:
+    import argparse
+
+_HELP = "the largest request rate, or concurrency, that keeps latency bounds"
+_EPILOG = """\
+The workload keeps its lengths and the pattern of its arrivals, which is stretched to every rate
+tried. The search is repeated with the gaps between arrivals in another order until the mean is
+stable. Exit status 1: even the lowest load misses the bounds.
+
+  servesim slo --slo ttft:p99:1000 tpot:p95:50
+  servesim slo --slo ttft:1000 tpot:50 --goodput 0.95
+  servesim slo --slo tpot:30 --by concurrency
+"""
+_NOT_SEARCHED = (
+    "output",
+    "summary",
+    "steps",
+    "timeline",
+    "itl",
+    "log_interval",
+    "run_id",
+    "ensemble",
+    "step_noise",
+    "run_noise",
+    "arrival_jitter",
+)
+"""Run flags that a search has no use for."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its flags."""
+    from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+
+    from servesim.explore.rate_search import LEAST_PATTERNS, PATTERNS, PRECISION
+    from servesim.specs.options import add_arguments
+
+    parser = subparsers.add_parser(
+        "slo",
+        help=_HELP,
+        description=_HELP,
+        usage="servesim slo --slo METRIC:MS [METRIC:MS ...] [OPTIONS]",
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--slo",
+        nargs="+",
+        required=True,
+        metavar="METRIC:MS",
+        help="bounds in ms: ttft, tpot, e2el, P99 unless said, such as ttft:1000 tpot:p95:50",
+    )
+    parser.add_argument(
+        "--goodput",
+        type=float,
+        metavar="SHARE",
+        help="share of the requests that keep every bound by themselves, as vllm bench serve --goodput "
+        "counts them (default: the statistics of the run keep the bounds)",
+    )
+    parser.add_argument(
+        "--by",
+        choices=("rate", "concurrency"),
+        default="rate",
+        help="search the request rate, or the most requests in the system while all wait at the door "
+        "(default: rate)",
+    )
+    parser.add_argument(
+        "--precision",
+        type=float,
+        default=PRECISION,
+        metavar="SHARE",
+        help="relative width at which a search ends, and standard error that counts as stable (default: "
+        f"{PRECISION})",
+    )
+    parser.add_argument(
+        "--patterns",
+        type=int,
+        default=PATTERNS,
+        metavar="N",
+        help=f"most arrival patterns tried, the workload's own first; {LEAST_PATTERNS} are tried even "
+        f"where the answer is stable before (default: {PATTERNS})",
+    )
+    parser.add_argument(
+        "--kernel-error",
+        action=BooleanOptionalAction,
+        default=True,
+        help="search again with all kernel times longer and shorter by their stated error (default: on)",
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it"
+    )
+    parser.add_argument("--plot", metavar="PATH", help="draw the curve, .png or .svg; needs matplotlib")
+    add_arguments(parser, exclude=_NOT_SEARCHED)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search and print; returns the exit status."""
+    from servesim.api import without
+    from servesim.cli.messages import set_up_messages, tell
+    from servesim.cli.screen import say
+    from servesim.explore.rate_search import slo
+    from servesim.explore.show_limit import limit_text
+    from servesim.profiler.making import bundles_on_demand
+    from servesim.specs.options import from_namespace
+
+    options = from_namespace(args)
+    set_up_messages(options.log_level)
+    _check_outputs(args)
+    with bundles_on_demand(options.auto_profile, tell):
+        found = slo(
+            bounds=args.slo,
+            options=without(options, "log_level"),
+            goodput=args.goodput,
+            by=args.by,
+            precision=args.precision,
+            patterns=args.patterns,
+            kernel_error=args.kernel_error,
+            before_run=_tell if sys.stderr.isatty() else None,
+        )
+    if args.json not in (None, "-"):
+        found.save_json(args.json)
+    if args.plot:
+        found.save_plot(args.plot)
+    say(found.json_text().rstrip("\n") if args.json == "-" else limit_text(found))
+    return 1 if found.load is None else 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    from servesim.results.atomic import check_suffix, check_writable
+
+    if args.json not in (None, "-"):
+        check_suffix(args.json, (".json",), "--json")
+        check_writable(args.json, "--json")
+    if args.plot:
+        from servesim.results.figures import require_matplotlib
+
+        require_matplotlib("--plot")
+        check_suffix(args.plot, (".png", ".svg"), "--plot")
+        check_writable(args.plot, "--plot")
+        if args.json and Path(args.plot) == Path(args.json):
+            raise InputError(f"--plot {args.plot}: is the file of --json too; give another path")
+
+
+def _tell(what: str) -> None:
+    print(f"searching: {what} ...", file=sys.stderr)

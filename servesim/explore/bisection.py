@@ -1,0 +1,98 @@
+"""The largest load that passes a test: a bracket, then halves of it, on a logarithmic scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(slots=True, frozen=True)
+class Range:
+    """Where a search may look."""
+
+    lowest: float
+    highest: float
+    precision: float
+    """The search ends when the least load that fails is within this share above the largest that passes."""
+    whole: bool = False
+    """Whether loads are whole numbers."""
+
+    def clamped(self, load: float) -> float:
+        """The nearest load of the range."""
+        inside = min(max(load, self.lowest), self.highest)
+        return float(round(inside)) if self.whole else inside
+
+
+@dataclass(slots=True, frozen=True)
+class Edge:
+    """What a search found."""
+
+    passes: float | None
+    """Largest load seen to pass; None: even the lowest fails."""
+    fails: float | None
+    """Least load above it seen to fail; None: even the highest passes."""
+
+
+def largest(score: Callable[[float], float], where: Range, first: float, factor: float) -> Edge:
+    """Search for the largest load that passes: whose score is at most 1.
+
+    From ``first`` it goes up by ``factor`` while loads pass, or down, ever faster, while they fail. Then it
+    draws a line through the scores of both ends, on logarithmic scales, and tries where that reaches 1; where
+    a score is not known (inf) or the last try did not halve the range, the middle itself. What passes is
+    taken to pass everywhere below.
+
+    Args:
+        score: of a load; is asked about every load once at most.
+        where: the range, both ends of which may be asked about.
+        first: a guess.
+        factor: of a step, above 1.
+    """
+    load = where.clamped(first)
+    low = high = 0.0  # 0: not found yet
+    low_score = high_score = math.nan
+    while not low or not high:
+        found = score(load)
+        if found <= 1:
+            low, low_score = load, found
+            if not high and load >= where.highest:
+                return Edge(low, None)
+            following = where.clamped(max(load * factor, load + where.whole))
+        else:
+            high, high_score = load, found
+            if not low and load <= where.lowest:
+                return Edge(None, high)
+            following = where.clamped(min(load / factor, load - where.whole))
+            factor *= factor
+        load = following
+    halve = False
+    while high > low * (1 + where.precision):
+        width = math.log(high / low)
+        share = 0.5 if halve else _share(low_score, high_score, where.precision / width)
+        middle = low * math.exp(width * share)
+        if where.whole:
+            middle = min(max(float(round(middle)), low + 1), high - 1)
+            if not low < middle < high:
+                break
+        found = score(middle)
+        if found <= 1:
+            low, low_score = middle, found
+        else:
+            high, high_score = middle, found
+        halve = math.log(high / low) > width / 2
+    return Edge(low, high)
+
+
+def _share(low_score: float, high_score: float, precision: float) -> float:
+    """Where between both ends, from 0 to 1, the score is expected to reach 1; half way if that is open.
+
+    A little is added towards the farther end, so that the next one may close the bracket.
+    """
+    if not (0 < low_score <= 1 < high_score < math.inf):
+        return 0.5
+    crossing = -math.log(low_score) / math.log(high_score / low_score)
+    nudge = min(precision * 0.45, 0.25)
+    return min(max(crossing + (nudge if crossing < 0.5 else -nudge), nudge), 1 - nudge)

@@ -1,0 +1,126 @@
+"""The figures of a run at one load: a point of the curve that a search for the largest load draws."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from servesim.explore.limits import limits, percent
+from servesim.results.units import digits
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from servesim.explore.warm_runs import Target
+    from servesim.results.result import Result
+
+_FIGURES = (
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "median_tpot_ms",
+    "p99_tpot_ms",
+    "p99_e2el_ms",
+    "request_throughput",
+    "output_throughput",
+    "peak_batch",
+    "preemptions",
+)
+"""Keys of the summary that a point keeps."""
+
+
+@dataclass(slots=True)
+class LoadPoint:
+    """What one load did."""
+
+    load: float
+    """Entries per second or requests at once; inf: everything at once."""
+    score: float
+    """At most 1 where the load keeps the target; see :meth:`Target.score`."""
+    goodput: float
+    """Share of all requests that keep every bound by themselves."""
+    figures: dict[str, float]
+    """Figures under the names of the summary."""
+    bounds_ms: list[float] = field(default_factory=list)
+    """What each bound of the SLO is held against, in its order."""
+    waits: dict[str, float] = field(default_factory=dict)
+    """Shares of the busy time in which requests waited for ``blocks``, ``slots``, ``budget``."""
+    growing: bool = False
+    """Whether the queue grew while requests arrived: a longer workload would do worse at this load."""
+
+    @property
+    def meets(self) -> bool:
+        """Whether the load keeps the target."""
+        return self.score <= 1
+
+    @property
+    def good_per_s(self) -> float:
+        """Requests per second that keep every bound: vLLM's ``request_goodput``."""
+        return self.figures["good_per_s"]
+
+    @property
+    def held_back(self) -> str:
+        """What requests waited for at this load, in words."""
+        name, share = max(self.waits.items(), key=lambda each: each[1], default=("", 0.0))
+        if share < _NOTABLE:
+            return "hardly a request waits: the steps themselves take as long as they do at this load"
+        what = {
+            "blocks": "KV blocks",
+            "slots": "a place among the running requests (--max-num-seqs)",
+            "budget": "the step's token budget (--max-num-batched-tokens)",
+        }[name]
+        return f"requests wait for {what} {percent(share)} of the busy time"
+
+    def missed_words(self, target: Target, unit: str) -> str:
+        """Which bounds this load, a number of ``unit``, misses, and by what."""
+        number = f"{self.load:,.0f}" if self.load.is_integer() else digits(self.load)
+        at = "with everything at once" if math.isinf(self.load) else f"at {number} {unit}"
+        if target.goodput is not None:
+            return f"{at}, {self.goodput * 100:.1f} % of the requests keep the bounds"
+        missed = [
+            f"{bound.title} is {digits(value)} ms"
+            for bound, value in zip(target.slo.bounds, self.bounds_ms, strict=True)
+            if value > bound.limit_ms
+        ]
+        return f"{at}, {' and '.join(missed) or 'requests are rejected'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "load": "inf" if math.isinf(self.load) else round(self.load, 6),
+            "meets": self.meets,
+            "goodput": round(self.goodput, 6),
+            "bounds_ms": [round(value, 6) for value in self.bounds_ms],
+            **{name: round(value, 6) for name, value in self.figures.items()},
+            "waits": {name: round(share, 6) for name, share in self.waits.items()},
+            "queue_grows": self.growing,
+        }
+
+
+_NOTABLE = 0.01
+"""Share of the busy time from which on waiting is worth a word."""
+
+
+def load_point(load: float, result: Result, target: Target) -> LoadPoint:
+    """The point of a run."""
+    summary, held = result.summary, limits(result)
+    kept: Mapping[str, Any] = summary
+    share = target.slo.goodput_share(result)
+    good = share * (len(result.requests) + len(result.rejected))
+    duration = summary["duration"]
+    return LoadPoint(
+        load=load,
+        score=target.score(result),
+        goodput=share,
+        figures={
+            **{name: float(kept[name]) for name in _FIGURES},
+            "good_per_s": good / duration if duration else 0.0,
+        },
+        bounds_ms=[bound.value_ms(result) for bound in target.slo.bounds],
+        waits={"blocks": held.blocks, "slots": held.slots, "budget": held.budget},
+        growing=any("queue grew" in reason for reason in _reasons(summary["saturation"])),
+    )
+
+
+def _reasons(saturation: dict[str, Any]) -> list[str]:
+    return [reason for each in saturation["instances"] for reason in each["reasons"]]

@@ -1,0 +1,199 @@
+"""Many runs of one workload on one cluster at different loads; whatever they share is read once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from servesim.engine.build import Kept, build_simulation
+from servesim.engine.noise import StepNoise
+from servesim.explore.ensemble import silence
+from servesim.results.result import Result
+from servesim.results.units import MS
+from servesim.workload.arrivals import change_rate, reshuffle
+
+if TYPE_CHECKING:
+    from servesim.explore.slo import Bound, Slo
+    from servesim.results.records import RequestRecord, RunLog
+    from servesim.specs.cluster import ClusterSpec
+    from servesim.specs.options import RuntimeOptions
+    from servesim.workload.request import Workload
+
+_LOOKS = 50
+"""How often a run that may be given up is looked at."""
+
+
+@dataclass(slots=True, frozen=True)
+class Target:
+    """What a load must keep: an SLO, or a share of requests that keep it one by one."""
+
+    slo: Slo
+    goodput: float | None = None
+    """Share of all requests, in (0, 1]; None: the SLO holds for the statistics of the run."""
+
+    def score(self, result: Result) -> float:
+        """At most 1 where the run keeps it: the worst figure as a share of its bound, or the goodput asked
+        for as a share of that reached. inf: nothing finished, or requests were rejected that must not be."""
+        if not len(result.requests):
+            return math.inf
+        if self.goodput is not None:
+            reached = self.slo.goodput_share(result)
+            return self.goodput / reached if reached else math.inf
+        if result.rejected:
+            return math.inf
+        return max(bound.value_ms(result) / bound.limit_ms for bound in self.slo.bounds)
+
+    def words(self) -> str:
+        """``TTFT P99 up to 1,000 ms``."""
+        if self.goodput is None:
+            return self.slo.words()
+        bounds = ", ".join(
+            f"{bound.title.rpartition(' ')[0]} up to {bound.limit_ms:,.10g} ms" for bound in self.slo.bounds
+        )
+        return f"{self.goodput * 100:g} % of the requests with {bounds}"
+
+
+class _GivenUp(Exception):  # noqa: N818 - no error: the run has shown what it was to show
+    """The requests that finished have settled that the run misses its target."""
+
+
+class Watch:
+    """An observer that ends a run as soon as its target is certain to be missed.
+
+    A percentile is missed once more requests are above the bound than it leaves out, whatever comes; a mean
+    once the sum so far is above what all requests together may have.
+    """
+
+    def __init__(self, target: Target, num_requests: int, interval_ns: int) -> None:
+        self._target = target
+        self._total = num_requests
+        self._interval_ns = max(interval_ns, 1)
+        self.next_ns = self._interval_ns
+        self._seen = 0
+        self._sums_ns = [0] * len(target.slo.bounds)
+        self._above = [0] * len(target.slo.bounds)
+        self._bad = 0
+
+    def advance(self, now_ns: int, log: RunLog) -> None:
+        """Look at the requests that have finished since the last call."""
+        self.next_ns = now_ns + self._interval_ns
+        for record in log.requests[self._seen :]:
+            self._count(record, self._tokens(record))
+        self._seen = len(log.requests)
+        if self._certain(len(log.rejected)):
+            raise _GivenUp
+
+    @staticmethod
+    def _tokens(record: RequestRecord) -> int:
+        return sum(last - first + 1 for _, first, last in record.token_steps)
+
+    def _count(self, record: RequestRecord, tokens: int) -> None:
+        good = True
+        for place, bound in enumerate(self._target.slo.bounds):
+            value_ns = _value_ns(bound, record, tokens)
+            self._sums_ns[place] += value_ns
+            if value_ns > bound.limit_ms * MS:
+                self._above[place] += 1
+                good = False
+        self._bad += not good
+
+    def _certain(self, rejected: int) -> bool:
+        if self._target.goodput is not None:
+            return self._bad + rejected > (1 - self._target.goodput) * self._total + 1e-9
+        return rejected > 0 or any(
+            self._sums_ns[place] > bound.limit_ms * MS * self._total
+            if bound.statistic == "mean"
+            else self._above[place] > _left_out(bound.statistic, self._total)
+            for place, bound in enumerate(self._target.slo.bounds)
+        )
+
+
+def _value_ns(bound: Bound, record: RequestRecord, tokens: int) -> int:
+    """One request's figure, as the per-request table has it."""
+    match bound.metric:
+        case "ttft":
+            return record.first_token_ns - record.arrival_ns
+        case "e2el":
+            return record.end_ns - record.arrival_ns
+    return (record.end_ns - record.first_token_ns) // (tokens - 1) if tokens > 1 else 0
+
+
+def _left_out(statistic: str, total: int) -> int:
+    """Most of ``total`` values that may lie above a percentile: those above the lower of its two ranks."""
+    percent = 50 if statistic in ("median", "p50") else int(statistic[1:])
+    return total - 1 - math.floor((total - 1) * percent / 100)
+
+
+class WarmRuns:
+    """Runs one workload at any rate or concurrency, with its own arrival pattern or a reshuffled one."""
+
+    def __init__(
+        self, cluster: ClusterSpec, workload: Workload, options: RuntimeOptions, *, by_rate: bool
+    ) -> None:
+        """
+        Args:
+            cluster: as :func:`servesim.api.read_cluster` gives it.
+            workload: is left as it is.
+            options: of every run.
+            by_rate: whether the load is a rate (entries per second), else most requests in the system.
+        """
+        self.workload = replace(workload, requests=[replace(each) for each in workload.requests])
+        self.num_entries = sum(request.predecessor < 0 for request in workload.requests)
+        self.runs = 0
+        """Runs begun so far."""
+        self._cluster = cluster
+        self._options = options
+        self._by_rate = by_rate
+        self._kept = Kept()
+        self._patterns: dict[int, list[int]] = {0: [request.arrival_ns for request in workload.requests]}
+        self._length_ns = 0
+
+    def run(
+        self, load: float, pattern: int = 0, *, slower: float = 1.0, target: Target | None = None
+    ) -> Result | None:
+        """One run.
+
+        Args:
+            load: entries per second, or most requests in the system; inf: everything at once, no cap.
+            pattern: 0: the workload's own arrivals, rescaled; others: its gaps in another order.
+            slower: factor on the time of every step.
+            target: give up as soon as it is certain to be missed; None: run to the end.
+
+        Returns:
+            What happened; None if it was given up.
+        """
+        self.runs += 1
+        self._arrange(load, pattern)
+        options = self._options
+        if not self._by_rate and math.isfinite(load):
+            options = options.replace(max_concurrency=int(load))
+        with silence():
+            simulation = build_simulation(self._cluster, self.workload, options, self._kept)
+        if slower != 1.0:
+            for loop in simulation.loops:
+                loop.noise = StepNoise(0.0, (0,), slower)
+        watch = None
+        if target is not None:
+            watch = Watch(target, len(self.workload), self._length_ns // _LOOKS)
+        try:
+            log = simulation.run(watch)
+        except _GivenUp:
+            return None
+        self._length_ns = self._length_ns or log.end_ns
+        return Result(log, self.workload, options, self._cluster)
+
+    def _arrange(self, load: float, pattern: int) -> None:
+        """Set the arrivals of this run."""
+        if pattern not in self._patterns:
+            self._restore(0)
+            reshuffle(self.workload, (self._options.seed, pattern))
+            self._patterns[pattern] = [request.arrival_ns for request in self.workload.requests]
+        self._restore(pattern)
+        if self._by_rate:
+            change_rate(self.workload, load, self._options.seed + pattern)
+        self.workload.drawn_arrivals = True  # the seed acts: it draws the order of the gaps
+
+    def _restore(self, pattern: int) -> None:
+        for request, arrival_ns in zip(self.workload.requests, self._patterns[pattern], strict=True):
+            request.arrival_ns = arrival_ns
