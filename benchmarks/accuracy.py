@@ -27,7 +27,7 @@ from servesim.bench.agreement import METRICS, STATISTICS, Agreement  # noqa: E40
 from servesim.bench.calibrate import calibrate  # noqa: E402
 from servesim.bench.recording import load_recording  # noqa: E402
 from servesim.bench.validate import recorded_run  # noqa: E402
-from servesim.cost.integrity import stamp_of  # noqa: E402
+from servesim.cost.bundle_csv import stamp_of  # noqa: E402
 from servesim.errors import NotSupportedError  # noqa: E402
 from servesim.profiler.bundle_writer import meta_bytes  # noqa: E402
 from servesim.specs.hardware import NO_HOST_TIME, EngineSpec  # noqa: E402

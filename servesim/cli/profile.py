@@ -152,14 +152,14 @@ def refuse_to_lose(folder: Path, source: str, degrees: Sequence[int]) -> None:
     Raises:
         InputError: the bundle in ``folder`` is from another source, or has degrees beside ``degrees``.
     """
+    from servesim.cost.finding import degrees_in
     from servesim.specs.reading import read_yaml_object
 
     meta = folder / "meta.yaml"
     if not meta.is_file():
         return
     there = read_yaml_object(meta).get("source", "vllm")
-    found = {int(tp.name[2:]) for tp in folder.glob("tp*") if tp.name[2:].isdecimal()}
-    lost = sorted(found - set(degrees))
+    lost = sorted({*degrees_in(folder)} - {*degrees})
     if there == source and not lost:
         return
     what = (

@@ -30,17 +30,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the differences; returns the exit status."""
+    from servesim.cost.finding import degrees_in
     from servesim.profiler.difference import differences
-    from servesim.profiler.inspection import degrees, open_bundle
+    from servesim.profiler.inspection import open_bundle
 
     base, other = open_bundle(args.base), open_bundle(args.other)
-    common = sorted(set(degrees(base)) & set(degrees(other)))
+    there, here = degrees_in(base.folder), degrees_in(other.folder)
+    common = sorted({*there} & {*here})
     if args.tp is not None:
         common = [tp for tp in common if tp == args.tp]
     if not common:
-        raise InputError(
-            f"{base.folder} has degrees {degrees(base)}, {other.folder} has {degrees(other)}: none to compare"
-        )
+        raise InputError(f"{base.folder} has degrees {there}, {other.folder} has {here}: none to compare")
     found = [row for tp in common for row in differences(base, other, tp)]
     if args.json:
         import json

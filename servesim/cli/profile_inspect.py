@@ -51,9 +51,9 @@ def chosen_degree(bundle: Bundle, asked: int | None) -> int:
     Raises:
         InputError: the bundle does not have it.
     """
-    from servesim.profiler.inspection import degrees
+    from servesim.cost.finding import degrees_in
 
-    there = degrees(bundle)
+    there = degrees_in(bundle.folder)
     if not there:
         raise InputError(f"{bundle.folder}: there is no tp<N> folder; the bundle is incomplete")
     if asked is not None and asked not in there:
@@ -64,9 +64,9 @@ def chosen_degree(bundle: Bundle, asked: int | None) -> int:
 
 def heading(bundle: Bundle) -> list[str]:
     """What the bundle says about itself."""
-    from servesim.profiler.inspection import degrees
+    from servesim.cost.finding import degrees_in
 
-    lines = [bundle.describe(), f"degrees: {', '.join(map(str, degrees(bundle)))}"]
+    lines = [bundle.describe(), f"degrees: {', '.join(map(str, degrees_in(bundle.folder)))}"]
     claims = bundle.meta.get("tables")
     if isinstance(claims, dict):
         lines += [f"  {name}: {claim}" for name, claim in claims.items()]

@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from servesim.cost.bundle_csv import read_labelled, read_numbers, refuse_repeats
+from servesim.cost.bundle_csv import check_grid, read_labelled, read_numbers, refuse_repeats, stated_stamps
+from servesim.cost.finding import (
+    folder_root,
+    made_for_run,
+    no_degree,
+    no_variant,
+    places,
+    profile_command,
+    refreshed,
+)
 from servesim.cost.identity import Wanted, differences, is_computed, source_of
-from servesim.cost.integrity import check_grid, stated_stamps
-from servesim.cost.missing import made_for_run, refreshed
 from servesim.cost.moe import MoeTable
-from servesim.cost.skew_csv import read_skew
+from servesim.cost.skew import read_skew
 from servesim.cost.tables import Curve, Surface, densify
-from servesim.cost.variant import folder_root, no_degree, no_variant, places, profile_command
 from servesim.errors import InputError, MissingFileError
 from servesim.specs.reading import read_yaml_object
 
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from servesim.cost.integrity import Stamp
+    from servesim.cost.bundle_csv import Stamp
     from servesim.cost.skew import SkewTable
 
 UNLIMITED = 2**31 - 1  # what max_num_seqs 0 stands for

@@ -5,18 +5,31 @@ less than over equal ones of the greatest length: ``t(mean) + α (t(max) - t(mea
 bucket of five quantities. A bucket is named after its upper bound and includes it; what lies beyond the last
 bound belongs to the last bucket. α is a fit and used as it is, negative values included; since a bucket of
 one or two samples can hold a wild one, whoever uses α keeps the time from falling below that of decodes of
-the least length.
+the least length. The buckets come from
+meta.yaml, α per bucket from skew_fit.csv.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from servesim.cost.bundle_csv import line_of_row, read_labelled
+from servesim.cost.tables import distinct
+from servesim.errors import InputError, MissingFileError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     import numpy as np
     from numpy.typing import NDArray
+
+    from servesim.cost.bundle_csv import Stamp
 
 
 @dataclass(slots=True, frozen=True)
@@ -54,3 +67,100 @@ class SkewTable:
 def skew_rate(kv_mean: int, kv_min: int, kv_max: int) -> float:
     """Where the mean lies between least and greatest: ``(mean - min) / (max - min)``; 0 if all are equal."""
     return (kv_mean - kv_min) / (kv_max - kv_min) if kv_max > kv_min else 0.0
+
+
+_AXES = ("n", "skew_rate", "kv_big", "kp")
+"""Bucketed axes after the chunk, in the order of :class:`~servesim.cost.skew.SkewTable`."""
+_LABELS = tuple(f"{axis}_label" for axis in _AXES)
+
+
+def read_skew(
+    folder: Path, fit: dict[str, Any], tp: int, stamps: Mapping[str, Stamp | None] | None = None
+) -> SkewTable | None:
+    """The α table of one tensor-parallel degree; None when the fit has none.
+
+    ``fit`` is ``skew_fit`` of meta.yaml: ``bucket_axes`` with ``<axis>_bins`` and ``<axis>_labels``, and
+    ``per_tp`` with ``alpha_default`` (for buckets without rows) and ``bucket_table`` (a file relative to the
+    bundle). ``stamps`` are what is stated of the bundle's tables.
+
+    Raises:
+        InputError: something in meta.yaml or the table is malformed; MissingFileError: the table is not
+        there.
+    """
+    meta = folder / "meta.yaml"
+    per_tp = fit.get("per_tp")
+    if per_tp is not None and not isinstance(per_tp, dict):
+        raise InputError(
+            f"{meta}: skew_fit.per_tp: {per_tp!r} is not allowed; must be a mapping `degree: fit`"
+        )
+    entry = (per_tp or {}).get(tp, (per_tp or {}).get(str(tp)))
+    if entry is None:
+        return None
+    where = f"{meta}: skew_fit.per_tp.{tp}"
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: {entry!r} is not allowed; must be a mapping `key: value`")
+    default = _number(entry.get("alpha_default", 0.0), f"{where}.alpha_default")
+    if entry.get("bucket_table") is None:
+        return SkewTable(([], [], [], [], []), np.full((1, 1, 1, 1, 1), default))
+    path = folder / str(entry["bucket_table"])
+    if not path.is_file():
+        raise MissingFileError(
+            f"{path}: no such file, though {where}.bucket_table names it; "
+            "restore it, or profile the bundle again"
+        )
+    bounds, labels = _buckets(meta, fit.get("bucket_axes"))
+    texts, rows = read_labelled(
+        path, _LABELS, ("pc", "alpha"), (stamps or {}).get(str(entry["bucket_table"]))
+    )
+    chunks = distinct(rows[:, 0].astype(np.int64))
+    alpha = np.full((len(chunks), *(len(names) for names in labels)), default)
+    try:
+        buckets = [
+            list(map(known.__getitem__, names))
+            for known, names in zip(labels, zip(*texts, strict=True), strict=True)
+        ]
+    except KeyError:
+        row, name = next(
+            (row, name)
+            for row, names in enumerate(texts)
+            for known, name in zip(labels, names, strict=True)
+            if name not in known
+        )
+        raise InputError(
+            f"{path}: line {line_of_row(path, row)}: bucket {name!r} is not among the labels "
+            f"of skew_fit.bucket_axes in {meta}; profile the bundle again"
+        ) from None
+    alpha[tuple(np.array([np.searchsorted(chunks, rows[:, 0]), *buckets]))] = rows[:, 1]
+    return SkewTable((chunks[:-1].tolist(), *bounds), alpha)
+
+
+def _buckets(meta: Path, axes: object) -> tuple[list[list[float]], list[dict[str, int]]]:
+    """Upper bounds of all buckets but the last, and label → bucket, per axis."""
+    where = f"{meta}: skew_fit.bucket_axes"
+    if not isinstance(axes, dict):
+        raise InputError(f"{where}: {axes!r} is not allowed; must be a mapping with the bins of every axis")
+    bounds, labels = [], []
+    for axis in _AXES:
+        bins, names = axes.get(f"{axis}_bins"), axes.get(f"{axis}_labels")
+        if (
+            not isinstance(bins, list)
+            or not isinstance(names, list)
+            or len(bins) != len(names) + 1
+            or not names
+        ):
+            raise InputError(
+                f"{where}: {axis}_bins must be a list of numbers, one entry longer than the list "
+                f"{axis}_labels"
+            )
+        edges = [_number(edge, f"{where}.{axis}_bins") for edge in bins]
+        if any(low >= high for low, high in pairwise(edges)):
+            raise InputError(f"{where}.{axis}_bins: {bins!r} is not allowed; the numbers must rise")
+        bounds.append(edges[1:-1])
+        labels.append({str(name): i for i, name in enumerate(names)})
+    return bounds, labels
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        raise InputError(f"{where}: {value!r} is not allowed; must be a finite number")
+    return float(value)

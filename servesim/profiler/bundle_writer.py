@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from servesim.cost.integrity import stamp_of
+from servesim.cost.bundle_csv import stamp_of
 from servesim.errors import RunError
 
 if TYPE_CHECKING:

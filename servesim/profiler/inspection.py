@@ -47,12 +47,6 @@ def open_bundle(name: str) -> Bundle:
     return Bundle(folder, hardware, model, variant, read_yaml_object(folder / "meta.yaml"))
 
 
-def degrees(bundle: Bundle) -> list[int]:
-    """Tensor-parallel degrees that a bundle has, rising."""
-    found = (path.name[2:] for path in bundle.folder.glob("tp*") if path.is_dir())
-    return sorted(int(number) for number in found if number.isdecimal())
-
-
 def overview(tables: RankTables) -> dict[str, Table]:
     """Title -> times in us at some points of each table of one degree."""
     found = {

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
-from servesim.cost.missing import makes_bundles, missing_bundles_from
+from servesim.cost.finding import makes_bundles, missing_bundles_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from servesim.cost.finding import Maker, Refresher
     from servesim.cost.identity import Wanted
-    from servesim.cost.missing import Maker, Refresher
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""Bundles made while a run waits for them, kept in the user's data folder."""
+"""Bundles made while a run waits for them, kept in the user's data folder, and made again once they are old.
+
+Every computing source counts its formulas' revisions where they stand, as ``DERIVATION`` of its package, and
+writes the number into ``meta.yaml``. Measured bundles have none: what was measured does not grow old so.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,7 @@ import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from servesim.cost.identity import differences, is_computed
-from servesim.cost.variant import (
+from servesim.cost.finding import (
     degrees_in,
     folder_root,
     has_public_format,
@@ -16,10 +19,12 @@ from servesim.cost.variant import (
     variant_dtypes,
     variant_path,
 )
+from servesim.cost.identity import differences, is_computed
 from servesim.errors import InputError, ServingError
+from servesim.profiler import roofline, silicon
 from servesim.profiler.bundle_writer import write_bundle
-from servesim.profiler.derivation import outdated
 from servesim.profiler.job import ProfileJob
+from servesim.profiler.roofline.efficiency import fits
 from servesim.profiler.silicon.tables import package_version
 from servesim.profiler.sources import compute
 from servesim.specs import paths
@@ -27,9 +32,10 @@ from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import load_hardware
 from servesim.specs.model import load_model
 from servesim.specs.reading import read_yaml_object
+from servesim.specs.shape import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from servesim.cost.identity import Wanted
@@ -43,6 +49,10 @@ MARK = "made_on_demand"
 """Key of meta.yaml: nobody chose anything about this bundle, so that it may be replaced."""
 REFUSED = "silicon_refused"
 """Key of meta.yaml: the better source was tried, with which version of its data, and what it said."""
+REVISIONS = {"silicon": silicon.DERIVATION, "roofline": roofline.DERIVATION}
+"""Source -> current revision of its formulas."""
+FIRST = 1
+"""What a bundle without the key was made with: it was not written then."""
 MADE_FROM = {
     "silicon": "from public kernel measurements",
     "roofline": "from peak rates (roofline)",
@@ -50,7 +60,7 @@ MADE_FROM = {
 
 
 def maker(tell: Callable[[str], None], *, wanted: bool = True) -> Callable[[Wanted, int], Path | None] | None:
-    """What makes missing bundles, for :func:`servesim.cost.missing.missing_bundles_from`.
+    """What makes missing bundles, for :func:`servesim.cost.finding.missing_bundles_from`.
 
     ``tell`` gets one line per bundle made. None when it is switched off.
     """
@@ -160,7 +170,7 @@ def refresher(
     tell: Callable[[str], None], warn: Callable[[str], None], *, wanted: bool = True
 ) -> Callable[[Path, Wanted], None]:
     """What sees to it that computed bundles do not grow old unnoticed, for
-    :func:`servesim.cost.missing.missing_bundles_from`.
+    :func:`servesim.cost.finding.missing_bundles_from`.
 
     One that was made on demand is made again, with a line to ``tell``; where that cannot be, or where the
     user made it and may have chosen otherwise, ``warn`` gets a line. Each bundle is looked at once.
@@ -214,3 +224,37 @@ def _meta(folder: Path) -> dict[str, Any]:
         return read_yaml_object(folder / "meta.yaml")
     except ServingError:
         return {}
+
+
+def outdated(meta: Mapping[str, Any]) -> str | None:
+    """Why a bundle with this ``meta.yaml`` is old, in a few words; None: it is not, or was measured.
+
+    A bundle of a later revision, which a newer servesim made, is as good as one of this revision. Another
+    version of the measurements shows only where the package is installed.
+    """
+    source = meta.get("source")
+    current = REVISIONS.get(str(source))
+    if current is None:
+        return None
+    made_with = meta.get("derivation", FIRST)
+    if not isinstance(made_with, int) or made_with < current:
+        return f"its formulas are of revision {made_with}, now {current}"
+    if source == "silicon" and (installed := _installed_version()) not in (None, meta.get("data_version")):
+        return f"it is made from measurements {meta.get('data_version')}, now {installed}"
+    about = meta.get("made_for")
+    derivation = about.get("derivation") if isinstance(about, dict) else None
+    if not isinstance(derivation, dict):
+        return "it does not state what it was made for"
+    if source == "roofline" and derivation.get("constants") != digest(fits()):
+        return "its constants were fitted anew"
+    return None
+
+
+def _installed_version() -> str | None:
+    from servesim.errors import InputError
+    from servesim.profiler.silicon.tables import package_version
+
+    try:
+        return package_version()
+    except InputError:
+        return None

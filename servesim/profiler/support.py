@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim.cost.bundle import find_bundle
+from servesim.cost.finding import degrees_in, places, profile_command
 from servesim.cost.identity import wanted_for
-from servesim.cost.variant import degrees_in, places, profile_command
 from servesim.errors import InputError, ServingError
 from servesim.memory.sizing import weight_bytes_per_npu
 from servesim.profiler.job import ProfileJob

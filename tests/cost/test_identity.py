@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from servesim.cost.bundle import find_bundle, load_bundle
+from servesim.cost.bundle_csv import stamp_of
 from servesim.cost.identity import Wanted, differences, made_for
-from servesim.cost.integrity import stamp_of
 from servesim.errors import InputError, MissingFileError
 from servesim.profiler.bundle_writer import write_bundle
 from servesim.specs.model import model_from_config

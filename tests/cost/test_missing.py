@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from servesim.cost.bundle import load_bundle
+from servesim.cost.finding import missing_bundles_from
 from servesim.cost.identity import Wanted
-from servesim.cost.missing import missing_bundles_from
 from servesim.errors import InputError, MissingFileError
 from tests.cost.bundles import HARDWARE, MODEL, VARIANT, Toy
 

@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from servesim.cost.bundle import load_bundle
+from servesim.cost.finding import missing_bundles_from
 from servesim.cost.identity import Wanted
-from servesim.cost.missing import missing_bundles_from
-from servesim.profiler import derivation, on_demand, roofline, silicon
+from servesim.profiler import on_demand, roofline, silicon
 from servesim.profiler.bundle_writer import write_bundle
-from servesim.profiler.derivation import outdated
+from servesim.profiler.on_demand import outdated
 from servesim.profiler.roofline.efficiency import fits
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.shape import digest
@@ -98,7 +98,7 @@ def test_shipped_bundles_are_of_the_current_revision() -> None:
     assert metas
     for path in metas:
         meta = read_yaml_object(path)
-        assert meta.get("derivation", derivation.FIRST) == derivation.REVISIONS.get(meta["source"], 1), path
+        assert meta.get("derivation", on_demand.FIRST) == on_demand.REVISIONS.get(meta["source"], 1), path
 
 
 @pytest.mark.parametrize(
@@ -122,13 +122,13 @@ def test_shipped_bundles_are_of_the_current_revision() -> None:
 def test_what_makes_a_bundle_old(
     meta: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(derivation, "REVISIONS", {"silicon": 3, "roofline": 3})
+    monkeypatch.setattr(on_demand, "REVISIONS", {"silicon": 3, "roofline": 3})
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "9.9")
     assert outdated(meta) == reason
 
 
 def test_without_the_package_its_version_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(derivation, "_installed_version", lambda: None)
+    monkeypatch.setattr(on_demand, "_installed_version", lambda: None)
     current = {"source": "silicon", "derivation": silicon.DERIVATION, "data_version": "0.1", **STATED}
     assert outdated(current) is None
 

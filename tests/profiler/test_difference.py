@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from servesim.cost.bundle import Bundle
+from servesim.cost.finding import degrees_in
 from servesim.errors import MissingFileError
 from servesim.profiler.bundle_writer import write_bundle
 from servesim.profiler.difference import differences
-from servesim.profiler.inspection import degrees, open_bundle, overview, some
+from servesim.profiler.inspection import open_bundle, overview, some
 from tests.profiler.roofline_toy import PERFECT, build_bundle, job
 
 MOE = "Qwen/Qwen3-30B-A3B-Instruct-2507"
@@ -77,7 +78,7 @@ def test_a_bundle_is_found_by_its_name_below_profiler_perf(
     found = open_bundle("Toy/meta-llama/Llama-3.1-8B/bf16")
     assert found.folder.resolve() == made.folder.resolve()
     assert (found.hardware, found.model, found.variant) == ("Toy", "meta-llama/Llama-3.1-8B", "bf16")
-    assert degrees(found) == [1, 4]
+    assert degrees_in(found.folder) == [1, 4]
     with pytest.raises(MissingFileError, match=r"no such bundle; give a folder that holds meta\.yaml"):
         open_bundle("Toy/meta-llama/Llama-3.1-8B/fp8")
 

@@ -12,8 +12,8 @@ import yaml
 
 from servesim.__main__ import main
 from servesim.cost.bundle import find_bundle
+from servesim.cost.finding import missing_bundles_from
 from servesim.cost.identity import Wanted, wanted_for
-from servesim.cost.missing import missing_bundles_from
 from servesim.errors import InputError
 from servesim.profiler import on_demand
 from servesim.profiler.making import bundles_on_demand

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from servesim.errors import InputError
-from servesim.profiler.silicon.elementwise import head_norm_us, moved_us
 from servesim.profiler.silicon.gemm import LAUNCH_US, GemmTimes, tile_edge
+from servesim.profiler.silicon.meter import head_norm_us, moved_us
 from servesim.profiler.silicon.moe import ROUTER_US, START_US, MoeTimes
 from servesim.profiler.silicon.skew import SkewModel, num_splits, unequal_lengths
 from tests.profiler.silicon_data import TOY, table, toy_attention

@@ -3,39 +3,48 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import shutil
+import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from servesim._version import __version__
-from servesim.errors import RunError
+from servesim.cost.finding import degrees_in
+from servesim.errors import InputError, RunError
 from servesim.profiler.bundle_writer import BundleContent, write_bundle
-from servesim.profiler.measure.budget import grid_within
 from servesim.profiler.measure.grid import SweepGrid
+from servesim.profiler.measure.progress import duration
 from servesim.profiler.measure.skew_fit import BUCKET_AXES, fit_skew, sample_of
 from servesim.profiler.measure.table_file import TableFile
 from servesim.profiler.measure.work_folder import (
     CONDITIONS,
     MeasureOptions,
-    degrees,
     prepare,
     same_grid,
     take_over,
     write_yaml,
 )
 from servesim.profiler.provenance import described, measured_reach, profiled
-from servesim.profiler.shots import CATEGORIES, TABLE_HEADERS, VALUES
+from servesim.profiler.shots import CATEGORIES, TABLE_HEADERS, VALUES, shots
 from servesim.profiler.sweep import SweepReport, sweep, wanted
 from servesim.specs.reading import read_yaml_object
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from typing import TextIO
 
     from servesim.profiler.job import ProfileJob
+    from servesim.profiler.measure.grid import SweepGrid
     from servesim.profiler.meter import Meter
+
+COARSER = (1.0, 1.0, 1.0, 1.5, 2.0, 2.0, 4.0, 8.0)
+"""Rungs: how much the attention axes' factors grow ..."""
+COARSER_SKEW = (1.0, 2.0, 4.0, 4.0, 4.0, 8.0, None, None)
+"""... and those of the skew sweep, which goes altogether on the last ones."""
+_PILOTS = 6
 
 
 def measure_bundle(
@@ -127,7 +136,7 @@ def _absent(work: Path, job: ProfileJob) -> list[str]:
 def _collect(work: Path, content: BundleContent) -> dict[str, Any]:
     """All tables of all degrees, sorted; ``skew_fit`` of meta.yaml, from those that have a skew sweep."""
     fits: dict[int, dict[str, Any]] = {}
-    for tp in degrees(work):
+    for tp in degrees_in(work):
         for category in CATEGORIES:
             path = work / f"tp{tp}" / f"{category}.csv"
             if not path.is_file():
@@ -158,7 +167,7 @@ def _conditions_met(work: Path, folder: Path, conditions: dict[str, Any]) -> dic
         limits = {
             key: max(value, before.get("engine_effective", {}).get(key, 0)) for key, value in limits.items()
         }
-    return {**conditions, "tp_degrees": degrees(work), "engine_effective": limits}
+    return {**conditions, "tp_degrees": degrees_in(work), "engine_effective": limits}
 
 
 def _claims(
@@ -178,3 +187,63 @@ def _claims(
         "confidence": dict.fromkeys(wanted(job, CATEGORIES[:4]), "measured"),
         **axes,
     }
+
+
+def ladder(grid: SweepGrid) -> Iterator[SweepGrid]:
+    """The grid, then coarser and coarser ones."""
+    for growth, skew_growth in zip(COARSER, COARSER_SKEW, strict=True):
+        skew = None if grid.skew_factor is None or skew_growth is None else grid.skew_factor * skew_growth
+        yield replace(
+            grid,
+            chunk_factor=grid.chunk_factor * growth,
+            decode_factor=grid.decode_factor * growth,
+            kv_factor=grid.kv_factor * growth,
+            skew_factor=skew,
+        )
+
+
+def grid_within(
+    budget_s: float, job: ProfileJob, grid: SweepGrid, meter: Meter, only: Sequence[str], stream: TextIO
+) -> SweepGrid:
+    """The finest grid of the ladder whose sweep should take at most ``budget_s`` seconds.
+
+    The first degree stands for all; pilots (:data:`_PILOTS` shots a table, not kept) count against the
+    budget.
+
+    Raises:
+        InputError: the budget is not above zero.
+    """
+    if not budget_s > 0:
+        raise InputError(f"--budget-s {budget_s:g}: is not allowed; must be above 0")
+    started_s = time.monotonic()
+    meter.start_rank(job.tp_degrees[0])
+    kv_tokens = meter.kv_capacity_tokens()
+    cost_s = {}
+    for category in wanted(job, only):
+        pilots = shots(category, job, grid, kv_tokens)
+        random.Random(0).shuffle(pilots)
+        pilots = pilots[:_PILOTS]
+        for shot in pilots:  # a kernel's first call may compile it
+            shot.measure(meter)
+        before_s = time.monotonic()
+        for shot in pilots:
+            shot.measure(meter)
+        cost_s[category] = (time.monotonic() - before_s) / max(len(pilots), 1)
+    left_s = budget_s - (time.monotonic() - started_s)
+    for candidate in ladder(grid):
+        counts = {category: len(shots(category, job, candidate, kv_tokens)) for category in cost_s}
+        guess_s = len(job.tp_degrees) * sum(counts[category] * cost_s[category] for category in counts)
+        if guess_s <= left_s:
+            break
+    print(
+        f"budget {duration(budget_s)}: {sum(counts.values())} shots a degree, about {duration(guess_s)}"
+        f"{' (the coarsest grid there is)' if guess_s > left_s else ''}; {_axes(candidate)}",
+        file=stream,
+    )
+    return candidate
+
+
+def _axes(grid: SweepGrid) -> str:
+    skew = "no skew sweep" if grid.skew_factor is None else f"skew factor {grid.skew_factor:g}"
+    factors = (grid.chunk_factor, grid.decode_factor, grid.kv_factor)
+    return "attention factors " + "/".join(f"{factor:g}" for factor in factors) + f", {skew}"

@@ -1,4 +1,4 @@
-"""From skew shots to α per bucket of five quantities, in the form that :mod:`servesim.cost.skew_csv` reads.
+"""From skew shots to α per bucket of five quantities, in the form that :mod:`servesim.cost.skew` reads.
 
 A bucket's α is the slope through the origin, by least squares, of what unequal lengths add over what the
 greatest length everywhere would add: ``Σ (t_max - t_mean)(t_skew - t_mean) / Σ (t_max - t_mean)²``. Shots

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from servesim.cost.finding import degrees_in, variant_dtypes
 from servesim.errors import InputError, RunError
 from servesim.profiler.measure.grid import SweepGrid
 from servesim.profiler.shots import CATEGORIES
@@ -83,7 +84,7 @@ def prepare(
         else:
             shutil.rmtree(work, ignore_errors=True)
             if (folder / "meta.yaml").is_file() and not (
-                anew and set(degrees(folder)) <= set(job.tp_degrees)
+                anew and set(degrees_in(folder)) <= set(job.tp_degrees)
             ):
                 before = read_yaml_object(folder / "meta.yaml")
                 _refuse_other_conditions(folder / "meta.yaml", before, conditions)
@@ -98,11 +99,6 @@ def prepare(
     return begun
 
 
-def degrees(folder: Path) -> list[int]:
-    """Tensor-parallel degrees that a folder has tables of."""
-    return sorted(int(path.name[2:]) for path in folder.glob("tp*") if path.name[2:].isdecimal())
-
-
 def take_over(
     work: Path, folder: Path, conditions: dict[str, Any], job: ProfileJob, only: Sequence[str]
 ) -> dict[str, str]:
@@ -110,8 +106,6 @@ def take_over(
 
     Returns table -> variant it was copied from. Nothing is taken that has been measured here already.
     """
-    from servesim.cost.variant import variant_dtypes
-
     taken = {}
     for other in sorted(folder.parent.glob("*/meta.yaml")):
         variant = other.parent.name

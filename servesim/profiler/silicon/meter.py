@@ -12,7 +12,6 @@ from servesim.profiler import grids
 from servesim.profiler.shapes import RankShapes, block_windows, rank_shapes
 from servesim.profiler.silicon import comm
 from servesim.profiler.silicon.attention import AttentionShape, AttentionTimes, attention_times
-from servesim.profiler.silicon.elementwise import head_norm_us, moved_us
 from servesim.profiler.silicon.gemm import gemm_times
 from servesim.profiler.silicon.gpus import silicon_gpu
 from servesim.profiler.silicon.moe import moe_times
@@ -36,6 +35,11 @@ SAMPLER_START_US = 24.0
 """The sampler is a dozen small kernels (greedy: arg-max over the vocabulary and bookkeeping)."""
 GRID_HISTORY = 8192
 """History at which the chunk grid is fitted to the steps of the prefill kernel."""
+L2_SPEEDUP = 3.5
+L2_SHARE = 0.38
+DRAM_EFFICIENCY = 0.85
+HEAD_NORM_NS = 58.0
+"""SM time of normalising one head of one token: such short rows are bound by issue, not by bytes."""
 
 
 def _table_dtype(dtype: str) -> str:
@@ -203,3 +207,20 @@ class SiliconMeter:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def moved_us(gpu: Gpu, moved_bytes: NDArray[np.float64], start_us: float) -> NDArray[np.float64]:
+    """Time of a kernel that reads and writes ``moved_bytes`` B in all and starts in ``start_us`` t0.
+
+    ``t = t0 + min(B, 0.38·L2) / (3.5·BW) + rest / (0.85·BW)``: what fits a share of L2 (left there by the
+    layer before) moves at L2 speed, the rest at DRAM speed.
+    """
+    near = np.minimum(moved_bytes, L2_SHARE * gpu.l2_bytes)
+    near_us = near / (L2_SPEEDUP * gpu.bandwidth_bytes_s) * 1e6
+    far_us = (moved_bytes - near) / (DRAM_EFFICIENCY * gpu.bandwidth_bytes_s) * 1e6
+    return start_us + near_us + far_us
+
+
+def head_norm_us(gpu: Gpu, rows: NDArray[np.float64], start_us: float) -> NDArray[np.float64]:
+    """Time of normalising ``rows`` vectors of one head's width (query or key heads times tokens)."""
+    return start_us + rows * HEAD_NORM_NS * 1e-3 / gpu.sm_count

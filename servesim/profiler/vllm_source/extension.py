@@ -1,5 +1,7 @@
 """What servesim adds to a vLLM worker: time the layers of one step.
 
+Every layer's calls are marked for PyTorch's profiler, and the GPU kernels under the marks are added up.
+
 vLLM mixes this class into its worker (``worker_extension_cls``); names start with ``servesim_`` since it
 refuses any that the worker has already. Runs in the worker's process, where PyTorch and vLLM are.
 """
@@ -7,7 +9,10 @@ refuses any that the worker has already. Runs in the worker's process, where PyT
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 
 class LayerTimes:
@@ -25,7 +30,6 @@ class LayerTimes:
         from vllm.v1.core.sched import output
 
         from servesim.profiler.vllm_source.modules import layers_of
-        from servesim.profiler.vllm_source.ranges import LayerRanges
         from servesim.profiler.vllm_source.steps import StepMaker
         from servesim.specs.architecture import Architecture
 
@@ -71,8 +75,6 @@ class LayerTimes:
     def _servesim_profiled(self, requests: list[Any]) -> dict[str, float]:
         import torch
         from torch.profiler import ProfilerActivity, profile
-
-        from servesim.profiler.vllm_source.ranges import kernel_us
 
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
@@ -134,3 +136,75 @@ def steered_logits(logits: Any, activated: int, top_k: int) -> Any:
     rank = (expert - first) % activated
     wanted = torch.where(expert < activated, -rank, -rank - 2 * experts)
     return wanted.to(logits.dtype)
+
+
+PREFIX = "servesim:"
+
+
+class LayerRanges:
+    """Forward hooks that open and close a profiler range around every call of a layer's modules."""
+
+    def __init__(self, open_range: Callable[[str], Any]) -> None:
+        """``open_range``: makes a context manager of a name (``torch.profiler.record_function``)."""
+        self._open_range = open_range
+        self._handles: list[Any] = []
+        self._open: list[tuple[Any, Any]] = []
+
+    def attach(self, layers: dict[str, list[tuple[str, Any]]]) -> None:
+        """Hook every module of every layer; a module may serve one layer only."""
+        for layer, modules in layers.items():
+            for _, module in modules:
+                self._handles += [
+                    module.register_forward_pre_hook(self._opener(layer), with_kwargs=True),
+                    module.register_forward_hook(self._close, with_kwargs=True, always_call=True),
+                ]
+
+    def detach(self) -> None:
+        """Take all hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _opener(self, layer: str) -> Callable[..., None]:
+        def opened(module: Any, *_: Any) -> None:
+            mark = self._open_range(PREFIX + layer)
+            mark.__enter__()
+            self._open.append((module, mark))
+
+        return opened
+
+    def _close(self, module: Any, *_: Any) -> None:
+        if self._open and self._open[-1][0] is module:
+            self._open.pop()[1].__exit__(None, None, None)
+
+
+def kernel_us(events: Iterable[Any]) -> dict[str, float]:
+    """Layer -> µs of all kernels launched under its ranges, from the profiler's events.
+
+    A range inside another layer's range counts for the outer one alone.
+    """
+    total: dict[str, float] = {}
+    for event in events:
+        if event.name.startswith(PREFIX) and not _inside_another(event) and _is_host(event):
+            layer = event.name.removeprefix(PREFIX)
+            total[layer] = total.get(layer, 0.0) + _under(event)
+    return total
+
+
+def _is_host(event: Any) -> bool:
+    """The profiler repeats a range on the device's timeline; that copy launches nothing."""
+    return getattr(getattr(event, "device_type", None), "name", "CPU") == "CPU"
+
+
+def _inside_another(event: Any) -> bool:
+    parent = event.cpu_parent
+    while parent is not None:
+        if parent.name.startswith(PREFIX):
+            return True
+        parent = parent.cpu_parent
+    return False
+
+
+def _under(event: Any) -> float:
+    own = sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith(PREFIX))
+    return float(own + sum(_under(child) for child in event.cpu_children))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from servesim.profiler.measure.budget import grid_within, ladder
+from servesim.profiler.measure.bundle import grid_within, ladder
 from servesim.profiler.measure.progress import SweepProgress, duration
 from servesim.profiler.shots import CATEGORIES, shots
 from tests.profiler.measure.fake_meter import FakeMeter, job

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from servesim.profiler.vllm_source.ranges import LayerRanges, kernel_us
+from servesim.profiler.vllm_source.extension import LayerRanges, kernel_us
 
 
 def _event(name: str, *children: SimpleNamespace, kernels: tuple[float, ...] = ()) -> SimpleNamespace:
