@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.errors import MissingFileError
+from servesim.specs.architecture import load_architecture
 from servesim.specs.layers import (
     Attention,
     CompressedAttention,
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from servesim.specs.layers import AnyAttention, AnyMlp, ModelLayers
+    from servesim.specs.model import ModelSpec
+
+
+def why_not_simulated(model: ModelSpec) -> str | None:
+    """What keeps a model from being simulated, in a few words; None: nothing."""
+    if missing := missing_kinds(model.layers):
+        return f"not modelled in the engine: {', '.join(missing)}"
+    try:
+        load_architecture(model.model_type)
+    except MissingFileError:
+        return f"no file profiler/models/{model.model_type}.yaml describes its steps"
+    return None
 
 
 def missing_kinds(model: ModelLayers) -> list[str]:

@@ -13,6 +13,7 @@ from servesim.profiler.roofline.layers import BY_NAME, layer_kind
 from servesim.profiler.shapes import block_windows
 from servesim.specs.architecture import LayerEntry, load_architecture
 from servesim.specs.model import known_models, load_model
+from servesim.specs.runnable import why_not_simulated
 from tests.profiler.roofline_toy import PERFECT, TOY_HARDWARE, build_bundle, job, sliding_half
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ def attention(content: BundleContent, tp: int = 1) -> dict[Key, float]:
     return {row[:4]: row[4] for row in content.tables[tp, "attention.csv"]}
 
 
-@pytest.mark.parametrize("name", known_models())
+SIMULATED = [name for name in known_models() if why_not_simulated(load_model(name)) is None]
+
+
+@pytest.mark.parametrize("name", SIMULATED)
 def test_every_shipped_model_gets_a_bundle_with_all_its_layers(name: str) -> None:
     model = load_model(name)
     content = build_bundle(job(model))
