@@ -21,10 +21,9 @@ def _run_and_check(self: Simulation, observer: Observer | None = None) -> RunLog
     """Every run of every test leaves its block pools and lower tiers whole."""
     log = _run(self, observer)
     for instance in self.instances:
-        kv = instance.scheduler.kv
-        kv.pool.check_integrity()
-        if kv.tier is not None:
-            kv.tier.check_integrity()
+        instance.scheduler.kv.pool.check_integrity()
+        for connector in instance.scheduler.connectors:
+            connector.check_integrity()
     return log
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
-from servesim.network.links import NEVER as NEVER
+from servesim.engine.clock import NEVER as NEVER
 
 if TYPE_CHECKING:
     from servesim.workload.request import Workload

@@ -20,9 +20,9 @@ class Batch:
     step: int
     """Index of the step in its instance's step log."""
     end_ns: int = 0
-    lane: DecodeSet | None = None
+    travelling: DecodeSet | None = None
     """In a pipeline: the decoding requests that travel with this batch."""
-    landing: Sequence[RequestState] = ()
+    awaited_by: Sequence[RequestState] = ()
     """Requests preempted while this batch, with a token of theirs, was in flight."""
     chunks: Sequence[tuple[int, int]] = ()
     """(tokens, history) of every request with more than one scheduled token."""
@@ -47,7 +47,7 @@ class Batch:
     recalls: Sequence[int] = ()
     """Bytes that each request admitted in this step needs from the lower tier before the step can run."""
     entries: list[tuple[int, int]] | None = None
-    """(request, tokens) of everything in the step, kept only when the engine is traced."""
+    """(request, tokens) of everything in the step, kept only where somebody asks for it."""
 
     @property
     def is_empty(self) -> bool:

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 from servesim.cost.build import Costs
 from servesim.cost.bundle import range_warnings
 from servesim.engine.block_tables import BlockTables
+from servesim.engine.clock import Clock
+from servesim.engine.connector import Connector, HandOver, LowerTierConnector
 from servesim.engine.decode_set import DecodeSet
-from servesim.engine.hand_over import HandOver, Routes
 from servesim.engine.instance import Instance
 from servesim.engine.lower_tiers import LowerTiers
 from servesim.engine.pricing import StepPricing
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import StepLoop
-from servesim.engine.transfers import Transfers
+from servesim.engine.step_loop import LoopPlan
+from servesim.engine.transfers import Routes, Transfers
 from servesim.errors import BrokenRunError, InputError, RunError
 from servesim.memory.kv_cache import KvCache
 from servesim.memory.memory_map import MemoryMap
-from servesim.memory.placement import NPU, evict_place
 from servesim.memory.start_up import start_up
 from servesim.results.records import InstanceLog
 from servesim.results.stated_errors import reach_of, stated_error
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from servesim.cost.bundle import Bundle
     from servesim.cost.offload import Offload
     from servesim.cost.step_cost import StepCost
+    from servesim.engine.noise import StepNoise
     from servesim.engine.simulation import Observer
     from servesim.results.records import RunLog
     from servesim.specs.cluster import ClusterSpec
@@ -96,29 +97,33 @@ def _how_to_report(cluster: ClusterSpec, workload: Workload, options: RuntimeOpt
 
 
 def build_simulation(
-    cluster: ClusterSpec, workload: Workload, options: RuntimeOptions, kept: Kept | None = None
+    cluster: ClusterSpec,
+    workload: Workload,
+    options: RuntimeOptions,
+    kept: Kept | None = None,
+    noise: Callable[[int], StepNoise] | None = None,
 ) -> Simulation:
     """The instances of a cluster, with their kernel times loaded and their memory planned.
+
+    ``noise`` makes the noise on the steps of the loop whose first instance has this index.
 
     Raises:
         InputError: a bundle is missing or wrong, or something does not fit.
     """
     check_requested_models(cluster, workload)
     builder = Builder(cluster, workload, options, kept)
-    loops = [builder.loop(group) for group in builder.lockstep_groups()]
+    plans = [builder.plan(group, noise) for group in builder.lockstep_groups()]
     for warning in builder.warnings:
         logging.getLogger("servesim").warning("%s", warning)
-    simulation = Simulation(
-        loops,
+    return Simulation(
+        plans,
         workload,
         options,
-        lane_times=builder.lane_times,
-        transfers=builder.transfers,
+        clock=builder.clock,
+        pipeline_tracks=builder.pipeline_tracks,
         hand_over=builder.hand_over,
-        route=builder.routes,
+        notes=builder.notes,
     )
-    simulation.log.notes.extend(builder.notes)
-    return simulation
 
 
 def scene(
@@ -180,25 +185,15 @@ class Builder:
         self._tables = kept.tables = BlockTables(workload, kept.tables)
         self._options = options
         self._tiers = LowerTiers(cluster, options, self._memories)
-        separate = any(spec.pd_type for _, spec in self._placed)
-        evicting = any(
-            evict_place(spec, self._models[spec.model_name], f"instance {index}") != NPU
-            for index, (_, spec) in enumerate(self._placed)
-        )
-        self.transfers = Transfers() if separate or evicting or options.prefix_storage else None
-        """Moves KV between instances and from lower tiers; None where nothing of the kind happens."""
+        self.clock = Clock()
+        self._transfers = Transfers(self.clock)
         self.hand_over: HandOver | None = None
-        if separate and self.transfers:
-            self.hand_over = HandOver(self.transfers, self._models)
-        self.lane_times: list[array[int]] = []
+        if any(spec.pd_type for _, spec in self._placed):
+            self.hand_over = HandOver(self._transfers, self._models, Routes(self._costs.topology))
+        self.pipeline_tracks: list[array[int]] = []
         """Token times of the pipelines; see :class:`servesim.results.records.RunLog`."""
         self.warnings: dict[str, None] = {}
         """What the user should know, each once, in order."""
-
-    @property
-    def routes(self) -> Routes:
-        """The ways that KV takes between instances."""
-        return Routes(self._costs.topology)
 
     def lockstep_groups(self) -> list[list[int]]:
         """Indices of the instances that go in lock-step.
@@ -212,96 +207,117 @@ class Builder:
             groups.setdefault(f"group {spec.dp_group}" if tied else index, []).append(index)
         return list(groups.values())
 
-    def loop(self, group: list[int]) -> StepLoop:
-        """The loop that runs the instances of ``group``."""
-        members = [self._instance(index) for index in group]
-        check_agreement(members)
+    def plan(self, group: list[int], noise: Callable[[int], StepNoise] | None = None) -> LoopPlan:
+        """The loop that runs the instances of ``group``; ``noise`` as in :func:`build_simulation`."""
+        pricing = self.pricing(group)
+        members = [self._instance(index, pricing) for index in group]
         first = members[0].log
         stages = first.spec.pp_size
-        depth = stages if stages > 1 else 2 if first.options.async_scheduling else 1
-        jump = not self._options.stepped
-        pricing = StepPricing(self._cost(members), len(members))
-        for member in members:
-            member.log.pricing = pricing
-        return StepLoop(members, pricing.cost, depth=depth, stages=stages, jump=jump)
+        return LoopPlan(
+            members,
+            pricing.cost,
+            depth=stages if stages > 1 else 2 if first.options.async_scheduling else 1,
+            stages=stages,
+            jump=not self._options.stepped,
+            noise=noise(first.index) if noise else None,
+        )
 
     def pricing(self, group: list[int]) -> StepPricing:
-        """What prices the steps of the instances of ``group``."""
-        members = [self._instance(index) for index in group]
-        check_agreement(members)
-        return StepPricing(self._cost(members), len(members))
+        """What prices the steps of the instances of ``group``.
 
-    def _cost(self, members: list[Instance]) -> StepCost:
-        log = members[0].log
-        spec, model = log.spec, self._models[log.spec.model_name]
+        Raises:
+            InputError: a bundle is missing or wrong, or the instances cannot go in lock-step.
+        """
+        for index in group:
+            spec, options = self._placed[index][1], self._started[index].options
+            model = self._models[spec.model_name]
+            bundle = self._costs.bundle(spec, model, options)
+            self.warnings.update(dict.fromkeys(warnings_about(bundle, model, options)))
+        self._check_agreement(group)
+        return StepPricing(self._cost(group), len(group))
+
+    def _cost(self, group: list[int]) -> StepCost:
+        placed = [self._placed[index] for index in group]
+        spec, model = placed[0][1], self._models[placed[0][1].model_name]
         routing = None
         if spec.ep_size > 1:
             from servesim.engine.experts import expert_routing
 
             policy = self._options.expert_routing_policy
             routing = expert_routing(policy, model, spec.ep_size, self._options.seed)
-        placed = [self._placed[member.log.index] for member in members]
-        options = [member.log.options for member in members]
-        return self._costs.of(placed, model, options, routing, [self._offload(member) for member in members])
+        options = [self._started[index].options for index in group]
+        return self._costs.of(placed, model, options, routing, [self._offload(index) for index in group])
 
-    def _offload(self, member: Instance) -> Offload | None:
+    def _offload(self, index: int) -> Offload | None:
         """What an instance keeps elsewhere or lets memory compute, None if nothing."""
-        log = member.log
-        resident = self._memories.resident(log.index)
+        resident = self._memories.resident(index)
         if resident is None:
             return None
         from servesim.cost.offload import Offload
 
-        model = self._models[log.spec.model_name]
+        spec = self._placed[index][1]
+        model = self._models[spec.model_name]
         return Offload.of(
             resident,
-            self._memories.ports(log.index),
-            self._memories.channels(log.index) if resident.pim else 0,
-            log.spec,
+            self._memories.ports(index),
+            self._memories.channels(index) if resident.pim else 0,
+            spec,
             model,
-            log.options,
+            self._started[index].options,
             load_architecture(model.model_type),
         )
 
-    def _instance(self, index: int) -> Instance:
+    def _instance(self, index: int, pricing: StepPricing) -> Instance:
         node, spec = self._placed[index]
         model = self._models[spec.model_name]
         started = self._started[index]
         options, capacity = started.options, started.capacity
         bundle = self._costs.bundle(spec, model, options)
-        self.warnings.update(dict.fromkeys(warnings_about(bundle, model, options)))
-        host = self._costs.host(spec, options)
-        log = InstanceLog(index, node, spec, options, capacity, bundle.describe(), host)
         tier = self._tiers.tier(index, node, spec, model, options)
-        log.stated_error = stated_error(bundle.meta, spec.hardware, options.kv_dtype)
-        log.reach = reach_of(bundle.meta, bundle.measured_reach(spec.tp_size))
-        log.notes = started.notes
-        log.tier = self._tiers.memory(index)
-        cache = KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching, tier)
-        new_lane = None
+        log = InstanceLog(
+            index,
+            node,
+            spec,
+            options,
+            capacity,
+            bundle.describe(),
+            self._costs.host(spec, options),
+            tier=tier.memory if tier else None,
+            stated_error=stated_error(bundle.meta, spec.hardware, options.kv_dtype),
+            reach=reach_of(bundle.meta, bundle.measured_reach(spec.tp_size)),
+            pricing=pricing,
+            notes=started.notes,
+        )
+        # the hand-over is asked first: KV that has been sent here need not be read from a lower tier
+        connectors: list[Connector] = [self.hand_over] if self.hand_over and spec.pd_type else []
+        if tier:
+            connectors.append(LowerTierConnector(tier.view, tier.route, self._transfers))
+        new_decodes = None
         if spec.pp_size > 1:
-            new_lane = lane_maker(options.block_size, self.lane_times, len(self._placed))
-        scheduler = Scheduler(limits_of(options, self._options.skip_prefill), cache, new_lane)
-        scheduler.traced = spec.pd_type == "prefill"
-        scheduler.lists_lengths = options.enable_attn_offloading
-        member = Instance(log, scheduler, self._tables)
-        member.recall_route = self._tiers.route(index)
-        return member
+            new_decodes = track_maker(options.block_size, self.pipeline_tracks, len(self._placed))
+        scheduler = Scheduler(
+            limits_of(options, self._options.skip_prefill),
+            KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching),
+            connectors=connectors,
+            new_decodes=new_decodes,
+            list_requests=spec.pd_type == "prefill",
+            list_lengths=options.enable_attn_offloading,
+        )
+        return Instance(log, scheduler, self._tables)
 
-
-def check_agreement(members: list[Instance]) -> None:
-    """Raise InputError if instances that go in lock-step want to be run in different ways."""
-    first = members[0].log
-    for name in _ONE_FOR_ALL:
-        wanted = getattr(first.options, name)
-        for member in members[1:]:
-            own = getattr(member.log.options, name)
-            if own != wanted:
-                raise InputError(
-                    f"instance {member.log.index}: {name} {str(own).lower()} is not allowed; must be "
-                    f"{str(wanted).lower()} as in instance {first.index}, the same dp_group "
-                    f"'{first.spec.dp_group}'"
-                )
+    def _check_agreement(self, group: list[int]) -> None:
+        """Raise InputError if instances that go in lock-step want to be run in different ways."""
+        first = group[0]
+        for name in _ONE_FOR_ALL:
+            wanted = getattr(self._started[first].options, name)
+            for index in group[1:]:
+                own = getattr(self._started[index].options, name)
+                if own != wanted:
+                    raise InputError(
+                        f"instance {index}: {name} {str(own).lower()} is not allowed; must be "
+                        f"{str(wanted).lower()} as in instance {first}, the same dp_group "
+                        f"'{self._placed[first][1].dp_group}'"
+                    )
 
 
 def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -> list[str]:
@@ -339,15 +355,17 @@ def weight_warnings(model: ModelSpec) -> list[str]:
     return []
 
 
-def lane_maker(block_size: int, lane_times: list[array[int]], num_instances: int) -> Callable[[], DecodeSet]:
-    """A function that makes decode sets, each with a new track at the end of ``lane_times``."""
+def track_maker(
+    block_size: int, pipeline_tracks: list[array[int]], num_instances: int
+) -> Callable[[], DecodeSet]:
+    """A function that makes decode sets, each with a new track at the end of ``pipeline_tracks``."""
 
-    def new_lane() -> DecodeSet:
+    def new_decodes() -> DecodeSet:
         times = array("q")
-        lane_times.append(times)
-        return DecodeSet(block_size, num_instances + len(lane_times) - 1, times)
+        pipeline_tracks.append(times)
+        return DecodeSet(block_size, num_instances + len(pipeline_tracks) - 1, times)
 
-    return new_lane
+    return new_decodes
 
 
 def limits_of(options: InstanceOptions, skip_prefill: bool) -> SchedulerLimits:

@@ -129,6 +129,10 @@ class DecodeSet:
         self.tick += 1
         return ended
 
+    def skip(self, ticks: int) -> None:
+        """Give every request ``ticks`` tokens, none of them a last one."""
+        self.tick += ticks
+
     def absorb(self, other: DecodeSet) -> None:
         """Take over all requests of ``other``; their next token will be noted on this set's track."""
         for state in [state for filed in other._boundaries for state in filed]:

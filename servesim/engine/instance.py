@@ -9,14 +9,12 @@ from servesim.engine.request_state import RequestState
 from servesim.memory.kv_cache import BlockTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from servesim.engine.batch import Batch
     from servesim.engine.block_tables import BlockTables
     from servesim.engine.scheduler import Scheduler
-    from servesim.engine.step_loop import StepLoop
-    from servesim.engine.transfers import Route
-    from servesim.results.records import InstanceLog
+    from servesim.results.records import InstanceLog, RequestRecord
     from servesim.workload.request import Request
 
 
@@ -27,27 +25,30 @@ class Instance:
         "_inbox",
         "_preempted",
         "log",
-        "loop",
-        "recall_route",
-        "scheduled",
         "scheduler",
         "tables",
         "trace",
     )
 
-    loop: StepLoop
-
-    def __init__(self, log: InstanceLog, scheduler: Scheduler, tables: BlockTables) -> None:
+    def __init__(
+        self,
+        log: InstanceLog,
+        scheduler: Scheduler,
+        tables: BlockTables,
+        trace: Callable[[Batch, int, int], None] | None = None,
+    ) -> None:
+        """
+        Args:
+            log: where it writes down what happens.
+            scheduler: decides what it computes.
+            tables: make the block tables of its requests.
+            trace: debugging hook, called after every step with its batch, its start in ns and the number of
+                free blocks.
+        """
         self.log = log
         self.scheduler = scheduler
         self.tables = tables
-        self.trace: Callable[[Batch, int, int], None] | None = None
-        """Debugging hook: called after every step with its batch, its start in ns and the number of free
-        blocks."""
-        self.recall_route: Route | None = None
-        """The way from the lower tier of its prefix cache."""
-        self.scheduled: Callable[[Instance, Batch, int], None] | None = None
-        """Called with every step that was scheduled: the instance, the batch and its start in ns."""
+        self.trace = trace
         self._inbox: list[RequestState] = []
         self._preempted = 0
 
@@ -62,15 +63,27 @@ class Instance:
         table = BlockTable(self.tables.shared_ids(request, kv.block_size), 0)
         return len(kv.lookup(table, request.input_tokens, False)) * kv.block_size
 
-    def new_state(self, request: Request, arrival_ns: int) -> RequestState:
-        """A request as this instance will keep track of it."""
+    def new_state(
+        self,
+        request: Request,
+        arrival_ns: int,
+        output_tokens: int | None = None,
+        handed_over: RequestRecord | None = None,
+    ) -> RequestState:
+        """A request as this instance will keep track of it; see :class:`RequestState`."""
         table = self.tables.new_table(request, self.scheduler.kv.block_size)
-        return RequestState(request, self.log.index, arrival_ns, table)
+        return RequestState(
+            request,
+            self.log.index,
+            arrival_ns,
+            table,
+            output_tokens=output_tokens,
+            handed_over=handed_over,
+        )
 
-    def submit(self, state: RequestState, arrival_ns: int) -> None:
-        """Hand a request over; it is taken in at the next step boundary, at once if the instance is idle."""
+    def put_in(self, state: RequestState) -> None:
+        """Lay a request into the inbox; :meth:`take_in` finds it at the next step boundary."""
         self._inbox.append(state)
-        self.loop.wake(arrival_ns)
 
     def take_in(self, now_ns: int) -> None:
         """Queue the requests handed over since the last step boundary."""
@@ -105,30 +118,32 @@ class Instance:
         steps.hit_tokens.append(batch.hit_tokens)
         steps.lookup_tokens.append(batch.lookup_tokens)
         steps.recomputed_tokens.append(batch.recomputed_tokens)
-        tiered = scheduler.kv.tier is not None
-        recalled_bytes = sum(batch.recalls) if tiered else 0
+        connectors = scheduler.connectors
+        recalled_bytes = sum(batch.recalls) if connectors else 0
         steps.recalled_tokens.append(batch.recalled_tokens)
         steps.recalled_bytes.append(recalled_bytes)
-        steps.tier_bytes.append(recalled_bytes + self._written_bytes() if tiered else 0)
+        steps.tier_bytes.append(recalled_bytes + self._written_bytes() if connectors else 0)
         self._preempted = 0
-        if batch.lane is not None:
-            batch.lane.token_times.append(batch.end_ns)
+        if batch.travelling is not None:
+            batch.travelling.token_times.append(batch.end_ns)
+        for connector in connectors:
+            connector.step_started(batch, start_ns)
 
-    def finish(self, batch: Batch) -> None:
-        """Commit a step that has ended."""
-        self.scheduler.finish(batch)
-        if self.scheduler.kv.tier is not None:
+    def finish(self, batch: Batch) -> Sequence[RequestState]:
+        """Commit a step that has ended; the requests that leave the system with it."""
+        leaving = self.scheduler.finish(batch)
+        if self.scheduler.connectors:
             # what ended requests leave behind
             self.log.steps.tier_bytes[batch.step] += self._written_bytes()
         if self.trace:
             self.trace(batch, self.log.steps.start_ns[batch.step], self.scheduler.kv.pool.num_free)
+        return leaving
 
     def _written_bytes(self) -> int:
         """Bytes written to the lower tier since the last call."""
-        tier = self.scheduler.kv.tier
-        if tier is None:
-            return 0
-        written, tier.written_bytes = tier.written_bytes, 0
+        written = 0
+        for connector in self.scheduler.connectors:
+            written += connector.take_written_bytes()
         return written
 
     def stuck_message(self) -> str:

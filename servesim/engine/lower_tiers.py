@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.engine.transfers import Route
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions, RuntimeOptions
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedTier:
+    """The lower tier of one instance's prefix cache."""
+
+    view: LowerTier
+    """What the instance sees of its pool."""
+    route: Route
+    """The way from it to the instance's NPUs."""
+    memory: TierMemory
+    """What is written down about it."""
 
 
 class LowerTiers:
@@ -42,9 +55,6 @@ class LowerTiers:
         self._memories = memories
         self._sharing = options.enable_prefix_sharing
         self._pools: dict[tuple[str, int, int], TierPool] = {}
-        self._routes: dict[int, Route] = {}
-        self._memories_of: dict[int, TierMemory] = {}
-        """Instance -> what is written down about its tier."""
         self._namespaces: dict[tuple[str, str, int], int] = {}
         if self._sharing and options.prefix_storage is None:
             raise InputError(
@@ -53,7 +63,7 @@ class LowerTiers:
 
     def tier(
         self, index: int, node: int, spec: InstanceSpec, model: ModelSpec, options: InstanceOptions
-    ) -> LowerTier | None:
+    ) -> PlacedTier | None:
         """The lower tier of an instance's prefix cache, None without one."""
         word = self._memories.tier_words[index]
         if word is None:
@@ -66,8 +76,8 @@ class LowerTiers:
         per_npu = kv_bytes_per_token(model, options.kv_dtype, spec.tp_size, spec.pp_size)
         pool = self._pools[key]
         tier = LowerTier(pool, namespace, options.block_size, per_npu * spec.num_npus)
-        self._routes[index] = route = self._route(index, node, word)
-        self._memories_of[index] = TierMemory(
+        route = self._route(index, node, word)
+        memory = TierMemory(
             storage=word,
             pool=list(self._pools).index(key),
             shared=self._sharing,
@@ -77,15 +87,7 @@ class LowerTiers:
             bandwidth_gbs=route.bandwidth_gbs,
             latency_ns=route.latency_ns,
         )
-        return tier
-
-    def memory(self, index: int) -> TierMemory | None:
-        """What to write down about the tier of an instance that :meth:`tier` was asked for."""
-        return self._memories_of.get(index)
-
-    def route(self, index: int) -> Route | None:
-        """The way from the lower tier of an instance that :meth:`tier` was asked for, None without one."""
-        return self._routes.get(index)
+        return PlacedTier(tier, route, memory)
 
     def _pool_bytes(self, index: int, node: int, word: str) -> int:
         owners = self._cluster.num_nodes if KINDS[split_place(word)[0]].scope == "cluster" else 1

@@ -69,6 +69,14 @@ class Candidate:
         """Tokens of the request's prompt in the instance's prefix cache right now."""
         return self._instance.cached_tokens(request)
 
+    def announce(self) -> None:
+        """Count a request whose prompt is being computed elsewhere and that will be decoded here."""
+        self.on_the_way += 1
+
+    def announced_came(self) -> None:
+        """A request that was announced is about to be queued here."""
+        self.on_the_way -= 1
+
     def refresh(self) -> None:
         """See the counts of now."""
         self._seen = self._instance.counts()
@@ -98,11 +106,12 @@ class Router:
         self.next_ns = refresh_ns or NEVER
         """When the counts are refreshed next."""
 
-    def refresh(self, now_ns: int) -> None:
-        """Refresh the counts, at the last time due."""
+    def refresh(self, now_ns: int) -> int:
+        """Refresh the counts, at the last time due; returns when they are refreshed next."""
         for candidate in self._candidates:
             candidate.refresh()
         self.next_ns = (now_ns // self._refresh_ns + 1) * self._refresh_ns
+        return self.next_ns
 
     def choose(self, request: Request, allowed: Iterable[int], role: str = "") -> Candidate:
         """One of the instances ``allowed`` by index; every ``role`` has its own turn or random numbers."""

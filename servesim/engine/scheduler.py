@@ -22,8 +22,9 @@ from servesim.engine.request_state import Phase
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from servesim.engine.connector import Connector
     from servesim.engine.request_state import RequestState
-    from servesim.memory.kv_cache import KvCache
+    from servesim.memory.kv_cache import BlockTable, KvCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,46 +49,61 @@ class Scheduler:
         "_admissions",
         "_blocked_at",
         "_frees",
-        "_lanes",
         "_last_alone",
-        "_spare_lanes",
+        "_list_lengths",
+        "_list_requests",
+        "_spare_sets",
+        "_travelling",
+        "connectors",
         "decodes",
         "held",
         "kv",
         "limits",
-        "lists_lengths",
-        "new_lane",
+        "new_decodes",
         "prefilling",
         "running",
-        "traced",
         "waiting",
     )
 
     def __init__(
-        self, limits: SchedulerLimits, kv: KvCache, new_lane: Callable[[], DecodeSet] | None = None
+        self,
+        limits: SchedulerLimits,
+        kv: KvCache,
+        *,
+        connectors: Sequence[Connector] = (),
+        new_decodes: Callable[[], DecodeSet] | None = None,
+        list_requests: bool = False,
+        list_lengths: bool = False,
     ) -> None:
+        """
+        Args:
+            limits: what bounds a step.
+            kv: the blocks that requests compete for.
+            connectors: bring KV from elsewhere and take it there.
+            new_decodes: makes a decode set with a track of its own; given where a request is in one batch at
+                a time, as in a pipeline. Then every batch takes its decoding requests along, and they come
+                back when it has ended.
+            list_requests: whether batches list their requests one by one (:attr:`Batch.entries`).
+            list_lengths: whether batches list the KV lengths of their decodes (:attr:`Batch.kv_lengths`).
+        """
         self.limits = limits
         self.kv = kv
+        self.connectors = tuple(connectors)
         self.waiting: deque[RequestState] = deque()
         self.running: list[RequestState] = []
         """Every request that holds a slot, in admission order."""
         self.prefilling: list[RequestState] = []
         """Those of ``running`` that still lack known tokens, in admission order."""
-        self.new_lane = new_lane
-        """Makes a decode set with a track of its own; given where a request is in one batch at a time, as in
-        a
-        pipeline. Then every batch takes its decoding requests along, and they come back when it has ended."""
-        self.decodes = new_lane() if new_lane else DecodeSet(kv.block_size)
+        self.new_decodes = new_decodes
+        self.decodes = new_decodes() if new_decodes else DecodeSet(kv.block_size)
         """Decoding requests that can be scheduled."""
-        self._lanes: list[Batch] = []
+        self._travelling: list[Batch] = []
         """Batches in flight in a pipeline."""
-        self._spare_lanes: list[DecodeSet] = []
+        self._spare_sets: list[DecodeSet] = []
         self.held = 0
         """Finished requests that keep their blocks for now."""
-        self.traced = False
-        """Whether batches list their requests one by one (:attr:`Batch.entries`)."""
-        self.lists_lengths = False
-        """Whether batches list the KV lengths of their decodes (:attr:`Batch.kv_lengths`)."""
+        self._list_requests = list_requests
+        self._list_lengths = list_lengths
         self._admissions = 0
         self._frees = 0
         self._last_alone = False
@@ -109,9 +125,9 @@ class Scheduler:
         ``in_flight``: the tokens of the step before are not known yet (asynchronous scheduling).
         """
         batch = Batch(step)
-        if self.traced:
+        if self._list_requests:
             batch.entries = []
-        if self.lists_lengths:
+        if self._list_lengths:
             batch.kv_lengths = []
         decodes = self.decodes
         left, completed, stalled = self._serve_running(batch, in_flight)
@@ -122,7 +138,7 @@ class Scheduler:
             if batch.entries is not None:
                 ready = (s for s in self.running if s.phase is Phase.DECODE and s.home is decodes)
                 batch.entries += [(state.request.index, 1) for state in ready]
-            if not in_flight or self.new_lane:
+            if not in_flight or self.new_decodes:
                 # the token computed now is known already, so a block it fills can be hashed at once
                 sharing = decodes.sharing
                 for state in [s for s in decodes.at_boundary(1) if s in sharing] if sharing else ():
@@ -131,7 +147,7 @@ class Scheduler:
             self._admit(batch, left, now_ns, completed)
         finishing = list(decodes.advance())
         for state in completed:
-            if self.new_lane:
+            if self.new_decodes:
                 state.track, state.run_start = decodes.track, len(decodes.token_times)
             else:
                 state.run_start = step
@@ -146,12 +162,12 @@ class Scheduler:
             batch.finishing = sorted(finishing, key=by_order)
         if not batch.is_empty:
             self._last_alone = not in_flight
-        if self.new_lane and not batch.is_empty:
-            batch.lane = decodes
-            self._lanes.append(batch)
-            self.decodes = self._spare_lanes.pop() if self._spare_lanes else self.new_lane()
+        if self.new_decodes and not batch.is_empty:
+            batch.travelling = decodes
+            self._travelling.append(batch)
+            self.decodes = self._spare_sets.pop() if self._spare_sets else self.new_decodes()
         for state in stalled:
-            if self.new_lane:
+            if self.new_decodes:
                 state.track, state.run_start = self.decodes.track, len(self.decodes.token_times)
             self.decodes.add(state)
         return batch
@@ -235,7 +251,7 @@ class Scheduler:
                 if state in decodes.sharing:
                     self._publish(state, computed)
                 continue
-            kv.computed(table, reach)
+            self._computed(table, reach)
             left -= tokens
             batch.add_request(tokens, computed)
             if state.lost:
@@ -251,12 +267,18 @@ class Scheduler:
             self._stall(state, batch.step)
         return left, completed, stalled
 
+    def _computed(self, table: BlockTable, tokens: int) -> None:
+        """The first ``tokens`` tokens of a request are known and computed, or will be by this step."""
+        self.kv.register_shared(table, tokens)
+        for connector in self.connectors:
+            connector.computed(table, tokens)
+
     def _stall(self, state: RequestState, step: int) -> None:
         """Take a decoding request out for one step."""
         state.known = self.decodes.length(state)
         self.decodes.remove(state)
         state.home = None
-        state.end_run(len(self.decodes.token_times) - 1 if self.new_lane else step - 1)
+        state.end_run(len(self.decodes.token_times) - 1 if self.new_decodes else step - 1)
         state.run_start = step + 1
 
     # ------------------------------------------------------------------ preemption
@@ -285,17 +307,19 @@ class Scheduler:
             else:
                 computed = home.length(victim)
                 home.remove(victim)
-                if self.new_lane:
+                if self.new_decodes:
                     token_in_flight = home is not self.decodes
                     victim.end_run(len(home.token_times) - 1)
                 else:
                     token_in_flight = in_flight and victim.run_start < batch.step
                     victim.end_run(batch.step - 1)
-            if self.new_lane and token_in_flight:
-                self._await_landing(victim)
-            unnoted = token_in_flight and not self.new_lane and not self._last_alone
+            if self.new_decodes and token_in_flight:
+                self._await_token(victim)
+            unnoted = token_in_flight and not self.new_decodes and not self._last_alone
             cached = max(victim.known, computed - unnoted)
             victim.known = computed + 1
+        for connector in self.connectors:
+            connector.computed(victim.table, cached)
         self.kv.preempt(victim.table, cached)
         self._frees += 1
         victim.phase = Phase.WAITING
@@ -321,17 +345,14 @@ class Scheduler:
             if cache_state == self._blocked_at:
                 return
             state = waiting[0]
-            if state.landing:
+            if state.awaits_token:
                 return
             known, table, record = state.known, state.table, state.record
             hits = [] if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
             hit_tokens = len(hits) * kv.block_size
-            recall_bytes = 0
-            if limits.skip_prefill or state.kv_arrived:
-                done = known - 1
-            else:
-                done = kv.recallable_tokens(table, known, hit_tokens)
-                recall_bytes = kv.recall_bytes(hit_tokens, done)
+            done, read_bytes = (known - 1 if limits.skip_prefill else hit_tokens), 0
+            if self.connectors and not limits.skip_prefill:
+                done, read_bytes = self._lookup(state, hit_tokens)
             tokens = self._capped(known - done)
             if tokens > left and not limits.chunked_prefill:
                 return
@@ -345,14 +366,14 @@ class Scheduler:
                 return
             waiting.popleft()
             kv.admit(table, hits, done + tokens)
-            kv.computed(table, done + tokens)
+            self._computed(table, done + tokens)
             state.order = self._admissions
             self._admissions += 1
             self.running.append(state)
             if record.scheduled_ns < 0:
                 record.scheduled_ns = now_ns
                 record.npu_hit = hit_tokens
-                record.storage_hit = done - hit_tokens if recall_bytes else 0
+                record.storage_hit = done - hit_tokens if read_bytes else 0
                 batch.hit_tokens += hit_tokens + record.storage_hit
                 batch.lookup_tokens += known
                 batch.recalled_tokens += record.storage_hit
@@ -360,8 +381,8 @@ class Scheduler:
                 record.recomputed_tokens += state.computed - done
                 state.lost = max(state.lost, state.computed)
                 batch.note_again(state.lost, done, done + tokens)
-            if recall_bytes:
-                batch.recalls = [*batch.recalls, recall_bytes]
+            for connector in self.connectors:
+                connector.admitted(batch, read_bytes)
             batch.add_request(tokens, done)
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))
@@ -373,28 +394,51 @@ class Scheduler:
                 state.phase = Phase.PREFILL
                 self.prefilling.append(state)
 
+    def _lookup(self, state: RequestState, hit_tokens: int) -> tuple[int, int]:
+        """(leading tokens whose KV is or will be there, bytes to read for them) of a waiting request."""
+        for connector in self.connectors:
+            found = connector.lookup(state, hit_tokens)
+            if found is not None:
+                return found
+        return hit_tokens, 0
+
     # ------------------------------------------------------------------ end of a step
 
-    def finish(self, batch: Batch) -> None:
-        """Commit a finished step: requests that produced their last token leave and give their blocks
-        back."""
+    def finish(self, batch: Batch) -> Sequence[RequestState]:
+        """Commit a finished step: requests that produced their last token give their blocks back.
+
+        Returns:
+            Those that leave the system, which is all of them unless a connector takes some on.
+        """
+        leaving = batch.finishing
         for state in batch.finishing:
             if state.phase is Phase.WAITING:  # preempted while its last token was in flight
-                self.waiting.remove(state)
-                state.keeps_blocks = False  # they went when it was preempted
+                self.waiting.remove(state)  # its blocks went then
+                if self._taken_on(state):
+                    leaving = [other for other in leaving if other is not state]
             else:
                 self.running.remove(state)
-                self.kv.computed(state.table, state.total_tokens - 1)
-                if state.keeps_blocks:
+                self._computed(state.table, state.total_tokens - 1)
+                if self._taken_on(state):
+                    leaving = [other for other in leaving if other is not state]
+                    state.keeps_blocks = True
                     self.held += 1
                 else:
                     self.kv.free(state.table, state.total_tokens - 1)
             state.phase = Phase.FINISHED
-            state.end_run(batch.step if batch.lane is None else len(batch.lane.token_times) - 1)
+            state.end_run(batch.step if batch.travelling is None else len(batch.travelling.token_times) - 1)
             state.record.end_ns = batch.end_ns
             self._frees += 1
-        if batch.lane is not None:
-            self._bring_back(batch, batch.lane)
+        if batch.travelling is not None:
+            self._bring_back(batch, batch.travelling)
+        return leaving
+
+    def _taken_on(self, state: RequestState) -> bool:
+        """Whether a connector takes a finished request on."""
+        taken_on = False
+        for connector in self.connectors:  # all of them are told
+            taken_on |= connector.finished(state)
+        return taken_on
 
     def release(self, state: RequestState) -> None:
         """Give back the blocks of a finished request, if it kept them."""
@@ -405,23 +449,24 @@ class Scheduler:
 
     # ------------------------------------------------------------------ pipelines
 
-    def _await_landing(self, victim: RequestState) -> None:
+    def _await_token(self, victim: RequestState) -> None:
         """Keep a preempted request from being admitted until the batch that has its token has ended."""
-        for batch in self._lanes:
-            if batch.lane is victim.home or victim in batch.finishing:
-                batch.landing = [*batch.landing, victim]
-                victim.landing = True
+        for batch in self._travelling:
+            if batch.travelling is victim.home or victim in batch.finishing:
+                batch.awaited_by = [*batch.awaited_by, victim]
+                victim.awaits_token = True
 
-    def _bring_back(self, batch: Batch, lane: DecodeSet) -> None:
+    def _bring_back(self, batch: Batch, back: DecodeSet) -> None:
         """Make the requests of a batch that has ended available again."""
-        self._lanes.remove(batch)
-        for state in batch.landing:
-            state.landing = False
-        ready, other = (self.decodes, lane) if self.decodes.count > lane.count else (lane, self.decodes)
+        self._travelling.remove(batch)
+        for state in batch.awaited_by:
+            state.awaits_token = False
+        # the smaller set moves into the larger one: filing a request costs
+        ready, other = (self.decodes, back) if self.decodes.count > back.count else (back, self.decodes)
         if other.count:
             ready.absorb(other)
         self.decodes = ready
-        self._spare_lanes.append(other)
+        self._spare_sets.append(other)
 
     # ------------------------------------------------------------------ quiet stretches
 
@@ -454,8 +499,9 @@ class Scheduler:
     def run_quietly(self, ticks: int) -> None:
         """Advance by ``ticks`` steps that :meth:`quiet_ticks` has vouched for."""
         self._last_alone = False  # in an asynchronous loop every one of them follows a step in flight
-        for _ in range(ticks):
-            boundary = self.decodes.at_boundary()
+        decodes = self.decodes
+        for ahead in range(ticks):
+            boundary = decodes.at_boundary(ahead)
             if boundary:
                 self._grow(boundary)
-            self.decodes.tick += 1
+        decodes.skip(ticks)

@@ -1,26 +1,25 @@
-"""The simulation clock: lets requests arrive, instances run and KV travel, in order of time."""
+"""One run of a workload: lets requests arrive, hands them to instances, and takes them out when they end."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from functools import partial
-from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Protocol
 
-from servesim.engine.arrivals import NEVER, Arrivals
-from servesim.engine.hand_over import HandOver, Journey
+from servesim.engine.arrivals import Arrivals
+from servesim.engine.clock import Clock, Order
 from servesim.engine.router import Router
+from servesim.engine.step_loop import Coupling, LoopPlan, StepLoop
 from servesim.errors import BrokenRunError
 from servesim.results.records import RejectedRequest, RunLog
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Callable
+    from collections.abc import Sequence
 
+    from servesim.engine.connector import HandOver, Journey
     from servesim.engine.instance import Instance
     from servesim.engine.request_state import RequestState
-    from servesim.engine.step_loop import StepLoop
-    from servesim.engine.transfers import Route, Transfers
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Request, Workload
 
@@ -42,139 +41,90 @@ class Simulation:
 
     def __init__(
         self,
-        loops: list[StepLoop],
+        plans: Sequence[LoopPlan],
         workload: Workload,
         options: RuntimeOptions,
         *,
-        lane_times: list[array[int]] | None = None,
-        transfers: Transfers | None = None,
+        clock: Clock | None = None,
+        pipeline_tracks: list[array[int]] | None = None,
         hand_over: HandOver | None = None,
-        route: Callable[[Instance, Instance], Route] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         """
         Args:
-            loops: step loops, whose members are the instances of the cluster.
+            plans: what the step loops run; their members are the instances of the cluster.
             workload: what arrives.
             options: those that concern the run as a whole.
-            lane_times: where pipelines note the times of their tokens; see :class:`RunLog`.
-            transfers: bytes on the move, where KV travels between instances or from lower tiers.
+            clock: the one that the transfers of the instances' connectors use.
+            pipeline_tracks: where pipelines note the times of their tokens; see :class:`RunLog`.
             hand_over: moves KV from prefill to decode instances, where there are any.
-            route: the way from one instance to another; goes with ``hand_over``.
+            notes: what was asked for and does not act.
         """
-        self.loops = loops
-        self.instances = sorted(
-            (member for loop in loops for member in loop.members), key=lambda member: member.log.index
-        )
-        self.log = RunLog([instance.log for instance in self.instances])
-        if lane_times is not None:
-            self.log.lane_times = lane_times
+        members = [member for plan in plans for member in plan.members]
+        self.instances = sorted(members, key=lambda member: member.log.index)
+        logs = [instance.log for instance in self.instances]
+        # not a copy of the tracks: pipelines add theirs while they run
+        tracks = pipeline_tracks if pipeline_tracks is not None else []
+        self.log = RunLog(logs, pipeline_tracks=tracks, notes=list(notes))
+        self._clock = clock or Clock()
         self._workload = workload
         self._arrivals = Arrivals(workload, options.max_concurrency)
-        self._router = Router(
-            self.instances,
-            options.request_routing_policy,
-            options.seed,
-            round(options.router_refresh * 1e9),
-        )
+        self._arrival = self._clock.actor(Order.REQUEST, self._arrive)
+        self._refresh_ns = round(options.router_refresh * 1e9)
+        self._router = Router(self.instances, options.request_routing_policy, options.seed, self._refresh_ns)
         self._sticky = options.sticky_sessions
         self._taken_by: dict[int, int] = {}
         """Request → index of the instance that took it in, where sessions stay."""
-        self._transfers = transfers
-        self._feedback = self._arrivals.feedback or transfers is not None
-        """Whether what one instance does can concern another, or the arrivals, at once."""
         self._hand_over = hand_over
-        self._route = route
-        for instance in self.instances:
-            if hand_over and instance.log.spec.pd_type == "prefill":
-                instance.scheduled = hand_over.step_scheduled
         self._fronts: dict[str, list[int]] = defaultdict(list)
         """Model → instances that take new requests; the decode sides are in ``_backs``."""
         self._backs: dict[str, list[int]] = defaultdict(list)
-        for instance in self.instances:
-            side = self._backs if instance.log.spec.pd_type == "decode" else self._fronts
-            for model in (_ANY_MODEL, instance.log.spec.model_name):
-                side[model].append(instance.log.index)
-        for index, loop in enumerate(loops):
-            loop.transfers = transfers
-            loop.woken = partial(self._plan, index)
-        self._agenda: list[tuple[int, int]] = []
-        """(time, loop) of every loop that will act; entries whose time has changed are void."""
-
-    # ------------------------------------------------------------------ the clock
+        for log in logs:
+            side = self._backs if log.spec.pd_type == "decode" else self._fronts
+            for model in (_ANY_MODEL, log.spec.model_name):
+                side[model].append(log.index)
+        coupling = Coupling.ENDS if self._arrivals.feedback else Coupling.NONE
+        if any(member.scheduler.connectors for member in members):
+            coupling = Coupling.STEPS
+        self._loops: dict[int, StepLoop] = {}
+        """Index of an instance -> the loop that runs it."""
+        for plan in plans:
+            loop = StepLoop(plan, self._clock, self._end, coupling)
+            self._loops.update((member.log.index, loop) for member in plan.members)
 
     def run(self, observer: Observer | None = None) -> RunLog:
         """Run to the end of the workload.
 
-        At equal times KV arrives first, then requests, and loops act last.
-
         Raises:
             RunError: requests are left that can never be served.
             BrokenRunError: requests or KV blocks got lost.
-            OverflowError: the clock passes :data:`NEVER`.
+            OverflowError: the clock passes :data:`~servesim.engine.clock.NEVER`.
         """
-        arrivals, agenda, loops, router = self._arrivals, self._agenda, self.loops, self._router
-        transfers = self._transfers
-        observe_ns = observer.next_ns if observer else NEVER
-        while True:
-            while agenda and loops[agenda[0][1]].next_ns != agenda[0][0]:
-                heappop(agenda)
-            acts_ns = agenda[0][0] if agenda else NEVER
-            moves_ns = transfers.next_ns if transfers else NEVER
-            arrives_ns = arrivals.next_ns
-            now = min(arrives_ns, acts_ns, moves_ns)
-            if now == NEVER:
-                if max(arrives_ns, *(loop.next_ns for loop in loops)) > NEVER:
-                    raise OverflowError("simulated time")
-                break
-            if now >= router.next_ns:
-                router.refresh(now)
-            if observer and now > observe_ns:
-                observer.advance(now, self.log)
-                observe_ns = observer.next_ns
-            if moves_ns <= now:
-                self._move(now)
-            elif arrives_ns <= now:
-                self._arrive()
-            else:
-                self._act(heappop(agenda)[1], min(arrives_ns, observe_ns + 1, router.next_ns, moves_ns))
+        clock, log = self._clock, self.log
+        if self._refresh_ns:
+            clock.watch(self._router.next_ns, self._router.refresh)
+        if observer:
+            clock.watch(observer.next_ns + 1, partial(_show, observer, log))
+        clock.at(self._arrivals.next_ns, self._arrival)
+        clock.run()
         self._check_all_ended()
         self._check_pools()
-        self.log.end_ns = max((record.end_ns for record in self.log.requests), default=0)
-        self.log.requests.sort(key=lambda record: record.request)
-        self.log.rejected.sort(key=lambda rejected: rejected.request)
+        log.close()
         if observer:
-            observer.advance(self.log.end_ns, self.log)
-        return self.log
-
-    def _act(self, index: int, horizon: int) -> None:
-        """Run a loop until ``horizon`` or as long as nothing that others do can concern it."""
-        loop = self.loops[index]
-        feedback = self._feedback
-        if feedback and self._agenda:
-            # another instance may end a request, and so release one, at its next step end
-            horizon = min(horizon, self._agenda[0][0])
-        if self._transfers:
-            horizon = min(horizon, loop.next_ns + 1)  # one action at a time: its transfers must be placed
-        loop.run(horizon, feedback)
-        self._plan(index)
-        if loop.finished:
-            for state in loop.finished:
-                if not (self._hand_over and self._hand_over.computed(state)):
-                    self._end(state)
-            loop.finished.clear()
-
-    def _plan(self, index: int) -> None:
-        """Put the next action of a loop on the agenda."""
-        if self.loops[index].next_ns < NEVER:
-            heappush(self._agenda, (self.loops[index].next_ns, index))
+            observer.advance(log.end_ns, log)
+        return log
 
     # ------------------------------------------------------------------ requests
 
-    def _arrive(self) -> None:
+    def _arrive(self, now: int) -> None:
+        """Let the next request arrive; it may have to wait outside."""
         arrival = self._arrivals.pop()
-        if arrival is None:
-            return
-        now, index = arrival
+        self._clock.at(self._arrivals.next_ns, self._arrival)
+        if arrival is not None:
+            self._route(arrival[1], now)
+
+    def _route(self, index: int, now: int) -> None:
+        """Hand a request that has arrived to the instance that the router chooses."""
         request = self._workload.requests[index]
         model = request.model or _ANY_MODEL
         fronts, backs = self._fronts[model], self._backs[model]
@@ -193,7 +143,10 @@ class Simulation:
             self._reject(index, instance.log.index, now, reason)
             return
         front.expect_one()
-        instance.submit(instance.new_state(request, now), now)
+        self._submit(instance, instance.new_state(request, now), now)
+
+    def _submit(self, instance: Instance, state: RequestState, now: int) -> None:
+        self._loops[instance.log.index].submit(instance, state, now)
 
     def _last_of_session(self, request: Request, fronts: list[int]) -> list[int]:
         """The one of ``fronts`` that took the latest request of the same session; empty if none did.
@@ -211,7 +164,6 @@ class Simulation:
         """Hand a request to a prefill instance, with the decode instance it will go on to; False if it is
         rejected."""
         assert self._hand_over is not None
-        assert self._route is not None
         model = prefill.log.spec.model_name
         backs = [index for index in backs if self.instances[index].log.spec.model_name == model]
         decode = self._router.choose(request, backs, "decode")
@@ -220,40 +172,29 @@ class Simulation:
         if reason:
             self._reject(request.index, prefill.log.index, now, reason)
             return False
-        state = prefill.new_state(request, now)
-        state.total_tokens = request.input_tokens + 1
-        self._hand_over.send(Journey(state, prefill, decode, target, self._route(prefill, target)))
-        prefill.submit(state, now)
+        state = prefill.new_state(request, now, output_tokens=1)
+        wake = self._loops[prefill.log.index].wake
+        self._hand_over.send(state, prefill, decode, target, wake, self._arrive_at_decode)
+        self._submit(prefill, state, now)
         return True
 
-    def _move(self, now: int) -> None:
-        """Let transfers start and end; KV that has arrived brings its request along."""
-        assert self._transfers is not None
-        self._transfers.advance(now)
-        if self._hand_over:
-            for journey in self._hand_over.arrived:
-                self._arrive_at_decode(journey, now)
-            self._hand_over.arrived.clear()
-
     def _arrive_at_decode(self, journey: Journey, now: int) -> None:
+        """The KV of a prompt is there: queue its request where it will be decoded."""
         target, record = journey.target, journey.state.record
-        record.token_steps.clear()  # the user gets the first token from the decode instance
-        record.decode_instance, record.handed_over_ns = target.log.index, now
-        state = target.new_state(journey.state.request, now)
-        state.record = record
-        state.kv_arrived = True
+        record.hand_over(target.log.index, now)
         journey.decode.expect_one()
-        target.submit(state, now)
+        self._submit(target, target.new_state(journey.state.request, now, handed_over=record), now)
 
     def _end(self, state: RequestState) -> None:
         record = state.record
-        track, entry, _ = record.token_steps[0]
-        lane = track - len(self.instances)
-        times = self.instances[track].log.steps.end_ns if lane < 0 else self.log.lane_times[lane]
-        record.first_token_ns = times[entry]
-        self.log.requests.append(record)
+        self.log.add_ended(record)
         if self._arrivals.feedback:
-            self._arrivals.ended(record.request, record.end_ns)
+            self._ended(record.request, record.end_ns)
+
+    def _ended(self, index: int, now: int) -> None:
+        """A request has left the system, which may let another one arrive."""
+        self._arrivals.ended(index, now)
+        self._clock.at(self._arrivals.next_ns, self._arrival)
 
     def _reject(self, index: int, instance: int, now: int, reason: str) -> None:
         self.log.rejected.append(RejectedRequest(index, instance, now, reason))
@@ -261,7 +202,7 @@ class Simulation:
             reason = f"request {index} of its session was rejected"
             self.log.rejected.append(RejectedRequest(successor, instance, now, reason))
         if self._arrivals.feedback:
-            self._arrivals.ended(index, now)
+            self._ended(index, now)
 
     def _check_all_ended(self) -> None:
         ended = {record.request for record in self.log.requests}
@@ -282,6 +223,12 @@ class Simulation:
                     f"the KV blocks of instance {instance.log.index} do not add up: every request has ended, "
                     f"and {pool.num_free} of {pool.usable} blocks count as free, or some are free twice"
                 )
+
+
+def _show(observer: Observer, log: RunLog, now_ns: int) -> int:
+    """Let an observer see the run; returns from when on it wants to see it again."""
+    observer.advance(now_ns, log)
+    return observer.next_ns + 1
 
 
 def why_impossible(request: Request, instance: Instance, output_tokens: int | None = None) -> str:

@@ -11,11 +11,12 @@ from array import array
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import accumulate
 from typing import TYPE_CHECKING, Protocol
 
-from servesim.engine.arrivals import NEVER
 from servesim.engine.batch import Batch
+from servesim.engine.clock import NEVER, Order
 from servesim.errors import RunError
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from servesim.engine.clock import Clock
     from servesim.engine.decode_set import DecodeSet
     from servesim.engine.instance import Instance
     from servesim.engine.noise import StepNoise
     from servesim.engine.request_state import RequestState
-    from servesim.engine.transfers import Transfers
 
 _MIN_JUMP = 2  # steps; below this, there is nothing to gain
 _MIN_VECTOR = 16  # steps; below this, their durations are computed faster one by one
@@ -78,6 +79,34 @@ class Wave:
     end_ns: int
 
 
+class Coupling(IntEnum):
+    """What of a step loop can concern others, and so how far it may run ahead."""
+
+    NONE = 0
+    """Nothing: only arrivals interrupt it."""
+    ENDS = 1
+    """The end of a request, which may let another arrive, here or elsewhere."""
+    STEPS = 2
+    """Every step, since it may move KV over links that others use."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopPlan:
+    """What a step loop runs, and how."""
+
+    members: Sequence[Instance]
+    """One, or those of a group that goes in lock-step."""
+    times: WaveTimes
+    depth: int = 2
+    """Waves in flight at most."""
+    stages: int = 1
+    """Pipeline stages."""
+    jump: bool = True
+    """Whether quiet stretches are jumped over."""
+    noise: StepNoise | None = None
+    """Makes every step a little faster or slower."""
+
+
 class StepLoop:
     """Keeps up to ``depth`` waves in flight on ``stages`` pipeline stages.
 
@@ -89,82 +118,92 @@ class StepLoop:
 
     def __init__(
         self,
-        members: Sequence[Instance],
-        times: WaveTimes,
-        *,
-        depth: int = 2,
-        stages: int = 1,
-        jump: bool = True,
-        noise: StepNoise | None = None,
+        plan: LoopPlan,
+        clock: Clock,
+        leave: Callable[[RequestState], None],
+        coupling: Coupling = Coupling.NONE,
     ) -> None:
-        self.members = members
-        self.times = times
-        self.next_ns = NEVER
-        """When this loop acts next: the end of its oldest wave, or an arrival if it is idle."""
-        self.finished: list[RequestState] = []
-        """Requests that ended since the owner last emptied this list."""
-        self.index = members[0].log.index
-        for member in members:
-            member.loop = self
-        self._depth = depth
-        self._quiet: StepTimes | None = times.alone if jump else None
-        self.noise = noise
-        """Makes every step a little faster or slower."""
-        self.transfers: Transfers | None = None
-        """Brings KV from lower tiers; needed if a member's prefix cache has one."""
-        self.woken: Callable[[], None] | None = None
-        """Called when :attr:`next_ns` has changed from outside :meth:`run`."""
+        """
+        Args:
+            plan: what to run.
+            clock: says when to act.
+            leave: called with every request that leaves the system.
+            coupling: what of this loop concerns others.
+        """
+        self.members = plan.members
+        self.times = plan.times
+        self.index = plan.members[0].log.index
+        self._clock = clock
+        self._actor = clock.actor(Order.STEP, self.act)
+        self._leave = leave
+        self._coupling = coupling
+        self._connected = any(member.scheduler.connectors for member in plan.members)
+        self._depth = plan.depth
+        self._quiet: StepTimes | None = plan.times.alone if plan.jump else None
+        self._noise = plan.noise
+        self._leaving: list[RequestState] = []
+        """Requests that left in the present action."""
         self._gated: Wave | None = None
-        """The wave that waits for KV from a lower tier; nothing is scheduled behind it meanwhile."""
+        """The wave that waits for KV from elsewhere; nothing is scheduled behind it meanwhile."""
         self._gate_ns = 0
         """When the gated wave would have started."""
         self._reads_left = 0
         self._launched = 0
         self._in_flight: deque[Wave] = deque()
-        self._stage_free_ns = [0] * stages
+        self._stage_free_ns = [0] * plan.stages
 
-    def wake(self, arrival_ns: int) -> None:
-        """Act at ``arrival_ns`` unless something is in flight."""
-        if not self._in_flight and arrival_ns < self.next_ns:
-            self.next_ns = arrival_ns
-            self._tell()
+    def submit(self, member: Instance, state: RequestState, now_ns: int) -> None:
+        """Hand a request to a member; it is taken in at the next step boundary, at once if nothing runs."""
+        member.put_in(state)
+        self.wake(now_ns)
 
-    def _tell(self) -> None:
-        if self.woken:
-            self.woken()
+    def wake(self, now_ns: int) -> None:
+        """Act at ``now_ns`` unless something is in flight, whose end will be soon enough."""
+        if not self._in_flight:
+            self._clock.at(now_ns, self._actor)
 
-    def run(self, horizon_ns: int, one_finish: bool) -> None:
-        """Run from :attr:`next_ns` until the next action would be at ``horizon_ns`` or later.
+    def act(self, now_ns: int) -> None:
+        """Run until something else may concern this loop, or what it has done may concern others."""
+        coupling = self._coupling
+        horizon_ns = self._clock.horizon_ns(alone=coupling is Coupling.NONE)
+        if coupling is Coupling.STEPS:
+            horizon_ns = min(horizon_ns, now_ns + 1)  # its transfers must be on the clock before it goes on
+        self.run(now_ns, horizon_ns, coupling is not Coupling.NONE)
+        if self._leaving:
+            for state in self._leaving:
+                self._leave(state)
+            self._leaving.clear()
 
-        ``one_finish``: also return as soon as a request has ended, so that what it releases can be placed in
+    def run(self, now_ns: int, horizon_ns: int, one_finish: bool) -> None:
+        """Run from ``now_ns`` until the next action would be at ``horizon_ns`` or later.
+
+        ``one_finish``: also return as soon as a request has left, so that what it releases can be placed in
         time.
 
         Raises:
             RunError: requests wait that can never be scheduled.
         """
         in_flight, members = self._in_flight, self.members
-        now = self.next_ns
         while True:
-            if in_flight and in_flight[0].end_ns <= now:
+            if in_flight and in_flight[0].end_ns <= now_ns:
                 self._complete(in_flight.popleft())
             for member in members:
-                member.take_in(now)
-            released = one_finish and self.finished  # what that releases may arrive within a jump
+                member.take_in(now_ns)
+            released = one_finish and self._leaving  # what that releases may arrive within a jump
             if self._quiet and not released and not self._gated and len(in_flight) == self._depth - 1:
-                self._jump_ahead(self._quiet, now, horizon_ns)
-            while not self._gated and len(in_flight) < self._depth and self._launch(now):
+                self._jump_ahead(self._quiet, now_ns, horizon_ns)
+            while not self._gated and len(in_flight) < self._depth and self._launch(now_ns):
                 pass
             if not in_flight:
                 for member in members:
                     if member.scheduler.waiting and not member.scheduler.held:
                         raise RunError(member.stuck_message())
-                self.next_ns = NEVER
                 return
             if in_flight[0] is self._gated:
-                self.next_ns = NEVER
-                return
-            self.next_ns = now = in_flight[0].end_ns
-            if now >= horizon_ns or (one_finish and self.finished):
+                return  # the last read lets it go on
+            now_ns = in_flight[0].end_ns
+            if now_ns >= horizon_ns or (one_finish and self._leaving):
+                self._clock.at(now_ns, self._actor)
                 return
 
     def _launch(self, now_ns: int) -> bool:
@@ -175,7 +214,7 @@ class StepLoop:
             batch = self.members[0].schedule(now_ns, bool(in_flight))
             if batch is None:
                 return False
-            batches, recalls = (batch,), bool(batch.recalls)
+            batches = (batch,)
         else:
             batches = [
                 member.schedule(now_ns, any(wave.batches[index] for wave in in_flight))
@@ -183,43 +222,40 @@ class StepLoop:
             ]
             if not any(batches):
                 return False
-            recalls = any(batch.recalls for batch in batches if batch is not None)
         wave = Wave(batches, NEVER)
         in_flight.append(wave)
         start = max(self._stage_free_ns[0], now_ns)
-        if recalls:
-            self._recall(wave, start)
-        else:
+        if not self._connected or not self._read(wave, start):
             self._start(wave, start, start)
         return True
 
-    def _recall(self, wave: Wave, start_ns: int) -> None:
-        """Let a wave wait for the KV its members need from a lower tier; reads begin when it would start."""
-        assert self.transfers is not None
-        self._gated, self._gate_ns = wave, start_ns
+    def _read(self, wave: Wave, start_ns: int) -> bool:
+        """Let a wave wait for KV from elsewhere; False if it needs none. Reads begin when it would start."""
+        reads = 0
         for member, batch in zip(self.members, wave.batches, strict=True):
-            for size in batch.recalls if batch is not None else ():
-                assert member.recall_route is not None
-                self._reads_left += 1
-                self.transfers.plan(start_ns, size, member.recall_route, self._read)
+            if batch is not None:
+                for connector in member.scheduler.connectors:
+                    reads += connector.step_scheduled(batch, start_ns, self._there)
+        if reads:
+            self._gated, self._gate_ns, self._reads_left = wave, start_ns, reads
+        return reads > 0
 
-    def _read(self, now_ns: int) -> None:
-        """One read from a lower tier has ended; after the last one the wave starts."""
+    def _there(self, now_ns: int) -> None:
+        """One read has ended; after the last one the wave starts."""
         self._reads_left -= 1
         if self._reads_left == 0:
             assert self._gated is not None
             wave, self._gated = self._gated, None
             self._start(wave, self._gate_ns, now_ns)
-            self.next_ns = self._in_flight[0].end_ns
-            self._tell()
+            self._clock.at(self._in_flight[0].end_ns, self._actor)
 
     def _start(self, wave: Wave, since_ns: int, compute_ns: int) -> None:
         """Put a wave on the NPUs: it has been theirs since ``since_ns`` and computes from ``compute_ns``
         on."""
         free, time = self._stage_free_ns, compute_ns
         for stage, (compute, hand_over) in enumerate(self.times.stages_ns(wave.batches)):
-            if self.noise:
-                compute = self.noise.step_ns(self._launched, compute)
+            if self._noise:
+                compute = self._noise.step_ns(self._launched, compute)
             time = max(time, free[stage]) + compute
             free[stage] = time
             time += hand_over
@@ -227,8 +263,6 @@ class StepLoop:
             if batch is not None:
                 batch.end_ns = time
                 member.note_step(batch, since_ns)
-                if member.scheduled:
-                    member.scheduled(member, batch, since_ns)
             else:
                 member.log.dummies.start_ns.append(since_ns)
                 member.log.dummies.end_ns.append(time)
@@ -238,8 +272,7 @@ class StepLoop:
     def _complete(self, wave: Wave) -> None:
         for member, batch in zip(self.members, wave.batches, strict=True):
             if batch is not None:
-                member.finish(batch)
-                self.finished += batch.finishing
+                self._leaving += member.finish(batch)
 
     # ------------------------------------------------------------------ quiet stretches of a single instance
 
@@ -279,12 +312,12 @@ class StepLoop:
     def _quiet_ns(self, times: StepTimes, decodes: DecodeSet, count: int) -> Sequence[int]:
         """Durations of the next ``count`` steps, which nothing but the present decodes takes part in."""
         n, (kv_sum, kv_min, kv_max) = decodes.count, decodes.lengths()
-        if count < _MIN_VECTOR and not self.noise:
+        if count < _MIN_VECTOR and not self._noise:
             step_ns = times.decode_ns
             return [step_ns(n, kv_sum + i * n, kv_min + i, kv_max + i) for i in range(count)]
         durations = times.decode_run_ns(n, kv_sum, kv_min, kv_max, count)
-        if self.noise:
-            durations = self.noise.run_ns(self._launched, durations)
+        if self._noise:
+            durations = self._noise.run_ns(self._launched, durations)
         counted: list[int] = durations.tolist()
         return counted
 

@@ -203,13 +203,15 @@ def _noisy_run(nominal: Result, options: RuntimeOptions, member: int, stream: in
     assert cluster is not None
     seed = (options.seed, member)
     workload = jittered(nominal.workload, options.arrival_jitter, (*seed, _ARRIVALS))
-    with silence():  # the run without noise has said what there is to say
-        simulation = build_simulation(cluster, workload, single(options))
     own = (stream,) if stream else ()
     draw = np.random.default_rng((*seed, _RUN, *own)).standard_normal(1)
     common = float(log_normal(options.run_noise, draw)[0])
-    for loop in simulation.loops:
-        loop.noise = StepNoise(options.step_noise, (*seed, _STEPS, loop.index, *own), common)
+
+    def noise(index: int) -> StepNoise:
+        return StepNoise(options.step_noise, (*seed, _STEPS, index, *own), common)
+
+    with silence():  # the run without noise has said what there is to say
+        simulation = build_simulation(cluster, workload, single(options), noise=noise)
     return Result(simulation.run(), workload, nominal.options, cluster)
 
 

@@ -168,11 +168,9 @@ class WarmRuns:
         options = self._options
         if not self._by_rate and math.isfinite(load):
             options = options.replace(max_concurrency=int(load))
+        noise = None if slower == 1.0 else lambda _: StepNoise(0.0, (0,), slower)
         with silence():
-            simulation = build_simulation(self._cluster, self.workload, options, self._kept)
-        if slower != 1.0:
-            for loop in simulation.loops:
-                loop.noise = StepNoise(0.0, (0,), slower)
+            simulation = build_simulation(self._cluster, self.workload, options, self._kept, noise)
         watch = None
         if target is not None:
             watch = Watch(target, len(self.workload), self._length_ns // _LOOKS)

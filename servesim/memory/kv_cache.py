@@ -16,8 +16,6 @@ from servesim.memory.block_pool import BlockPool
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from servesim.memory.tier import LowerTier
-
 
 class BlockTable:
     """The blocks of one request, in order, and the identity of their content."""
@@ -48,16 +46,12 @@ class BlockTable:
 class KvCache:
     """Allocates and frees the blocks of requests; looks prefixes up."""
 
-    __slots__ = ("block_size", "caching", "pool", "registrations", "tier")
+    __slots__ = ("block_size", "caching", "pool", "registrations")
 
-    def __init__(
-        self, num_blocks: int, block_size: int, caching: bool, tier: LowerTier | None = None
-    ) -> None:
+    def __init__(self, num_blocks: int, block_size: int, caching: bool) -> None:
         self.pool = BlockPool(num_blocks)
         self.block_size = block_size
         self.caching = caching
-        self.tier = tier if caching else None
-        """Keeps what the NPU's blocks no longer hold."""
         self.registrations = 0
         """Counts up whenever a block becomes visible to other requests."""
 
@@ -109,26 +103,6 @@ class KvCache:
         if need > 0:
             table.blocks += self.pool.take(need)
 
-    def recallable_tokens(self, table: BlockTable, tokens: int, hit_tokens: int) -> int:
-        """How many of the first ``tokens`` tokens are there once the lower tier is read, if beyond the
-        hits."""
-        if self.tier is None:
-            return hit_tokens
-        return max(self.tier.leading_chunks(table, tokens) * self.tier.chunk_tokens, hit_tokens)
-
-    def recall_bytes(self, hit_tokens: int, recalled_tokens: int) -> int:
-        """Bytes read from the lower tier to go on from ``hit_tokens``: every chunk that is not all there."""
-        if self.tier is None:
-            return 0
-        size = self.tier.chunk_tokens
-        return (recalled_tokens // size - hit_tokens // size) * self.tier.chunk_bytes
-
-    def computed(self, table: BlockTable, tokens: int) -> None:
-        """Take note that the first ``tokens`` tokens are known and being computed."""
-        self.register_shared(table, tokens)
-        if self.tier is not None:
-            self.tier.write_through(table, tokens)
-
     def register_shared(self, table: BlockTable, tokens: int) -> None:
         """Make full blocks among the first ``tokens`` tokens visible to the requests that share them."""
         if self.caching and table.awaits_hash:
@@ -147,8 +121,6 @@ class KvCache:
         overwritten."""
         if self.caching:
             self._register(table, tokens // self.block_size)
-        if self.tier is not None:
-            self.tier.write_through(table, tokens)
         self.free(table, tokens)
 
     def free(self, table: BlockTable, tokens: int) -> None:

@@ -75,7 +75,12 @@ class LowerTier:
         self.chunk_tokens = self._chunk_blocks * block_size
         self.chunk_bytes = self.chunk_tokens * bytes_per_token
         self.written_bytes = 0
-        """Bytes written through since somebody last set this to 0."""
+        """Bytes written through since :meth:`take_written_bytes` was last called."""
+
+    def take_written_bytes(self) -> int:
+        """Bytes written through since the last call."""
+        written, self.written_bytes = self.written_bytes, 0
+        return written
 
     def leading_chunks(self, table: BlockTable, tokens: int) -> int:
         """Chunks without a gap from the start of the first ``tokens`` tokens on, never all of the tokens."""

@@ -100,6 +100,11 @@ class RequestRecord:
     handed_over_ns: int = -1
     """When it was queued at another instance that decodes it; -1 where there is none."""
 
+    def hand_over(self, instance: int, now_ns: int) -> None:
+        """Go on at ``instance``, which gives the user the first token once more."""
+        self.token_steps.clear()
+        self.decode_instance, self.handed_over_ns = instance, now_ns
+
 
 @dataclass(slots=True)
 class RejectedRequest:
@@ -190,13 +195,27 @@ class RunLog:
     requests: list[RequestRecord] = field(default_factory=list)
     rejected: list[RejectedRequest] = field(default_factory=list)
     end_ns: int = 0
-    lane_times: list[array[int]] = field(default_factory=list)
+    pipeline_tracks: list[array[int]] = field(default_factory=list)
     """Step ends in ns of the groups of requests that travel together through a pipeline."""
     notes: list[str] = field(default_factory=list)
     """What was asked for and does not act, or not in full: one line each."""
 
+    def add_ended(self, record: RequestRecord) -> None:
+        """Take in the record of a request that has left the system."""
+        track, entry, _ = record.token_steps[0]
+        beyond = track - len(self.instances)
+        ends = self.instances[track].steps.end_ns if beyond < 0 else self.pipeline_tracks[beyond]
+        record.first_token_ns = ends[entry]
+        self.requests.append(record)
+
+    def close(self) -> None:
+        """Bring everything into its final order once nothing happens any more."""
+        self.end_ns = max((record.end_ns for record in self.requests), default=0)
+        self.requests.sort(key=lambda record: record.request)
+        self.rejected.sort(key=lambda rejected: rejected.request)
+
     def tracks(self) -> list[NDArray[np.int64]]:
         """Token times in ns: track i is the step ends of instance i, and after those come
-        :attr:`lane_times`."""
-        columns = [instance.steps.end_ns for instance in self.instances] + self.lane_times
+        :attr:`pipeline_tracks`."""
+        columns = [instance.steps.end_ns for instance in self.instances] + self.pipeline_tracks
         return [np.array(times, dtype=np.int64) for times in columns]

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.engine.block_tables import BlockTables
-from servesim.engine.build import lane_maker
+from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import StepLoop
+from servesim.engine.step_loop import LoopPlan
 from servesim.memory.kv_cache import KvCache
 from servesim.results.records import InstanceLog
 from servesim.specs.options import RuntimeOptions
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.engine.batch import Batch
-    from servesim.engine.transfers import Route
-    from servesim.memory.tier import LowerTier
+    from servesim.engine.connector import Connector
+    from servesim.engine.noise import StepNoise
     from servesim.results.records import RunLog
 
 
@@ -99,20 +99,21 @@ def small_loop(
     jump: bool = False,
     times: LinearTimes | None = None,
     stages: ConstantStages | None = None,
-    lanes: list[array[int]] | None = None,
+    tracks: list[array[int]] | None = None,
+    noise: StepNoise | None = None,
     **limits: Any,
-) -> StepLoop:
+) -> LoopPlan:
     """The loop of an instance with ``blocks`` blocks, vLLM's null block included.
 
-    ``stages`` makes it a pipeline, which notes the times of its tokens in ``lanes``.
+    ``stages`` makes it a pipeline, which notes the times of its tokens in ``tracks``.
     """
     member = small_member(
-        workload, index, tables, blocks, block_size, max_num_seqs, budget, caching, lanes, **limits
+        workload, index, tables, blocks, block_size, max_num_seqs, budget, caching, tracks, **limits
     )
     if stages is not None:
         count = len(stages.each)
-        return StepLoop([member], stages, depth=count, stages=count, jump=False)
-    return StepLoop([member], OneInstance(times or LinearTimes()), depth=depth, jump=jump)
+        return LoopPlan([member], stages, depth=count, stages=count, jump=False)
+    return LoopPlan([member], OneInstance(times or LinearTimes()), depth=depth, jump=jump, noise=noise)
 
 
 def small_member(
@@ -124,14 +125,14 @@ def small_member(
     max_num_seqs: int = 8,
     budget: int = 64,
     caching: bool = True,
-    lanes: list[array[int]] | None = None,
+    tracks: list[array[int]] | None = None,
     instances: int = 1,
     pd_type: str | None = None,
-    tier: LowerTier | None = None,
-    recall_route: Route | None = None,
+    node: int = 0,
+    connectors: Sequence[Connector] = (),
     **limits: Any,
 ) -> Instance:
-    """An instance that no loop runs yet; ``lanes`` where it is in a pipeline."""
+    """An instance that no loop runs yet; ``tracks`` where it is in a pipeline."""
     options = instance_options(
         block_size=block_size,
         max_num_batched_tokens=budget,
@@ -141,7 +142,7 @@ def small_member(
     )
     log = InstanceLog(
         index,
-        0,
+        node,
         instance(index).spec,
         options,
         capacity(num_blocks=blocks, block_size=block_size),
@@ -149,21 +150,22 @@ def small_member(
         "no host",
     )
     log.spec.pd_type = pd_type  # type: ignore[misc, assignment]
-    new_lane = None if lanes is None else lane_maker(block_size, lanes, instances)
     scheduler = Scheduler(
-        SchedulerLimits(max_num_seqs, budget, **limits), KvCache(blocks, block_size, caching, tier), new_lane
+        SchedulerLimits(max_num_seqs, budget, **limits),
+        KvCache(blocks, block_size, caching),
+        connectors=connectors,
+        new_decodes=None if tracks is None else track_maker(block_size, tracks, instances),
+        list_requests=pd_type == "prefill",
     )
-    member = Instance(log, scheduler, tables or BlockTables(workload))
-    member.recall_route = recall_route
-    return member
+    return Instance(log, scheduler, tables or BlockTables(workload))
 
 
 def run_small(workload: Workload, *, max_concurrency: int = 0, **how: Any) -> RunLog:
     """Run ``workload`` on one small instance."""
-    lanes: list[array[int]] | None = [] if how.get("stages") else None
-    loop = small_loop(workload, lanes=lanes, **how)
+    tracks: list[array[int]] | None = [] if how.get("stages") else None
+    loop = small_loop(workload, tracks=tracks, **how)
     options = RuntimeOptions(max_concurrency=max_concurrency)
-    log = Simulation([loop], workload, options, lane_times=lanes).run()
+    log = Simulation([loop], workload, options, pipeline_tracks=tracks).run()
     loop.members[0].scheduler.kv.pool.check_integrity()
     assert loop.members[0].scheduler.kv.pool.num_used == 0, "blocks are held after the last request ended"
     return log

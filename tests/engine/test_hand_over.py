@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servesim.engine.block_tables import BlockTables
-from servesim.engine.hand_over import HandOver, Routes
+from servesim.engine.clock import Clock
+from servesim.engine.connector import HandOver
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import StepLoop
-from servesim.engine.transfers import Transfers
+from servesim.engine.step_loop import LoopPlan
+from servesim.engine.transfers import Routes, Transfers
 from servesim.specs.model import model_from_config
 from servesim.specs.options import RuntimeOptions
 from tests.engine.small_engine import LinearTimes, requests, small_member
@@ -58,24 +59,26 @@ def run_split(
     **limits: Any,
 ) -> RunLog:
     tables = BlockTables(workload)
-    members = [small_member(workload, i, tables, pd_type="prefill", **limits) for i in range(prefill)]
-    members += [
-        small_member(workload, prefill + i, tables, pd_type="decode", **{**limits, "blocks": decode_blocks})
-        for i in range(decode)
-    ]
-    for member, node in zip(members, nodes, strict=False):
-        member.log.node = node
-    for member in members[:prefill]:
-        member.scheduler.traced = True
-    loops = [StepLoop([member], OneInstance(LinearTimes()), depth=depth) for member in members]
+    clock = Clock()
     link = SimpleNamespace(bandwidth_gbs=bandwidth, latency_ns=latency)
     far = SimpleNamespace(bandwidth_gbs=bandwidth / 2, latency_ns=latency * 3)
     routes = Routes(cast("Any", SimpleNamespace(dp=link, nodes=far)))
-    transfers = Transfers()
-    hand_over = HandOver(transfers, {"org/tiny": MODEL})
-    run = Simulation(
-        loops, workload, RuntimeOptions(), transfers=transfers, hand_over=hand_over, route=routes
-    )
+    hand_over = HandOver(Transfers(clock), {"org/tiny": MODEL}, routes)
+    sides = ["prefill"] * prefill + ["decode"] * decode
+    members = [
+        small_member(
+            workload,
+            index,
+            tables,
+            pd_type=side,
+            node=nodes[index] if nodes else 0,
+            connectors=[hand_over],
+            **(limits if side == "prefill" else {**limits, "blocks": decode_blocks}),
+        )
+        for index, side in enumerate(sides)
+    ]
+    plans = [LoopPlan([member], OneInstance(LinearTimes()), depth=depth) for member in members]
+    run = Simulation(plans, workload, RuntimeOptions(), clock=clock, hand_over=hand_over)
     log = run.run()
     for member in members:
         member.scheduler.kv.pool.check_integrity()
@@ -95,17 +98,17 @@ def test_the_first_token_comes_from_the_decode_side_once_the_kv_is_there() -> No
 
 def test_kv_that_arrives_with_a_request_is_taken_first(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, int]] = []
-    move, arrive = Simulation._move, Simulation._arrive
+    move, arrive = Transfers._advance, Simulation._arrive
 
-    def noting_move(self: Simulation, now: int) -> None:
+    def noting_move(self: Transfers, now: int) -> None:
         done.append(("KV", now))
         move(self, now)
 
-    def noting_arrive(self: Simulation) -> None:
-        done.append(("request", self._arrivals.next_ns))
-        arrive(self)
+    def noting_arrive(self: Simulation, now: int) -> None:
+        done.append(("request", now))
+        arrive(self, now)
 
-    monkeypatch.setattr(Simulation, "_move", noting_move)
+    monkeypatch.setattr(Transfers, "_advance", noting_move)
     monkeypatch.setattr(Simulation, "_arrive", noting_arrive)
     log = run_split(requests((8, 3, 0), (8, 1, 8000)))
     assert log.requests[0].handed_over_ns == 8000

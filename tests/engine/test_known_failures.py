@@ -25,7 +25,7 @@ import pytest
 
 from servesim.api import simulate
 from servesim.engine.build import build_simulation
-from servesim.engine.hand_over import HandOver
+from servesim.engine.connector import HandOver
 from servesim.engine.step_loop import StepLoop
 from servesim.errors import BrokenRunError, InputError, RunError
 from servesim.memory.block_pool import BlockPool
@@ -158,13 +158,13 @@ def test_the_queuing_delay_is_that_of_the_first_chunk() -> None:
 def acted(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """Instance -> how often its loop was run."""
     counts: dict[int, int] = {}
-    run_loop = StepLoop.run
+    act = StepLoop.act
 
-    def count(loop: StepLoop, horizon_ns: int, one_finish: bool) -> None:
+    def count(loop: StepLoop, now_ns: int) -> None:
         counts[loop.index] = counts.get(loop.index, 0) + 1
-        run_loop(loop, horizon_ns, one_finish)
+        act(loop, now_ns)
 
-    monkeypatch.setattr(StepLoop, "run", count)
+    monkeypatch.setattr(StepLoop, "act", count)
     return counts
 
 
@@ -291,6 +291,6 @@ def test_a_time_that_does_not_fit_64_bits_is_named(arrival_ns: int) -> None:
 
 
 def test_what_gets_lost_on_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(HandOver, "step_scheduled", lambda *_: None)  # KV that never leaves
+    monkeypatch.setattr(HandOver, "step_started", lambda *_: None)  # KV that never leaves
     with pytest.raises(RunError, match="nothing is left to do, but requests 0, 1 have not ended"):
         run([toy_instance(pd_type=role) for role in ("prefill", "decode")], *burst(2, 8, 4))

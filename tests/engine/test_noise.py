@@ -20,8 +20,7 @@ fewer = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 
 def run_noisy(workload: Workload, sigma: float | None, seed: int = 1, cap: int = 0, **how: Any) -> RunLog:
-    loop = small_loop(workload, **how)
-    loop.noise = None if sigma is None else StepNoise(sigma, (seed,))
+    loop = small_loop(workload, noise=None if sigma is None else StepNoise(sigma, (seed,)), **how)
     return Simulation([loop], workload, RuntimeOptions(max_concurrency=cap)).run()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from servesim.engine.build import build_simulation
+from servesim.engine.clock import Actor, Clock
 from servesim.specs.cluster import load_cluster
 from servesim.specs.options import RuntimeOptions
 from tests.engine.test_properties import everything, workloads
@@ -134,16 +136,16 @@ def bounded(simulation: Simulation, workload: Workload) -> RunLog:
     """
     most = 50 * sum(r.input_tokens + r.output_tokens for r in workload) + 1000 * len(workload)
     acted = 0
-    act = simulation._act
+    at = Clock.at
 
-    def count(index: int, horizon: int) -> None:
+    def count(clock: Clock, ns: int, actor: Actor) -> None:
         nonlocal acted
         acted += 1
         assert acted < most, "the run does not come to an end"
-        act(index, horizon)
+        at(clock, ns, actor)
 
-    simulation._act = count  # type: ignore[method-assign]
-    return simulation.run()
+    with mock.patch.object(Clock, "at", count):
+        return simulation.run()
 
 
 def check_cluster_run(simulation: Simulation, log: RunLog, workload: Workload) -> None:

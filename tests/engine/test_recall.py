@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servesim.engine.block_tables import BlockTables
+from servesim.engine.clock import Clock
+from servesim.engine.connector import LowerTierConnector
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import StepLoop
+from servesim.engine.step_loop import LoopPlan
 from servesim.engine.transfers import Route, Transfers
 from servesim.memory.tier import LowerTier, TierPool
 from servesim.network.links import Port
@@ -42,19 +44,24 @@ def run_tiered(
     tables = BlockTables(workload)
     how = {"block_size": 16, "blocks": 39, "budget": 1000, **limits}
     pools = [TierPool(capacity) for _ in range(1 if shared else instances)]
+    clock = Clock()
+    transfers = Transfers(clock)
     members = [
         small_member(
             workload,
             i,
             tables,
-            tier=LowerTier(pools[i % len(pools)], 0, how["block_size"], 1),
-            recall_route=ROUTE,
+            connectors=[
+                LowerTierConnector(
+                    LowerTier(pools[i % len(pools)], 0, how["block_size"], 1), ROUTE, transfers
+                )
+            ],
             **how,
         )
         for i in range(instances)
     ]
-    loops = [StepLoop([member], OneInstance(LinearTimes()), depth=depth) for member in members]
-    run = Simulation(loops, workload, RuntimeOptions(request_routing_policy="RR"), transfers=Transfers())
+    plans = [LoopPlan([member], OneInstance(LinearTimes()), depth=depth) for member in members]
+    run = Simulation(plans, workload, RuntimeOptions(request_routing_policy="RR"), clock=clock)
     log = run.run()
     for member in members:
         member.scheduler.kv.pool.check_integrity()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from servesim.engine.block_tables import BlockTables
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import StepLoop
+from servesim.engine.step_loop import LoopPlan
 from servesim.results.records import RunLog
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Workload
@@ -19,15 +19,15 @@ from tests.engine.test_properties import check_run, workloads
 
 def run_group(workload: Workload, members: int = 2, depth: int = 1, pp: int = 1, **limits: Any) -> RunLog:
     tables = BlockTables(workload)
-    lanes: list[Any] | None = [] if pp > 1 else None
+    tracks: list[Any] | None = [] if pp > 1 else None
     group = [
-        small_member(workload, i, tables, lanes=lanes, instances=members, **limits) for i in range(members)
+        small_member(workload, i, tables, tracks=tracks, instances=members, **limits) for i in range(members)
     ]
     if pp > 1:
-        loop = StepLoop(group, ConstantStages(pp), depth=pp, stages=pp)
+        loop = LoopPlan(group, ConstantStages(pp), depth=pp, stages=pp)
     else:
-        loop = StepLoop(group, SlowestMember(), depth=depth)
-    log = Simulation([loop], workload, RuntimeOptions(), lane_times=lanes).run()
+        loop = LoopPlan(group, SlowestMember(), depth=depth)
+    log = Simulation([loop], workload, RuntimeOptions(), pipeline_tracks=tracks).run()
     for member in group:
         member.scheduler.kv.pool.check_integrity()
         assert member.scheduler.kv.pool.num_used == 0

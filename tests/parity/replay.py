@@ -15,11 +15,11 @@ from servesim.bench.record_scheduler import SchedulerSettings
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
 from servesim.engine.block_tables import BlockTables
-from servesim.engine.build import lane_maker
+from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
-from servesim.engine.step_loop import StepLoop
+from servesim.engine.step_loop import LoopPlan
 from servesim.memory.kv_cache import KvCache
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
@@ -42,10 +42,12 @@ class NotingScheduler(Scheduler):
     __slots__ = ("notes", "pending")
 
     def __init__(
-        self, limits: SchedulerLimits, kv: KvCache, new_lane: Callable[[], DecodeSet] | None = None
+        self,
+        limits: SchedulerLimits,
+        kv: KvCache,
+        new_decodes: Callable[[], DecodeSet] | None = None,
     ) -> None:
-        super().__init__(limits, kv, new_lane)
-        self.traced = True
+        super().__init__(limits, kv, new_decodes=new_decodes, list_requests=True)
         self.notes: dict[int, LoggedStep] = {}
         self.pending: list[int] = []
         """Preempted by schedules that came out empty; they count with the next step."""
@@ -76,27 +78,26 @@ class NotingScheduler(Scheduler):
 def replay(golden: Golden) -> SchedulerLog:
     """The engine's log of a golden's workload, every step taken one by one."""
     settings, formula = golden_settings(golden)
-    lanes: list[array[int]] = []
-    new_lane = lane_maker(settings.block_size, lanes, 1) if is_pipeline(golden.name) else None
-    scheduler = NotingScheduler(limits(settings), kv_cache(settings), new_lane)
+    tracks: list[array[int]] = []
+    new_decodes = track_maker(settings.block_size, tracks, 1) if is_pipeline(golden.name) else None
+    scheduler = NotingScheduler(limits(settings), kv_cache(settings), new_decodes)
     workload = golden.workload()
-    loop = build_loop(scheduler, settings, formula, workload, jump=False)
 
     def note_completion(batch: Batch, start_ns: int, free: int) -> None:
         note = scheduler.notes[batch.step]
         note.start, note.end, note.free_after = start_ns, batch.end_ns, free
         note.finished = [state.request.index for state in batch.finishing]
 
-    loop.members[0].trace = note_completion
-    run = simulate(loop, workload, lanes)
+    loop = build_loop(scheduler, settings, formula, workload, jump=False, trace=note_completion)
+    run = simulate(loop, workload, tracks)
     scheduler.kv.pool.check_integrity()
     steps = [scheduler.notes[step] for step in sorted(scheduler.notes)]
     return SchedulerLog(golden.log.header, steps, [logged(record) for record in run.requests])
 
 
-def simulate(loop: StepLoop, workload: Workload, lanes: list[array[int]] | None = None) -> RunLog:
+def simulate(loop: LoopPlan, workload: Workload, tracks: list[array[int]] | None = None) -> RunLog:
     """Run a workload on one instance by the simulation's own event loop."""
-    return Simulation([loop], workload, RuntimeOptions(), lane_times=lanes).run()
+    return Simulation([loop], workload, RuntimeOptions(), pipeline_tracks=tracks).run()
 
 
 class FormulaStages:
@@ -111,13 +112,15 @@ class FormulaStages:
         return [*self._whole.stages_ns(batches)] * STAGES
 
 
-class DrainedLoop(StepLoop):
-    """A loop that schedules nothing behind the steps that :func:`is_drained` names."""
+class DrainedInstance(Instance):
+    """Schedules nothing behind the steps that :func:`is_drained` names."""
 
-    def _launch(self, now_ns: int) -> bool:
-        if self._in_flight and is_drained(self._launched - 1):
-            return False
-        return super()._launch(now_ns)
+    __slots__ = ()
+
+    def schedule(self, now_ns: int, in_flight: bool) -> Batch | None:
+        if in_flight and is_drained(len(self.log.steps) - 1):
+            return None
+        return super().schedule(now_ns, in_flight)
 
 
 def golden_settings(golden: Golden) -> tuple[SchedulerSettings, StepFormula]:
@@ -146,7 +149,8 @@ def build_loop(
     formula: StepFormula,
     workload: Workload,
     jump: bool,
-) -> StepLoop:
+    trace: Callable[[Batch, int, int], None] | None = None,
+) -> LoopPlan:
     """The loop of one instance of a model that has no properties but a name: nothing else takes part in
     scheduling."""
     capacity = SimpleNamespace(block_size=settings.block_size, usable_blocks=settings.num_gpu_blocks - 1)
@@ -159,11 +163,12 @@ def build_loop(
         bundle_source="formula",
         host="in the formula",
     )
-    member = Instance(log, scheduler, BlockTables(workload))
-    if scheduler.new_lane is not None:
-        return DrainedLoop([member], FormulaStages(formula), depth=STAGES, stages=STAGES, jump=False)
+    if scheduler.new_decodes is not None:
+        drained = DrainedInstance(log, scheduler, BlockTables(workload), trace)
+        return LoopPlan([drained], FormulaStages(formula), depth=STAGES, stages=STAGES, jump=False)
     depth = 2 if settings.async_scheduling else 1
-    return StepLoop([member], OneInstance(formula), depth=depth, jump=jump)
+    member = Instance(log, scheduler, BlockTables(workload), trace)
+    return LoopPlan([member], OneInstance(formula), depth=depth, jump=jump)
 
 
 def logged(record: RequestRecord) -> LoggedRequest:
