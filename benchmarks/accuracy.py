@@ -167,7 +167,7 @@ def changes() -> list[tuple[str, Outcomes]]:
     """The model with one part changed at a time."""
     with patch("servesim.cost.build.capture_limit", lambda *_: 512):
         captured = outcomes(NO_HOST_TIME)
-    with patch("servesim.cost.step_terms.product_rows", lambda tokens: tokens):
+    with patch("servesim.cost.step_terms.gemm_rows", lambda tokens: tokens):
         lines = outcomes(NO_HOST_TIME)
     return [
         ("graphs captured up to 512 tokens whatever `max_num_seqs`", captured),

@@ -55,7 +55,7 @@ class Samples:
     def predicted(self, acc: Accelerator) -> NDArray[np.float64]:
         """What the roofline formula says at the same points."""
         if self.family == "product":
-            return formulas.product_us(acc, *self.at, str(self.shape))
+            return formulas.gemm_us(acc, *self.at, str(self.shape))
         if self.family == "decode":
             return formulas.decode_us(acc, self.shape, *self.at)  # type: ignore[arg-type]
         if self.family == "prefill":
@@ -96,7 +96,7 @@ def _products(gpu: Gpu, dtype: str, models: list[ModelSpec]) -> list[Samples]:
     for model, tp in _ranks(models):
         shapes = rank_shapes(model, tp)
         layers = ["qkv_proj", "o_proj"] + ([] if model.is_moe else ["gate_up_proj", "down_proj"])
-        sizes |= {shapes.product(layer) for layer in layers}
+        sizes |= {shapes.gemm(layer) for layer in layers}
     try:
         times = gemm.gemm_times(gpu, dtype)
     except ServingError:

@@ -34,7 +34,7 @@ FIRST_SEQUENCES = 256
 """Counts whose sums are computed at first; more are when asked for."""
 ACTIVATION_BYTES = 2  # hidden states travel between ranks in 16 bit, whatever the weights are
 TILE_ROWS = 16
-"""Rows that a tensor core multiplies at a time; no matrix product takes fewer (NVIDIA PTX ISA, ``mma``)."""
+"""Rows that a tensor core multiplies at a time; no GEMM takes fewer (NVIDIA PTX ISA, ``mma``)."""
 _ALL_REDUCE = "all_reduce"
 
 
@@ -65,23 +65,23 @@ class LayerTerm:
     unit: str
     source: str
     tiled: bool = False
-    """Whether it is a matrix product over tokens, which computes whole tiles of rows.
+    """Whether it is a GEMM over tokens, which computes whole tiles of rows.
 
     The measured curve then has a step between two of its points; a line through them would give the first
     rows of a new tile nearly the time of the old one.
     """
 
     def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self.curve.at(product_rows(counts) if self.tiled else counts)
+        return self.curve.at(gemm_rows(counts) if self.tiled else counts)
 
     def origin(self, count: int) -> str:
-        rows = int(product_rows(np.array([count]))[0]) if self.tiled else count
+        rows = int(gemm_rows(np.array([count]))[0]) if self.tiled else count
         whole = f", tiles of {TILE_ROWS} rows" if rows != count else ""
         return f"{describe_lookup(self.curve.points, rows, self.unit)} in {self.source}{whole}"
 
 
-def product_rows(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows that a matrix product computes for ``tokens``: whole tiles; up to a single tile, as measured."""
+def gemm_rows(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows that a GEMM computes for ``tokens``: whole tiles; up to a single tile, as measured."""
     return np.where(tokens > TILE_ROWS, -(-tokens // TILE_ROWS) * TILE_ROWS, tokens)
 
 
@@ -258,7 +258,7 @@ def _token_term(
     if architecture.kind(layer) != "moe":
         source = f"{tables.folder.name}/dense.csv"
         curve = tables.layer("dense", layer)
-        return LayerTerm(layer, calls, curve, "tokens", source, tiled=architecture.is_product(layer))
+        return LayerTerm(layer, calls, curve, "tokens", source, tiled=architecture.is_gemm(layer))
     if tables.moe is None:
         raise InputError(
             f"{tables.folder / 'moe.csv'}: no such file, nor one in tp1: layer {layer} of the architecture "

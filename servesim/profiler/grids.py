@@ -29,7 +29,7 @@ SHORT_TOKENS = 256
 CHUNK_TOLERANCE = 0.02
 MOST_CHUNKS = 26
 STAIR_TOKENS = 2048
-"""Up to here every step of the matrix products' staircase has a sample on both of its sides."""
+"""Up to here every step of the GEMMs' staircase has a sample on both of its sides."""
 
 
 def doubling(first: int, last: int) -> list[int]:
@@ -70,7 +70,7 @@ def refined(grid: list[int], time_us: Callable[[int], float], tolerance: float, 
 def token_grid(last: int) -> list[int]:
     """Token counts of the dense layers, up to ``last``.
 
-    Matrix products work on tiles: single tokens to 17, both sides of every multiple of 16 to 128, of 32 to
+    GEMMs work on tiles: single tokens to 17, both sides of every multiple of 16 to 128, of 32 to
     256 and of 128 to 2048, whole multiples of 512 beyond. The last interval is a whole number of tiles, so
     extrapolating above the grid follows the slope of the staircase and not one of its treads.
     """

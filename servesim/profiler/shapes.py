@@ -24,8 +24,8 @@ class RankShapes:
     vocab: int
     full_vocab: int
 
-    def product(self, layer: str) -> tuple[int, int]:
-        """Output and inner size (n, k) of a dense layer's matrix product."""
+    def gemm(self, layer: str) -> tuple[int, int]:
+        """Output and inner size (n, k) of a dense layer's GEMM."""
         return {
             "qkv_proj": ((self.heads + 2 * self.kv_heads) * self.head_dim, self.hidden),
             "o_proj": (self.hidden, self.heads * self.head_dim),

@@ -88,8 +88,8 @@ class Architecture(Spec):
             f"profiler/models/{self.model_type}.yaml: catalog: layer {layer!r} is in none of its tables"
         )
 
-    def is_product(self, layer: str) -> bool:
-        """Whether a dense layer is a matrix product: the engine's linear layers are."""
+    def is_gemm(self, layer: str) -> bool:
+        """Whether a dense layer is a GEMM: the engine's linear layers are."""
         entry = self.catalog.dense.get(layer)
         return entry is not None and entry.class_name.endswith("Linear")
 

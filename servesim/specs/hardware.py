@@ -89,10 +89,10 @@ class RooflineSpec(Spec):
     """Time from one kernel to the next beyond its own; the fitted starts hold 1.5 us of it."""
     product_start_us: StartUs | None = None
     product_compute: Share | None = None
-    """Matrix products: share of the peak rate of their dtype."""
+    """GEMMs: share of the peak rate of their dtype."""
     product_compute_8bit: Share | None = None
     product_stream: Share | None = None
-    """Matrix products: share of the memory bandwidth at which weights arrive."""
+    """GEMMs: share of the memory bandwidth at which weights arrive."""
     decode_start_us: StartUs | None = None
     decode_block_us: StartUs | None = None
     """Decode attention: for every KV head of every sequence, on top of its bytes."""

@@ -31,7 +31,7 @@ ROUNDED = 1.00001
 """Tables hold six digits."""
 SLOWEST_US = 60e6
 """A kernel of a minute is a fault: the longest here takes a fifth of a second."""
-PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
+GEMMS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def _ranks(bundle: Path) -> list[Rank]:
     ]
 
 
-def _product_us(rank: Rank, layer: str, count: Floats) -> Floats:
-    """Least time of a matrix product: its arithmetic, or its weights from DRAM."""
-    n, k = rank.shapes.product(layer)
+def _gemm_us(rank: Rank, layer: str, count: Floats) -> Floats:
+    """Least time of a GEMM: its arithmetic, or its weights from DRAM."""
+    n, k = rank.shapes.gemm(layer)
     element = 2 if layer == "lm_head" else rank.weight_bytes
     return np.maximum(2.0 * count * n * k * rank.flop_us(element), n * k * element * rank.dram_us)
 
@@ -97,7 +97,7 @@ def _layers_least(rank: Rank, table: str, axis: str) -> tuple[Floats, Floats]:
     layer = np.array([name for (name,) in names])
     for name in np.unique(layer):
         own = layer == name
-        least[own] = (_product_us if name in PRODUCTS else _moved_us)(rank, name, rows[own, 0])
+        least[own] = (_gemm_us if name in GEMMS else _moved_us)(rank, name, rows[own, 0])
     return rows[:, 1], least
 
 

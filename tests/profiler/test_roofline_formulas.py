@@ -25,11 +25,11 @@ from servesim.profiler.roofline.formulas import (
     accelerator,
     all_reduce_us,
     decode_us,
+    gemm_us,
     mean_keys,
     moe_us,
     moved_us,
     prefill_us,
-    product_us,
 )
 from servesim.specs.hardware import HardwareSpec, RooflineSpec, load_hardware
 from tests.profiler.roofline_toy import PERFECT, TOY, TOY_HARDWARE, toy
@@ -42,7 +42,7 @@ def test_a_product_of_one_token_streams_its_weights() -> None:
     streamed = (4096 * 4096 * 2 + 4096 * 2 + 4096 * 2) / 1e6
     computed = 6.4 * 10 * 64 * 64 * 2 * (4096 + 256) / (1e9 * 0.8)
     assert computed == pytest.approx(2.85, abs=0.01)
-    time = float(product_us(TOY, 1, 4096, 4096, "bfloat16"))
+    time = float(gemm_us(TOY, 1, 4096, 4096, "bfloat16"))
     assert time == pytest.approx((streamed**3.5 + computed**3.5) ** (1 / 3.5))
     assert time == pytest.approx(streamed, rel=1e-3)
 
@@ -50,13 +50,13 @@ def test_a_product_of_one_token_streams_its_weights() -> None:
 def test_a_large_product_runs_at_the_peak_rate() -> None:
     flop = 2 * 8192 * 8192 * 8192
     padded = flop * (8192 + 256) / 8192  # filling and draining the pipelines costs 512 bytes of k
-    assert float(product_us(TOY, 8192, 8192, 8192, "bfloat16")) == pytest.approx(padded / 1e9, rel=0.01)
+    assert float(gemm_us(TOY, 8192, 8192, 8192, "bfloat16")) == pytest.approx(padded / 1e9, rel=0.01)
 
 
 def test_eight_bit_products_halve_the_weights_and_pay_for_quantising() -> None:
-    one = float(product_us(TOY, 1, 4096, 4096, "fp8"))
-    assert one == pytest.approx(float(product_us(TOY, 1, 4096, 4096, "bfloat16")) / 2, rel=0.01)
-    narrow = float(product_us(TOY, 8192, 64, 4096, "fp8"))
+    one = float(gemm_us(TOY, 1, 4096, 4096, "fp8"))
+    assert one == pytest.approx(float(gemm_us(TOY, 1, 4096, 4096, "bfloat16")) / 2, rel=0.01)
+    narrow = float(gemm_us(TOY, 8192, 64, 4096, "fp8"))
     assert narrow > 8192 * 4096 * 3 / 1e6  # reading 16-bit activations and writing 8-bit ones
 
 
@@ -65,8 +65,8 @@ def test_without_eight_bit_arithmetic_small_weights_still_stream_faster() -> Non
         TOY_HARDWARE.model_copy(update={"peak_tflops": {"bfloat16": 1000.0}}), efficiency=PERFECT
     )
     assert plain.rate("fp8") == (1e9, False)
-    assert float(product_us(plain, 1, 4096, 4096, "fp8")) < 20.0
-    large = [float(product_us(plain, 8192, 4096, 4096, dtype)) for dtype in ("fp8", "bfloat16")]
+    assert float(gemm_us(plain, 1, 4096, 4096, "fp8")) < 20.0
+    large = [float(gemm_us(plain, 8192, 4096, 4096, dtype)) for dtype in ("fp8", "bfloat16")]
     assert large[0] == pytest.approx(large[1], rel=0.05)
 
 
@@ -140,7 +140,7 @@ def test_an_all_reduce_of_two_ranks_sends_its_payload_once() -> None:
 def test_products_never_get_faster_with_more_tokens_and_never_beat_the_roofline(
     tokens: int, more: int, n: int, k: int, dtype: str
 ) -> None:
-    less, greater = product_us(TOY, np.array([tokens, tokens + more]), n, k, dtype)
+    less, greater = gemm_us(TOY, np.array([tokens, tokens + more]), n, k, dtype)
     assert less <= greater * (1 + 1e-12)
     element = 1 if dtype == "fp8" else 2
     assert less >= max(2 * tokens * n * k / TOY.rate(dtype)[0], n * k * element / 1e6) * (1 - 1e-12)
@@ -207,4 +207,4 @@ def test_unknown_hardware_is_told_where_to_put_its_file() -> None:
 
 def test_a_dtype_without_a_peak_rate_is_refused() -> None:
     with pytest.raises(InputError, match=r"peak_tflops.float32: is missing"):
-        product_us(TOY, 1, 64, 64, "float32")
+        gemm_us(TOY, 1, 64, 64, "float32")

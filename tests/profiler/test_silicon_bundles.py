@@ -254,4 +254,4 @@ def test_replicated_kv_heads_keep_at_least_one() -> None:
 
     shapes = rank_shapes(load_model(MOE), 8)
     assert (shapes.heads, shapes.kv_heads) == (4, 1)
-    assert shapes.product("qkv_proj") == ((4 + 2) * 128, 2048)
+    assert shapes.gemm("qkv_proj") == ((4 + 2) * 128, 2048)

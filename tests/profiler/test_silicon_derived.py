@@ -71,7 +71,7 @@ def test_blocks_that_are_many_keep_the_sms_level() -> None:
 
 def test_a_product_takes_whole_waves_of_tiles() -> None:
     tokens = np.array([256.0, 384.0, 512.0])
-    # 4 columns of tiles, 5 SMs: 8 tiles of a product too small to be cut like that, 12 and 16 tiles
+    # 4 columns of tiles, 5 SMs: 8 tiles of a GEMM too small to be cut like that, 12 and 16 tiles
     assert waves(tokens, 512, SQUARE, 5).tolist() == [1.0, 3.0, 4.0]
     assert waves(tokens, 512, (), 10).tolist() == [1.0, 1.0, 1.0]
 

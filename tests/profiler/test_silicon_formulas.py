@@ -90,7 +90,7 @@ def test_a_sample_whose_whole_tile_would_beat_the_peak_stands_for_its_own_rows()
 
 
 def test_a_dtype_without_rows_names_those_that_were_measured() -> None:
-    with pytest.raises(InputError, match=r"no fp8 matrix products .* measured: bfloat16"):
+    with pytest.raises(InputError, match=r"no fp8 GEMMs .* measured: bfloat16"):
         GemmTimes(TOY, "fp8", _gemm().table)
 
 

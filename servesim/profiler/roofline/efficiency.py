@@ -54,7 +54,7 @@ class Efficiency:
     moe_compute: Curve
     moe_compute_8bit: Curve
     link_share: Curve
-    moe_start_us: float = 28.0  # router, top-k, sort by expert, two grouped products, combine
+    moe_start_us: float = 28.0  # router, top-k, sort by expert, two grouped GEMMs, combine
     moe_stream: Curve = 0.85
     moved_start_us: float = 2.3
     moved_stream: Curve = 0.85

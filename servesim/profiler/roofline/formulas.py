@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 ACTIVATION_BYTES = 2
-PRODUCT_TILES = ((64, 64, 0.8), (128, 128, 1.0))
-"""Rows, columns and relative speed of the tiles that a matrix product can be cut into."""
-PRODUCT_FILL_BYTES = 512
+GEMM_TILES = ((64, 64, 0.8), (128, 128, 1.0))
+"""Rows, columns and relative speed of the tiles that a GEMM can be cut into."""
+GEMM_FILL_BYTES = 512
 """Bytes of k that filling and draining a tile's pipeline costs."""
-PRODUCT_SHARPNESS = 3.5
+GEMM_SHARPNESS = 3.5
 QUANTISE_BYTES = 3
 """Read and written per activation to turn it into 8 bit."""
 ROW_TILE = 128
@@ -118,7 +118,7 @@ def overlapped(one: Floats, other: Floats, sharpness: float) -> Floats:
     return together
 
 
-def product_us(acc: Accelerator, tokens: ArrayLike, n: ArrayLike, k: ArrayLike, dtype: str) -> Floats:
+def gemm_us(acc: Accelerator, tokens: ArrayLike, n: ArrayLike, k: ArrayLike, dtype: str) -> Floats:
     """``[tokens, k] x [k, n]`` with weights of ``dtype``.
 
     Computing goes tile by tile, at least one wave of tiles on all units; streaming reads weights and
@@ -129,15 +129,15 @@ def product_us(acc: Accelerator, tokens: ArrayLike, n: ArrayLike, k: ArrayLike, 
     element = dtype_bytes(dtype)
     peak, eight_bit = acc.rate(dtype)
     speed = peak * share_at(eff.product_compute_8bit if eight_bit else eff.product_compute, m)
-    inner = 2.0 * (k + PRODUCT_FILL_BYTES / element)
+    inner = 2.0 * (k + GEMM_FILL_BYTES / element)
     computed: Floats = np.full(np.broadcast(m, n, k).shape, np.inf)
-    for rows, columns, relative in PRODUCT_TILES:
+    for rows, columns, relative in GEMM_TILES:
         waves = np.maximum(1.0, np.ceil(m / rows) * np.ceil(n / columns) / acc.units)
         computed = np.minimum(computed, waves * acc.units * rows * columns * inner / (speed * relative))
     moved = n * k * element + m * k * element + m * n * ACTIVATION_BYTES
     streamed = moved / (acc.bytes_per_us * share_at(eff.product_stream, m))
     quantised = m * k * QUANTISE_BYTES / acc.bytes_per_us if eight_bit else 0.0
-    time: Floats = eff.product_start_us + overlapped(computed, streamed, PRODUCT_SHARPNESS) + quantised
+    time: Floats = eff.product_start_us + overlapped(computed, streamed, GEMM_SHARPNESS) + quantised
     return time
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from servesim.errors import NotSupportedError
-from servesim.profiler.roofline.formulas import ACTIVATION_BYTES, moved_us, product_us
+from servesim.profiler.roofline.formulas import ACTIVATION_BYTES, gemm_us, moved_us
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -94,11 +94,11 @@ def layer_us(
     """Time of one layer over so many tokens or sequences; activations are 16 bit."""
     wide = count.astype(np.float64)
     if kind == "up_proj":
-        return product_us(acc, wide, shapes.intermediate, shapes.hidden, dtype)
+        return gemm_us(acc, wide, shapes.intermediate, shapes.hidden, dtype)
     if kind in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"):
-        return product_us(acc, wide, *shapes.product(kind), dtype)
+        return gemm_us(acc, wide, *shapes.gemm(kind), dtype)
     if kind == "lm_head":  # a quantised checkpoint keeps its head in 16 bit
-        return product_us(acc, wide, *shapes.product(kind), "float32" if dtype == "float32" else "bfloat16")
+        return gemm_us(acc, wide, *shapes.gemm(kind), "float32" if dtype == "float32" else "bfloat16")
     heads = shapes.heads + shapes.kv_heads
     if kind == "head_norm":
         start_us = acc.efficiency.moved_start_us

@@ -24,7 +24,7 @@ class Column:
 
 MILLISECONDS = Column(
     "ms",
-    "physics: the quickest products of a GPU reach 0.82 to 0.99 of its bf16 peak rate and 0.87 to 0.99 of "
+    "physics: the quickest GEMMs of a GPU reach 0.82 to 0.99 of its bf16 peak rate and 0.87 to 0.99 of "
     "its memory bandwidth when read as ms",
 )
 COLUMNS: dict[str, dict[str, Column]] = {

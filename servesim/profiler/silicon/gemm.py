@@ -1,13 +1,13 @@
-"""Times of dense matrix products from the measured (m, n, k) table.
+"""Times of dense GEMMs from the measured (m, n, k) table.
 
 A kernel works on tiles, so its time is a staircase in m: a sample at m is representative of the tile edge
 above it, unless a whole tile would then be computed faster than at the GPU's peak rate: that kernel has
 smaller tiles (bf16 on Hopper, just above 256 and 512 rows).
 
-The table was measured by cycling through six copies of the weights. Those of a small product are found in L2
+The table was measured by cycling through six copies of the weights. Those of a small GEMM are found in L2
 again, as a served model's never are: where a table shows that, they take at least what slightly larger ones,
 read from DRAM, take in proportion to their bytes. ``benchmarks/gemm_interpolation.py`` tests on the tables
-themselves which do, and how to tell products of sizes between the measured ones.
+themselves which do, and how to tell GEMMs of sizes between the measured ones.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ LAUNCH_US = 1.5
 WEIGHT_COPIES = 6
 """Copies of the weights that a measurement cycles through; it reads none from DRAM while all fit L2.
 
-Where L2 is much faster than DRAM (RTX PRO 6000, L40S), tables jump at a sixth of L2: smaller products take
+Where L2 is much faster than DRAM (RTX PRO 6000, L40S), tables jump at a sixth of L2: smaller GEMMs take
 0.6 to 0.7 of the time of reading their weights from DRAM, larger ones all of it.
 """
 WARM_SHOWS = 0.85
-"""Share of that time below which half of the small products of a table must lie; others lie above 0.93."""
+"""Share of that time below which half of the small GEMMs of a table must lie; others lie above 0.93."""
 SMALLEST_SHARE, LARGEST_SHARE = 1 / 12, 0.5
 """Weights as shares of L2: those from here to a sixth tell whether a table is warm, those from there to here
 what reading from DRAM takes."""
 STREAM_TOKENS = 16
-"""Rows up to which a product is bound by reading its weights."""
+"""Rows up to which a GEMM is bound by reading its weights."""
 STREAM_WIDTH = 1024
 """Least n and k at which it keeps all SMs reading."""
 WEIGHT_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "nvfp4": 0.5625}
@@ -66,11 +66,11 @@ rows falls from 5.2 to 3.8 %, 2.6 to 1.4 %, 9.3 to 7.4 % and 7.0 to 2.8 %. Persi
 later) have no waves; a line is best there.
 """
 WAVES_FROM = 257
-"""Rows from which products run in such tiles."""
+"""Rows from which GEMMs run in such tiles."""
 
 
 def waves(tokens: NDArray[np.float64], n: int, tiles: tuple[Tile, ...], sms: int) -> NDArray[np.float64]:
-    """Time of a product of ``n`` columns in units of a full wave of 128 x 128 tiles, by its best tile."""
+    """Time of a GEMM of ``n`` columns in units of a full wave of 128 x 128 tiles, by its best tile."""
     if not tiles:
         return np.ones(len(tokens))
     counted = [
@@ -81,7 +81,7 @@ def waves(tokens: NDArray[np.float64], n: int, tiles: tuple[Tile, ...], sms: int
 
 
 def tile_edge(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Row count at which a product of ``tokens`` rows fills its last tile (32 rows to 256, 128 beyond)."""
+    """Row count at which a GEMM of ``tokens`` rows fills its last tile (32 rows to 256, 128 beyond)."""
     fine = -(-tokens // 32) * 32
     coarse = -(-tokens // 128) * 128
     return np.where(tokens <= 128, tokens, np.where(tokens <= 256, fine, coarse))
@@ -100,7 +100,7 @@ def _bracket(value: int, grid: NDArray[np.int64]) -> list[tuple[int, float]]:
 
 @dataclass(slots=True)
 class GemmTimes:
-    """Times of ``[m, k] x [k, n]`` products in one dtype on one GPU."""
+    """Times of ``[m, k] x [k, n]`` GEMMs in one dtype on one GPU."""
 
     gpu: Gpu
     dtype: str
@@ -112,17 +112,17 @@ class GemmTimes:
     columns: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = field(init=False)
     """(n, k) to the tile edges it was measured at and the times there, weights from DRAM."""
     stream_start_us: float = field(init=False)
-    """Time of a product that reads its weights from DRAM beyond the time of their bytes."""
+    """Time of a GEMM that reads its weights from DRAM beyond the time of their bytes."""
     stream_byte_us: float = field(init=False)
     """Time per byte of weights."""
     warm: bool = field(init=False)
-    """Whether small products were measured with their weights in L2, to be seen from their times."""
+    """Whether small GEMMs were measured with their weights in L2, to be seen from their times."""
 
     def __post_init__(self) -> None:
         rows = self.table.where(gemm_dtype=self.dtype)
         if not len(rows):
             raise InputError(
-                f"no {self.dtype} matrix products were measured on {self.gpu.folder} with vLLM "
+                f"no {self.dtype} GEMMs were measured on {self.gpu.folder} with vLLM "
                 f"{self.table.version}; measured: {', '.join(self.table.values('gemm_dtype'))}"
             )
         m, n, k = rows.integers("m"), rows.integers("n"), rows.integers("k")
@@ -159,7 +159,7 @@ class GemmTimes:
         return WEIGHT_COPIES * self.weight_bytes(n, k) <= self.gpu.l2_bytes
 
     def _stream_samples(self, least: float, most: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Weight bytes and times of products of few rows, weights of over ``least`` to ``most`` of L2."""
+        """Weight bytes and times of GEMMs of few rows, weights of over ``least`` to ``most`` of L2."""
         sizes, times = [], []
         for (n, k), (edges, column_us) in self.columns.items():
             size = self.weight_bytes(n, k)
@@ -170,7 +170,7 @@ class GemmTimes:
         return np.array(sizes), np.array(times)
 
     def _fit_stream(self) -> None:
-        """A line through the products whose weights just do not stay in L2: median slope, median rest.
+        """A line through the GEMMs whose weights just do not stay in L2: median slope, median rest.
 
         No byte is read faster than at the nominal bandwidth.
         """
@@ -198,7 +198,7 @@ class GemmTimes:
         return (n, k) in self.columns
 
     def weight_stream_us(self, n: int, k: int) -> float:
-        """Time of a product of few rows whose [k, n] weights come from DRAM."""
+        """Time of a GEMM of few rows whose [k, n] weights come from DRAM."""
         return self.stream_start_us + self.stream_byte_us * self.weight_bytes(n, k)
 
     def time_us(self, tokens: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
@@ -222,7 +222,7 @@ class GemmTimes:
 
 
 def smallest_us(times: GemmTimes) -> float:
-    """What the table's quickest product took, in us; a kernel takes a few, the rest is the program's own."""
+    """What the table's quickest GEMM took, in us; a kernel takes a few, the rest is the program's own."""
     return float(times.table.where(gemm_dtype=times.dtype).latency_us.min())
 
 

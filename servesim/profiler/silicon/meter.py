@@ -121,9 +121,9 @@ def _layer_us(
     layer: str, job: ProfileJob, gpu: Gpu, shapes: RankShapes, count: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     if layer in GEMM_LAYERS:
-        return _gemm(gpu, _weight_dtype(job)).time_us(count, *shapes.product(layer))
+        return _gemm(gpu, _weight_dtype(job)).time_us(count, *shapes.gemm(layer))
     if layer == "lm_head":  # a quantised checkpoint keeps its head in 16 bit
-        return _gemm(gpu, "bfloat16").time_us(count, *shapes.product(layer))
+        return _gemm(gpu, "bfloat16").time_us(count, *shapes.gemm(layer))
     try:
         return _elementwise_us(layer, gpu, shapes, count)
     except KeyError:

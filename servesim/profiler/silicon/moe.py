@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from servesim.specs.model import ModelSpec
 
 ROUTER_US = 8.0
-"""Router product and top-k selection, which the table leaves out."""
+"""Router GEMM and top-k selection, which the table leaves out."""
 START_US = 20.0
-"""Sorting tokens by expert, launching the grouped products and combining."""
+"""Sorting tokens by expert, launching the grouped GEMMs and combining."""
 STREAM_EFFICIENCY = 0.85
 TABLE_FROM_TOKENS = 64
 """Below this the table's rows were measured on few, L2-resident experts."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from servesim.profiler.silicon.tables import Gpu, KernelTable
 
 SLOW_US = 40.0
-"""A table whose quickest product took longer measured more than kernels."""
+"""A table whose quickest GEMM took longer measured more than kernels."""
 CHECKED_GPU = "rtx_pro_6000_server"
 """The GPU of which independent layerwise measurements exist: fitted to, and compared with."""
 
@@ -37,12 +37,12 @@ class Sources:
 
 
 def _interpolated(job: ProfileJob, gemm: GemmTimes) -> list[str]:
-    """Matrix products that were not measured in their own size."""
+    """GEMMs that were not measured in their own size."""
     found = []
     for tp in job.tp_degrees:
         for layer in job.architecture.catalog.dense:
             if layer.endswith("_proj"):
-                n, k = rank_shapes(job.model, tp).product(layer)
+                n, k = rank_shapes(job.model, tp).gemm(layer)
                 found += [] if gemm.measured(n, k) else [f"tp{tp} {layer} {n}x{k}"]
     return found
 
@@ -96,7 +96,7 @@ def _table_claims(job: ProfileJob, gpu: Gpu, sources: Sources, content: BundleCo
     names = {name for _, name in content.tables}
     model = job.model
     claims = {
-        "dense": f"matrix products measured ({_slow_products(sources) or 'cold weights'}), "
+        "dense": f"matrix products measured ({_slow_gemms(sources) or 'cold weights'}), "
         "elementwise layers derived from bytes moved",
         "per_sequence": "lm_head measured, sampler derived",
         "attention decodes": "measured, corrected for what the measurement's replays still found in L2 "
@@ -146,11 +146,11 @@ def _derived_heads(sources: Sources) -> list[str]:
     return [times.derived_heads for times in sources.attention if times.derived_heads]
 
 
-def _slow_products(sources: Sources) -> str:
-    """What is wrong with the table of matrix products, empty if nothing.
+def _slow_gemms(sources: Sources) -> str:
+    """What is wrong with the table of GEMMs, empty if nothing.
 
     Some were measured together with the program that launches the kernels, tens to hundreds of microseconds
-    for each product, where a kernel of the smallest takes 4 to 8.
+    for each GEMM, where a kernel of the smallest takes 4 to 8.
     """
     us = smallest_us(sources.gemm)
     return f"with the {us:.0f} us that even the smallest took, so all read slow" if us > SLOW_US else ""
@@ -158,7 +158,7 @@ def _slow_products(sources: Sources) -> str:
 
 def _confidence(job: ProfileJob, gpu: Gpu, sources: Sources) -> str:
     """One line for a run's banner."""
-    if _slow_products(sources):
+    if _slow_gemms(sources):
         return f"products read slow, {_of_attention(job, gpu, sources)}"
     return _of_attention(job, gpu, sources)
 

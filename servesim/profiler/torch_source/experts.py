@@ -1,4 +1,4 @@
-"""One rank's expert layer: router, two products per touched expert, activation between, weighted sum."""
+"""One rank's expert layer: router, two GEMMs per touched expert, activation between, weighted sum."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.errors import NotSupportedError
 from servesim.profiler.torch_source.device import Calls
-from servesim.profiler.torch_source.formats import activation_dtype, product, random_weight, weight_bytes
+from servesim.profiler.torch_source.formats import activation_dtype, gemm, random_weight, weight_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,7 +26,7 @@ def assigned_experts(tokens: int, top_k: int, activated: int) -> list[list[int]]
 class RankExperts:
     """The expert layer of one of ``tp`` ranks: every expert, each ``tp`` times narrower.
 
-    The router's product and choice are computed and timed; whom the tokens go to is then set by hand, so that
+    The router's GEMM and choice are computed and timed; whom the tokens go to is then set by hand, so that
     a shot touches exactly the experts it should.
     """
 
@@ -38,7 +38,7 @@ class RankExperts:
             )
         if device.is_cuda and job.dtype in ("int8", "float32"):
             raise NotSupportedError(
-                f"--dtype {job.dtype}: the grouped product of experts on a GPU takes 16 bit or fp8"
+                f"--dtype {job.dtype}: the grouped GEMM of experts on a GPU takes 16 bit or fp8"
             )
         self._device, self._torch, self._model = device, device.torch, job.model
         self._dtype = job.dtype
@@ -51,7 +51,7 @@ class RankExperts:
             self._stacked = [random_weight(device, (experts, *size), job.dtype) for size in sizes]
         else:
             self._each = [
-                [product(device, random_weight(device, size, job.dtype), job.dtype) for _ in range(experts)]
+                [gemm(device, random_weight(device, size, job.dtype), job.dtype) for _ in range(experts)]
                 for size in sizes
             ]
 
@@ -109,10 +109,10 @@ class RankExperts:
         def run() -> Any:
             weights = self._route(x).flatten()
             left, scale = kernels.quantise_rows(x) if quantised else (x, None)
-            kernels.grouped_product(left, self._stacked[0], both, tiles, top_k, scale)
+            kernels.grouped_gemm(left, self._stacked[0], both, tiles, top_k, scale)
             kernels.silu_mul(both, inner)
             left, scale = kernels.quantise_rows(inner) if quantised else (inner, None)
-            kernels.grouped_product(left, self._stacked[1], parts, tiles, 1, scale, weights)
+            kernels.grouped_gemm(left, self._stacked[1], parts, tiles, 1, scale, weights)
             return parts.view(x.shape[0], top_k, -1).sum(dim=1)
 
         return run

@@ -1,4 +1,4 @@
-"""Matrix products in the weights' format: 16 and 32 bit as they are, fp8 and int8 with 8-bit activations."""
+"""GEMMs in the weights' format: 16 and 32 bit as they are, fp8 and int8 with 8-bit activations."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from servesim.specs.dtypes import dtype_bytes
 if TYPE_CHECKING:
     from servesim.profiler.torch_source.device import Device
 
-Product = Callable[[Any], Any]
+Gemm = Callable[[Any], Any]
 """Activations (T, k) -> (T, n)."""
 _FP8_MAX = 448.0  # greatest float8_e4m3
-_INT_ROWS = 32  # an int8 product on a GPU wants more than 16 rows
+_INT_ROWS = 32  # an int8 GEMM on a GPU wants more than 16 rows
 
 
 def activation_dtype(torch: Any, dtype: str) -> Any:
@@ -51,18 +51,18 @@ def random_weight(device: Device, shape: tuple[int, ...], dtype: str) -> Any:
     return (plain * 0.02).to(activation_dtype(torch, dtype))
 
 
-def product(device: Device, weight: Any, dtype: str) -> Product:
-    """The product with one weight (n, k), with quantisation of the activations where it is needed."""
+def gemm(device: Device, weight: Any, dtype: str) -> Gemm:
+    """The GEMM with one weight (n, k), with quantisation of the activations where it is needed."""
     torch = device.torch
     if dtype == "fp8":
-        return _fp8_product(device, weight)
+        return _fp8_gemm(device, weight)
     if dtype == "int8":
-        return _int8_product(device, weight)
+        return _int8_gemm(device, weight)
     linear = torch.nn.functional.linear
     return lambda x: linear(x, weight)
 
 
-def _fp8_product(device: Device, weight: Any) -> Product:
+def _fp8_gemm(device: Device, weight: Any) -> Gemm:
     torch = device.torch
     one = torch.ones((), device=device.name)
     per_row = not device.is_cuda or torch.cuda.get_device_capability() >= (9, 0)
@@ -93,7 +93,7 @@ def row_quantiser(device: Device) -> Callable[[Any], tuple[Any, Any]]:
     return quantise
 
 
-def _int8_product(device: Device, weight: Any) -> Product:
+def _int8_gemm(device: Device, weight: Any) -> Gemm:
     torch = device.torch
 
     def run(x: Any) -> Any:
@@ -108,7 +108,7 @@ def _int8_product(device: Device, weight: Any) -> Product:
 
 
 def check_format(device: Device, dtype: str, kv_dtype: str) -> None:
-    """Find out with a tiny product whether this device and this PyTorch can do the format at all.
+    """Find out with a tiny GEMM whether this device and this PyTorch can do the format at all.
 
     Raises:
         NotSupportedError: they cannot.
@@ -116,7 +116,7 @@ def check_format(device: Device, dtype: str, kv_dtype: str) -> None:
     torch = device.torch
     try:
         x = torch.ones((32, 64), device=device.name, dtype=activation_dtype(torch, dtype))
-        product(device, random_weight(device, (64, 64), dtype), dtype)(x)
+        gemm(device, random_weight(device, (64, 64), dtype), dtype)(x)
         x.to(kv_torch_dtype(torch, kv_dtype)).to(x.dtype)
         if device.is_cuda:
             torch.cuda.synchronize()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.errors import NotSupportedError
 from servesim.profiler.torch_source.device import Calls
-from servesim.profiler.torch_source.formats import activation_dtype, product, random_weight, weight_bytes
+from servesim.profiler.torch_source.formats import activation_dtype, gemm, random_weight, weight_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,7 +53,7 @@ class RankLayers:
         if name.endswith("RMSNorm") or name == "LayerNorm":
             return self._head_norm(count) if layer == "qk_norm" else self._norm(count, name == "LayerNorm")
         if name.endswith("Linear") or name == "LogitsProcessor":
-            return self._product(layer, count)
+            return self._gemm(layer, count)
         if name.endswith("AndMul"):
             return self._activation(count, name)
         if name == "Sampler":
@@ -75,9 +75,9 @@ class RankLayers:
             self._weights[layer] = [random_weight(self._device, shape, dtype) for _ in range(copies)]
         return self._weights[layer]
 
-    def _product(self, layer: str, count: int) -> Calls:
+    def _gemm(self, layer: str, count: int) -> Calls:
         try:
-            n, k = self._shapes.product(layer)
+            n, k = self._shapes.gemm(layer)
         except KeyError:
             raise NotSupportedError(
                 f"profiler/models/{self._job.architecture.model_type}.yaml: catalog: --source torch does not "
@@ -88,7 +88,7 @@ class RankLayers:
         if layer == "lm_head":
             dtype = _HEAD_DTYPES.get(dtype, dtype)
         x = self._random(count, k)
-        run = [product(self._device, weight, dtype) for weight in self._kept(layer, (n, k), dtype)]
+        run = [gemm(self._device, weight, dtype) for weight in self._kept(layer, (n, k), dtype)]
         return Calls([partial(one, x) for one in run], weight_bytes(dtype, n, k))
 
     def _embedding(self, count: int) -> Calls:

@@ -1,4 +1,4 @@
-"""Fused GPU kernels an engine has and PyTorch does not: norm, activation, rotary, fp8, grouped product.
+"""Fused GPU kernels an engine has and PyTorch does not: norm, activation, rotary, fp8, grouped GEMM.
 
 Written in Triton, which comes with PyTorch for NVIDIA GPUs. Each kernel does the work, and moves the bytes,
 of the one it stands for; ``TRITON_INTERPRET=1`` runs them on the CPU, which is how their results are checked.
@@ -183,7 +183,7 @@ def tiles_of(expert_ids: Any, experts: int) -> Tiles:
     return Tiles(slots, torch.repeat_interleave(numbers, per_expert), num_slots, block)
 
 
-def grouped_product(
+def grouped_gemm(
     a: Any,
     weights: Any,
     out: Any,

@@ -12,7 +12,7 @@ from servesim.profiler.shapes import rank_shapes  # noqa: E402
 from servesim.profiler.torch_source.device import Calls, Device, open_device, read_smi  # noqa: E402
 from servesim.profiler.torch_source.experts import RankExperts, assigned_experts  # noqa: E402
 from servesim.profiler.torch_source.flashinfer_attention import Pages, pages_needed  # noqa: E402
-from servesim.profiler.torch_source.formats import check_format, product, random_weight  # noqa: E402
+from servesim.profiler.torch_source.formats import check_format, gemm, random_weight  # noqa: E402
 from servesim.profiler.torch_source.layers import RankLayers, rotary_table, rotate_heads  # noqa: E402
 from servesim.profiler.torch_source.meter import TorchMeter  # noqa: E402
 from servesim.profiler.torch_source.sdpa import SdpaAttention  # noqa: E402
@@ -33,7 +33,7 @@ def test_a_product_in_every_format_is_the_product(device: Device, dtype: str, to
     weight = random_weight(device, (64, 128), dtype)
     x = torch.randn(5, 128, dtype=torch.float32 if dtype == "float32" else torch.bfloat16)
     expected = x.float() @ weight.float().t()
-    got = product(device, weight, dtype)(x).float()
+    got = gemm(device, weight, dtype)(x).float()
     assert float((got - expected).norm() / expected.norm()) < tolerance
 
 

@@ -14,7 +14,7 @@ from servesim.profiler.shapes import rank_shapes  # noqa: E402
 from servesim.profiler.torch_source import triton_kernels as kernels  # noqa: E402
 from servesim.profiler.torch_source.device import Device  # noqa: E402
 from servesim.profiler.torch_source.experts import RankExperts, assigned_experts  # noqa: E402
-from servesim.profiler.torch_source.formats import product  # noqa: E402
+from servesim.profiler.torch_source.formats import gemm  # noqa: E402
 from servesim.profiler.torch_source.layers import RankLayers, rotary_table, rotate_heads  # noqa: E402
 from tests.profiler.measure.fake_meter import job  # noqa: E402
 
@@ -63,12 +63,12 @@ def test_quantised_rows_come_back_within_the_steps_of_fp8() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 2, 4), (37, 2, 4), (40, 3, 5)])
-def test_the_grouped_product_is_each_slots_own_experts_product(tokens: int, top_k: int, experts: int) -> None:
+def test_the_grouped_gemm_is_each_slots_own_experts_product(tokens: int, top_k: int, experts: int) -> None:
     a, weights = _random(tokens, 48), _random(experts, 24, 48)
     ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)])
     factors = torch.rand(tokens * top_k)
     out = torch.empty(tokens * top_k, 24)
-    kernels.grouped_product(a, weights, out, kernels.tiles_of(ids, experts), top_k, factors=factors)
+    kernels.grouped_gemm(a, weights, out, kernels.tiles_of(ids, experts), top_k, factors=factors)
     slots = range(tokens * top_k)
     expected = torch.stack(
         [weights[ids.flatten()[slot]] @ a[slot // top_k] * factors[slot] for slot in slots]
@@ -76,10 +76,10 @@ def test_the_grouped_product_is_each_slots_own_experts_product(tokens: int, top_
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_grouped_product_scales_the_rows_of_8_bit_activations() -> None:
+def test_the_grouped_gemm_scales_the_rows_of_8_bit_activations() -> None:
     a, weights, scale = _random(6, 32), _random(2, 16, 32), torch.rand(6, 1)
     out, ids = torch.empty(6, 16), torch.tensor([[0], [1], [0], [1], [1], [1]])
-    kernels.grouped_product(a, weights, out, kernels.tiles_of(ids, 2), 1, scale=scale)
+    kernels.grouped_gemm(a, weights, out, kernels.tiles_of(ids, 2), 1, scale=scale)
     expected = torch.stack([weights[int(ids[row])] @ a[row] * scale[row] for row in range(6)])
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
@@ -122,7 +122,7 @@ def test_experts_in_one_launch_give_what_a_loop_over_experts_gives() -> None:
     grouped._router = looped._router
     first, second = grouped._stacked
     looped._each = [
-        [product(looped._device, weight, "float16") for weight in stack] for stack in (first, second)
+        [gemm(looped._device, weight, "float16") for weight in stack] for stack in (first, second)
     ]
     x = torch.randn(7, 256, dtype=torch.float16)
     ids = torch.tensor(assigned_experts(7, 2, 6))
