@@ -110,7 +110,8 @@ def _policy(known: tuple[str, ...], variable: str) -> BeforeValidator:
         ):
             return value
         raise ValueError(
-            f"'{value}' is not allowed; must be one of {', '.join(words)}, or module:callable for your own"
+            f"'{value}' is not allowed; must be one of {', '.join(words)}, or module:callable for a "
+            "custom policy"
         )
 
     return BeforeValidator(check)
@@ -138,7 +139,7 @@ KvCacheDtype = Annotated[
 BlockSize = Annotated[
     int, Field(ge=1, le=65536), Unit("tokens"), Flag("tokens per KV block", _ENGINE, per_instance=True)
 ]
-MaxNumSeqs = Annotated[Limit, Flag("running requests; 0 = unlimited", _ENGINE, per_instance=True)]
+MaxNumSeqs = Annotated[Limit, Flag("most running requests; 0 = unlimited", _ENGINE, per_instance=True)]
 MaxNumBatchedTokens = Annotated[
     Limit, Flag("token budget of a step; 0 = the longest context", _ENGINE, per_instance=True)
 ]
@@ -188,7 +189,7 @@ ReserveFullIsl = Annotated[
 EnablePrefixCaching = Annotated[
     bool,
     Flag(
-        "reuse the KV blocks of prompts that begin alike",
+        "reuse KV blocks of prompts with the same prefix",
         _ENGINE,
         per_instance=True,
         acts=acting.prompts_with_ids,
@@ -214,11 +215,13 @@ EnableLocalOffloading = Annotated[
         except_for=acting.only_slow_memory,
     ),
 ]
-EnableAttnOffloading = Annotated[bool, Flag("decode attention on PIM", _ENGINE, per_instance=True)]
+EnableAttnOffloading = Annotated[
+    bool, Flag("compute decode attention in PIM memory", _ENGINE, per_instance=True)
+]
 EnableSubBatchInterleaving = Annotated[
     bool,
     Flag(
-        "overlap NPU and PIM halves of a batch; needs --enable-attn-offloading, pp_size 1",
+        "split a batch in two halves and overlap NPU and PIM work; needs --enable-attn-offloading, pp_size 1",
         _ENGINE,
         per_instance=True,
     ),
@@ -226,7 +229,7 @@ EnableSubBatchInterleaving = Annotated[
 EnableBlockCopy = Annotated[
     bool,
     Flag(
-        "draw the loads of spread experts once per pipeline stage and use them for all its layers",
+        "MoE only: draw expert loads once per stage and reuse them for every layer",
         _ENGINE,
         per_instance=True,
         acts=acting.unequal_layers,
@@ -259,7 +262,7 @@ NumGpuBlocks = Annotated[
     Annotated[int, Field(ge=2, le=UNLIMITED)] | None,
     Unit("blocks"),
     Flag(
-        "KV blocks as the engine counts them, in place of the computed number (one is never used)",
+        "number of KV blocks, in place of the computed one; as in vLLM, one is never used",
         _ENGINE,
         "N",
         aliases=("--num-gpu-blocks-override",),
@@ -288,7 +291,7 @@ class RuntimeOptions(Spec):
     hardware: Annotated[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)] | None,
         Flag(
-            "run every instance on this accelerator: bundles, memory and links as configs/hardware has them",
+            "run every instance on this accelerator, with the bundles, memory and links of configs/hardware",
             _INPUT,
             "NAME",
             default_text="as in the cluster config",
@@ -329,7 +332,8 @@ class RuntimeOptions(Spec):
         ),
     ] = None
     num_reqs: Annotated[
-        Limit, Flag("entries of the workload to load; a session is one", _INPUT, default_text="0 = all")
+        Limit,
+        Flag("entries of the workload to load; a session counts as one", _INPUT, default_text="0 = all"),
     ] = 0
     lenient: Annotated[bool, Flag("skip and count bad lines of the workload instead of stopping", _INPUT)] = (
         False
@@ -381,7 +385,7 @@ class RuntimeOptions(Spec):
         _policy(ROUTING_POLICIES, "SERVESIM_ROUTING_POLICY"),
         Flag(
             "which instance takes a request: LOAD (least loaded), RR, RAND, PREFIX (longest cached prefix), "
-            "or module:callable for your own; CUSTOM: the one in $SERVESIM_ROUTING_POLICY",
+            "or module:callable for a custom policy; CUSTOM: the one in $SERVESIM_ROUTING_POLICY",
             _CLUSTER,
             "POLICY",
             acts=acting.several_takers,
@@ -444,19 +448,17 @@ class RuntimeOptions(Spec):
     seed: Annotated[
         int,
         Field(ge=0, le=2**63 - 1),
-        Flag("of every random choice", _RUN, acts=acting.something_random, noted=True),
+        Flag("seed of every random choice", _RUN, acts=acting.something_random, noted=True),
     ] = 42
     auto_profile: Annotated[
         bool,
         Flag(
-            "make a profile bundle that is missing from public kernel measurements, where the silicon extra "
-            "is installed, and keep it in the user's data folder",
+            "make a missing profile bundle, from public kernel measurements (silicon extra) or peak rates, "
+            "and keep it in the user's data folder",
             _RUN,
         ),
     ] = True
-    stepped: Annotated[
-        bool, Flag("debugging: run every step on its own instead of jumping over many", _RUN)
-    ] = False
+    stepped: Annotated[bool, Flag("debugging: simulate every step on its own", _RUN)] = False
 
     ensemble: Annotated[
         Annotated[int, Field(ge=0, le=100_000)],
@@ -478,7 +480,7 @@ class RuntimeOptions(Spec):
     run_noise: Annotated[
         Annotated[float, Field(ge=0, le=0.5)],
         Flag(
-            "relative noise that all steps of a run of an ensemble have in common",
+            "relative noise that all steps of a run of an ensemble share",
             _UNCERTAINTY,
             beside=acting.with_ensemble,
         ),
