@@ -258,7 +258,7 @@ def record_scheduler(
     except ImportError as error:
         raise MissingFileError(
             f"recording needs vLLM's scheduler, but importing it failed: {error}. Install vLLM next to "
-            "servesim, for example `pip install vllm==0.24.0`; no GPU is needed"
+            "servesim, for example `pip install vllm==0.33.0`; no GPU is needed"
         ) from error
     except ValueError as error:  # pydantic's ValidationError is one
         reasons = (

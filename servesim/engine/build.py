@@ -31,6 +31,7 @@ from servesim.specs.acting import Scene, notes_of
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.options import resolve
+from servesim.specs.vllm_versions import LONE_PREFILL
 from servesim.workload.request import Workload
 
 if TYPE_CHECKING:
@@ -374,6 +375,7 @@ def limits_of(options: InstanceOptions, skip_prefill: bool) -> SchedulerLimits:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         long_prefill_token_threshold=options.long_prefill_token_threshold,
+        caps_lone_prefill=not LONE_PREFILL.holds(options.vllm_version),
         chunked_prefill=options.enable_chunked_prefill,
         reserve_full_isl=options.reserve_full_isl,
         skip_prefill=skip_prefill,

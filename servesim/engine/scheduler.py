@@ -35,6 +35,8 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     long_prefill_token_threshold: int = 0
     """Most tokens of one request's prefill in one step; 0: no limit."""
+    caps_lone_prefill: bool = True
+    """Whether the threshold binds while a single request is waiting or running."""
     chunked_prefill: bool = True
     reserve_full_isl: bool = True
     """Admit a request only if all its known tokens fit the free blocks."""
@@ -197,8 +199,14 @@ class Scheduler:
         return self._serve(tuple(self.running), budget, False, batch, in_flight)
 
     def _capped(self, tokens: int) -> int:
-        threshold = self.limits.long_prefill_token_threshold
-        return min(tokens, threshold) if threshold else tokens
+        limits = self.limits
+        threshold = limits.long_prefill_token_threshold
+        if not threshold or tokens <= threshold:
+            return tokens
+        # within a step requests only move between the two lists, so their number is that at its start
+        if limits.caps_lone_prefill or len(self.running) + len(self.waiting) > 1:
+            return threshold
+        return tokens
 
     def _grow(self, boundary: Sequence[RequestState]) -> None:
         """One more block for each of these decoding requests, all of whose blocks are full."""

@@ -139,7 +139,7 @@ def kv_cache_capacity(
     """
     tp, pp, ep = instance.tp_size, instance.pp_size, instance.ep_size
     hardware = hardware or load_hardware(instance.hardware)
-    version = hardware.plan_as_vllm
+    version = options.plan_as_vllm or hardware.plan_as_vllm
     whole = npu_bytes(instance, hardware)
     budget = int(whole * options.npu_memory_utilization)
     per_token = kv_bytes_per_token(model, options.kv_dtype, tp, pp)

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from servesim.specs.cluster import InstanceSpec
     from servesim.workload.request import Workload
 
-_ALREADY_SHOWN = frozenset({"variant", "kv_dtype", "npu_memory_utilization", "num_gpu_blocks"})
+_ALREADY_SHOWN = frozenset(
+    {"variant", "kv_dtype", "npu_memory_utilization", "num_gpu_blocks", "plan_as_vllm"}
+)
 """Instance options that the lines of their instance show anyway."""
 _SHOWN_WHEN_CHANGED = frozenset(
     {

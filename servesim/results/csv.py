@@ -34,8 +34,8 @@ COLUMNS = (
 
 NUMERIC_COLUMNS = tuple(name for name in COLUMNS if name not in (MODEL_COLUMN, ITL_COLUMN, SESSION_COLUMN))
 
-RUN_ID_KEY = "servesim.run_id"
-"""Where the metadata of a Parquet file's schema has the run's name."""
+METADATA_PREFIX = "servesim."
+"""Of the keys under which the metadata of a Parquet file's schema has those of the run."""
 _PARQUET_ROWS = 4096
 """Requests per Parquet row group: bounds the inter-token latencies held in memory at once."""
 
@@ -47,6 +47,11 @@ TABLE_SUFFIXES = (".csv", ".parquet")
 def is_parquet(path: str | Path) -> bool:
     """Whether a file of this name is written as Parquet rather than CSV."""
     return Path(path).suffix.lower() == ".parquet"
+
+
+def parquet_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a run says of itself, under the keys of a Parquet file."""
+    return {METADATA_PREFIX + key: value for key, value in metadata.items()}
 
 
 def require_parquet(path: str | Path, what: str) -> None:
@@ -135,7 +140,7 @@ def _write_parquet(result: Result, handle: IO[bytes], *, itl: bool) -> None:
 
     types = {ITL_COLUMN: pa.large_list(pa.int64()), MODEL_COLUMN: pa.string(), SESSION_COLUMN: pa.string()}
     schema = pa.schema([(name, types.get(name, pa.int64())) for name in COLUMNS])
-    schema = schema.with_metadata({RUN_ID_KEY: result.run_id})
+    schema = schema.with_metadata(parquet_metadata(result.metadata))
     texts = text_columns(result)
     with pq.ParquetWriter(handle, schema, compression="zstd") as writer:
         for start in range(0, max(len(result.requests), 1), _PARQUET_ROWS):

@@ -15,6 +15,7 @@ from servesim.results.steps import save_steps, steps_array
 from servesim.results.summary import save_summary, summarise
 from servesim.results.token_gaps import TokenGaps
 from servesim.results.units import SECOND
+from servesim.specs.vllm_versions import NEWEST
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -172,6 +173,12 @@ class Result:
             return self.options.run_id
         return hashlib.sha256(__version__.encode() + self.requests.tobytes()).hexdigest()[:16]
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the timeline and the metadata of Parquet files say of the run."""
+        version = self.options.vllm_version if self.options is not None else NEWEST
+        return {"run_id": self.run_id, "vllm_version": version}
+
     @cached_property
     def summary(self) -> Summary:
         """Figures of the run under the names of ``vllm bench serve``, and ours; ready for JSON."""
@@ -212,13 +219,13 @@ class Result:
 
     def save_steps(self, path: str | Path) -> None:
         """Write the step log: Parquet for a path ending in ``.parquet``, CSV otherwise."""
-        save_steps(self.steps, path, self.run_id)
+        save_steps(self.steps, path, self.metadata)
 
     def save_timeline(self, path: str | Path) -> None:
         """Write the run as a Chrome trace, for ui.perfetto.dev."""
         from servesim.results.timeline import save_timeline
 
-        save_timeline(self.log, path, power_series(self, series_interval_ns(self)), self.run_id)
+        save_timeline(self.log, path, power_series(self, series_interval_ns(self)), self.metadata)
 
     def save_summary(self, path: str | Path) -> None:
         """Write :attr:`summary` as JSON; byte-identical for the same input and seed."""

@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.results.atomic import atomic_write, check_suffix
-from servesim.results.csv import RUN_ID_KEY, TABLE_SUFFIXES, is_parquet, require_parquet
+from servesim.results.csv import TABLE_SUFFIXES, is_parquet, parquet_metadata, require_parquet
 from servesim.results.records import StepLog
 
 if TYPE_CHECKING:
@@ -46,16 +46,16 @@ def steps_array(instances: Sequence[InstanceLog]) -> NDArray[np.void]:
     return rows
 
 
-def save_steps(steps: NDArray[Any], path: str | Path, run_id: str = "") -> None:
+def save_steps(steps: NDArray[Any], path: str | Path, metadata: Mapping[str, str]) -> None:
     """Write the step log as Parquet when ``path`` ends in ``.parquet``, as CSV otherwise.
 
-    ``run_id``: see :attr:`servesim.results.result.Result.run_id`.
+    ``metadata``: see :attr:`servesim.results.result.Result.metadata`.
     """
     check_suffix(path, TABLE_SUFFIXES, "steps")
     if is_parquet(path):
         require_parquet(path, "steps")
         with atomic_write(path, "wb") as handle:
-            _write_parquet(steps, handle, run_id)
+            _write_parquet(steps, handle, metadata)
         return
     line = ",".join(["%d"] * len(FILE_COLUMNS)) + "\n"
     with atomic_write(path, "w") as handle:
@@ -65,12 +65,13 @@ def save_steps(steps: NDArray[Any], path: str | Path, run_id: str = "") -> None:
             handle.write("".join([line % row for row in rows]))
 
 
-def _write_parquet(steps: NDArray[Any], handle: IO[bytes], run_id: str) -> None:
+def _write_parquet(steps: NDArray[Any], handle: IO[bytes], metadata: Mapping[str, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pa.table({name: np.ascontiguousarray(steps[name]) for name in FILE_COLUMNS})
-    pq.write_table(table.replace_schema_metadata({RUN_ID_KEY: run_id}), handle, compression="zstd")
+    table = table.replace_schema_metadata(parquet_metadata(metadata))
+    pq.write_table(table, handle, compression="zstd")
 
 
 def write_steps(result: Result, path: str, options: RuntimeOptions, extra: Mapping[str, Any]) -> list[str]:

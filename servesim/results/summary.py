@@ -204,7 +204,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "instances": [_instance_entry(instance, rows) for instance in result.instances],
         "bundle": sorted({_portable(instance.bundle_source) for instance in result.instances}),
         "run_id": result.run_id,
-        "versions": {"servesim": __version__},
+        "versions": {"servesim": __version__, "vllm": result.metadata["vllm_version"]},
     }
 
 

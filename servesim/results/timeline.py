@@ -30,17 +30,15 @@ _EVENTS_AT_ONCE = 1 << 14
 
 
 def save_timeline(
-    log: RunLog, path: str | Path, power: NDArray[np.void] | None = None, run_id: str = ""
+    log: RunLog, path: str | Path, power: NDArray[np.void] | None, metadata: Mapping[str, str]
 ) -> None:
     """Write the trace of a run to ``path`` (JSON).
 
-    ``power``: see :func:`servesim.results.energy.power_series`; ``run_id``:
-    :attr:`servesim.results.result.Result.run_id`.
+    ``power``: see :func:`servesim.results.energy.power_series`; ``metadata``:
+    :attr:`servesim.results.result.Result.metadata`.
     """
     with atomic_write(path, "wb") as handle:
-        handle.write(
-            b'{"displayTimeUnit":"ms","otherData":%s,"traceEvents":[\n' % orjson.dumps({"run_id": run_id})
-        )
+        handle.write(b'{"displayTimeUnit":"ms","otherData":%s,"traceEvents":[\n' % orjson.dumps(metadata))
         _write(handle, chain(_events(log), () if power is None else _power(log, power)))
         handle.write(b"\n]}\n")
 

@@ -24,6 +24,7 @@ from servesim.specs.dtypes import (
 )
 from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
 from servesim.specs.memories import TIER_WORDS
+from servesim.specs.vllm_versions import NEWEST, VllmVersion, minor_version
 
 if TYPE_CHECKING:
     import argparse
@@ -37,6 +38,7 @@ UNLIMITED = 2**31 - 1
 
 _INPUT = "what to simulate"
 _ENGINE = "engine (an instance of the cluster config may set these for itself)"
+_ENGINE_OF_ALL = "engine of every instance"
 _CLUSTER = "cluster"
 _RUN = "how requests arrive and run"
 _UNCERTAINTY = "uncertainty"
@@ -357,6 +359,17 @@ class RuntimeOptions(Spec):
     enable_sub_batch_interleaving: EnableSubBatchInterleaving = False
     enable_block_copy: EnableBlockCopy = True
     cudagraph: Cudagraph = True
+    vllm_version: Annotated[
+        VllmVersion,
+        BeforeValidator(minor_version),
+        Flag(
+            "decide as this version of vLLM does, and plan memory as it does; not given: memory as the "
+            "hardware file says",
+            _ENGINE_OF_ALL,
+            "VERSION",
+            text=True,
+        ),
+    ] = NEWEST
 
     enable_prefix_sharing: Annotated[
         bool,
@@ -602,6 +615,10 @@ class InstanceOptions:
     npu_memory_utilization: float
     max_model_len: int
     """Longest context of a request, in tokens."""
+    vllm_version: VllmVersion = NEWEST
+    """Whose decisions are followed."""
+    plan_as_vllm: VllmVersion | None = None
+    """Version whose memory plan was asked for; None: the hardware file's."""
     cudagraph: bool = True
     num_gpu_blocks: int | None = None
     """KV blocks as given; None: what fits."""
@@ -696,4 +713,6 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         variant=variant_name(dtype, chosen["kv_cache_dtype"]),
         npu_memory_utilization=utilization,
         max_model_len=longest,
+        vllm_version=options.vllm_version,
+        plan_as_vllm=options.vllm_version if "vllm_version" in options.model_fields_set else None,
     )

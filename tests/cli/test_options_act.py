@@ -101,6 +101,9 @@ class Option:
 
 
 OPTIONS: dict[str, Option] = {
+    "vllm_version": Option(
+        Case("--vllm-version 0.28", beside="--long-prefill-token-threshold 64 --num-reqs 1")
+    ),
     "cluster_config": Option(Case("--cluster-config two.json")),
     "dataset": Option(Case("--dataset chats.jsonl")),
     "hardware": Option(Case("--hardware Other")),

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from servesim.bench.scheduler_log import SchedulerLog, log_from_lines, read_json_lines, write_json_lines
+from servesim.specs.vllm_versions import VERSIONS, VllmVersion, minor_version
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def tokens(stream: int, first: int, count: int) -> NDArray[np.int64]:
 
 def is_pipeline(name: str) -> bool:
     """Whether a golden is of a pipeline of :data:`STAGES` stages."""
-    return name.startswith("pipeline")
+    return name.rpartition("/")[2].startswith("pipeline")
 
 
 def is_drained(step: int) -> bool:
@@ -90,12 +91,26 @@ def pass_stages(now: int, took: int, ends: list[int]) -> tuple[int, int]:
 
 
 def golden_path(name: str) -> Path:
+    """``name``: a recipe's, behind the folder of a version: ``vllm-0.33/async_tight``."""
     return FOLDER / f"{name}.jsonl.gz"
 
 
 def golden_names() -> list[str]:
     """Names of all goldens, sorted."""
-    return sorted(path.name.removesuffix(".jsonl.gz") for path in FOLDER.glob("*.jsonl.gz"))
+    paths = FOLDER.rglob("*.jsonl.gz")
+    return sorted(path.relative_to(FOLDER).as_posix().removesuffix(".jsonl.gz") for path in paths)
+
+
+def golden_name(recipe: str, version: str) -> str:
+    """A recipe's golden of a version of vLLM: those of the first one have no folder of their own."""
+    return recipe if version == VERSIONS[0] else f"vllm-{version}/{recipe}"
+
+
+def version_of(golden: Golden) -> VllmVersion:
+    """The version of vLLM that a golden is a recording of, such as ``0.24``."""
+    version: Any = minor_version(golden.log.header["vllm"])
+    assert version in VERSIONS, version
+    return cast("VllmVersion", version)
 
 
 def read_golden(name: str) -> Golden:

@@ -3,9 +3,11 @@
     python -m tests.golden.make_golden                 # record all
     python -m tests.golden.make_golden async_tight     # record some
     python -m tests.golden.make_golden --check         # record again, write nothing, report differences
+    python -m tests.golden.make_golden --check --as 0.33  # compare with the goldens of another version
 
-Needs vLLM importable (no GPU). Every workload is made from a fixed seed, so that a second recording with the
-same vLLM gives the same bytes.
+Needs vLLM importable (no GPU). The goldens of vLLM 0.24 are of all recipes, those of later versions (folder
+``vllm-<version>``) of the recipes in :data:`ACROSS`. Every workload is made from a fixed seed, so that a
+second recording with the same vLLM gives the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,18 @@ import numpy as np
 from servesim.bench.record_scheduler import Recorder, SchedulerSettings, record_scheduler
 from servesim.bench.scheduler_log import SchedulerLog, differences
 from servesim.bench.step_formula import StepFormula
+from servesim.specs.vllm_versions import VERSIONS
 from tests.golden.golden_file import (
     STAGES,
     Golden,
     build_workload,
+    golden_name,
     golden_names,
     is_drained,
     is_pipeline,
     pass_stages,
     read_golden,
+    version_of,
     write_golden,
 )
 from tests.golden.workloads import (
@@ -246,6 +251,57 @@ RECIPES: dict[str, Recipe] = {
         "a pipeline that now and then runs dry, with shared prefixes",
         lambda r: shared_prefixes(r, 60, 60, prefix=(20, 120), output=(5, 40)), settings(2000, **PIPELINE),
     ),
+    "async_alone": Recipe(
+        "a threshold, and mostly a single request in the system",
+        lambda r: unrelated(r, 40, 400, (40, 900), (1, 40)), settings(400, long_prefill_token_threshold=48),
+    ),
+    "sync_alone": Recipe(
+        "a threshold, and mostly a single request in the system",
+        lambda r: unrelated(r, 40, 400, (40, 900), (1, 40)),
+        settings(400, **SYNC, long_prefill_token_threshold=48),
+    ),
+    "async_alone_prefixes": Recipe(
+        "a threshold, few requests at once, shared prefixes",
+        lambda r: shared_prefixes(r, 60, 120, prefix=(100, 600), output=(1, 30)),
+        settings(160, long_prefill_token_threshold=40),
+    ),
+    "sync_alone_sessions": Recipe(
+        "a threshold, and sessions that follow each other one by one",
+        lambda r: conversations(r, 16, 500, output=(1, 20)),
+        settings(300, **SYNC, long_prefill_token_threshold=24),
+    ),
+    "async_alone_sessions": Recipe(
+        "a threshold, and sessions that follow each other one by one",
+        lambda r: conversations(r, 16, 500, output=(1, 20)),
+        settings(300, long_prefill_token_threshold=24),
+    ),
+    "async_alone_single_token": Recipe(
+        "a threshold, answers of one or two tokens: the other request's last token is in flight",
+        lambda r: unrelated(r, 90, 35, (20, 300), (1, 2)), settings(120, long_prefill_token_threshold=32),
+    ),
+    "async_alone_resumed": Recipe(
+        "a threshold and little memory: a preempted request comes back when nobody else is left",
+        lambda r: unrelated(r, 60, 120, (20, 150), (20, 120)),
+        settings(18, **NO_CACHE, max_num_seqs=3, long_prefill_token_threshold=24),
+    ),
+    "sync_alone_no_chunking": Recipe(
+        "chunking is off, a threshold, and few requests at once",
+        lambda r: unrelated(r, 60, 150, (20, 500), (1, 30)),
+        settings(200, **SYNC, enable_chunked_prefill=False, long_prefill_token_threshold=64),
+    ),
+    "async_alone_round_times": Recipe(
+        "a threshold, and arrivals exactly when another request ends", lambda r: round_times(r, 25),
+        settings(200, long_prefill_token_threshold=16), ROUND,
+    ),
+    "async_alone_tiny_budget": Recipe(
+        "a threshold of 5 within 16 tokens a step, few requests at once",
+        lambda r: unrelated(r, 40, 260, (5, 120), (1, 30)),
+        settings(100, max_num_batched_tokens=16, max_num_seqs=12, long_prefill_token_threshold=5),
+    ),
+    "pipeline_alone": Recipe(
+        "a pipeline, a threshold, and few requests at once",
+        lambda r: unrelated(r, 50, 250, (1, 120), (1, 30)), settings(2000, **PIPELINE),
+    ),
     "async_long_chats": Recipe(
         "long runs of pure decode steps whose time grows with the context", long_chats,
         settings(500), CONTEXT,
@@ -257,15 +313,25 @@ RECIPES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
+ACROSS = (
+    *(name for name, recipe in RECIPES.items() if recipe.settings.long_prefill_token_threshold),
+    *("async_two_seats_tight", "sync_prefix_tight", "async_last_token_victims_cached", "async_echoes"),
+    *("async_sessions_tight", "sync_sessions_long_answers", "async_no_full_gate", "async_block_edges"),
+)
+"""Recipes that are recorded with later versions of vLLM too: those of what versions differ in, and some."""
+
+
 def record(name: str) -> Golden:
-    """Make one golden's workload and record it with vLLM."""
+    """Make one recipe's workload and record it with vLLM."""
     recipe = RECIPES[name]
     # Both modes of a pair get the same workload: the seed depends on the name without its first word.
     seed = [ord(letter) for letter in name.partition("_")[2]]
     entries = recipe.entries(np.random.default_rng(seed))
     recorder = PipelineRecorder if is_pipeline(name) else Recorder
     log = record_scheduler(build_workload(entries, name), recipe.settings, recipe.formula, recorder)
-    return Golden(name, recipe.about, entries, log)
+    golden = Golden(name, recipe.about, entries, log)
+    golden.name = golden_name(name, version_of(golden))
+    return golden
 
 
 def describe(log: SchedulerLog) -> str:
@@ -284,29 +350,44 @@ def describe(log: SchedulerLog) -> str:
     )
 
 
+def departures(golden: Golden, wanted: str) -> list[str]:
+    """In what a recording differs from the stored golden ``wanted``."""
+    if wanted not in golden_names():
+        return ["not recorded yet"]
+    stored = read_golden(wanted)
+    found = differences(stored.log, golden.log, ordered=True)
+    if stored.entries != golden.entries:
+        found.insert(0, "the workload is another one")
+    if stored.log.header["formula"] != golden.log.header["formula"]:
+        found.insert(0, "the step formula is another one")
+    return found
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Record the golden logs with vLLM's scheduler.")
     parser.add_argument("names", nargs="*", help="goldens to record (default: all)")
     parser.add_argument("--check", action="store_true", help="compare with the stored files, write nothing")
+    parser.add_argument("--as", dest="version", choices=VERSIONS, help="compare with this version's goldens")
     options = parser.parse_args(arguments)
     unknown = set(options.names) - set(RECIPES)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(RECIPES)}")
     failures = 0
     for name in options.names or RECIPES:
-        golden = record(name)
+        later = bool(options.version and options.version != VERSIONS[0])
+        if later and name not in ACROSS:
+            continue
+        own = record(name)
+        wanted = golden_name(name, options.version) if options.version else own.name
         if options.check:
-            stored = read_golden(name) if name in golden_names() else None
-            found = differences(stored.log, golden.log, ordered=True) if stored else ["not recorded yet"]
-            if stored and stored.entries != golden.entries:
-                found.insert(0, "the workload is another one")
-            if stored and asdict(RECIPES[name].formula) != stored.log.header["formula"]:
-                found.insert(0, "the step formula is another one")
+            if name not in ACROSS and wanted not in golden_names():
+                continue
+            found = departures(own, wanted)
             failures += bool(found)
-            print(f"{name}: {'differs' if found else 'same'}", *found[:5], sep="\n  ")
-        else:
-            write_golden(golden)
-            print(f"{name}: {describe(golden.log)}")
+            print(f"{wanted}: {'differs' if found else 'same'}", *found[:5], sep="\n  ", flush=True)
+        elif options.names or name in ACROSS or own.name == name:
+            write_golden(own)
+            print(f"{own.name}: {describe(own.log)}", flush=True)
     return 1 if failures else 0
 
 

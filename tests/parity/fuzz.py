@@ -41,7 +41,7 @@ Outcome = tuple[SchedulerSettings, SchedulerLog, list[str]]
 
 def random_entries(rng: np.random.Generator) -> list[Entry]:
     """A workload of a random kind with random parameters."""
-    count, gap = int(rng.integers(5, 60)), float(rng.choice([1.0, 6.0, 15.0, 40.0, 150.0]))
+    count, gap = int(rng.integers(5, 60)), float(rng.choice([1.0, 6.0, 15.0, 40.0, 150.0, 600.0]))
     prompt, output = (1, int(rng.integers(2, 300))), (1, int(rng.integers(2, 90)))
     kinds: list[Any] = [
         lambda: unrelated(rng, count, gap, prompt, output),

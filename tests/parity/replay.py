@@ -23,7 +23,8 @@ from servesim.engine.step_loop import LoopPlan
 from servesim.memory.kv_cache import KvCache
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
-from tests.golden.golden_file import STAGES, is_drained, is_pipeline
+from servesim.specs.vllm_versions import LONE_PREFILL
+from tests.golden.golden_file import STAGES, is_drained, is_pipeline, version_of
 from tests.hand_made import OneInstance
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from servesim.engine.batch import Batch
     from servesim.engine.decode_set import DecodeSet
+    from servesim.specs.vllm_versions import VllmVersion
     from servesim.workload.request import Workload
     from tests.golden.golden_file import Golden
 
@@ -80,7 +82,7 @@ def replay(golden: Golden) -> SchedulerLog:
     settings, formula = golden_settings(golden)
     tracks: list[array[int]] = []
     new_decodes = track_maker(settings.block_size, tracks, 1) if is_pipeline(golden.name) else None
-    scheduler = NotingScheduler(limits(settings), kv_cache(settings), new_decodes)
+    scheduler = NotingScheduler(limits(settings, version_of(golden)), kv_cache(settings), new_decodes)
     workload = golden.workload()
 
     def note_completion(batch: Batch, start_ns: int, free: int) -> None:
@@ -129,11 +131,12 @@ def golden_settings(golden: Golden) -> tuple[SchedulerSettings, StepFormula]:
     return SchedulerSettings(**header["settings"]), StepFormula(**header["formula"])
 
 
-def limits(settings: SchedulerSettings) -> SchedulerLimits:
+def limits(settings: SchedulerSettings, version: VllmVersion) -> SchedulerLimits:
     return SchedulerLimits(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
+        caps_lone_prefill=not LONE_PREFILL.holds(version),
         chunked_prefill=settings.enable_chunked_prefill,
         reserve_full_isl=settings.reserve_full_isl,
     )
@@ -189,5 +192,5 @@ def replay_in_jumps(golden: Golden) -> RunLog:
     """The engine's own records of a golden's workload, with the vectorised jumps over quiet stretches."""
     settings, formula = golden_settings(golden)
     workload = golden.workload()
-    scheduler = Scheduler(limits(settings), kv_cache(settings))
+    scheduler = Scheduler(limits(settings, version_of(golden)), kv_cache(settings))
     return simulate(build_loop(scheduler, settings, formula, workload, jump=True), workload)

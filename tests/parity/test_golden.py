@@ -16,7 +16,15 @@ import pytest
 from servesim.bench.scheduler_log import SchedulerLog, differences
 from servesim.engine.decode_set import DecodeSet
 from servesim.engine.scheduler import Scheduler
-from tests.golden.golden_file import Golden, golden_names, is_pipeline, read_golden
+from servesim.specs.vllm_versions import LONE_PREFILL, NEWEST, VERSIONS
+from tests.golden.golden_file import (
+    Golden,
+    golden_name,
+    golden_names,
+    is_pipeline,
+    read_golden,
+    version_of,
+)
 from tests.parity.replay import logged, replay, replay_in_jumps
 
 NAMES = golden_names()
@@ -85,7 +93,9 @@ def first_hits(log: SchedulerLog) -> list[dict[int, int]]:
 def test_the_goldens_cover_what_they_are_meant_to() -> None:
     assert len(NAMES) >= 14
     headers = [golden(name).log.header for name in NAMES]
-    assert {header["vllm"] for header in headers} == {"0.24.0"}
+    assert {header["vllm"] for header in headers} == {"0.24.0", "0.28.0", "0.33.0"}
+    for version in ("0.24", "0.28", "0.33"):
+        assert sum(version_of(golden(name)) == version for name in NAMES) >= 25
     wanted: dict[str, set[int]] = {
         "async_scheduling": {True, False},
         "enable_prefix_caching": {True, False},
@@ -96,6 +106,20 @@ def test_the_goldens_cover_what_they_are_meant_to() -> None:
     }
     for option, values in wanted.items():
         assert {header["settings"][option] for header in headers} >= values, option
+
+
+@pytest.mark.parametrize("recipe", ["async_alone", "sync_alone_sessions", "pipeline_alone"])
+def test_a_version_is_not_taken_for_another(recipe: str) -> None:
+    old, new = golden(golden_name(recipe, "0.28")), golden(golden_name(recipe, "0.33"))
+    assert differences(old.log, new.log)
+    assert not differences(golden(recipe).log, old.log)
+    wrong = Golden(recipe, "", new.entries, replace(new.log, header=old.log.header))
+    assert differences(new.log, replay(wrong))
+
+
+def test_every_version_has_its_differences() -> None:
+    assert [version for version in VERSIONS if LONE_PREFILL.holds(version)] == ["0.31", "0.32", "0.33"]
+    assert VERSIONS[-1] == NEWEST
 
 
 def test_the_goldens_hold_the_rare_events() -> None:

@@ -186,7 +186,7 @@ def test_every_output_says_which_run_it_is_of(
     save_outputs(Result(made.log, made.workload, options), options, {})
     run_id = json.loads(Path("run.json").read_text())["run_id"]
     assert run_id == named or (named is None and len(run_id) == 16)
-    assert json.loads(Path("t.json").read_text())["otherData"] == {"run_id": run_id}
+    assert json.loads(Path("t.json").read_text())["otherData"] == {"run_id": run_id, "vllm_version": "0.33"}
     for name in ("run.parquet", "steps.parquet"):
         assert pq.read_schema(name).metadata[b"servesim.run_id"] == run_id.encode()
 

@@ -55,6 +55,7 @@ def test_the_step_file_has_the_documented_columns(tmp_path: Path) -> None:
     result.save_steps(tmp_path / "steps.parquet")
     table = parquet.read_table(tmp_path / "steps.parquet")
     assert [",".join(map(str, row.values())) for row in table.to_pylist()] == lines[1:]
+    assert table.schema.metadata[b"servesim.vllm_version"] == b"0.33"
 
 
 def test_pandas_gets_the_columns_of_the_file() -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def test_every_step_and_every_request_is_in_the_trace(tmp_path: Path) -> None:
     log = run_small(requests((8, 3, 500), (8, 2, 600)))
-    save_timeline(log, tmp_path / "t.json")
+    save_timeline(log, tmp_path / "t.json", None, {})
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     steps = [event for event in events if event["ph"] == "X"]
     assert [event["ts"] * 1000 for event in steps] == list(log.instances[0].steps.start_ns)

@@ -1,0 +1,43 @@
+"""Versions of vLLM that can be followed, and in what they differ as far as a simulation goes.
+
+Only what was found in a version's own behaviour stands here: its scheduler driven over the goldens
+(docs/parity.md), and its defaults for a server. The memory plan has a table of its own,
+:mod:`servesim.memory.engine_memory`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+VllmVersion = Literal["0.24", "0.25", "0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32", "0.33"]
+VERSIONS: tuple[VllmVersion, ...] = get_args(VllmVersion)
+"""Oldest first."""
+NEWEST: VllmVersion = "0.33"
+"""The newest that goldens were recorded with; the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something that vLLM does from a version on."""
+
+    since: VllmVersion
+    what: str
+
+    def holds(self, version: VllmVersion) -> bool:
+        """Whether ``version`` does so."""
+        return VERSIONS.index(version) >= VERSIONS.index(self.since)
+
+
+LONE_PREFILL = Difference(
+    "0.31", "a prefill threshold does not bind while a single request is waiting or running"
+)
+LARGE_GPU_BATCHES = Difference("0.28", "servers on GPUs of 160 GiB or more take 16384 tokens a step")
+DIFFERENCES = (LONE_PREFILL, LARGE_GPU_BATCHES)
+
+
+def minor_version(text: object) -> object:
+    """``v0.33.1`` and ``0.33.1`` -> ``0.33``; anything else as it is."""
+    match = re.fullmatch(r"v?(\d{1,3}\.\d{1,3})(\.\d{1,3})?", text) if isinstance(text, str) else None
+    return match[1] if match else text
