@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from servesim.bench.http_stream import Address, HttpError, Reply, exchange, parse_url
-from servesim.bench.prompts import prompt_ids, prompt_text
-from servesim.bench.target import Answer, TargetFacts
+from servesim.bench.target import Answer, TargetFacts, prompt_ids, prompt_text
 from servesim.bench.token_stream import EventLines, RequestFailedError, TokenStream, error_text
 from servesim.errors import InputError
 

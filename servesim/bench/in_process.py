@@ -5,8 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from servesim.bench.prompts import prompt_ids
-from servesim.bench.target import Answer, EngineStamps, TargetFacts
+from servesim.bench.target import Answer, EngineStamps, TargetFacts, prompt_ids
 from servesim.bench.token_stream import RequestFailedError
 from servesim.errors import InputError
 

@@ -5,12 +5,13 @@ Two forms are read as they are:
 - a folder with ``meta.json`` (the engine's arguments), ``requests.jsonl`` (one request a line: lengths,
   arrival on the wall clock, ``queued_ts``, ``scheduled_ts``, ``first_token_ts`` and ``last_token_ts`` on the
   engine's clock, in seconds) and, if they are there, ``timeseries.csv`` and ``cluster.json``;
-- the result of ``vllm bench serve --save-result --save-detailed``, stamped by the client
-  (:mod:`servesim.bench.client_recording`).
+- the result of ``vllm bench serve --save-result --save-detailed``, stamped by the client, with nothing from
+  inside the engine.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from servesim.specs.validation import shown
 from servesim.workload.entries import MAX_TIME_NS
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
 
     from servesim.workload.request import Workload
@@ -34,6 +37,7 @@ _SECOND = 1e9  # ns
 _LENGTHS = ("input_toks", "output_toks")
 _STAMPS = ("arrival_time", "queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts")
 _TICKS = ("t", "prompt_throughput", "gen_throughput", "running", "waiting")
+_RESULT_LISTS = ("input_lens", "output_lens", "start_times", "ttfts", "itls")
 _NUMBERED = re.compile(r".*?(\d+)$")
 
 
@@ -117,8 +121,6 @@ def load_recording(path: str | Path) -> Recording:
     """
     place = Path(path).expanduser()
     if place.is_file() and place.name != "meta.json":
-        from servesim.bench.client_recording import load_client_recording
-
         return load_client_recording(place)
     folder = place.parent if place.is_file() else place
     if not folder.is_dir():
@@ -325,3 +327,83 @@ def check_duration(source: Path, duration_s: float) -> None:
 
 def _ns(seconds: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.rint(seconds * _SECOND).astype(np.int64)
+
+
+def load_client_recording(path: Path) -> Recording:
+    """Read a result made with ``--save-result --save-detailed``.
+
+    The first token is there ``ttft`` after the start, the last one after all inter-token gaps. The engine's
+    arguments are not in the file.
+
+    Raises:
+        InputError: the file lacks a list, a request failed, or a number makes no sense.
+    """
+    columns, model = _result_columns(path)
+    rows = list(zip(*columns, strict=True))
+    starts = [_result_seconds(path, "start_times", i, row[2]) for i, row in enumerate(rows)]
+    first_start = min(starts)
+    table = np.empty((len(rows), 5), dtype=np.int64)
+    for i, (prompt, output, _, ttft, gaps) in enumerate(rows):
+        for key, value in (("input_lens", prompt), ("output_lens", output)):
+            if type(value) is not int or not 1 <= value < 2**31:
+                raise InputError(
+                    f"{path}: {key}[{i}]: {shown(value)} is not allowed; must be a whole number > 0 (did the "
+                    "request fail? a recording to compare with needs every request to have ended)"
+                )
+        if not isinstance(gaps, list):
+            raise InputError(f"{path}: itls[{i}]: {shown(gaps)} is not allowed; must be a list of seconds")
+        arrival = starts[i] - first_start
+        first_token = arrival + _result_seconds(path, "ttfts", i, ttft)
+        last_token = first_token + math.fsum(_result_seconds(path, "itls", i, gap) for gap in gaps)
+        check_span(path, np.array([last_token]))
+        table[i] = prompt, output, *(round(seconds * 1e9) for seconds in (arrival, first_token, last_token))
+    check_duration(path, float(table[:, 4].max()) / 1e9)
+    prompts, outputs, arrivals, first_tokens, last_tokens = (table[:, i].copy() for i in range(5))
+    return Recording(
+        source=path,
+        name=path.stem,
+        model=model,
+        engine="vLLM bench serve (client side)",
+        arguments={},
+        input_tokens=prompts,
+        output_tokens=outputs,
+        arrival_ns=arrivals,
+        first_token_ns=first_tokens,
+        last_token_ns=last_tokens,
+    )
+
+
+def _result_columns(path: Path) -> tuple[list[list[Any]], str | None]:
+    try:
+        result = json.loads(read_text(path))  # figures of a run that went wrong can be NaN
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: is not one JSON document: {error}; a result of `vllm bench serve` is"
+        ) from None
+    if not isinstance(result, dict):
+        raise InputError(f"{path}: is no JSON object; a result of `vllm bench serve` is one")
+    columns: list[list[Any]] = []
+    for key in _RESULT_LISTS:
+        column = result.get(key)
+        if not isinstance(column, list) or not column:
+            raise InputError(
+                f"{path}: {key}: is missing; a result of `vllm bench serve` has it when made with "
+                "--save-detailed"
+            )
+        if columns and len(column) != len(columns[0]):
+            raise InputError(
+                f"{path}: {key}: has {len(column)} values, and {_RESULT_LISTS[0]} has {len(columns[0])}"
+            )
+        columns.append(column)
+    for i, reason in enumerate(result.get("errors") or []):
+        if reason:
+            raise InputError(f"{path}: errors[{i}]: request {i} failed: {shown(reason)}")
+    model = result.get("model_id")
+    named = isinstance(model, str) and model and model.isprintable()
+    return columns, model if named else None
+
+
+def _result_seconds(path: Path, key: str, index: int, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e12:
+        raise InputError(f"{path}: {key}[{index}]: {shown(value)} is not allowed; must be seconds >= 0")
+    return float(value)

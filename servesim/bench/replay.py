@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from servesim.bench.replay_folder import TICK_S, Journal, ReplayFolder, Segment
-from servesim.bench.ticks import save_ticks
+from servesim.bench.replay_folder import TICK_S, Journal, ReplayFolder, Segment, save_ticks
 from servesim.bench.token_stream import RequestFailedError
 from servesim.engine.arrivals import NEVER, Arrivals
 from servesim.errors import InputError, RunError

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         recorded = replace(recorded, cluster=with_calibration(recorded.cluster, hardware, args.calibration))
     with bundles_from(args.bundles):
         agreement = recorded.simulate(args.anchor or recorded.recording.anchors[0])
-    from servesim.bench.comparison_text import comparison_text
+    from servesim.bench.validate import comparison_text
 
     print(comparison_text(recorded, agreement))
     if args.json:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from servesim.bench.replay_folder import Segment
-from servesim.bench.ticks import tick_rows
+from servesim.bench.replay_folder import Segment, tick_rows
 
 CLOCK = 5000.0  # the monotonic clock at wall time 100
 
