@@ -20,16 +20,22 @@ if TYPE_CHECKING:
 
 
 @st.composite
-def workloads(draw: st.DrawFn, most: int = 14, longest: int = 300) -> Workload:
-    """Flat requests and sessions, some with ids that share prefixes."""
+def workloads(
+    draw: st.DrawFn, most: int = 14, longest: int = 300, prompts: tuple[int, int] = (1, 60)
+) -> Workload:
+    """Flat requests and sessions, some with ids that share prefixes, which are longer than the shortest of
+    ``prompts``.
+
+    ``longest``: output of a request; ``prompts``: shortest and longest prompt.
+    """
     made: list[Request] = []
     for index in range(draw(st.integers(1, most))):
-        prompt = draw(st.integers(1, 60))
+        prompt = draw(st.integers(*prompts))
         output = draw(st.integers(1, draw(st.sampled_from([3, 40, longest]))))
         request = Request(index, prompt, output, draw(st.integers(0, 40_000)))
         if draw(st.booleans()):
             group = draw(st.integers(0, 2))
-            shared = draw(st.integers(0, prompt))
+            shared = draw(st.integers(prompts[0] - 1, prompt))
             ids = [group] * shared + [1000 + index] * (prompt - shared)
             request.input_ids = np.array(ids, dtype=np.int64)
             if draw(st.booleans()):

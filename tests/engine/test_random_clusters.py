@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from servesim.engine.build import build_simulation
+from servesim.engine.build import build_simulation, scene
 from servesim.engine.clock import Actor, Clock
+from servesim.errors import InputError
+from servesim.specs.acting import notes_of
 from servesim.specs.cluster import load_cluster
-from servesim.specs.options import RuntimeOptions
+from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.options import RuntimeOptions, resolve
 from tests.engine.test_properties import everything, workloads
 from tests.engine.toy_world import DENSE, EXPERTS, MOE, toy_cluster, toy_instance, toy_world
 
@@ -108,16 +112,37 @@ options = st.builds(
 
 
 @st.composite
-def setups(draw: st.DrawFn) -> tuple[ClusterSpec, RuntimeOptions]:
-    """A cluster and options that go with it."""
+def setups(draw: st.DrawFn, storage: str | None = None) -> tuple[ClusterSpec, RuntimeOptions]:
+    """A cluster and options that go with it; ``storage``: of its lower tiers, drawn unless given."""
     described, chosen = draw(clusters()), draw(options)
+    if storage:
+        chosen = chosen.replace(prefix_storage=storage)
     if chosen.prefix_storage:
         chosen = chosen.replace(enable_prefix_sharing=draw(st.booleans()))
         for node in described["nodes"]:
             node["cpu_mem"]["mem_size"] = draw(st.sampled_from([0.0005, 1]))
             for instance in node["instances"]:
                 instance["enable_prefix_caching"] = True
+                if draw(st.booleans()):  # a cache for one or two long prompts
+                    instance.update(block_size=16, num_gpu_blocks=draw(st.integers(36, 60)))
     return load_cluster(described), chosen
+
+
+def what_acts(cluster: ClusterSpec, workload: Workload, chosen: RuntimeOptions) -> RuntimeOptions:
+    """The options without those that are refused because they cannot act here."""
+    models = check_cluster(cluster)
+    while True:
+        resolved = [resolve(chosen, spec, models[spec.model_name]) for _, spec in cluster.instances]
+        try:
+            notes_of(scene(cluster, models, resolved, workload, chosen))
+        except InputError as error:
+            found = re.match(r"--(?:no-)?([a-z-]+).*: has no effect here", str(error))
+            if found is None:
+                raise
+            kept = chosen.model_fields_set - {found[1].replace("-", "_")}
+            chosen = RuntimeOptions(**{name: getattr(chosen, name) for name in kept})
+        else:
+            return chosen
 
 
 def with_models(workload: Workload, cluster: ClusterSpec, asked: list[int]) -> Workload:
@@ -171,6 +196,8 @@ def check_cluster_run(simulation: Simulation, log: RunLog, workload: Workload) -
         assert record.handed_over_ns < record.first_token_ns
         assert record.arrival_ns <= record.queued_ns <= record.scheduled_ns < record.first_token_ns
     for instance in simulation.instances:
+        for connector in instance.scheduler.connectors:
+            connector.check_integrity()
         pool, scheduler, steps = instance.scheduler.kv.pool, instance.scheduler, instance.log.steps
         pool.check_integrity()
         assert pool.num_used == scheduler.held == len(scheduler.running) == len(scheduler.waiting) == 0
@@ -188,13 +215,19 @@ def check_cluster_run(simulation: Simulation, log: RunLog, workload: Workload) -
         assert (np.diff(ends) >= 0).all()
 
 
+LONG = 257, 500
+"""Prompts of one chunk and more, which lower tiers keep."""
+loads = st.one_of(workloads(longest=60), workloads(longest=60, prompts=LONG))
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(setups(), workloads(longest=60), st.lists(st.integers(0, 2), max_size=14))
+@given(setups(), loads, st.lists(st.integers(0, 2), max_size=14))
 def test_nothing_is_lost_and_every_run_ends_and_repeats(
     setup: tuple[ClusterSpec, RuntimeOptions], workload: Workload, asked: list[int]
 ) -> None:
     cluster, chosen = setup
     workload = with_models(workload, cluster, asked)
+    chosen = what_acts(cluster, workload, chosen)
     simulation = build_simulation(cluster, workload, chosen)
     log = bounded(simulation, workload)
     check_cluster_run(simulation, log, workload)
@@ -203,12 +236,35 @@ def test_nothing_is_lost_and_every_run_ends_and_repeats(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(setups(), workloads(longest=60))
+@given(setups(), loads)
 def test_without_chunked_prefill_a_run_ends(
     setup: tuple[ClusterSpec, RuntimeOptions], workload: Workload
 ) -> None:
     """The context, which no step may be too small for, is that of the smallest budget."""
     budgets = [spec.max_num_batched_tokens or 2048 for _, spec in setup[0].instances]
     cluster, chosen = setup[0], setup[1].replace(enable_chunked_prefill=False, max_model_len=min(budgets))
+    chosen = what_acts(cluster, workload, chosen)
     simulation = build_simulation(cluster, workload, chosen)
     check_cluster_run(simulation, bounded(simulation, workload), workload)
+
+
+def test_random_clusters_recall_from_their_tiers() -> None:
+    recalled = []
+
+    @settings(
+        max_examples=60,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(setups(storage="CPU"), workloads(longest=60, prompts=LONG))
+    def sample(setup: tuple[ClusterSpec, RuntimeOptions], workload: Workload) -> None:
+        simulation = build_simulation(setup[0], workload, what_acts(setup[0], workload, setup[1]))
+        log = bounded(simulation, workload)
+        check_cluster_run(simulation, log, workload)
+        recalled.append(sum(sum(instance.steps.recalled_bytes) for instance in log.instances))
+
+    sample()
+    assert sum(map(bool, recalled)) >= 5
