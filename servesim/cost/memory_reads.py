@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from servesim.cost.moe import expected_distinct_experts
 from servesim.memory.placement import NPU
+from servesim.memory.traffic import expected_distinct_experts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,27 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
+from servesim.memory.traffic import expected_distinct_experts
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from servesim.cost.tables import Surface
-
-
-def expected_distinct_experts(
-    tokens: NDArray[np.int64], num_experts: int, experts_per_token: int
-) -> NDArray[np.float64]:
-    """Experts touched by T ``tokens`` that each pick k of E uniformly: ``E (1 - (1 - k/E)^T)``.
-
-    The power is taken by squaring: multiplications give the same bits on every machine, a library's pow
-    may not.
-    """
-    untouched, square, exponents = np.ones(len(tokens)), 1.0 - experts_per_token / num_experts, tokens.copy()
-    while exponents.any():
-        untouched = np.where(exponents & 1, untouched * square, untouched)
-        square, exponents = square * square, exponents >> 1
-    return num_experts * (1.0 - untouched)
 
 
 @dataclass(slots=True, frozen=True)

@@ -288,6 +288,7 @@ class Builder:
             reach=reach_of(bundle.meta, bundle.measured_reach(spec.tp_size)),
             pricing=pricing,
             notes=started.notes,
+            kv_reads=array("q") if self._memories.resident(index) else None,
         )
         # the hand-over is asked first: KV that has been sent here need not be read from a lower tier
         connectors: list[Connector] = [self.hand_over] if self.hand_over and spec.pd_type else []

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.cost.expert_stage import ExpertLoads
-from servesim.cost.moe import expected_distinct_experts
 from servesim.engine.own_policy import call_own_policy, load_own_policy
 from servesim.errors import InputError
+from servesim.memory.traffic import expected_distinct_experts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

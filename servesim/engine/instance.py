@@ -122,6 +122,8 @@ class Instance:
         recalled_bytes = sum(batch.recalls) if connectors else 0
         steps.recalled_tokens.append(batch.recalled_tokens)
         steps.recalled_bytes.append(recalled_bytes)
+        if self.log.kv_reads is not None:
+            self.log.kv_reads.append(self._kv_read(batch))
         steps.tier_bytes.append(recalled_bytes + self._written_bytes() if connectors else 0)
         self._preempted = 0
         if batch.travelling is not None:
@@ -138,6 +140,11 @@ class Instance:
         if self.trace:
             self.trace(batch, self.log.steps.start_ns[batch.step], self.scheduler.kv.pool.num_free)
         return leaving
+
+    def _kv_read(self, batch: Batch) -> int:
+        """Tokens of KV that the NPUs read in a step; not those that memory computes with itself."""
+        history = sum(history for _, history in batch.chunks)
+        return history if self.log.options.enable_attn_offloading else history + batch.kv_sum
 
     def _written_bytes(self) -> int:
         """Bytes written to the lower tier since the last call."""

@@ -37,10 +37,9 @@ class NodeActivity:
     """When processing-in-memory channels compute."""
     link_bytes: int = 0
     """Moved over links between NPUs within the window."""
-    dram_bytes: int = 0
-    """Moved to and from host memory within the window."""
-    cxl_bytes: int = 0
-    """Moved to and from CXL memory by the node's instances within the window."""
+    memory_bytes: dict[str, int] = field(default_factory=dict)
+    """Device of the power section, such as ``dram`` -> bytes that the node's instances moved to and from its
+    memory within the window."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -101,7 +100,7 @@ def node_energy(
         devices["cpu"] = idle_nw * elapsed + rise_nw * active
     if power.dram is not None:
         dimms = ceil(memory_gb / power.dram.dimm_size)
-        moved = transfer_aj(activity.dram_bytes, power.dram.energy_per_bit)
+        moved = transfer_aj(activity.memory_bytes.get("dram", 0), power.dram.energy_per_bit)
         devices["dram"] = dimms * nanowatts(power.dram.idle_power) * elapsed + moved
     if power.link is not None:
         moved = transfer_aj(activity.link_bytes, power.link.energy_per_bit)
@@ -114,7 +113,7 @@ def node_energy(
         active = states(activity.pim, begin_ns, end_ns).active_ns
         devices["pim"] = nanowatts(power.pim.active_power) * active
     if power.cxl is not None:
-        moved = transfer_aj(activity.cxl_bytes, power.cxl.energy_per_bit)
+        moved = transfer_aj(activity.memory_bytes.get("cxl", 0), power.cxl.energy_per_bit)
         devices["cxl"] = power.cxl.num_devices * nanowatts(power.cxl.idle_power) * elapsed + moved
     return NodeEnergy(devices, npus)
 

@@ -82,6 +82,7 @@ def energy_entry(result: Result) -> dict[str, Any] | None:
         "j_per_output_token": round(total_aj / AJ / tokens, 9) if tokens else None,
         "tokens_per_s_per_w": round(tokens * AJ / total_aj, 9) if total_aj else None,
         "not_modelled": [node for node in range(result.cluster.num_nodes) if node not in meters],
+        "not_charged": sorted({key for meter in meters.values() for key in meter.not_charged}),
         "interval_s": interval_ns / SECOND,
         "per_node": [
             _node_entry(meters[node], energy, end_ns, interval_ns) for node, energy in energies.items()
@@ -98,6 +99,8 @@ def energy_line(energy: dict[str, Any] | None) -> str:
         parts.append(f"{digits(energy['j_per_output_token'])} J per output token")
     if missing := energy["not_modelled"]:
         parts.append(f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} not modelled")
+    if missing := energy["not_charged"]:
+        parts.append(f"bits moved to and from {', '.join(missing)} not charged")
     return ", ".join(parts)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from servesim.memory.placement import CPU, NPU, PIM, kv_bytes_per_layer, placed_stages
 from servesim.memory.sizing import kv_bytes_per_token
+from servesim.memory.traffic import traffic_by_place
 from servesim.power.activity import Spans, moved_within
 from servesim.power.node import NodeActivity, NpuActivity, node_energy
 from servesim.power.quantities import mean_watts
 from servesim.power.traffic import link_bytes_per_token
+from servesim.specs.architecture import load_architecture
+from servesim.specs.memories import KINDS, split_place
 from servesim.specs.model import load_model
 
 if TYPE_CHECKING:
@@ -20,9 +24,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from servesim.memory.traffic import Traffic
     from servesim.power.node import NodeEnergy
     from servesim.results.records import InstanceLog
     from servesim.specs.cluster import NodeSpec
+    from servesim.specs.model import ModelSpec
 
 
 class InstanceMeter:
@@ -39,6 +45,18 @@ class InstanceMeter:
             model = load_model(spec.model_name)
             self._bytes_per_token = link_bytes_per_token(model, spec)
             self._kv_bytes_per_token = kv_bytes_per_token(model, log.options.kv_dtype)
+        self._model: ModelSpec | None = None
+        """What an instance with bytes elsewhere runs."""
+        self._traffic: dict[str, list[Traffic]] = {}
+        """Kind of memory -> what the steps move to and from each of that kind."""
+        if log.kv_reads is not None:
+            placed = self._model = load_model(spec.model_name)
+            stages = placed_stages(spec, placed, log.options, load_architecture(placed.model_type))
+            kv_layer_bytes = kv_bytes_per_layer(placed, log.options, spec.tp_size)
+            for place, traffic in traffic_by_place(stages, kv_layer_bytes, spec.tp_size).items():
+                if place != NPU:
+                    kind = split_place(CPU if place == PIM else place)[0]
+                    self._traffic.setdefault(kind, []).append(traffic)
 
     def look_at(self, begin_ns: int, end_ns: int) -> Spans:
         """Move to the steps in a window; returns their times, those of the step before included."""
@@ -80,13 +98,30 @@ class InstanceMeter:
             self._dummies, of_dummies, begin_ns, end_ns
         )
 
-    def tier_bytes(self, spans: Spans, begin_ns: int, end_ns: int, *, cxl: bool) -> int:
-        """Moved to and from CXL or else host memory: what a lower tier of the prefix cache there is read and
-        written."""
+    @property
+    def memories(self) -> set[str]:
+        """Kinds of the memories beside its NPUs' that the instance moves bytes to and from."""
         tier = self._log.tier
-        if tier is None or tier.storage.startswith("CXL") != cxl:
-            return 0
-        return moved_within(spans, self._column("tier_bytes"), begin_ns, end_ns)
+        return {*self._traffic, *([split_place(tier.storage)[0]] if tier else ())}
+
+    def memory_bytes(self, kind: str, spans: Spans, begin_ns: int, end_ns: int) -> int:
+        """Moved to and from memories of one kind: what a lower tier of the prefix cache there is read and
+        written, weights and KV cache that are placed there. A dummy batch reads the weights for a token."""
+        moved, tier, log = 0, self._log.tier, self._log
+        if tier is not None and split_place(tier.storage)[0] == kind:
+            moved += moved_within(spans, self._column("tier_bytes"), begin_ns, end_ns)
+        if self._model is None or kind not in self._traffic:
+            return moved
+        tokens, model = self._column("prefill_tokens") + self._column("decode_tokens"), self._model
+        kv_tokens = np.zeros_like(tokens)
+        if log.kv_reads is not None:
+            kv_tokens = _numbers(log.kv_reads[self._first : self._last])
+        one = np.ones(len(self._dummies.start_ns), dtype=np.int64)
+        for traffic in self._traffic[kind]:
+            of_dummies = replace(traffic, kv_bytes=0).moved(one, one, model)
+            moved += moved_within(spans, traffic.moved(tokens, kv_tokens, model), begin_ns, end_ns)
+            moved += moved_within(self._dummies, of_dummies, begin_ns, end_ns)
+        return moved
 
     def pim(self, spans: Spans) -> Spans:
         """When processing-in-memory channels compute: in every step with decodes that offloads attention."""
@@ -116,16 +151,25 @@ class NodeMeter:
         assert self.spec.power is not None
         npus: list[NpuActivity] = []
         pim: list[Spans] = []
-        link_bytes = dram_bytes = cxl_bytes = 0
+        link_bytes = 0
+        memory_bytes: dict[str, int] = {}
         for instance in self.instances:
             spans = instance.look_at(begin_ns, end_ns)
             npus += instance.npus(spans)
             pim.append(instance.pim(spans))
             link_bytes += instance.link_bytes(spans, begin_ns, end_ns)
-            dram_bytes += instance.tier_bytes(spans, begin_ns, end_ns, cxl=False)
-            cxl_bytes += instance.tier_bytes(spans, begin_ns, end_ns, cxl=True)
-        activity = NodeActivity(npus, Spans.union(pim), link_bytes, dram_bytes, cxl_bytes)
+            for kind in instance.memories:
+                payer = KINDS[kind].power or ""
+                moved = instance.memory_bytes(kind, spans, begin_ns, end_ns)
+                memory_bytes[payer] = memory_bytes.get(payer, 0) + moved
+        activity = NodeActivity(npus, Spans.union(pim), link_bytes, memory_bytes)
         return node_energy(self.spec.power, self.spec.cpu_mem.mem_size, activity, begin_ns, end_ns)
+
+    @property
+    def not_charged(self) -> set[str]:
+        """Config keys of memories whose bits no device of the power section pays for."""
+        kinds = (KINDS[kind] for instance in self.instances for kind in instance.memories)
+        return {kind.field for kind in kinds if not (kind.power and getattr(self.spec.power, kind.power))}
 
     def mean_w(self, begin_ns: int, end_ns: int) -> float:
         """Mean power over a window."""

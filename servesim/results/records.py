@@ -185,6 +185,9 @@ class InstanceLog:
     """The cost object of the run itself."""
     notes: tuple[str, ...] = ()
     """Lines about its memory that the user should see."""
+    kv_reads: array[int] | None = None
+    """Tokens of KV that the NPUs read for the attention of each step; kept only where placement or offloading
+    may have it in other memories."""
 
 
 @dataclass(slots=True)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from servesim.cost.moe import expected_distinct_experts
+from servesim.memory.traffic import expected_distinct_experts
 from tests.cost.bundles import Toy
 
 if TYPE_CHECKING:

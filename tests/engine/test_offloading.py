@@ -252,3 +252,16 @@ def test_what_lies_elsewhere_is_shown_and_summarised() -> None:
     assert [memory["place"] for memory in entry["outside"]] == ["cpu", "pim"]
     assert entry["weight_bytes"] == 0
     assert entry["outside"][1]["kv_bytes"] == 1001 * 16 * LAYERS * 32
+
+
+def test_kv_that_steps_read_is_written_down_where_it_may_lie_elsewhere() -> None:
+    requests = [Request(0, 128, 3, 0)]
+    slow = toy_cluster([toy_instance(placement={"default": {"kv_loc": "cpu"}})])
+    log = run(slow, requests, max_num_batched_tokens=64)
+    # two chunks, the second looks back at 64 tokens; then decodes at 128 and 129
+    assert list(log.instances[0].kv_reads or ()) == [0, 64, 128, 129]
+    assert list(run(pim_cluster(), requests, max_num_batched_tokens=64).instances[0].kv_reads or ()) == [
+        *(0, 64),
+        *(0, 0),
+    ]
+    assert run(toy_cluster([toy_instance()]), requests).instances[0].kv_reads is None

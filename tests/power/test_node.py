@@ -45,7 +45,7 @@ def test_the_cpu_works_while_any_npu_does() -> None:
 
 def test_dimms_are_counted_and_moved_bits_paid() -> None:
     dram = {"dimm_size": 100, "idle_power": 3, "energy_per_bit": 20}
-    activity = NodeActivity(dram_bytes=10**9)
+    activity = NodeActivity(memory_bytes={"dram": 10**9})
     # 512 GB need 6 DIMMs of 100; 8e9 bits of 20 pJ are 0.16 J
     assert devices_j(power(dram=dram), activity) == {"base": 0, "dram": 6 * 3 * 10 + 0.16}
 
@@ -57,7 +57,7 @@ def test_links_draw_idle_power_and_pay_per_bit() -> None:
 
 def test_cxl_devices_draw_idle_power_and_pay_per_bit() -> None:
     cxl = {"num_devices": 4, "idle_power": 12, "energy_per_bit": 30}
-    activity = NodeActivity(dram_bytes=10**12, cxl_bytes=10**9)
+    activity = NodeActivity(memory_bytes={"dram": 10**12, "cxl": 10**9})
     # four devices of 12 W for 10 s; 8e9 bits of 30 pJ are 0.24 J
     assert devices_j(power(cxl=cxl), activity) == {"base": 0, "cxl": 4 * 12 * 10 + 0.24}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,41 @@ def test_a_lower_tier_takes_energy_in_its_memory(storage: str, dram_bytes: int, 
     assert devices["cxl"] == pytest.approx(2 * 10 * 4.0 + cxl_bytes * 8 * 40e-12, abs=1e-9)
     halves = [result.power(0.25)["power_w"][4:6].mean(), result.power(0.5)["power_w"][2]]
     assert halves[0] == pytest.approx(halves[1])
+
+
+def test_placed_weights_and_kv_take_energy_in_their_memory() -> None:
+    rules = [{"blocks": "0-1", "weights": "cpu"}, {"blocks": "1", "kv_loc": "cpu"}]
+    result = two_steps(one_node(placement={"blocks": rules}))
+    result.instances[0].kv_reads = array("q", (0, 1000))
+    devices = result.summary["energy"]["per_node"][0]["devices_j"]
+    weights = 2 * 218_112_000  # of a block in 16 bit
+    moved_bytes = 2 * 2 * weights + 2048 * (1001 + 1000)  # two steps; KV in fp8: 1001 written, 1000 read
+    assert devices["dram"] == pytest.approx(8 * 3 * 4.0 + moved_bytes * 8 * 20e-12, abs=1e-6)
+    halves = [result.power(0.25)["power_w"][4:6].mean(), result.power(0.5)["power_w"][2]]
+    assert halves[0] == pytest.approx(halves[1])
+
+
+def test_a_dummy_batch_reads_placed_weights() -> None:
+    result = two_steps(one_node(placement={"blocks": [{"blocks": "7", "weights": "cpu"}]}))
+    log = result.instances[0]
+    log.kv_reads = array("q", (0, 1000))
+    log.dummies.start_ns.append(3000 * MS)
+    log.dummies.end_ns.append(3250 * MS)
+    moved_bytes = 3 * 2 * 218_112_000
+    devices = result.summary["energy"]["per_node"][0]["devices_j"]
+    assert devices["dram"] == pytest.approx(8 * 3 * 4.0 + moved_bytes * 8 * 20e-12, abs=1e-6)
+
+
+def test_bits_that_nobody_pays_for_are_named() -> None:
+    memory = {"mem_size": 256, "mem_bw": 60, "mem_latency": 250, "num_devices": 4}
+    placement = {"default": {"weights": "cxl:1"}}
+    spec = load_cluster(cluster(nodes=[node(instance(placement=placement), power=POWER)], cxl_mem=memory))
+    result = two_steps(spec)
+    result.instances[0].kv_reads = array("q", (0, 1000))
+    energy = result.summary["energy"]
+    assert energy["not_charged"] == ["cxl_mem"]
+    assert energy_line(energy).endswith(", bits moved to and from cxl_mem not charged")
+    assert two_steps(one_node()).summary["energy"]["not_charged"] == []
 
 
 @pytest.mark.parametrize(
