@@ -106,3 +106,34 @@ def test_an_attention_kind_is_one_file_and_two_lines(copy: Path) -> None:
     lines = run(copy, "explain-step", "--decodes", "4", "--kv", "500").splitlines()
     (attention,) = (line.split() for line in lines if line.startswith("attention"))
     assert attention[1] == "64"
+
+
+def test_a_memory_tier_is_one_file_and_two_lines(copy: Path) -> None:
+    cluster = json.loads((copy / "configs" / "cluster" / "single_node_power.json").read_text())
+    (node,) = cluster["nodes"]
+    node["nvme_mem"] = {"mem_size": 2000, "mem_bw": 14, "mem_latency": 80000}
+    node["instances"][0]["num_gpu_blocks"] = 4000
+    (copy / "configs" / "cluster" / "with_nvme.json").write_text(json.dumps(cluster))
+    edit(
+        copy / "servesim" / "specs" / "memories.py",
+        '    "nvme": MemoryKind("node", "nvme_mem"),',
+        after='"cxl": MemoryKind(',
+    )
+    edit(
+        copy / "servesim" / "specs" / "cluster.py",
+        "    nvme_mem: memories.MemorySpec | None = None",
+        after="cpu_mem: memories.CpuMemory",
+    )
+    sessions = ["--dataset", "workloads/agentic_sessions.jsonl.gz", "--num-reqs", "40"]
+    flags = ["--cluster-config", "configs/cluster/with_nvme.json", "--prefix-storage", "NVME", "--summary"]
+    out = run(copy, *sessions, *flags, "s.json")
+    assert "  NVME tier: 16384000 tokens / 64000 chunks of 256 (2000.00 GiB), read at 14 GB/s" in out
+    assert "bits moved to and from nvme_mem not charged" in out
+    cache = json.loads((copy / "s.json").read_text())["prefix_cache"]
+    assert cache["storage"] == "NVME"
+    assert cache["storage_hit_tokens"] > 0
+    # in placement rules as well
+    node["instances"][0]["placement"] = {"blocks": [{"blocks": "0-3", "weights": "nvme"}]}
+    (copy / "configs" / "cluster" / "with_nvme.json").write_text(json.dumps(cluster))
+    out = run(copy, *flags[:2], "--num-reqs", "3")
+    assert "  nvme      weights 1.63 of 2000.00 GiB" in out

@@ -12,7 +12,7 @@ from servesim.memory.sizing import kv_bytes_per_token
 from servesim.memory.tier import LowerTier, TierPool
 from servesim.network.links import Port
 from servesim.results.records import TierMemory
-from servesim.specs.memories import KINDS, split_place
+from servesim.specs.memories import KINDS, TIER_WORDS, split_place
 
 if TYPE_CHECKING:
     from servesim.memory.memory_map import MemoryMap
@@ -58,7 +58,8 @@ class LowerTiers:
         self._namespaces: dict[tuple[str, str, int], int] = {}
         if self._sharing and options.prefix_storage is None:
             raise InputError(
-                "--enable-prefix-sharing: there is no lower tier to share; give --prefix-storage CPU or CXL"
+                "--enable-prefix-sharing: there is no lower tier to share; give --prefix-storage "
+                f"{' or '.join(TIER_WORDS)}"
             )
 
     def tier(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
 from servesim.specs.flags import flag_name, flag_of
+from servesim.specs.memories import TIER_WORDS
 from servesim.specs.model import shape_twin
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def with_tier(options: RuntimeOptions) -> str:
     return (
         ""
         if options.prefix_storage
-        else "without --prefix-storage CPU or CXL: there is no lower tier to share"
+        else f"without --prefix-storage {' or '.join(TIER_WORDS)}: there is no lower tier to share"
     )
 
 

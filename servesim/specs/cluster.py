@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
 
 from servesim.errors import InputError
-from servesim.specs import paths
+from servesim.specs import memories, paths
 from servesim.specs.base import BandwidthGbs, Count, LatencyNs, SizeGb, Spec, Unit, list_as_tuple
 from servesim.specs.flags import renamed
 from servesim.specs.hardware import EngineSpec, HardwareSpec, load_hardware
-from servesim.specs.memories import CpuMemory, CxlMemory, Word
+from servesim.specs.memories import Word
 from servesim.specs.options import (
     AsyncScheduling,
     BlockSize,
@@ -190,7 +190,7 @@ class NodeSpec(Spec):
     """One host."""
 
     num_instances: Count
-    cpu_mem: CpuMemory
+    cpu_mem: memories.CpuMemory
     instances: Annotated[tuple[InstanceSpec, ...], BeforeValidator(list_as_tuple), Field(min_length=1)]
     power: PowerSpec | None = None
 
@@ -210,7 +210,7 @@ class ClusterSpec(Spec):
     ] = "auto"
     """auto: measured, but over PCIe, where machines differ, the links."""
     nodes: Annotated[tuple[NodeSpec, ...], BeforeValidator(list_as_tuple), Field(min_length=1)]
-    cxl_mem: CxlMemory | None = None
+    cxl_mem: memories.CxlMemory | None = None
 
     _source: str = PrivateAttr("cluster")
 

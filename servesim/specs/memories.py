@@ -1,9 +1,7 @@
 """Memories beside those of the NPUs: the kinds there are, and how a cluster config describes each.
 
-A new kind is an entry of :data:`KINDS` and a field of a node or of the cluster
-(:mod:`servesim.specs.cluster`): placement rules, ``--prefix-storage`` and ``kv_evict_loc`` then know it.
-Where size, bandwidth and latency do not say all, its class is in a file of its own, below
-:class:`MemorySpec`.
+A new kind is an entry of :data:`KINDS` and a field of a node or of the cluster, most often a plain
+:class:`MemorySpec` (:mod:`servesim.specs.cluster`): placement rules and ``--prefix-storage`` then know it.
 """
 
 from __future__ import annotations
