@@ -135,7 +135,13 @@ def test_the_readme_sets_up_in_two_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-m", "serving", "--help"], ["-c", "import servesim"], ["-m", "servesim", "--help"]]
+    "arguments",
+    [
+        ["-m", "serving", "--help"],
+        ["-c", "import servesim"],
+        ["-m", "servesim", "--help"],
+        ["-m", "servesim", "profile", "--help"],
+    ],
 )
 def test_help_and_import_load_nothing_heavy(arguments: list[str]) -> None:
     done = _python(["-X", "importtime", *arguments], ROOT)

@@ -11,7 +11,6 @@ import shutil
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from servesim.cost.bundle_csv import stamp_of
 from servesim.errors import RunError
 
 if TYPE_CHECKING:
@@ -74,6 +73,8 @@ def bundle_files(content: BundleContent) -> dict[str, bytes]:
     ``meta.yaml`` states the rows and the checksum of every table, by which a reader knows that it has them
     whole.
     """
+    from servesim.cost.bundle_csv import stamp_of  # with NumPy: --help needs the headers alone
+
     files = {
         f"tp{tp}/{name}": csv_bytes(HEADERS[name], rows)
         for (tp, name), rows in sorted(content.tables.items())

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import time
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from servesim.cost.finding import (
     degrees_in,
     folder_root,
-    has_public_format,
     profile_command,
     variant_dtypes,
     variant_path,
@@ -26,7 +24,7 @@ from servesim.profiler.bundle_writer import write_bundle
 from servesim.profiler.job import ProfileJob
 from servesim.profiler.roofline.efficiency import fits
 from servesim.profiler.silicon.tables import package_version
-from servesim.profiler.sources import compute
+from servesim.profiler.sources import compute, silicon_installed, source_for
 from servesim.specs import paths
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import load_hardware
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from servesim.cost.identity import Wanted
-    from servesim.specs.hardware import HardwareSpec
 
 SWITCH = "SERVESIM_AUTO_PROFILE"
 """Environment variable; 0 turns making on demand off, as --no-auto-profile does."""
@@ -67,31 +64,6 @@ def maker(tell: Callable[[str], None], *, wanted: bool = True) -> Callable[[Want
     if not wanted or os.environ.get(SWITCH) == "0":
         return None
     return lambda asked, tp: _make(asked, tp, tell)
-
-
-def source_for(hardware: HardwareSpec, variant: str) -> tuple[str, str] | None:
-    """The source that makes a variant's bundle on this machine, and why it is not the better one, if so.
-
-    Public measurements of the GPU's own kernels where there are any and they are installed, else peak rates.
-    None: nothing is known about the hardware.
-    """
-    if hardware.model_fields_set == {"name"}:
-        return None
-    if hardware.silicon is None:
-        return "roofline", "nobody published kernel measurements of this hardware"
-    if not has_public_format(variant):
-        return "roofline", "the public kernel measurements do not cover these formats"
-    if not _installed():
-        return "roofline", "pip install 'servesim[silicon]' for this GPU's measured kernels"
-    from servesim.profiler.silicon.gpus import other_rates
-
-    if others := other_rates(hardware):
-        return "roofline", f"the hardware file describes no measured GPU: {', '.join(others)}"
-    return "silicon", ""
-
-
-def _installed() -> bool:
-    return find_spec("aiconfigurator_core") is not None and find_spec("pyarrow") is not None
 
 
 def _make(asked: Wanted, tp: int, tell: Callable[[str], None]) -> Path | None:
@@ -215,7 +187,9 @@ def refresher(
 def _silicon_refused(meta: dict[str, Any]) -> bool:
     """Whether the measurements that are installed were found not to cover a bundle's model."""
     refused = meta.get(REFUSED)
-    return isinstance(refused, dict) and _installed() and refused.get("data_version") == package_version()
+    return (
+        isinstance(refused, dict) and silicon_installed() and refused.get("data_version") == package_version()
+    )
 
 
 def _meta(folder: Path) -> dict[str, Any]:

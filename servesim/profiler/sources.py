@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from servesim.errors import NotSupportedError, ServingError
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
     from servesim.profiler.bundle_writer import BundleContent
     from servesim.profiler.job import ProfileJob
     from servesim.profiler.meter import Meter
+    from servesim.specs.hardware import HardwareSpec
 
+_NOBODY = "nobody published kernel measurements of this hardware"
 PROBE = 16
 """Size of the bundle that is made in memory to see whether a source can make one."""
 
@@ -25,17 +28,13 @@ class Source:
     """In the matrix: M measured, S derived from public measurements, R computed."""
     computes: bool
     """Makes a bundle on any machine; the others need the device."""
-    formats: tuple[str, ...] | None = None
-    """Formats of weights and KV that it covers, a pair each; None: the device decides."""
 
 
-_PUBLIC = ("bfloat16", "float16", "fp8")
 SOURCES = {
     "silicon": Source(
         "derived from public kernel measurements (pip install 'servesim[silicon]'); needs no GPU",
         letter="S",
         computes=True,
-        formats=_PUBLIC,
     ),
     "vllm": Source("measured layer by layer inside vLLM on this machine's GPU", letter="M", computes=False),
     "torch": Source("measured with PyTorch kernels on this machine's GPU or CPU", letter="M", computes=False),
@@ -53,15 +52,16 @@ def check(source: str, job: ProfileJob) -> None:
         NotSupportedError: it covers no such model, format or load.
         InputError: a degree does not split the model.
     """
+    from servesim.cost.finding import PUBLIC_DTYPES
     from servesim.profiler.shapes import block_windows, rank_shapes
 
-    model, facts = job.model, SOURCES[source]
+    model = job.model
     if model.is_mla:
         raise NotSupportedError(
             f"{model.name}: multi-head latent attention is not supported by the {source} source yet"
         )
     for name, dtype in (("--dtype", job.dtype), ("--kv-cache-dtype", job.kv_dtype)):
-        if facts.formats is not None and dtype not in facts.formats:
+        if source == "silicon" and dtype not in PUBLIC_DTYPES:
             raise NotSupportedError(
                 f"{name} {dtype} is not supported by the {source} source: the public measurements cover "
                 "bfloat16 (float16 runs alike) and fp8"
@@ -70,7 +70,7 @@ def check(source: str, job: ProfileJob) -> None:
             raise NotSupportedError(
                 "--source vllm: vLLM quantises to int8 from a checkpoint only; use --dtype fp8 or 16 bit"
             )
-    if not facts.computes:
+    if not SOURCES[source].computes:
         _check_measured(source, job)
     if source == "vllm" and len(block_windows(model)) > 1:
         raise NotSupportedError(
@@ -89,6 +89,34 @@ def _check_measured(source: str, job: ProfileJob) -> None:
     ):
         if value != measured:
             raise NotSupportedError(f"{flag} {value}: --source {source} measures {measured} only, so far")
+
+
+def source_for(hardware: HardwareSpec, variant: str) -> tuple[str, str] | None:
+    """The source that makes a variant's bundle on this machine, and why it is not the better one, if so.
+
+    Public measurements of the GPU's own kernels where there are any and they are installed, else peak rates.
+    None: nothing is known about the hardware.
+    """
+    from servesim.cost.finding import has_public_format
+
+    if hardware.model_fields_set == {"name"}:
+        return None
+    if hardware.silicon is None:
+        return "roofline", _NOBODY
+    if not has_public_format(variant):
+        return "roofline", "the public kernel measurements do not cover these formats"
+    if not silicon_installed():
+        return "roofline", "pip install 'servesim[silicon]' for this GPU's measured kernels"
+    from servesim.profiler.silicon.gpus import other_rates
+
+    if others := other_rates(hardware):
+        return "roofline", f"the hardware file describes no measured GPU: {', '.join(others)}"
+    return "silicon", ""
+
+
+def silicon_installed() -> bool:
+    """Whether the extra is there that the silicon source derives from."""
+    return find_spec("aiconfigurator_core") is not None and find_spec("pyarrow") is not None
 
 
 def compute(source: str, job: ProfileJob) -> BundleContent:
@@ -119,7 +147,7 @@ def capability(source: str, job: ProfileJob) -> tuple[bool, str]:
     It is asked to make a very small one, so that the answer is that of the formulas and their data.
     """
     if source == "silicon" and job.hardware.silicon is None:
-        return False, "nobody published kernel measurements of this hardware"
+        return False, _NOBODY
     try:
         content = compute(
             source, replace(job, max_num_batched_tokens=PROBE, max_num_seqs=PROBE, max_kv=PROBE)

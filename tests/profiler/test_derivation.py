@@ -11,7 +11,7 @@ import yaml
 from servesim.cost.bundle import load_bundle
 from servesim.cost.finding import missing_bundles_from
 from servesim.cost.identity import Wanted
-from servesim.profiler import on_demand, roofline, silicon
+from servesim.profiler import on_demand, roofline, silicon, sources
 from servesim.profiler.bundle_writer import write_bundle
 from servesim.profiler.on_demand import outdated
 from servesim.profiler.roofline.efficiency import fits
@@ -59,6 +59,11 @@ def _read(wanted: bool = True) -> tuple[list[str], list[str]]:
         for _ in range(2):
             load_bundle("H100", LLAMA, "bf16", 1)
     return told, warned
+
+
+def _installed(monkeypatch: pytest.MonkeyPatch, there: object) -> None:
+    for module in (on_demand, sources):
+        monkeypatch.setattr(module, "silicon_installed", there)
 
 
 def test_a_change_of_the_roofline_formulas_raises_their_revision() -> None:
@@ -142,7 +147,7 @@ def test_a_current_bundle_is_read_without_a_word(home: Path) -> None:
 def test_an_old_bundle_that_cannot_be_made_again_is_told_once(
     wanted: bool, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_demand, "_installed", lambda: not wanted)
+    _installed(monkeypatch, lambda: not wanted)
     folder = _shipped_like(home, source="silicon", derivation=0, made_on_demand=True)
     told, (warning,) = _read(wanted=wanted)
     assert told == []
@@ -184,7 +189,7 @@ def test_an_old_bundle_of_the_working_folder_is_told(home: Path, monkeypatch: py
 def test_an_old_roofline_bundle_made_on_demand_is_renewed(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_demand, "_installed", lambda: False)
+    _installed(monkeypatch, lambda: False)
     folder = _shipped_like(home, derivation=0, made_on_demand=True)
     (line,), warned = _read()
     assert warned == []

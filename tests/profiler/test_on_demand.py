@@ -15,7 +15,7 @@ from servesim.cost.bundle import find_bundle
 from servesim.cost.finding import missing_bundles_from
 from servesim.cost.identity import Wanted, wanted_for
 from servesim.errors import InputError
-from servesim.profiler import on_demand
+from servesim.profiler import on_demand, sources
 from servesim.profiler.making import bundles_on_demand
 from servesim.specs.hardware import load_hardware
 from servesim.specs.model import load_model
@@ -109,8 +109,8 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_not_measured_comes_from_peak_rates(
     hardware: str, variant: str, installed: bool, source: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_demand, "_installed", lambda: installed)
-    chosen = on_demand.source_for(load_hardware(hardware), variant)
+    monkeypatch.setattr(sources, "silicon_installed", lambda: installed)
+    chosen = sources.source_for(load_hardware(hardware), variant)
     assert (chosen and chosen[0]) == source
 
 
