@@ -137,3 +137,35 @@ def test_a_memory_tier_is_one_file_and_two_lines(copy: Path) -> None:
     (copy / "configs" / "cluster" / "with_nvme.json").write_text(json.dumps(cluster))
     out = run(copy, *flags[:2], "--num-reqs", "3")
     assert "  nvme      weights 1.63 of 2000.00 GiB" in out
+
+
+def test_a_queue_policy_is_one_file_and_two_lines(copy: Path) -> None:
+    lengths = (400, 900, 100, 600)
+    rows = ({"input_toks": n, "output_toks": 4, "arrival_time_ns": 0} for n in lengths)
+    (copy / "w.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def order() -> list[int]:
+        """Requests by the time of their first token."""
+        run(copy, "--dataset", "w.jsonl", "--max-num-seqs", "1", "--output", "r.csv")
+        header, *rows = ((copy / "r.csv").read_text()).splitlines()
+        at = header.split(",").index("TTFT")
+        ttft = [float(row.split(",")[at]) for row in rows]
+        return sorted(range(len(ttft)), key=ttft.__getitem__)
+
+    assert order() == [0, 1, 2, 3]
+    (copy / "servesim" / "engine" / "shortest_first.py").write_text(
+        "from servesim.engine.queue_policy import FirstComeFirstServed\n\n\n"
+        "class ShortestFirst(FirstComeFirstServed):\n"
+        "    def add(self, waiting, state):\n"
+        "        place = sum(other.prompt_tokens <= state.prompt_tokens for other in waiting)\n"
+        "        waiting.insert(place, state)\n"
+    )
+    edit(
+        copy / "servesim" / "engine" / "queue_policy.py",
+        '    "shortest": "servesim.engine.shortest_first:ShortestFirst",',
+        after='"fcfs": "servesim.engine.queue_policy:FirstComeFirstServed"',
+    )
+    replace(
+        copy / "servesim" / "engine" / "queue_policy.py", 'QUEUE_POLICY = "fcfs"', 'QUEUE_POLICY = "shortest"'
+    )
+    assert order() == [2, 0, 3, 1]

@@ -17,6 +17,7 @@ from servesim.engine.decode_set import DecodeSet
 from servesim.engine.instance import Instance
 from servesim.engine.lower_tiers import LowerTiers
 from servesim.engine.pricing import StepPricing
+from servesim.engine.queue_policy import queue_policy
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan
@@ -300,6 +301,7 @@ class Builder:
         scheduler = Scheduler(
             limits_of(options, self._options.skip_prefill),
             KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching),
+            policy=queue_policy(),
             connectors=connectors,
             new_decodes=new_decodes,
             list_requests=spec.pd_type == "prefill",

@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 
 from servesim.engine.batch import Batch
 from servesim.engine.decode_set import DecodeSet, by_order
+from servesim.engine.queue_policy import FirstComeFirstServed
 from servesim.engine.request_state import Phase
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from servesim.engine.connector import Connector
+    from servesim.engine.queue_policy import QueuePolicy
     from servesim.engine.request_state import RequestState
     from servesim.memory.kv_cache import BlockTable, KvCache
 
@@ -54,6 +56,7 @@ class Scheduler:
         "_last_alone",
         "_list_lengths",
         "_list_requests",
+        "_policy",
         "_spare_sets",
         "_travelling",
         "connectors",
@@ -72,6 +75,7 @@ class Scheduler:
         limits: SchedulerLimits,
         kv: KvCache,
         *,
+        policy: QueuePolicy | None = None,
         connectors: Sequence[Connector] = (),
         new_decodes: Callable[[], DecodeSet] | None = None,
         list_requests: bool = False,
@@ -81,6 +85,7 @@ class Scheduler:
         Args:
             limits: what bounds a step.
             kv: the blocks that requests compete for.
+            policy: order of the queue and choice of a victim; first come, first served by default.
             connectors: bring KV from elsewhere and take it there.
             new_decodes: makes a decode set with a track of its own; given where a request is in one batch at
                 a time, as in a pipeline. Then every batch takes its decoding requests along, and they come
@@ -91,6 +96,7 @@ class Scheduler:
         self.limits = limits
         self.kv = kv
         self.connectors = tuple(connectors)
+        self._policy = policy or FirstComeFirstServed()
         self.waiting: deque[RequestState] = deque()
         self.running: list[RequestState] = []
         """Every request that holds a slot, in admission order."""
@@ -292,9 +298,10 @@ class Scheduler:
     # ------------------------------------------------------------------ preemption
 
     def _make_room(self, state: RequestState, reach: int, batch: Batch, in_flight: bool) -> bool:
-        """Preempt running requests, last first, until ``state`` can grow; False if it had to go itself."""
+        """Preempt running requests until ``state`` can grow; False if it had to go itself."""
+        running = self.running
         while self.kv.shortage(state.table, reach) > 0:
-            victim = self.running.pop()
+            victim = running.pop(self._policy.victim(running, running.index(state)))
             self._preempt(victim, batch, in_flight)
             if victim is state:
                 return False
@@ -334,7 +341,7 @@ class Scheduler:
         victim.kv_arrived = False
         victim.computed = computed
         victim.record.preemptions += 1
-        self.waiting.appendleft(victim)
+        self._policy.put_back(self.waiting, victim)
         batch.preempted = [*batch.preempted, victim]
 
     # ------------------------------------------------------------------ admission
@@ -343,7 +350,9 @@ class Scheduler:
         """Take a request in."""
         if state.record.queued_ns < 0:
             state.record.queued_ns = now_ns
-        self.waiting.append(state)
+        self._policy.add(self.waiting, state)
+        if self.waiting[0] is state:
+            self._blocked_at = None  # that was said of another head
 
     def _admit(self, batch: Batch, left: int, now_ns: int, completed: list[RequestState]) -> None:
         """Admit waiting requests while budget, slots and blocks last; the first that cannot be ends it."""
