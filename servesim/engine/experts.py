@@ -4,7 +4,7 @@ Expert e of E lies on rank ``e * R // E`` of R. A policy says, for a number of t
 tokens choose each expert; ranks then work on (token, expert) pairs. What a rank's pairs are worth in tokens
 is their number divided by the k experts that a token chooses.
 
-``module:callable`` names a policy of the user's own, ``policy(tokens, layer, experts, experts_per_token,
+``module:callable`` names a custom policy, ``policy(tokens, layer, experts, experts_per_token,
 rng)``. It returns the number of tokens that choose each expert: ``experts`` whole numbers that add up to
 ``tokens * experts_per_token``, none above ``tokens``. ``rng`` is a seeded ``numpy.random.Generator``; a
 policy that draws from nothing else gives the same run again. It is called once a wave and layer, or once a
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.cost.expert_stage import ExpertLoads
-from servesim.engine.own_policy import call_own_policy, load_own_policy
+from servesim.engine.custom_policy import call_custom_policy, load_custom_policy
 from servesim.errors import InputError
 from servesim.memory.traffic import expected_distinct_experts
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     ExpertPolicy = Callable[[int, int, int, int, np.random.Generator], Sequence[int]]
 
 _ZIPF_EXPONENT = 1.0
-"""Popularity of the i-th most popular expert: ``1 / i``, Zipf's law as he found it."""
+"""Popularity of the i-th most popular expert: ``1 / i``, Zipf's law with exponent 1."""
 _WORD = (1 << 64) - 1
 
 
@@ -164,7 +164,7 @@ class Drawn:
 
 
 class Custom:
-    """A policy of the user's own; the module's text says what it is called with."""
+    """A custom policy; the module's text says what it is called with."""
 
     varies = True
 
@@ -185,7 +185,7 @@ class Custom:
         for layer in layers:
             rng = _generator(self._seed, wave, layer)
             wanted = tokens, layer, self._experts, self._experts_per_token, rng
-            said = call_own_policy(self._name, "--expert-routing-policy", self._policy, *wanted)
+            said = call_custom_policy(self._name, "--expert-routing-policy", self._policy, *wanted)
             rows.append(self._checked(said, tokens, layer))
         return rank_loads(np.stack(rows), self._ranks, self._experts_per_token)
 
@@ -218,7 +218,7 @@ def expert_routing(policy: str, model: ModelSpec, ranks: int, seed: int) -> Expe
         policy: BALANCED, RR, RAND, ZIPF or ``module:callable``.
         model: says how many experts there are and how many a token chooses.
         ranks: a divisor of the number of experts.
-        seed: of RAND, ZIPF and a policy of the user's own.
+        seed: of RAND, ZIPF and a custom policy.
 
     Raises:
         InputError: the module or the callable does not exist.
@@ -234,8 +234,8 @@ def expert_routing(policy: str, model: ModelSpec, ranks: int, seed: int) -> Expe
         places = np.arange(1, experts + 1, dtype=np.float64)
         return Drawn(1.0 / places**_ZIPF_EXPONENT, k, ranks, seed, shuffled=True)
     arguments = "tokens, layer, experts, experts_per_token, rng"
-    own = load_own_policy(policy, "--expert-routing-policy", "BALANCED, RR, RAND, ZIPF", arguments)
-    return Custom(policy, own, experts, k, ranks, seed)
+    custom = load_custom_policy(policy, "--expert-routing-policy", "BALANCED, RR, RAND, ZIPF", arguments)
+    return Custom(policy, custom, experts, k, ranks, seed)
 
 
 def _generator(seed: int, wave: int, layer: int) -> np.random.Generator:

@@ -53,7 +53,7 @@ class Instance:
         self._preempted = 0
 
     def counts(self) -> tuple[int, int]:
-        """Requests that hold no slot, and those that hold one."""
+        """Waiting and running requests."""
         scheduler = self.scheduler
         return len(scheduler.waiting) + len(self._inbox), len(scheduler.running)
 

@@ -23,7 +23,7 @@ class Phase(IntEnum):
     DECODE = 2
     """Running, one new token a step."""
     DRAINING = 3
-    """Its last token is in flight: holds slot and blocks, is not scheduled again."""
+    """Its last token is in flight: it still runs and holds its blocks, but is not scheduled again."""
     FINISHED = 4
 
 

@@ -2,7 +2,7 @@
 
 A policy is a callable ``policy(request, candidates) -> candidate``: it gets the request and what can be known
 of the instances that may take it, in order of their index, and returns one of them. ``module:callable`` names
-a policy of the user's own with that signature; a class is called without arguments first, once for every run
+a custom policy with that signature; a class is called without arguments first, once for every run
 and side (prefill and decode), so that its objects can remember things. A candidate has ``index``,
 ``num_waiting``, ``num_running``, ``load`` and ``cached_tokens(request)``.
 """
@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from servesim.engine.arrivals import NEVER
-from servesim.engine.own_policy import call_own_policy, load_own_policy
+from servesim.engine.custom_policy import call_custom_policy, load_custom_policy
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ class Candidate:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that hold no slot."""
+        """Requests that wait, those on their way included."""
         return (self._seen or self._instance.counts())[0] + self.on_the_way
 
     @property
     def num_running(self) -> int:
-        """Requests that hold a slot."""
+        """Requests that run: admitted, and not ended or preempted."""
         return (self._seen or self._instance.counts())[1]
 
     @property
@@ -173,19 +173,20 @@ def load_policy(name: str, seed: int) -> Policy:
         return SeededRandom(seed)
     if name == "PREFIX":
         return longest_prefix
-    own = load_own_policy(name, "--request-routing-policy", "LOAD, RR, RAND, PREFIX", "request, candidates")
-    return _Checked(name, own)
+    arguments = "request, candidates"
+    custom = load_custom_policy(name, "--request-routing-policy", "LOAD, RR, RAND, PREFIX", arguments)
+    return _Checked(name, custom)
 
 
 class _Checked:
-    """A policy of the user's own, whose answers are looked at."""
+    """A custom policy, whose answers are looked at."""
 
     def __init__(self, name: str, policy: Policy) -> None:
         self._name = name
         self._policy = policy
 
     def __call__(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
-        chosen: Candidate = call_own_policy(
+        chosen: Candidate = call_custom_policy(
             self._name, "--request-routing-policy", self._policy, request, candidates
         )
         if not any(chosen is candidate for candidate in candidates):

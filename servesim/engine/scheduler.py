@@ -99,7 +99,7 @@ class Scheduler:
         self._policy = policy or FirstComeFirstServed()
         self.waiting: deque[RequestState] = deque()
         self.running: list[RequestState] = []
-        """Every request that holds a slot, in admission order."""
+        """Every running request, in admission order; at most ``max_num_seqs``."""
         self.prefilling: list[RequestState] = []
         """Those of ``running`` that still lack known tokens, in admission order."""
         self.new_decodes = new_decodes
@@ -355,7 +355,8 @@ class Scheduler:
             self._blocked_at = None  # that was said of another head
 
     def _admit(self, batch: Batch, left: int, now_ns: int, completed: list[RequestState]) -> None:
-        """Admit waiting requests while budget, slots and blocks last; the first that cannot be ends it."""
+        """Admit waiting requests while budget, ``max_num_seqs`` and blocks allow; the first that cannot be ends
+        it."""
         limits, kv, waiting = self.limits, self.kv, self.waiting
         while waiting and left > 0 and len(self.running) < limits.max_num_seqs:
             cache_state = (self._frees, kv.registrations)

@@ -61,7 +61,7 @@ class Links:
         """The transfers through each port by number, with their weights."""
         self._changed: dict[int, None] = {}
         """Ports that transfers joined or left since rates were last shared out."""
-        self._landing: dict[int, int] = {}
+        self._ending: dict[int, int] = {}
         """Transfer with no bytes left → when it ends."""
 
     @property
@@ -69,7 +69,7 @@ class Links:
         """When to call :meth:`advance` next: rates change or a transfer ends."""
         self._share()
         drained = min((flow.drained_ns for flow in self._flows.values()), default=NEVER)
-        return min(drained, min(self._landing.values(), default=NEVER))
+        return min(drained, min(self._ending.values(), default=NEVER))
 
     def open(self, flow: int, size: int, ports: Iterable[Port], now_ns: int, floor_ns: int = 0) -> None:
         """Start transfer ``flow`` (a number not in use) of ``size`` bytes over ``ports`` at ``now_ns``.
@@ -77,7 +77,7 @@ class Links:
         It ends when its last byte has moved, but not before ``floor_ns``: latency, or data that are not there
         yet. Without ports nothing holds it up but that.
         """
-        if flow in self._flows or flow in self._landing:
+        if flow in self._flows or flow in self._ending:
             raise ValueError(f"transfer {flow} is under way already")
         self._pass_time(now_ns)
         weights = {self._number(port): port.weight for port in ports}
@@ -88,14 +88,14 @@ class Links:
                 self._users[port][flow] = weights[port]
                 self._changed[port] = None
         else:
-            self._landing[flow] = max(now_ns, floor_ns)
+            self._ending[flow] = max(now_ns, floor_ns)
 
     def advance(self, now_ns: int) -> list[int]:
         """Let time pass until ``now_ns``; the transfers that have ended by then, in the order they ended."""
         self._pass_time(now_ns)
-        ended = sorted((end_ns, flow) for flow, end_ns in self._landing.items() if end_ns <= now_ns)
+        ended = sorted((end_ns, flow) for flow, end_ns in self._ending.items() if end_ns <= now_ns)
         for _, flow in ended:
-            del self._landing[flow]
+            del self._ending[flow]
         return [flow for _, flow in ended]
 
     def rates(self) -> dict[int, float]:
@@ -128,7 +128,7 @@ class Links:
     def _drop(self, number: int, now_ns: int) -> None:
         """A transfer has moved its last byte."""
         flow = self._flows.pop(number)
-        self._landing[number] = max(now_ns, flow.floor_ns)
+        self._ending[number] = max(now_ns, flow.floor_ns)
         for port in flow.ports:
             del self._users[port][number]
             self._changed[port] = None

@@ -30,7 +30,7 @@ class StepLog:
         "end_ns",
         "prefill_tokens",  # tokens of chunks (more than one scheduled token)
         "decode_tokens",  # sequences with exactly one scheduled token
-        "running",  # requests that hold a slot while the step runs
+        "running",  # running requests while the step runs
         "waiting",  # requests queued while the step runs
         "kv_blocks_used",
         "preempted",  # requests preempted while the step was scheduled

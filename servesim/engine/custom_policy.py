@@ -1,4 +1,4 @@
-"""Loads and calls a policy of the user's own, named ``module:callable``; its failures are told as its own."""
+"""Loads and calls a custom policy, named ``module:callable``; its failures are told as its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
-def load_own_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
+def load_custom_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
     """The callable called ``name``; a class gives an object of it.
 
     Modules are looked for as Python does, the working directory included.
@@ -55,7 +55,7 @@ def load_own_policy(name: str, flag: str, built_in: str, arguments: str) -> Any:
     return policy
 
 
-def call_own_policy(name: str, flag: str, policy: Callable[..., Any], *arguments: Any) -> Any:
+def call_custom_policy(name: str, flag: str, policy: Callable[..., Any], *arguments: Any) -> Any:
     """What the policy returns.
 
     Raises:
