@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from docs import refresh
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "servesim"
@@ -52,6 +57,35 @@ MAY_IMPORT = {
     },
 }
 """Package or module of servesim/ -> what it may import. Only ``cli`` and the public API import everything."""
+RECORDS = {
+    "state": "engine.request_state:RequestState",
+    "victim": "engine.request_state:RequestState",
+    "batch": "engine.batch:Batch",
+    "wave": "engine.step_loop:Wave",
+    "journey": "engine.connector:Journey",
+    "record": "results.records:RequestRecord bench.scheduler_log:LoggedRequest",
+    "table": "memory.kv_cache:BlockTable",
+    "flow": "network.links:_Flow",
+    "request": "workload.request:Request",
+    "workload": "workload.request:Workload",
+    "kept": "engine.build:Kept",
+    "cursor": "results.heartbeat:_Cursor",
+    "limit": "explore.rate_search:LoadLimit",
+    "tally": "bench.replay:Tally",
+    "segment": "bench.replay_folder:Segment",
+    "log": "bench.scheduler_log:SchedulerLog",
+    "records": "bench.scheduler_log:LoggedRequest",
+    "step": "bench.scheduler_log:LoggedStep",
+    "stack": "specs.families.stack:Stack",
+    "cluster": "specs.cluster:ClusterSpec",
+    "changed": "specs.cluster:ClusterSpec",
+}
+"""Plain data that functions fill in, by the name it goes by -> its classes.
+
+A change from outside can break nothing here, since they have no behaviour: a request in the system is kept
+in one piece, and who works on it writes down how far it is."""
+LIBRARY = {"parser", "action", "args", "sys", "warnings", "logger", "frame"}
+"""Objects of the standard library and of pandas, which are set up this way."""
 FOR_ALL = {"results.atomic", "terminal"}
 """Modules that any package which writes files, or lines for people, may import."""
 
@@ -183,6 +217,62 @@ def test_the_order_of_the_packages_has_no_circle() -> None:
         assert ready, f"circle among {sorted(left)}"
         done |= ready
         left = {name: imports for name, imports in left.items() if name not in ready}
+
+
+def _set_from_outside(tree: ast.AST) -> Iterator[ast.Attribute]:
+    """Attributes that are set on something else than ``self`` or what the same function made."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    made_in: dict[ast.AST, set[str]] = {}
+    for function in functions:  # outer ones first, so that inner ones have the last word
+        made = {
+            target.id
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+            and isinstance(node.value.func, ast.Name)
+            and node.value.func.id.lstrip("_")[:1].isupper()
+        }
+        made_in.update((node, made) for node in ast.walk(function))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            owner = node.value
+            own = isinstance(owner, ast.Name) and owner.id in {"self", "cls", *made_in.get(node, ())}
+            if not own and not node.attr.startswith("__"):
+                yield node
+
+
+def _fields(names: str) -> set[str]:
+    """What instances of classes of the package can hold."""
+    fields: set[str] = set()
+    for name in names.split():
+        module, _, attribute = name.partition(":")
+        found = getattr(importlib.import_module(f"servesim.{module}"), attribute)
+        for kind in ("__slots__", "__dataclass_fields__", "__private_attributes__"):
+            fields.update(getattr(found, kind, ()))
+    return fields
+
+
+def test_no_attribute_is_set_from_outside() -> None:
+    fields = {name: _fields(where) for name, where in RECORDS.items()}
+    wrong = []
+    for path in _python_files():
+        for node in _set_from_outside(ast.parse(path.read_text(encoding="utf-8"))):
+            owner = node.value.value if isinstance(node.value, ast.Subscript) else node.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+            if name in LIBRARY or node.attr in fields.get(name.lstrip("_"), ()):
+                continue
+            wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} sets {ast.unparse(node)}")
+    assert wrong == []
+
+
+def test_attributes_set_from_outside_are_found() -> None:
+    source = (
+        "def f(loop):\n  loop.noise = 1\n  made = Loop()\n  made.noise = 1\n  loop.log.tier += 1\n"
+        "  for loop.index in (1,): pass\n  found = get()\n  found.x, y = 1, 2\n"
+    )
+    found = {ast.unparse(node) for node in _set_from_outside(ast.parse(source))}
+    assert found == {"loop.noise", "loop.log.tier", "loop.index", "found.x"}
 
 
 def test_cost_knows_no_request() -> None:

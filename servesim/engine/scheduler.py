@@ -355,8 +355,10 @@ class Scheduler:
             self._blocked_at = None  # that was said of another head
 
     def _admit(self, batch: Batch, left: int, now_ns: int, completed: list[RequestState]) -> None:
-        """Admit waiting requests while budget, ``max_num_seqs`` and blocks allow; the first that cannot be ends
-        it."""
+        """Admit waiting requests while token budget, ``max_num_seqs`` and blocks last.
+
+        The first that cannot be admitted ends it: nobody behind the head of the queue overtakes it.
+        """
         limits, kv, waiting = self.limits, self.kv, self.waiting
         while waiting and left > 0 and len(self.running) < limits.max_num_seqs:
             cache_state = (self._frees, kv.registrations)

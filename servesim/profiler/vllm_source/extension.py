@@ -61,7 +61,7 @@ class LayerTimes:
         from servesim.profiler.vllm_source.steps import requests_of
 
         requests = requests_of(shot["chunk"], shot["history"], [(n, kv) for n, kv in shot["decodes"]])
-        self._servesim_router.activated = shot.get("activated")
+        self._servesim_router.choose(shot.get("activated"))
         steered = self._servesim_router.steered
         self._servesim_step(requests)  # warm up
         if shot.get("activated") is not None and self._servesim_router.steered == steered:
@@ -69,7 +69,7 @@ class LayerTimes:
                 "the expert block did not call its gate: the experts of a step cannot be chosen"
             )
         times = [self._servesim_profiled(requests) for _ in range(shot["iterations"])]
-        self._servesim_router.activated = None
+        self._servesim_router.choose(None)
         return {layer: statistics.median(time.get(layer, 0.0) for time in times) for layer in times[0]}
 
     def _servesim_profiled(self, requests: list[Any]) -> dict[str, float]:
@@ -97,6 +97,10 @@ class _Router:
         self._top_k = top_k
         self.steered = 0
         """Calls overridden so far; a shot that should steer and does not is worth nothing."""
+
+    def choose(self, activated: int | None) -> None:
+        """Touch this many experts in the steps to come; None: as the gate routes."""
+        self.activated = activated
 
     def attach(self, block: Any) -> None:
         """Hook the block's gate (its child ``gate`` or ``router``).
