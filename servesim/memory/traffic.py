@@ -48,6 +48,15 @@ class Traffic:
     kv_bytes: int = 0
     """KV of one token: read for every token that attention looks back at, written for every new one."""
 
+    def add(
+        self, *, step_bytes: int = 0, token_bytes: int = 0, expert_bytes: int = 0, kv_bytes: int = 0
+    ) -> None:
+        """Count what a layer moves, beside what is counted already."""
+        self.step_bytes += step_bytes
+        self.token_bytes += token_bytes
+        self.expert_bytes += expert_bytes
+        self.kv_bytes += kv_bytes
+
     def moved(
         self, tokens: NDArray[np.int64], kv_tokens: NDArray[np.int64], model: ModelSpec
     ) -> NDArray[np.int64]:
@@ -75,10 +84,11 @@ def traffic_by_place(
     """
     found: dict[str, Traffic] = {}
     for layer in (layer for layers in stages for layer in layers):
-        weights = found.setdefault(layer.place, Traffic())
-        weights.step_bytes += layer.read_bytes * ranks
-        weights.token_bytes += layer.bytes_per_token * ranks
-        weights.expert_bytes += layer.expert_bytes * ranks
+        found.setdefault(layer.place, Traffic()).add(
+            step_bytes=layer.read_bytes * ranks,
+            token_bytes=layer.bytes_per_token * ranks,
+            expert_bytes=layer.expert_bytes * ranks,
+        )
         if layer.kv_place is not None:
-            found.setdefault(layer.kv_place, Traffic()).kv_bytes += kv_layer_bytes * ranks
+            found.setdefault(layer.kv_place, Traffic()).add(kv_bytes=kv_layer_bytes * ranks)
     return found
