@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from servesim.errors import InputError, MissingFileError, RunError, ServingError
     from servesim.explore.compare import Comparison, compare
     from servesim.explore.ensemble import Ensemble, ensemble
+    from servesim.explore.kv_dial import KvDial, kv_dial
     from servesim.explore.rate_search import LoadLimit, slo
     from servesim.explore.slo import Slo
     from servesim.results.result import Result
@@ -33,6 +34,7 @@ __all__ = [
     "Comparison",
     "Ensemble",
     "InputError",
+    "KvDial",
     "LoadLimit",
     "MissingFileError",
     "ModelSpec",
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "compare",
     "ensemble",
+    "kv_dial",
     "load_cluster",
     "load_model",
     "load_workload",
@@ -61,6 +64,7 @@ _HOMES = {
     "Ensemble": "servesim.explore.ensemble",
     "InputError": "servesim.errors",
     "LoadLimit": "servesim.explore.rate_search",
+    "KvDial": "servesim.explore.kv_dial",
     "MissingFileError": "servesim.errors",
     "ModelSpec": "servesim.specs.model",
     "Observer": "servesim.engine.simulation",
@@ -74,6 +78,7 @@ _HOMES = {
     "Workload": "servesim.workload.request",
     "compare": "servesim.explore.compare",
     "ensemble": "servesim.explore.ensemble",
+    "kv_dial": "servesim.explore.kv_dial",
     "load_cluster": "servesim.specs.cluster",
     "load_model": "servesim.specs.model",
     "load_workload": "servesim.workload.formats",

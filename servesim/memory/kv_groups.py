@@ -81,6 +81,51 @@ class KvPlan:
         """Blocks of the pool, the null block among them."""
         return memory_bytes // self.bytes_per_block
 
+    @property
+    def bytes_per_token(self) -> float:
+        """What one more token of a long request costs: the blocks of layers that keep every token."""
+        growing = [group for group in self.groups if group.kind in ("full", "mla")]
+        return sum(self.bytes_per_block / group.block_size for group in growing)
+
+    def request_blocks(self, tokens: int, step_tokens: int) -> int:
+        """Blocks that vLLM counts for one request of ``tokens`` tokens, at most ``step_tokens`` of them
+        computed in one step: windows and chunks hold what they reach and a step, a state one block."""
+        return sum(_held(group, tokens, step_tokens) for group in self.groups)
+
+    def requests(self, num_blocks: int, tokens: int, step_tokens: int) -> int:
+        """Requests of ``tokens`` tokens that ``num_blocks`` blocks hold at once, beside the null block."""
+        return max(num_blocks - 1, 0) // self.request_blocks(tokens, step_tokens)
+
+    def shared_tokens(self, num_blocks: int) -> int:
+        """Tokens that every group could keep of all blocks shared evenly; what start-up logs call the size of
+        the KV cache."""
+        return num_blocks // len(self.groups) * min(group.block_size for group in self.groups)
+
+    def longest(self, num_blocks: int, step_tokens: int) -> int:
+        """Tokens of the longest request that the pool holds alone; 0: none, and without bound for a model
+        that keeps states and windows only, which the caller bounds by the model's context."""
+        low, high = 0, max(num_blocks, 1) * max(group.block_size for group in self.groups)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.request_blocks(middle, step_tokens) < num_blocks:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def _held(group: KvGroup, tokens: int, step_tokens: int) -> int:
+    """Blocks of one group that a request holds."""
+    size = group.block_size
+    whole = -(-tokens // size)
+    if group.kind == "state":
+        return 1
+    if group.reach is None or group.kind in ("full", "mla"):  # a single manager keeps windows whole
+        return whole
+    if group.kind == "chunked":
+        return min(whole, -(-(group.reach + step_tokens) // size))
+    return -(-min(group.reach - 1 + step_tokens, tokens) // size) + 1
+
 
 def state_bytes(r: Recurrent, tp: int, activation_bytes: int = 2) -> int:
     """Bytes of one sequence's state in one layer on one rank: the convolution's inputs and the memory.

@@ -23,6 +23,7 @@ from servesim.memory.engine_memory import (
 from servesim.memory.npu_memory import npu_bytes
 from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
 from servesim.specs.hardware import load_hardware
+from servesim.specs.weights import MXFP4_TILE, MXFP4_TILE_MARLIN, rank_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,6 +85,8 @@ class KvCapacity:
         return self.num_blocks - 1
 
 
+_HOPPER = 9.0
+"""Compute capability."""
 _WEIGHT_ERROR = 0.001
 """Weights as start-up logs give them are within this share of the parameters' bytes (21 checkpoints)."""
 
@@ -113,6 +116,37 @@ def _reserve(
         activations(model, tokens, seqs, tp, ep, engine),
         outside_torch(alone=instance.num_npus == 1 and ep == 1),
         cuda_graphs(engine, captured=options.cudagraph),
+    )
+
+
+def kv_room(
+    model: ModelSpec,
+    instance: InstanceSpec,
+    options: InstanceOptions,
+    hardware: HardwareSpec | None = None,
+    tile: tuple[int, int] | None = None,
+) -> Estimate:
+    """Bytes that are left for the KV cache on one NPU that keeps everything; negative: the rest does not fit.
+
+    ``tile``: what MXFP4 experts are padded to. None: 128 before Hopper; from Hopper on 64, and 128 at the low
+    end, for it depends on the kernels that are installed.
+    """
+    hardware = hardware or load_hardware(instance.hardware)
+    budget = int(npu_bytes(instance, hardware) * options.npu_memory_utilization)
+    reserve = _reserve(model, instance, options, hardware.plan_as_vllm)
+    stored = model.stored_as(options.dtype)
+    old = hardware.compute_capability is not None and float(hardware.compute_capability) < _HOPPER
+    likely_tile = tile or (MXFP4_TILE_MARLIN if old else MXFP4_TILE)
+    degrees = instance.tp_size, instance.pp_size, instance.ep_size
+    likely = rank_bytes(stored, *degrees, tile=likely_tile)
+    most = max(likely, rank_bytes(stored, *degrees, tile=tile or MXFP4_TILE_MARLIN))
+    if instance.npu_mem.reserve is not None:
+        return exactly(budget - likely - reserve.sum.likely)
+    slack = int(likely * _WEIGHT_ERROR)
+    return Estimate(
+        budget - most - slack - reserve.sum.high,
+        budget - likely - reserve.sum.likely,
+        budget - likely + slack - reserve.sum.low,
     )
 
 

@@ -141,6 +141,8 @@ class HardwareSpec(Spec):
     name: Annotated[str, Field(min_length=1)]
     gpu: str | None = None
     """The product's full name."""
+    compute_capability: Annotated[str, Field(pattern=r"^\d{1,2}\.\d$")] | None = None
+    """Of an NVIDIA GPU, such as ``9.0``: which formats its kernels take follows from it."""
     memory_gib: SizeGb | None = None
     """As CUDA reports it, where ``sources`` says so; nvidia-smi and datasheets say 0.5 to 1 % more."""
     memory_bandwidth_gbs: BandwidthGbs | None = None

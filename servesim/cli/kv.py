@@ -1,0 +1,97 @@
+"""``servesim kv``: what each format of the KV cache buys on a model and a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from servesim.errors import InputError
+
+if TYPE_CHECKING:
+    import argparse
+
+_HELP = "what each KV cache format buys: bytes, tokens that fit, decode step, break-even with 16 bit"
+_EPILOG = """\
+  servesim kv meta-llama/Llama-3.1-8B --hardware H100
+  servesim kv openai/gpt-oss-120b --hardware H100 --context 16384 --batch 16
+  servesim kv deepseek-ai/DeepSeek-V3.2 --hardware H200 --tp 8 --json
+"""
+_FLAGS = (
+    *("hardware", "tp", "dtype", "npu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"),
+    *("block_size", "cudagraph", "auto_profile"),
+)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command and its flags."""
+    from argparse import RawDescriptionHelpFormatter
+
+    from servesim.explore.kv_dial import DEFAULT_BATCH, DEFAULT_CONTEXT
+    from servesim.specs.options import add_arguments
+
+    parser = subparsers.add_parser(
+        "kv",
+        help=_HELP,
+        description=_HELP,
+        epilog=_EPILOG,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
+    add("--context", type=int, metavar="N", default=DEFAULT_CONTEXT,
+        help=f"tokens in the cache of each decode (default: {DEFAULT_CONTEXT})")  # fmt: skip
+    add("--batch", type=int, metavar="N", default=DEFAULT_BATCH,
+        help=f"decodes of the step (default: {DEFAULT_BATCH})")  # fmt: skip
+    add("--disable-hybrid-kv-cache-manager", action="store_true",
+        help="only the rows of vLLM with this flag: windows are kept whole (default: both ways)")  # fmt: skip
+    add("--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it")
+    add("--plot", metavar="PATH", help="draw tokens and steps, .png or .svg; needs matplotlib")
+    add_arguments(parser, only=_FLAGS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; returns the exit status."""
+    from servesim.cli.messages import tell
+    from servesim.cli.screen import say
+    from servesim.cli.support import known_hardware
+    from servesim.explore.kv_dial import kv_dial
+    from servesim.profiler.making import bundles_on_demand
+    from servesim.results.atomic import atomic_write
+
+    given = {name: getattr(args, name) for name in _FLAGS if hasattr(args, name)}
+    hardware = given.pop("hardware", None)
+    if hardware is None:
+        raise InputError("--hardware: is missing; name a file of configs/hardware, such as H100")
+    known_hardware(hardware)
+    _check_outputs(args)
+    with bundles_on_demand(given.get("auto_profile", True), tell):
+        dial = kv_dial(
+            args.model,
+            hardware,
+            context=args.context,
+            batch=args.batch,
+            hybrid=False if args.disable_hybrid_kv_cache_manager else None,
+            **given,
+        )
+    if args.json not in (None, "-"):
+        with atomic_write(Path(args.json)) as handle:
+            handle.write(dial.json_text().encode() + b"\n")
+    if args.plot:
+        dial.save_plot(args.plot)
+    say(dial.json_text() if args.json == "-" else dial.text())
+    return 0
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    from servesim.results.atomic import check_suffix, check_writable
+
+    if args.json not in (None, "-"):
+        check_suffix(args.json, (".json",), "--json")
+        check_writable(args.json, "--json")
+    if args.plot:
+        from servesim.results.figures import require_matplotlib
+
+        require_matplotlib("--plot")
+        check_suffix(args.plot, (".png", ".svg"), "--plot")
+        check_writable(args.plot, "--plot")
