@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from servesim.explore.kv_dial import KvDial, kv_dial
     from servesim.explore.rate_search import LoadLimit, slo
     from servesim.explore.slo import Slo
+    from servesim.explore.sweep import sweep
+    from servesim.explore.sweep_table import Sweep
     from servesim.results.result import Result
     from servesim.results.summary_keys import Summary
     from servesim.specs.cluster import ClusterSpec, load_cluster
@@ -46,6 +48,7 @@ __all__ = [
     "ServingError",
     "Slo",
     "Summary",
+    "Sweep",
     "Workload",
     "__version__",
     "compare",
@@ -56,6 +59,7 @@ __all__ = [
     "load_workload",
     "simulate",
     "slo",
+    "sweep",
 ]
 
 _HOMES = {
@@ -74,6 +78,7 @@ _HOMES = {
     "RuntimeOptions": "servesim.specs.options",
     "ServingError": "servesim.errors",
     "Slo": "servesim.explore.slo",
+    "Sweep": "servesim.explore.sweep_table",
     "Summary": "servesim.results.summary_keys",
     "Workload": "servesim.workload.request",
     "compare": "servesim.explore.compare",
@@ -84,6 +89,7 @@ _HOMES = {
     "load_workload": "servesim.workload.formats",
     "simulate": "servesim.api",
     "slo": "servesim.explore.rate_search",
+    "sweep": "servesim.explore.sweep",
 }
 
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": ("servesim.cli.compare", "the same workload under several option sets, side by side"),
     "slo": ("servesim.cli.slo", "the largest request rate, or concurrency, that keeps latency bounds"),
     "kv": ("servesim.cli.kv", "what each KV cache format buys: bytes, tokens that fit, decode step"),
+    "sweep": ("servesim.cli.sweep", "many configurations of a run, one row of figures each"),
     "profile": ("servesim.cli.profile", "make a profile bundle: kernel times of a model on a hardware"),
     "profile inspect": ("servesim.cli.profile_inspect", "what a bundle holds, as text and as plots"),
     "profile diff": ("servesim.cli.profile_diff", "how far two bundles are apart, table by table"),

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "engine": {"results", "memory", "cost", "network", "power", "workload", "specs", "errors"},
     "api": {"profiler", "engine", "results", "workload", "specs", "errors"},
     "profiler": {"cost", "memory", "network", "results", "specs", "errors", "_version"},
-    "explore": {"api", "engine", "results", "memory", "cost", "workload", "specs", "errors"},
+    "explore": {"api", "engine", "results", "memory", "cost", "workload", "specs", "errors", "_version"},
     "report": {"explore", "api", "engine", "results", "memory", "workload", "specs", "errors"},
     "bench": {
         "explore",

@@ -21,7 +21,7 @@ stable. Exit status 1: even the lowest load misses the bounds.
   servesim slo --slo ttft:1000 tpot:50 --goodput 0.95
   servesim slo --slo tpot:30 --by concurrency
 """
-_NOT_SEARCHED = (
+NOT_SEARCHED = (
     "output",
     "summary",
     "steps",
@@ -100,7 +100,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it"
     )
     parser.add_argument("--plot", metavar="PATH", help="draw the curve, .png or .svg; needs matplotlib")
-    add_arguments(parser, exclude=_NOT_SEARCHED)
+    add_arguments(parser, exclude=NOT_SEARCHED)
 
 
 def run(args: argparse.Namespace) -> int:

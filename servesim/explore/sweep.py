@@ -1,0 +1,316 @@
+"""Many configurations of a run: one row each, on one process or several, resumable after whatever happens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from servesim._version import __version__
+from servesim.api import check_used, read_workload, simulate_loaded
+from servesim.engine.block_tables import BlockTables
+from servesim.engine.build import Kept
+from servesim.errors import InputError, ServingError
+from servesim.explore.executors import check_jobs, run_parts
+from servesim.explore.journal import Journal
+from servesim.explore.judgement import num_gpus
+from servesim.explore.slo import parse_slo
+from servesim.explore.space import Space, cluster_with, file_digest, read_space, space_of, split
+from servesim.explore.sweep_table import Sweep
+from servesim.specs.cluster import with_options
+from servesim.specs.options import RuntimeOptions
+from servesim.specs.paths import find
+from servesim.specs.validation import validated
+from servesim.workload.files import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from servesim.cost.build import Costs
+    from servesim.results.result import Result
+    from servesim.specs.cluster import ClusterSpec
+    from servesim.workload.request import Workload
+
+_PARTS_PER_JOB = 8
+"""Parts of a sweep for every process: few, so that what they read is read seldom, and enough to share out."""
+
+
+@dataclass(slots=True, frozen=True)
+class Setting:
+    """What all configurations of a sweep have in common; travels to other processes."""
+
+    options: dict[str, Any]
+    cluster: str | dict[str, Any] | None
+    """Path or content of a cluster config; None: the options name it."""
+    slo: str | None
+    journal: str | None
+    """File that finished rows go to."""
+
+
+@dataclass(slots=True, frozen=True)
+class Part:
+    """Some configurations that one process runs one after the other."""
+
+    setting: Setting
+    configurations: list[tuple[str, dict[str, Any]]]
+    """(key, what the configuration sets)."""
+
+
+def sweep(
+    space: Space | Mapping[str, Any] | str | os.PathLike[str],
+    options: RuntimeOptions | None = None,
+    *,
+    cluster: str | os.PathLike[str] | dict[str, Any] | None = None,
+    workload: str | os.PathLike[str] | None = None,
+    slo: str | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    jobs: int = 1,
+    progress: Callable[[int, int, int], None] | None = None,
+    **flags: Any,
+) -> Sweep:
+    """Run every configuration of ``space``.
+
+    Args:
+        space: a :class:`Space`, what a sweep file holds (``{"grid": {"tp": [1, 2]}}``), or the file's path.
+        options: what holds for every configuration unless it says otherwise.
+        cluster: path or content of a cluster config; None: the options name it.
+        workload: path of a workload file; None: the options name it.
+        slo: bounds of latencies that every row is held against, such as ``"ttft:1000"``.
+        journal: a file of finished rows: those whose configuration and inputs are the same are not run
+            again, new ones are added as soon as they are finished.
+        jobs: processes; more than 1 needs joblib (extra ``sweep``).
+        progress: called with (done, all, failed) as rows are finished.
+        **flags: single options for every configuration.
+
+    Raises:
+        InputError: the space or an option of it is wrong. What is wrong with one configuration is the reason
+            in its row.
+        RunError: worker processes keep dying, or the journal cannot be written.
+    """
+    chosen = _space(space)
+    check_jobs(jobs)
+    given = {} if options is None else options.model_dump(exclude_unset=True)
+    common = {**chosen.options, **given, **flags}
+    if workload is not None:
+        common["dataset"] = os.fspath(workload)
+    check_used(validated(RuntimeOptions, common, "options"), "sweep", None, cluster)
+    bounds = slo or chosen.slo
+    if bounds is not None:
+        parse_slo(bounds)
+    configurations, ruled_out = chosen.configurations()
+    where = os.fspath(cluster) if isinstance(cluster, os.PathLike) else cluster
+    setting = Setting(common, where, bounds, None if journal is None else os.fspath(journal))
+    digests: dict[str, str] = {}
+    keyed = {_key(setting, each, digests): each for each in configurations}
+    rows = _run(setting, keyed, jobs, progress)
+    names = list(dict.fromkeys(name for each in configurations for name in each))
+    return Sweep(names, [rows[key] for key in keyed], ruled_out)
+
+
+def _space(space: Space | Mapping[str, Any] | str | os.PathLike[str]) -> Space:
+    if isinstance(space, Space):
+        return space
+    return read_space(os.fspath(space)) if isinstance(space, str | os.PathLike) else space_of(space)
+
+
+def _run(
+    setting: Setting,
+    keyed: Mapping[str, dict[str, Any]],
+    jobs: int,
+    progress: Callable[[int, int, int], None] | None,
+) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    journal = None if setting.journal is None else Journal(setting.journal)
+    old_failures: set[str] = set()
+    if journal is not None:
+        journal.begin()
+        old_failures = {key for key, row in journal.rows().items() if row["status"] == "failed"}
+
+    def look() -> None:
+        if journal is not None:
+            found = journal.rows()
+            rows.update({key: found[key] for key in keyed if key in found and key not in old_failures})
+
+    def left() -> list[Part]:
+        look()  # rows of workers that have died are in the journal
+        waiting = [(key, each) for key, each in keyed.items() if key not in rows]
+        size = max(-(-len(waiting) // (jobs * _PARTS_PER_JOB)), 1) if jobs > 1 else 1
+        if jobs == 1:  # one part keeps all that was read
+            return [Part(setting, waiting)] if waiting else []
+        return [Part(setting, waiting[at : at + size]) for at in range(0, len(waiting), size)]
+
+    def tell() -> None:
+        if progress is not None:
+            failed = sum(row["status"] == "failed" for row in rows.values())
+            progress(len(rows), len(keyed), failed)
+
+    if jobs == 1:
+        for part in left():
+            for row in rows_of(part):
+                rows[row["key"]] = row
+                tell()
+        return rows
+    for finished in run_parts(run_part, left, jobs):
+        rows.update({row["key"]: row for row in finished})
+        tell()
+    return rows
+
+
+def run_part(part: Part) -> list[dict[str, Any]]:
+    """The rows of a part; what a worker process does."""
+    return list(rows_of(part))
+
+
+def rows_of(part: Part) -> Iterator[dict[str, Any]]:
+    """The rows of a part, each noted in the journal before it is yielded."""
+    bench = Bench(part.setting)
+    journal = None if part.setting.journal is None else Journal(part.setting.journal)
+    for key, configuration in part.configurations:
+        row = bench.row(key, configuration)
+        if journal is not None:
+            journal.append(row)
+        yield row
+
+
+class Bench:
+    """Runs configurations one after the other; what they have in common is read once."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._setting = setting
+        self._workloads: dict[tuple[Any, ...], Workload] = {}
+        self._tables: dict[tuple[Any, ...], BlockTables] = {}
+        self._clusters: dict[str, ClusterSpec] = {}
+        self._costs: Costs | None = None
+        self._told: dict[str, None] = {}
+        """Every warning so far: those about a bundle come when it is read, and hold for all its rows."""
+
+    def row(self, key: str, configuration: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of one configuration; what goes wrong is in it."""
+        row: dict[str, Any] = {"key": key, "status": "ok", "reason": "", **configuration}
+        told: list[str] = []
+        try:
+            with _collected(told):
+                result = self._simulate(configuration)
+            if result.nothing_ran:
+                row |= {"status": "rejected", "reason": result.rejected[0].reason}
+            else:
+                row |= _figures(result, self._setting.slo)
+            row["notes"] = "; ".join([*result.log.notes, *self._warnings(told, result)])
+            row |= _provenance(result)
+        except ServingError as error:
+            row |= {"status": "failed", "reason": str(error)}
+        except Exception as error:  # one row's fault, which must not cost the others
+            row |= {"status": "failed", "reason": f"a fault of servesim: {type(error).__name__}: {error}"}
+        self._told.update(dict.fromkeys(told))
+        return row
+
+    def _warnings(self, told: list[str], result: Result) -> list[str]:
+        """What was told of this run, and earlier of the bundles it reads; the same in whatever process."""
+        sources = [f"{log.bundle_source} " for log in result.instances]  # path, then a blank
+        subjects = {line: line.partition(": ")[0] for line in self._told}
+        earlier = [
+            line for line, about in subjects.items() if any(f"{about} " in source for source in sources)
+        ]
+        return sorted({*told, *earlier})
+
+    def _simulate(self, configuration: Mapping[str, Any]) -> Result:
+        changes, keys = split(configuration)
+        options = validated(RuntimeOptions, {**self._setting.options, **changes}, "options")
+        check_used(options, "sweep", None, self._setting.cluster)
+        cluster = with_options(self._cluster(options, keys), options)
+        asked = (options.dataset, options.num_reqs, options.lenient, options.request_rate, options.seed)
+        if asked not in self._workloads:
+            self._workloads[asked] = read_workload(options)
+            self._tables[asked] = BlockTables(self._workloads[asked])
+        kept = Kept(self._costs, self._tables[asked])
+        result = simulate_loaded(cluster, self._workloads[asked], options, None, kept)
+        self._costs = kept.costs
+        return result
+
+    def _cluster(self, options: RuntimeOptions, keys: Mapping[str, Any]) -> ClusterSpec:
+        source = self._setting.cluster or options.cluster_config
+        name = json.dumps([source, keys], sort_keys=True)
+        if name not in self._clusters:
+            self._clusters[name] = cluster_with(source, keys)
+        return self._clusters[name]
+
+
+def _figures(result: Result, slo: str | None) -> dict[str, Any]:
+    """Figures of the summary as columns; those inside it under the name of both keys."""
+    summary: Mapping[str, Any] = result.summary
+    figures = {
+        name: value
+        for name, value in summary.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    gpus = num_gpus(result)
+    figures |= {
+        "kv_cache_tokens": summary["kv_cache"]["tokens"],
+        "kv_cache_peak": summary["kv_cache"]["peak"],
+        "prefix_cache_hit_rate": summary["prefix_cache"]["hit_rate"],
+        "near_saturation": summary["saturation"]["near"],
+        "num_gpus": gpus,
+        "output_throughput_per_gpu": round(summary["output_throughput"] / max(gpus, 1), 6),
+    }
+    if summary["energy"] is not None:
+        figures["energy_j"] = summary["energy"]["total_j"]
+    if slo is not None:
+        level = parse_slo(slo)
+        figures |= {"slo_met": level.met(result), "goodput": round(level.goodput_share(result), 6)}
+    return figures
+
+
+def _provenance(result: Result) -> dict[str, Any]:
+    summary: Mapping[str, Any] = result.summary
+    return {
+        "run_id": summary["run_id"],
+        "servesim": __version__,
+        "bundle": "; ".join(summary["bundle"]),
+        "options": json.dumps(summary["options"], sort_keys=True),
+    }
+
+
+def _key(setting: Setting, configuration: Mapping[str, Any], digests: dict[str, str]) -> str:
+    """What a row is known by: a digest of all options, of the content of its files, and of our version."""
+    changes, keys = split(configuration)
+    options = {**setting.options, **changes}
+    fields = RuntimeOptions.model_fields
+    workload = str(options.get("dataset", fields["dataset"].default))
+    cluster = setting.cluster or str(options.get("cluster_config", fields["cluster_config"].default))
+
+    def digest(path: str, found: Callable[[str], Path]) -> str:
+        if path not in digests:
+            try:
+                digests[path] = file_digest(str(found(path)))
+            except (OSError, InputError):
+                digests[path] = "missing"  # the run says so
+        return digests[path]
+
+    content: Any = cluster
+    if isinstance(cluster, str):
+        content = digest(cluster, lambda path: find(path, "cluster config"))
+    parts = [__version__, options, keys, content, digest(workload, resolve), setting.slo]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _collected(told: list[str]) -> Iterator[None]:
+    """Warnings of servesim go to ``told`` inside the block, and nowhere else."""
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    logger = logging.getLogger("servesim")
+    before, passed_on = logger.handlers[:], logger.propagate
+    logger.handlers[:], logger.propagate = [Collector(logging.WARNING)], False
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate = before, passed_on
