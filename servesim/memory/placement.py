@@ -18,9 +18,12 @@ from servesim.specs.validation import hint
 from servesim.specs.weights import stage_layers, tensor_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import InstanceSpec
-    from servesim.specs.layers import Tensor
+    from servesim.specs.formats import WeightFormats
+    from servesim.specs.layers import Layer, ModelLayers, Tensor
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions
     from servesim.specs.placement import PlacementRule
@@ -130,44 +133,51 @@ def _stage(
     architecture: Architecture,
     blocks: range,
 ) -> list[PlacedLayer]:
-    stored = model.stored_as(options.dtype)
-    tp, plain = instance.tp_size, stored.formats.plain_bytes
-    vocabulary = sum(tensor_bytes(tensor, "", stored.formats, tp) for tensor in stored.embedding)
-    vision = sum(tensor_bytes(tensor, "", stored.formats, tp) for tensor in stored.vision)
-    tied = model.tie_word_embeddings and instance.pp_size == 1
+    stored, tp = model.stored_as(options.dtype), instance.tp_size
+
+    def size(tensors: Iterable[Tensor]) -> int:
+        return sum(tensor_bytes(tensor, "", stored.formats, tp) for tensor in tensors)
+
     layers = []
     if blocks.start == 0:
+        row = model.hidden_size * stored.formats.plain_bytes // tp
         for name in architecture.sequence.prologue:
             place, _ = rule_for(instance, name, None)
             if name == "embedding":
                 layers.append(
-                    PlacedLayer(name, place, vocabulary + vision, 0, 0, model.hidden_size * plain // tp)
+                    PlacedLayer(name, place, size((*stored.embedding, *stored.vision)), bytes_per_token=row)
                 )
             else:
                 layers.append(PlacedLayer(name, place))
     for block in blocks:
-        layers += _block(instance, model, options, architecture, block)
-    if blocks.stop == model.num_hidden_layers:
+        layers += _block(instance, stored, options, architecture, block)
+    if blocks.stop == len(stored.layers):
+        norm = size(tensor for tensor in stored.head if tensor.name.startswith("norm"))
+        output = size(stored.head) - norm
+        tied = size(stored.embedding[:1]) if stored.tied else 0
+        copied = tied if instance.pp_size > 1 else 0
         for name in architecture.sequence.head:
             place, _ = rule_for(instance, name, None)
             if name == "lm_head":
-                if tied:  # it is the embedding, and lies where that lies
+                if tied and not copied:  # it is the embedding, and lies where that lies
                     place, _ = rule_for(instance, "embedding", None)
-                layers.append(PlacedLayer(name, place, 0 if tied else vocabulary, vocabulary))
+                layers.append(PlacedLayer(name, place, output + copied, output + tied))
             else:
-                size = model.hidden_size * plain if name == "final_layernorm" else 0
-                layers.append(PlacedLayer(name, place, size, size))
+                own = norm if name == "final_layernorm" else 0
+                layers.append(PlacedLayer(name, place, own, own))
     return layers
 
 
 def _block(
-    instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, architecture: Architecture, block: int
+    instance: InstanceSpec,
+    stored: ModelLayers,
+    options: InstanceOptions,
+    architecture: Architecture,
+    block: int,
 ) -> list[PlacedLayer]:
-    has_experts = model.has_experts(block)
-    names = architecture.block_layers(has_experts)
-    weights, experts = block_weights(
-        model, options.dtype, instance.tp_size, instance.ep_size, names, has_experts=has_experts
-    )
+    layer = stored.layers[block]
+    names = architecture.block_layers(isinstance(layer.mlp, Experts))
+    weights, experts = block_weights(layer, stored.formats, instance.tp_size, instance.ep_size, names)
     layers = []
     for name, size in zip(names, weights, strict=True):
         place, kv_place = rule_for(instance, name, block)
@@ -205,19 +215,18 @@ def _part_of(tensor: Tensor) -> str:
 
 
 def block_weights(
-    model: ModelSpec, dtype: str, tp: int, ep: int, names: list[str], *, has_experts: bool
+    layer: Layer, formats: WeightFormats, tp: int, ep: int, names: list[str]
 ) -> tuple[list[int], int]:
-    """Bytes of each layer of one block on one rank, and apart from them of all its experts.
+    """Bytes of each of the kernels ``names`` of one layer of the model's list on one rank, and apart from
+    them of all its experts.
 
-    The sum is that of the memory plan (:mod:`servesim.memory.sizing`). Weights of a layer that the
-    architecture file does not name on its own count to the largest that it names.
+    The sum is that of the memory plan (:func:`servesim.specs.weights.layer_bytes`). Weights of a kernel that
+    the architecture file does not name on its own count to the largest that it names.
     """
-    stored = model.stored_as(dtype)
-    block = next(layer for layer in stored.layers if isinstance(layer.mlp, Experts) == has_experts)
     parts: dict[str, int] = {}
     experts, norms = 0, []
-    for tensor in block.tensors:
-        size = tensor_bytes(tensor, block.prefix, stored.formats, tp, ep)
+    for tensor in layer.tensors:
+        size = tensor_bytes(tensor, layer.prefix, formats, tp, ep)
         part = _part_of(tensor)
         if tensor.copies > 1:
             experts += size

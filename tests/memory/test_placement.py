@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from servesim.errors import InputError
 from servesim.memory.memory_map import MemoryMap
-from servesim.memory.placement import block_weights, evict_place, rule_for
+from servesim.memory.placement import block_weights, evict_place, placed_stages, rule_for
 from servesim.memory.plan import kv_cache_capacity
-from servesim.memory.sizing import GIB, block_weight_bytes, weight_bytes_per_npu
+from servesim.memory.sizing import GIB, weight_bytes_per_npu
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster import load_cluster
 from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.layers import Experts
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.weights import layer_bytes, stage_bytes
 from tests.specs.clusters import cluster, instance, node
 
 LLAMA = "meta-llama/Llama-3.1-8B"
@@ -23,6 +27,25 @@ KV_PER_TOKEN = 131_072
 """Of Llama-3.1-8B in 16 bit: 32 blocks of 4096 bytes."""
 BLOCK = 2 * 218_112_000
 """Bytes of the weights of one of its blocks."""
+MIXED = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 2,
+    "mlp_only_layers": [1],
+    "vocab_size": 1000,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+"""Experts in blocks 3, 5 and 7, dense blocks otherwise."""
 CXL = {"mem_size": 16, "mem_bw": 60, "mem_latency": 250, "num_devices": 4}
 
 
@@ -63,17 +86,45 @@ def test_a_rule_changes_only_what_it_names() -> None:
     [(LLAMA, "bfloat16", 1), (LLAMA, "fp8", 2), ("Qwen/Qwen3-30B-A3B-Instruct-2507", "bfloat16", 2)],
 )
 def test_the_layers_of_a_block_add_up_to_the_block(name: str, dtype: str, tp: int) -> None:
+    model = load_model(name).stored_as(dtype)
+    names = load_architecture(model.model_type).block_layers(isinstance(model.layers[-1].mlp, Experts))
+    weights, experts = block_weights(model.layers[-1], model.formats, tp, 1, names)
+    assert sum(weights) + experts == layer_bytes(model.layers[-1], model.formats, tp)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        LLAMA,
+        "Qwen/Qwen3-0.6B",
+        "Qwen/Qwen3-30B-A3B-Instruct-2507",
+        "microsoft/Phi-mini-MoE-instruct",
+        "openai/gpt-oss-20b",
+        "mixed",
+    ],
+)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 4)])
+def test_placed_layers_weigh_what_the_plan_says(name: str, tp: int, pp: int, tmp_path: Path) -> None:
+    if name == "mixed":
+        name = str(tmp_path / "mixed.json")
+        Path(name).write_text(json.dumps(MIXED))
+    config = cluster(instance(model_name=name, num_npus=tp * pp, tp_size=tp, pp_size=pp, placement={}))
+    [(_, spec)] = load_cluster(config).instances
     model = load_model(name)
-    names = load_architecture(model.model_type).block_layers(model.is_moe)
-    weights, experts = block_weights(model, dtype, tp, 1, names, has_experts=model.is_moe)
-    assert sum(weights) + experts == block_weight_bytes(model, dtype, tp, 1)
+    options = resolve(RuntimeOptions(), spec, model)
+    architecture = load_architecture(model.model_type)
+    if not architecture.sequence.mlp_dense:  # the shipped file knows blocks with experts only
+        dense = load_architecture("qwen3").sequence.mlp_dense
+        sequence = architecture.sequence.model_copy(update={"mlp_dense": dense})
+        architecture = architecture.model_copy(update={"sequence": sequence})
+    stages = placed_stages(spec, model, options, architecture)
+    weights = [sum(layer.stored_bytes for layer in stage) for stage in stages]
+    assert weights == list(stage_bytes(model.stored_as(options.dtype), tp, pp))
 
 
 def test_layers_that_have_no_name_count_to_the_largest() -> None:
-    model = load_model(LLAMA)
-    weights, _ = block_weights(
-        model, "bfloat16", 1, 1, ["qkv_proj", "o_proj", "down_proj"], has_experts=False
-    )
+    model = load_model(LLAMA).stored_as("bfloat16")
+    weights, _ = block_weights(model.layers[0], model.formats, 1, 1, ["qkv_proj", "o_proj", "down_proj"])
     assert weights[:2] == [2 * 4096 * 6144, 2 * 4096 * 4096]
     assert sum(weights) == BLOCK
 
@@ -136,13 +187,10 @@ def test_two_ranks_keep_their_weights_in_one_memory() -> None:
 
 
 def test_tied_weights_are_kept_once_and_read_where_the_embedding_is() -> None:
-    config = placed({"default": {}, "layers": {"embedding": {"weights": "cxl:2"}}})
-    loaded = load_cluster(config)
-    model = load_model(LLAMA).model_copy(update={"tie_word_embeddings": True})
-    options = [resolve(RuntimeOptions(), spec, model) for _, spec in loaded.instances]
-    resident = MemoryMap(loaded, {LLAMA: model}, options).resident(0)
+    rules = {"default": {}, "layers": {"embedding": {"weights": "cxl:2"}}}
+    resident = memory_map(placed(rules, keys={"model_name": "Qwen/Qwen3-0.6B"})).resident(0)
     assert resident is not None
-    vocabulary = 2 * 128256 * 4096
+    vocabulary = 2 * 151936 * 1024
     [head] = [layer for layer in resident.stages[0] if layer.name == "lm_head"]
     assert (head.place, head.stored_bytes, head.read_bytes) == ("cxl:2", 0, vocabulary)
     assert resident.elsewhere["cxl:2"] == (vocabulary, 0)
