@@ -130,7 +130,7 @@ def _space(args: argparse.Namespace) -> Space:
         space.grid.update(space_of({"grid": grid}, "--grid").grid)
     if not space.grid and not space.listed:
         raise InputError('sweep: nothing to go through; give a FILE, or --grid "--max-num-seqs 32,64,128"')
-    space.constraints += args.constraint
+    space.constraints.extend(args.constraint)
     return space
 
 
