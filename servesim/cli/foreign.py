@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 _NEAR = 0.8
 """Share of like letters from which on a flag is taken for a slip of another."""
 _CLUSTER = "is set in the cluster config: docs/cluster-config.md"
+_GROUPS = "KV groups of windows and states; servesim kv tells what fits both ways"
 
 SAME = {
     "--num-prompts": "--num-reqs",
@@ -61,6 +62,9 @@ NOT_SIMULATED = {
     "--max-long-partial-prefills": "more than the engine's one way to share a step among prompts",
     "--scheduling-policy": "any order but first come, first served",
     "--limit-mm-per-prompt": "images and other inputs beside text",
+    "--disable-hybrid-kv-cache-manager": _GROUPS,
+    "--no-disable-hybrid-kv-cache-manager": _GROUPS,
+    "--kv-cache-dtype-skip-layers": "layers whose cache has a format of its own",
     "--decode-context-parallel-size": "context parallelism",
     "-dcp": "context parallelism",
     "--enable-dbo": "dual-batch overlap",

@@ -22,7 +22,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command and its flags."""
     from servesim.profiler.measure.command import add_arguments as add_measuring_arguments
     from servesim.profiler.sources import SOURCES
-    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES
+    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal
+    from servesim.specs.flags import word_unless
 
     parser = subparsers.add_parser("profile", help=_HELP, description=_HELP, allow_abbrev=False)
     add = parser.add_argument
@@ -31,7 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     sources = "; ".join(f"{name}: {source.about}" for name, source in SOURCES.items())
     add("--source", choices=sorted(SOURCES), default="silicon", help=f"{sources} (default: silicon)")
     add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="KV cache (default: auto)")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, type=word_unless(kv_refusal), default="auto",
+        help="KV cache (default: auto)")  # fmt: skip
     add("--tp", default="1", metavar="N,N,...", help="tensor-parallel degrees (default: 1)")
     add(
         "--max-num-batched-tokens",

@@ -28,7 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command and its flags."""
     from argparse import RawDescriptionHelpFormatter
 
-    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES
+    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal
+    from servesim.specs.flags import word_unless
 
     parser = subparsers.add_parser(
         "support",
@@ -42,7 +43,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("model", nargs="?", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
     add("--hardware", help="names configs/hardware/<name>.yaml and the bundles' folder")
     add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default="auto", help="KV cache (default: auto)")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, type=word_unless(kv_refusal), default="auto",
+        help="KV cache (default: auto)")  # fmt: skip
     add(
         "--tp",
         type=int,

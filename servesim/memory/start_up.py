@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
 from servesim.memory.sizing import GIB
+from servesim.specs.hardware import load_hardware
+from servesim.specs.kv_support import why_not
 from servesim.specs.options import wants_auto_model_len
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def start_up(
     where = f"instance {index}"
     check_budget(options, where)
     check_quantised_shards(instance, model, options, where)
+    check_kv_format(instance, model, options, where)
     capacity = memories.capacity(index)
     notes = memories.notes(index)
     if wants_auto_model_len(asked, instance):
@@ -170,6 +173,18 @@ def _too_few_blocks(model: ModelSpec, options: InstanceOptions, capacity: KvCapa
         f"{options.max_model_len}: requests that need more are rejected; vLLM (0.33) starts only with a "
         "--max-model-len that fits"
     ]
+
+
+def check_kv_format(instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, where: str) -> None:
+    """A GPU refuses a format of the KV cache that none of the engine's kernels takes there.
+
+    Raises:
+        InputError: so it is; the message says where the format runs.
+    """
+    if options.kv_dtype != "fp8":
+        return
+    if reason := why_not("fp8", model.layers, load_hardware(instance.hardware)):
+        raise InputError(f"{where}: kv_cache_dtype: 'fp8' is not allowed for {model.name}: {reason}")
 
 
 def check_quantised_shards(

@@ -16,8 +16,34 @@ KV_CACHE_DTYPES: tuple[str, ...] = (
 KV_CACHE_ALIASES: dict[str, str] = {"fp8_e4m3": "fp8", "fp8_e5m2": "fp8", "fp8_inc": "fp8"}
 """Spellings of the engine that cost the same bytes and read the same profile."""
 
+KV_CACHE_SIZED: tuple[str, ...] = (
+    *("fp8_per_token_head", "int8_per_token_head", "int4_per_token_head", "nvfp4", "fp8_ds_mla"),
+    *("turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc"),
+)
+"""Formats of vLLM 0.33 whose bytes are known and whose kernel times are not."""
+KV_CACHE_NAMED: tuple[str, ...] = (
+    *("nvfp4_ds_mla", "nvfp4_4over6", "ultraquant_4bit"),
+    *("octave_k3v4", "octave_k3v3", "octave_k3v3_compact"),
+)
+"""Formats of vLLM 0.33 of which only the name is known here."""
+
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "fp8": 1, "int8": 1}
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "fp8": "fp8", "int8": "int8"}
+
+
+def kv_refusal(name: str) -> str:
+    """Why a format of vLLM cannot be simulated, and what is possible; empty: it can, or is no format."""
+    if name in KV_CACHE_SIZED:
+        return (
+            f"{name!r} cannot be simulated: no kernel times exist for it; simulated are auto, bfloat16, "
+            "float16, fp8 and int8; what fits in it: servesim kv MODEL --hardware NAME"
+        )
+    if name in KV_CACHE_NAMED:
+        return (
+            f"{name!r} cannot be simulated: neither its bytes nor its kernel times are known here; simulated "
+            "are auto, bfloat16, float16, fp8 and int8"
+        )
+    return ""
 
 
 def dtype_bytes(name: str) -> int:

@@ -54,6 +54,8 @@ class Flag:
     """What the option leaves out of what its name promises."""
     noted: bool = False
     """Whether an option that cannot act is noted even where it asks for something, instead of refused."""
+    refusal: Callable[[str], str] | None = None
+    """Why a word that other programs take is none of ``choices``, or an empty text."""
     text: bool = False
     """Whether a value is more than a number, so that only the field's own check can read it."""
 
@@ -146,9 +148,22 @@ def _argument(field: FieldInfo, flag: Flag) -> dict[str, Any]:
         argument["choices"] = choices
     if base in (int, float) and not flag.text:
         argument["type"] = _whole_number if base is int else _number
+    if flag.refusal is not None:
+        argument["type"] = word_unless(flag.refusal)
     if flag.metavar or not choices:
         argument["metavar"] = flag.metavar or {int: "N", float: "X"}.get(base, "TEXT")
     return argument
+
+
+def word_unless(refusal: Callable[[str], str]) -> Callable[[str], str]:
+    """A reader of an argument that tells why a word is refused, before it is looked for among the choices."""
+
+    def read(text: str) -> str:
+        if reason := refusal(text):
+            raise argparse.ArgumentTypeError(reason)
+        return text
+
+    return read
 
 
 def choices_of(field: FieldInfo, flag: Flag) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from servesim.specs.dtypes import (
     KV_CACHE_DTYPES,
     KvCacheDtypeName,
     WeightDtypeName,
+    kv_refusal,
     resolve_kv_dtype,
     variant_name,
 )
@@ -56,7 +57,11 @@ def _text_path(value: object) -> object:
 
 
 def _kv_alias(value: object) -> object:
-    return KV_CACHE_ALIASES.get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if reason := kv_refusal(value):
+        raise ValueError(reason)
+    return KV_CACHE_ALIASES.get(value, value)
 
 
 def _none_word(value: object) -> object:
@@ -134,6 +139,7 @@ KvCacheDtype = Annotated[
         "KV cache dtype; fp8_e4m3, fp8_e5m2 and fp8_inc are the same as fp8",
         _ENGINE,
         choices=KV_CACHE_DTYPES,
+        refusal=kv_refusal,
         default_text="auto = the weights' dtype, but 16-bit when the weights are 8-bit",
         per_instance=True,
     ),
