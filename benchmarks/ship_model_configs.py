@@ -10,6 +10,7 @@ characters (lists of quantised modules) is left out.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import make_model_fields  # noqa: E402
 from servesim.errors import InputError  # noqa: E402
 from servesim.specs.model import _ALIASES, ModelSpec, model_from_config  # noqa: E402
 
-LONGEST = 3000
+LONGEST = 13_000
 READ = {*ModelSpec.model_fields, *_ALIASES} - {"name", "path", "layers"} | {
     "use_sliding_window",
     "max_window_layers",
@@ -61,6 +62,8 @@ def main() -> None:
         try:
             whole = model_from_config(config, name, name)
             fields = fields_of(config)
+            if re.search(r"fp8|fp4|int4|awq|gptq", name.lower()) and whole.layers.formats.method is None:
+                raise InputError("named after a format that no field tells; it lies in hf_quant_config.json")
             again = model_from_config(json.loads(text_of(fields)), name, name)
         except InputError as error:
             print(f"{name}: left out: {error}")

@@ -38,13 +38,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("model", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
+    add("model", nargs="?", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
     add("--context", type=int, metavar="N", default=DEFAULT_CONTEXT,
         help=f"tokens in the cache of each decode (default: {DEFAULT_CONTEXT})")  # fmt: skip
     add("--batch", type=int, metavar="N", default=DEFAULT_BATCH,
         help=f"decodes of the step (default: {DEFAULT_BATCH})")  # fmt: skip
     add("--disable-hybrid-kv-cache-manager", action="store_true",
         help="only the rows of vLLM with this flag: windows are kept whole (default: both ways)")  # fmt: skip
+    add("--matrix", action="store_true",
+        help="of a MODEL: which GPU runs which format; without one: what models keep")  # fmt: skip
     add("--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it")
     add("--plot", metavar="PATH", help="draw tokens and steps, .png or .svg; needs matplotlib")
     add_arguments(parser, only=_FLAGS)
@@ -59,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from servesim.profiler.making import bundles_on_demand
     from servesim.results.atomic import atomic_write
 
+    if args.matrix:
+        say(_matrix(args))
+        return 0
+    if args.model is None:
+        raise InputError("give a MODEL and --hardware, or --matrix for an overview")
     given = {name: getattr(args, name) for name in _FLAGS if hasattr(args, name)}
     hardware = given.pop("hardware", None)
     if hardware is None:
@@ -81,6 +88,16 @@ def run(args: argparse.Namespace) -> int:
         dial.save_plot(args.plot)
     say(dial.json_text() if args.json == "-" else dial.text())
     return 0
+
+
+def _matrix(args: argparse.Namespace) -> str:
+    from servesim.explore.kv_matrix import formats_text, models_text
+
+    given = [f"--{name.replace('_', '-')}" for name in _FLAGS if hasattr(args, name)]
+    given += [f"--{name}" for name in ("json", "plot") if getattr(args, name)]
+    if given:
+        raise InputError(f"{', '.join(given)}: no effect beside --matrix")
+    return models_text() if args.model is None else formats_text(args.model)
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

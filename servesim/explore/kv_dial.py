@@ -248,6 +248,8 @@ def _memory(asked: _Asked, kv_format: str, *, hybrid: bool) -> KvRow:
     step_tokens = options.max_num_batched_tokens
     low, likely, high = (max(plan.num_blocks(size), 0) for size in asked.room)
     tokens = [plan.longest(blocks, step_tokens) for blocks in (low, likely, high)]
+    if not plan.bytes_per_token:  # windows and states alone: a request stops growing
+        tokens = [min(each, spec.max_position_embeddings) for each in tokens]
     growing = [group.block_size for group in plan.groups if group.kind in ("full", "mla")]
     requests = {
         length: plan.requests(likely, length, step_tokens) if length <= spec.max_position_embeddings else None

@@ -16,7 +16,7 @@ from servesim.memory.plan import kv_cache_capacity, kv_room
 from servesim.specs.cluster import cluster_of
 from servesim.specs.hardware import load_hardware
 from servesim.specs.kv_support import why_not
-from servesim.specs.model import load_model
+from servesim.specs.model import known_models, load_model
 from servesim.specs.options import RuntimeOptions, resolve
 from servesim.specs.weights import MXFP4_TILE_MARLIN
 
@@ -214,3 +214,24 @@ class TestCommand:
         for path in paths:
             assert main(["kv", LLAMA, "--hardware", "H100", "--plot", str(path)]) == 0
         assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+class TestMatrix:
+    def test_every_shipped_model_has_a_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["kv", "--matrix"]) == 0
+        printed = capsys.readouterr().out
+        for name in known_models():
+            assert (name in printed) != name.startswith("servesim/")
+        assert "18 sliding, 18 full" in printed
+
+    def test_a_cell_is_what_the_table_says(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["kv", LLAMA, "--matrix"]) == 0
+        lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line}
+        names = lines["KV"][1:]
+        assert lines["fp8"][names.index("A100")] == "T"
+        assert lines["fp8_per_token_head"][names.index("A100")] == "-"
+        assert lines["nvfp4"][names.index("B200")] == "s"
+
+    def test_flags_of_a_dial_are_refused_beside_it(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["kv", LLAMA, "--matrix", "--hardware", "H100"]) == 2
+        assert "no effect beside --matrix" in capsys.readouterr().err

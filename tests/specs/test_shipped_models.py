@@ -38,9 +38,14 @@ def test_a_shipped_config_loads_and_weighs_as_named(name: str) -> None:
         assert model.layers.parameters() / 1e9 == pytest.approx(named, rel=0.16, abs=0.15)
 
 
+@pytest.mark.parametrize("name", [name for name in SHIPPED if re.search(r"-(FP8|NVFP4|MXFP4|AWQ)", name)])
+def test_a_format_in_the_name_is_that_of_the_weights(name: str) -> None:
+    assert load_model(name).layers.formats.method is not None
+
+
 def test_shipped_configs_are_fields_only() -> None:
     for name in SHIPPED:
-        assert (FOLDER / f"{name}.json").stat().st_size < 3100
+        assert (FOLDER / f"{name}.json").stat().st_size < 13_100
 
 
 @pytest.mark.parametrize(
