@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+_STEEP = 10.0
+"""From this ratio of the scores of both ends on, a line says little about where between them the edge is:
+latencies hardly rise at first, and then all at once."""
+
+
 @dataclass(slots=True, frozen=True)
 class Range:
     """Where a search may look."""
@@ -42,7 +47,7 @@ def largest(score: Callable[[float], float], where: Range, first: float, factor:
 
     From ``first`` it goes up by ``factor`` while loads pass, or down, ever faster, while they fail. Then it
     draws a line through the scores of both ends, on logarithmic scales, and tries where that reaches 1; where
-    a score is not known (inf) or the last try did not halve the range, the middle itself. What passes is
+    the scores are far apart or the last try did not halve the range, the middle itself. What passes is
     taken to pass everywhere below.
 
     Args:
@@ -91,7 +96,7 @@ def _share(low_score: float, high_score: float, precision: float) -> float:
 
     A little is added towards the farther end, so that the next one may close the bracket.
     """
-    if not (0 < low_score <= 1 < high_score < math.inf):
+    if not (0 < low_score <= 1 < high_score < _STEEP * low_score):
         return 0.5
     crossing = -math.log(low_score) / math.log(high_score / low_score)
     nudge = min(precision * 0.45, 0.25)

@@ -36,8 +36,8 @@ _LOWEST = 1 / 1024
 """The lowest rate tried, as a share of the throughput with everything at once."""
 _FIRST = 0.8
 """The first rate tried, likewise."""
-_WIDE, _NARROW = 2.0, 1.05
-"""First step from a blind guess, and from the answer for another arrival pattern."""
+_WIDE = 2.0
+"""Step from a blind guess; from the answer under other conditions it is twice the precision."""
 
 By = Literal["rate", "concurrency"]
 
@@ -303,7 +303,7 @@ class _Search:
             result = self._runs.run(load, pattern, slower=slower, target=self._target)
             return math.inf if result is None else self._target.score(result)
 
-        return largest(score, where, first, _NARROW)
+        return largest(score, where, first, 1 + 2 * self._limit.precision)
 
     def _more_patterns(self, where: Range, patterns: int) -> None:
         limit = self._limit

@@ -19,6 +19,7 @@ RUN = ["--num-reqs", "3"]
 COMMANDS = [
     [*RUN, "--ensemble", "2"],
     ["compare", *RUN],
+    ["slo", "--slo", "ttft:1000", *RUN],
     ["support", "meta-llama/Llama-3.1-8B", "--hardware", "H100"],
     ["explain-step", "--decodes", "4", "--kv", "64"],
     ["workload", "describe", "workloads/example_trace.jsonl"],
