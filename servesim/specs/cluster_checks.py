@@ -10,7 +10,7 @@ from servesim.errors import InputError, MissingFileError
 from servesim.specs.hardware import load_hardware
 from servesim.specs.memories import KINDS, split_place
 from servesim.specs.model import load_model
-from servesim.specs.runnable import missing_kinds
+from servesim.specs.runnable import missing_kinds, not_simulated
 from servesim.specs.validation import joined
 
 if TYPE_CHECKING:
@@ -181,10 +181,7 @@ def _rising(where: str, device: Spec, *names: str) -> Iterator[str]:
 def _kinds(model: ModelSpec) -> Iterator[str]:
     """Kinds of layers that cannot be simulated."""
     if missing := missing_kinds(model.layers):
-        yield (
-            f"{model.name} ({model.model_type}) cannot be simulated yet; not modelled in the engine: "
-            f"{', '.join(missing)}"
-        )
+        yield not_simulated(model, missing)
 
 
 def _splits(instance: InstanceSpec, model: ModelSpec, group: int) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servesim.errors import MissingFileError
+from servesim.errors import MissingFileError, NotSupportedError
 from servesim.specs.architecture import load_architecture
 from servesim.specs.layers import (
     Attention,
@@ -36,6 +36,25 @@ def why_not_simulated(model: ModelSpec) -> str | None:
     except MissingFileError:
         return f"no file profiler/models/{model.model_type}.yaml describes its steps"
     return None
+
+
+def refuse_not_simulated(model: ModelSpec) -> None:
+    """Refuse a model whose steps cannot be simulated, with what is possible.
+
+    Raises:
+        NotSupportedError: some of its layers are not modelled in the engine.
+    """
+    if missing := missing_kinds(model.layers):
+        raise NotSupportedError(not_simulated(model, missing))
+
+
+def not_simulated(model: ModelSpec, missing: list[str]) -> str:
+    """That a model cannot be simulated for the layers ``missing``, with what is possible."""
+    return (
+        f"{model.name} ({model.model_type}) cannot be simulated yet; not modelled in the engine: "
+        f"{', '.join(missing)}; what fits in its KV cache: servesim kv {model.path or model.name} "
+        "--hardware NAME"
+    )
 
 
 def missing_kinds(model: ModelLayers) -> list[str]:
