@@ -39,6 +39,8 @@ _ALIASES = {
     "dtype": "torch_dtype",
 }
 """Other models' names for the same fact."""
+_LISTED = 12
+"""Most known models that a message names."""
 _LABELS = frozenset({"name", "path", "layers"})
 """Fields that no config gives: where a model was found, and what has been read from it."""
 _TORCH_DTYPES = ("float16", "bfloat16", "float32", "fp8", "int8")
@@ -403,7 +405,10 @@ def _unknown_model(name: str) -> MissingFileError:
     known = known_models()
     near = nearest(name, known)
     ask = f"did you mean {near!r}? " if near else ""
+    listed = ", ".join(known) or "none"
+    if len(known) > _LISTED:
+        listed = f"{len(known)}, those published in `servesim kv --matrix`"
     return MissingFileError(
-        f"configs/model/{name}.json: no such model config; {ask}known models: {', '.join(known) or 'none'}. "
+        f"configs/model/{name}.json: no such model config; {ask}known models: {listed}. "
         "For another model put its config.json there, or give the folder that holds one as model_name"
     )
