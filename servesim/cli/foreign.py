@@ -1,9 +1,14 @@
-"""Flags of other tools that people type here out of habit, and what to do instead."""
+"""Flags of other tools that people type here out of habit, and what to do instead.
+
+Those of vLLM are in :mod:`servesim.specs.serve_arguments`.
+"""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
+
+from servesim.specs import serve_arguments
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -11,7 +16,6 @@ if TYPE_CHECKING:
 _NEAR = 0.8
 """Share of like letters from which on a flag is taken for a slip of another."""
 _CLUSTER = "is set in the cluster config: docs/cluster-config.md"
-_GROUPS = "KV groups of windows and states; servesim kv tells what fits both ways"
 
 SAME = {
     "--num-prompts": "--num-reqs",
@@ -36,16 +40,9 @@ SAME = {
 }
 """Another tool's name -> ours of the same meaning."""
 ELSEWHERE = {
-    "--enable-expert-parallel": f"ep_size of an instance {_CLUSTER}",
-    "-ep": f"ep_size of an instance {_CLUSTER}",
     "--ep-size": f"ep_size of an instance {_CLUSTER}",
     "--ep": f"ep_size of an instance {_CLUSTER}",
     "--num-gpus": f"the number of NPUs {_CLUSTER}; --tp, --pp and --dp change it",
-    "--kv-transfer-config": f"prefill and decode instances: pd_type {_CLUSTER}",
-    "--cpu-offload-gb": f"where weights are: placement {_CLUSTER}",
-    "--swap-space": "vLLM V1 has no swap; preempted requests are computed again, here too",
-    "--quantization": "the model's quantization_config says it; --dtype fp8 sets 8-bit weights",
-    "-q": "the model's quantization_config says it; --dtype fp8 sets 8-bit weights",
     "--mem-fraction-static": "not the same share as --npu-memory-utilization, which also holds activations",
     "--dataset-name": "the format of a workload is found by content; give its file with --dataset",
     "--burstiness": "servesim workload synth makes bursty arrivals",
@@ -55,29 +52,6 @@ ELSEWHERE = {
     "--random-output-len": "servesim workload synth makes workloads of given lengths",
 }
 """Another tool's name -> where the same is said here."""
-NOT_SIMULATED = {
-    "--speculative-config": "speculative decoding",
-    "--enable-lora": "LoRA adapters",
-    "--max-num-partial-prefills": "more than the engine's one way to share a step among prompts",
-    "--max-long-partial-prefills": "more than the engine's one way to share a step among prompts",
-    "--scheduling-policy": "any order but first come, first served",
-    "--limit-mm-per-prompt": "images and other inputs beside text",
-    "--disable-hybrid-kv-cache-manager": _GROUPS,
-    "--no-disable-hybrid-kv-cache-manager": _GROUPS,
-    "--kv-cache-dtype-skip-layers": "layers whose cache has a format of its own",
-    "--decode-context-parallel-size": "context parallelism",
-    "-dcp": "context parallelism",
-    "--enable-dbo": "dual-batch overlap",
-    "--enable-eplb": "moving experts between ranks",
-    "--attention-backend": "a choice of attention kernels: a bundle holds those that were measured",
-    "--compilation-config": "a choice of compilation: a bundle holds the kernels that were measured",
-}
-"""Another tool's name -> what the simulation does not have."""
-WITHOUT_MEANING = (
-    *("--trust-remote-code", "--served-model-name", "--tokenizer", "--load-format", "--download-dir"),
-    *("--host", "--port", "--api-key", "--disable-log-requests", "--revision", "--hf-token"),
-)
-"""Flags of servers that no time depends on."""
 
 
 def advice(word: str, known: Collection[str]) -> str:
@@ -88,9 +62,25 @@ def advice(word: str, known: Collection[str]) -> str:
         return f"it is called {same!r} here"
     if word in ELSEWHERE:
         return ELSEWHERE[word]
-    if word in NOT_SIMULATED:
-        return f"not simulated: {NOT_SIMULATED[word]}"
-    if word in WITHOUT_MEANING:
-        return "nothing in a simulation depends on it; leave it out"
+    if told := _of_vllm(word):
+        return told
     near = get_close_matches(word, list(known), n=1, cutoff=_NEAR)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def _of_vllm(word: str) -> str:
+    """What to say about an argument of ``vllm serve``; empty: it is none, or one that means the same here."""
+    name, opposite = serve_arguments.canonical(word)
+    if name in ("--quantization", "-q"):
+        return "the model's quantization_config says it; --dtype fp8 sets 8-bit weights"
+    if opposite or name not in serve_arguments.KNOWN or name in serve_arguments.OWN:
+        return ""
+    if name in serve_arguments.ELSEWHERE:
+        return serve_arguments.ELSEWHERE[name]
+    if name in serve_arguments.NOT_SIMULATED:
+        return f"not simulated: {serve_arguments.NOT_SIMULATED[name]}"
+    if name in serve_arguments.KERNELS | serve_arguments.KERNEL_SWITCHES:
+        return "not simulated: a choice of kernels or graphs; a bundle holds those that were measured"
+    if name in serve_arguments.OWN_SWITCHES:
+        return ""
+    return "nothing in a simulation depends on it; leave it out"

@@ -42,7 +42,7 @@ _SHOWN_WHEN_CHANGED = frozenset(
             "skip_prefill",
             "enable_prefix_sharing",
         ),
-        *("prefix_storage", "request_routing_policy", "expert_routing_policy", "seed", "stepped"),
+        *("prefix_storage", "request_routing_policy", "expert_routing_policy", "seed", "stepped", "preset"),
     }
 )
 """Options that are worth a word only when they differ from their default."""

@@ -94,7 +94,23 @@ def notes_of(scene: Scene) -> list[str]:
     Raises:
         InputError: an option was given that cannot act in this run.
     """
-    return [*_twins(scene), *_notes_of_flags(scene), *_notes_of_instances(scene)]
+    return [
+        *_twins(scene),
+        *_notes_of_serve_line(scene.options),
+        *_notes_of_flags(scene),
+        *_notes_of_instances(scene),
+    ]
+
+
+def _notes_of_serve_line(options: RuntimeOptions) -> list[str]:
+    if options.vllm_serve is None:
+        return []
+    from servesim.specs.serve_line import read_serve_line
+
+    line = read_serve_line(options.vllm_serve)
+    lost = [name for name, value in line.options.items() if getattr(options, name) != value]
+    over = [f"vllm serve: other values were given beside it: {', '.join(map(flag_name, lost))}"]
+    return [*line.notes, *(over if lost else [])]
 
 
 def _twins(scene: Scene) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
@@ -274,15 +275,45 @@ def cluster_of(options: RuntimeOptions) -> ClusterSpec:
 
 
 def with_options(cluster: ClusterSpec, options: RuntimeOptions) -> ClusterSpec:
-    """The cluster as ``--hardware``, ``--model``, ``--tp``, ``--pp`` and ``--dp`` change it."""
-    moved = with_hardware(cluster, options.hardware, options.model, options.tp, options.pp)
-    return moved if options.dp is None else in_copies(moved, options.dp)
+    """The cluster as ``--hardware``, ``--model``, ``--tp``, ``--pp``, ``--dp`` and
+    ``--enable-expert-parallel`` change it."""
+    changed = with_hardware(cluster, options.hardware, options.model, options.tp, options.pp)
+    spread = options.enable_expert_parallel
+    if options.dp is not None:
+        changed = in_copies(changed, options.dp, shared_experts=spread)
+    return with_spread_experts(changed) if spread else changed
 
 
-def in_copies(cluster: ClusterSpec, copies: int) -> ClusterSpec:
+def with_spread_experts(cluster: ClusterSpec) -> ClusterSpec:
+    """The cluster with the experts of every instance on all its NPUs and those of its ``dp_group``.
+
+    Raises:
+        InputError: a model has no experts; vLLM does not start so.
+    """
+    from servesim.specs.model import load_model
+
+    for name in dict.fromkeys(instance.model_name for _, instance in cluster.instances):
+        if not load_model(name).is_moe:
+            raise InputError(f"--enable-expert-parallel: is not allowed; {name} has no experts; leave it out")
+    members = Counter(instance.dp_group for _, instance in cluster.instances)
+
+    def spread(instance: InstanceSpec) -> InstanceSpec:
+        group = 1 if instance.dp_group is None else members[instance.dp_group]
+        return instance.model_copy(update={"ep_size": instance.tp_size * group})
+
+    nodes = [
+        node.model_copy(update={"instances": tuple(map(spread, node.instances))}) for node in cluster.nodes
+    ]
+    changed = cluster.model_copy(update={"nodes": tuple(nodes)})
+    changed._source = cluster.source
+    return changed
+
+
+def in_copies(cluster: ClusterSpec, copies: int, *, shared_experts: bool = False) -> ClusterSpec:
     """The cluster with ``copies`` of every instance side by side on its node, as data parallelism has them.
 
     Without expert layers nothing ties the copies together but the router. Doing it twice is doing it once.
+    ``shared_experts``: copies of models with experts share them.
 
     Raises:
         InputError: a model has expert layers, whose exchange needs more said, or an instance is in a group.
@@ -296,10 +327,11 @@ def in_copies(cluster: ClusterSpec, copies: int) -> ClusterSpec:
             return cluster
         raise InputError(f"--dp {copies}: {cluster.source} has a dp_group already; name its members there")
     for _, instance in cluster.instances:
-        if load_model(instance.model_name).is_moe:
+        if load_model(instance.model_name).is_moe and not shared_experts:
             raise InputError(
                 f"--dp {copies}: {instance.model_name} has expert layers, and whether copies share them is "
-                "not said; write the members with dp_group and ep_size into the cluster config, as in "
+                "not said; add --enable-expert-parallel if they do, or write the members with dp_group and "
+                "ep_size into the cluster config, as in "
                 "configs/cluster/data_expert_parallel.json"
             )
     nodes, first = [], 0

@@ -24,7 +24,9 @@ from servesim.specs.dtypes import (
     variant_name,
 )
 from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
+from servesim.specs.hardware import load_hardware
 from servesim.specs.memories import TIER_WORDS
+from servesim.specs.presets import Preset, serve_defaults
 from servesim.specs.vllm_versions import NEWEST, VllmVersion, minor_version
 
 if TYPE_CHECKING:
@@ -76,15 +78,21 @@ _MULTIPLES = {
 """vLLM's letters: small ones count in thousands, capitals in 1024."""
 
 
+def human_number(text: str) -> int | None:
+    """``16k`` -> 16000, ``16K`` -> 16384, ``25.6k`` -> 25600, as in vLLM; None: it is no such number."""
+    match = re.fullmatch(r"(-?\d{1,10})(\.\d{1,9})?([kmgtKMGT]?)", text.strip())
+    if match is None or (match[2] and not match[3].islower()):
+        return None
+    return int(Decimal(match[1] + (match[2] or "")) * _MULTIPLES.get(match[3], 1))
+
+
 def _model_len(value: object) -> object:
-    """``auto`` and ``-1`` -> auto; ``16k`` -> 16000, ``16K`` -> 16384, ``25.6k`` -> 25600, as in vLLM."""
+    """``auto`` and ``-1`` -> auto; a number as :func:`human_number` reads it."""
     if value is None or value == "auto":
         return value
     number = value if type(value) is int else None
     if isinstance(value, str):
-        match = re.fullmatch(r"(-?\d{1,10})(\.\d{1,9})?([kmgtKMGT]?)", value.strip())
-        if match is not None and (not match[2] or match[3].islower()):
-            number = int(Decimal(match[1] + (match[2] or "")) * _MULTIPLES.get(match[3], 1))
+        number = human_number(value)
     if number == -1:
         return "auto"
     if number is None or not 1 <= number <= UNLIMITED:
@@ -339,6 +347,16 @@ class RuntimeOptions(Spec):
             default_text="as in the cluster config",
         ),
     ] = None
+    enable_expert_parallel: Annotated[
+        bool,
+        Flag(
+            "spread the experts of every instance over all its NPUs, and those of its --dp copies",
+            _INPUT,
+            aliases=("-ep",),
+            acts=acting.spread_experts,
+            noted=True,
+        ),
+    ] = False
     num_reqs: Annotated[
         Limit,
         Flag("entries of the workload to load; a session counts as one", _INPUT, default_text="0 = all"),
@@ -376,7 +394,25 @@ class RuntimeOptions(Spec):
             text=True,
         ),
     ] = NEWEST
-
+    preset: Annotated[
+        Preset | None,
+        Flag(
+            "vllm-serve: the limits that `vllm serve` of this version takes on this hardware, where none are "
+            "given: 0.92 of the memory, 256 to 1024 requests and 2048 to 16384 tokens a step",
+            _ENGINE_OF_ALL,
+            default_text="none: the defaults shown above",
+        ),
+    ] = None
+    vllm_serve: Annotated[
+        Annotated[str, Field(min_length=1, max_length=20_000)] | None,
+        Flag(
+            "a deployment's own command line, 'vllm serve MODEL --tensor-parallel-size 4 ...', or the YAML "
+            "file of its arguments; brings --preset vllm-serve along; flags given beside it win",
+            _ENGINE_OF_ALL,
+            "LINE|PATH",
+            default_text="none",
+        ),
+    ] = None
     enable_prefix_sharing: Annotated[
         bool,
         Flag(
@@ -567,7 +603,14 @@ class RuntimeOptions(Spec):
     @model_validator(mode="before")
     @classmethod
     def _own_names(cls, data: Any) -> Any:
-        return renamed(cls.model_fields, data) if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        data = renamed(cls.model_fields, data)
+        if isinstance(data.get("vllm_serve"), str):
+            from servesim.specs.serve_line import read_serve_line
+
+            data = {"preset": "vllm-serve", **read_serve_line(data["vllm_serve"]).options, **data}
+        return data
 
     if not TYPE_CHECKING:  # type checkers know the fields as keywords
 
@@ -689,10 +732,12 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
     Raises:
         InputError: options that exclude each other, or a context that the model cannot have.
     """
-    chosen: dict[str, Any] = {}
+    chosen, stated = {}, {}
     for name in per_instance_fields():
         own = getattr(instance, name)
         chosen[name] = own if own is not None else getattr(options, name)
+        if own is not None or name in options.model_fields_set:
+            stated[name] = chosen[name]
     if chosen["enable_sub_batch_interleaving"]:
         if not chosen["enable_attn_offloading"]:
             raise InputError("--enable-sub-batch-interleaving: needs --enable-attn-offloading beside it")
@@ -704,6 +749,10 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
     if chosen["kv_cache_dtype"] == "auto" and model.layers.kv_format is not None:
         chosen["kv_cache_dtype"] = model.layers.kv_format  # the checkpoint asks for it
     longest = _longest(chosen.pop("max_model_len"), model)
+    if options.preset is not None:
+        hardware = load_hardware(instance.hardware)
+        size_gib = instance.npu_mem.mem_size or hardware.memory_gib or 0.0
+        chosen |= serve_defaults(hardware, size_gib, options.vllm_version, longest, stated)
     utilization = chosen.pop("npu_memory_utilization")
     if instance.npu_mem.mem_util is not None:
         utilization = instance.npu_mem.mem_util

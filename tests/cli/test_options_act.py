@@ -111,6 +111,14 @@ OPTIONS: dict[str, Option] = {
     "tp": Option(Case("--tp 2")),
     "pp": Option(Case("--pp 2")),
     "dp": Option(Case("--dp 2"), [Case("--dp 2", "one_rank", told=REFUSED)]),
+    "enable_expert_parallel": Option(
+        Case("--enable-expert-parallel --expert-routing-policy RAND", "one_rank", beside="--tp 2"),
+        [
+            Case("--enable-expert-parallel", "one_rank", told=NOTED),
+            Case("--enable-expert-parallel", beside="--tp 2", told=REFUSED),
+        ],
+    ),
+    "preset": Option(Case("--preset vllm-serve")),
     "num_reqs": Option(Case("--num-reqs 5")),
     "lenient": Option(Case("--lenient", workload="bad")),
     "dtype": Option(Case("--dtype fp8"), [Case("--dtype fp8", "own_dtype", told=REFUSED)]),
@@ -250,6 +258,7 @@ NOT_COMPARED = {
     "stepped": "every step on its own gives the same figures, slower",
     "log_level": "what is printed of a run on a terminal, and tracebacks",
     "max_model_len": "has tests of its own",
+    "vllm_serve": "is made of other options, and has tests of its own",
 }
 
 

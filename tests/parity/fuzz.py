@@ -75,7 +75,7 @@ def random_settings(rng: np.random.Generator, entries: list[Entry]) -> Scheduler
         block_size=block_size,
         max_num_seqs=seats,
         max_num_batched_tokens=budget,
-        long_prefill_token_threshold=int(rng.choice([0, 0, 1, 2, 20, 64])),
+        long_prefill_token_threshold=min(int(rng.choice([0, 0, 1, 2, 20, 64])), longest),
         enable_chunked_prefill=chunked,
         reserve_full_isl=bool(rng.random() < 0.8),
         enable_prefix_caching=bool(rng.random() < 0.7),
