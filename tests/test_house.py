@@ -275,6 +275,36 @@ def test_attributes_set_from_outside_are_found() -> None:
     assert found == {"loop.noise", "loop.log.tier", "loop.index", "found.x"}
 
 
+def _loaded_with(path: Path, modules: set[str]) -> set[str]:
+    """Modules of servesim that are imported when a file is: not in functions, and not for types alone."""
+    found: set[str] = set()
+
+    def look(body: list[ast.stmt]) -> None:
+        for node in body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found.update({node.module, *(f"{node.module}.{name.name}" for name in node.names)})
+            elif isinstance(node, ast.If) and ast.unparse(node.test) not in (
+                "TYPE_CHECKING",
+                "__name__ == '__main__'",
+            ):
+                look([*node.body, *node.orelse])
+            elif isinstance(node, ast.ClassDef | ast.With | ast.Try):
+                look(node.body)
+
+    look(ast.parse(path.read_text(encoding="utf-8")).body)
+    return {name.removeprefix("servesim.") for name in found} & modules
+
+
+def test_no_two_files_wait_for_each_other() -> None:
+    names = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in _python_files()}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    left = {name: _loaded_with(path, set(names)) - {name} for name, path in names.items()}
+    while left:
+        ready = {name for name, imports in left.items() if not imports & set(left)}
+        assert ready, f"import cycle among {sorted(left)}"
+        left = {name: imports for name, imports in left.items() if name not in ready}
+
+
 def test_cost_knows_no_request() -> None:
     assert all("workload" not in name for path in (PACKAGE / "cost").rglob("*.py") for name in _imports(path))
 
