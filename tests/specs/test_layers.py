@@ -288,3 +288,10 @@ def test_every_family_is_found_by_its_file():
 
 def test_a_dense_mlp_has_a_width():
     assert read_layers(llama(), "x").layers[0].mlp == Mlp(14336)
+
+
+def test_a_field_of_another_form_is_bad_input() -> None:
+    config = json.loads(Path("configs/model/openai/gpt-oss-20b.json").read_text(encoding="utf-8"))
+    config["layer_types"] = [["sliding_attention"]] * config["num_hidden_layers"]
+    with pytest.raises(InputError, match=r"x\.json: a field has another form than in published gpt_oss"):
+        read_layers(config, "x.json")

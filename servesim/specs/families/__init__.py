@@ -89,7 +89,16 @@ def read_layers(
     fields = Fields(text, source)
     plain = fields.text("torch_dtype") or fields.text("dtype") or "bfloat16"
     formats, kv_format = read_formats(quantization, sidecar, plain.removeprefix("torch."), source)
-    stack = family(fields)
+    try:
+        stack = family(fields)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A reader takes the fields of its family for what they are in published configs.
+        raise InputError(
+            f"{source}: a field has another form than in published {model_type} configs "
+            f"({type(error).__name__}: {error}); compare it with the config of the checkpoint"
+        ) from error
     return ModelLayers(
         model_type=model_type,
         hidden_size=stack.hidden,
