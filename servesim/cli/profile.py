@@ -22,8 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command and its flags."""
     from servesim.profiler.measure.command import add_arguments as add_measuring_arguments
     from servesim.profiler.sources import SOURCES
-    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal
-    from servesim.specs.flags import word_unless
+    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal, word_unless
 
     parser = subparsers.add_parser("profile", help=_HELP, description=_HELP, allow_abbrev=False)
     add = parser.add_argument

@@ -28,8 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command and its flags."""
     from argparse import RawDescriptionHelpFormatter
 
-    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal
-    from servesim.specs.flags import word_unless
+    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal, word_unless
 
     parser = subparsers.add_parser(
         "support",

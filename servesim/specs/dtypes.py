@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WeightDtypeName = Literal["float16", "bfloat16", "float32", "fp8", "int8"]
 KvCacheDtypeName = Literal["auto", "bfloat16", "float16", "fp8", "int8"]
@@ -82,3 +85,16 @@ def _canonical(name: str) -> str:
     if name not in _BYTES:
         raise ValueError(f"{name!r} is not a dtype; known: {', '.join(WEIGHT_DTYPES)}")
     return name
+
+
+def word_unless(refusal: Callable[[str], str]) -> Callable[[str], str]:
+    """A reader of an argument that tells why a word is refused, before it is looked for among the choices."""
+
+    def read(text: str) -> str:
+        if reason := refusal(text):
+            from argparse import ArgumentTypeError
+
+            raise ArgumentTypeError(reason)
+        return text
+
+    return read

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel
 
+from servesim.specs.dtypes import word_unless
 from servesim.specs.validation import validated
 
 if TYPE_CHECKING:
@@ -153,17 +154,6 @@ def _argument(field: FieldInfo, flag: Flag) -> dict[str, Any]:
     if flag.metavar or not choices:
         argument["metavar"] = flag.metavar or {int: "N", float: "X"}.get(base, "TEXT")
     return argument
-
-
-def word_unless(refusal: Callable[[str], str]) -> Callable[[str], str]:
-    """A reader of an argument that tells why a word is refused, before it is looked for among the choices."""
-
-    def read(text: str) -> str:
-        if reason := refusal(text):
-            raise argparse.ArgumentTypeError(reason)
-        return text
-
-    return read
 
 
 def choices_of(field: FieldInfo, flag: Flag) -> tuple[str, ...]:
