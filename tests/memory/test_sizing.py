@@ -144,3 +144,9 @@ def test_no_room_for_a_block_is_an_error_with_the_figures() -> None:
     memory = {"mem_size": 17, "mem_bw": 1597, "mem_latency": 0}
     with pytest.raises(InputError, match=r"no room for the KV cache: of 15\.30 GiB, weights take 14\.96"):
         plan({"npu_mem": memory})
+
+
+def test_stages_on_several_gpus_keep_memory_for_nccl() -> None:
+    one, two = plan(), plan({"pp_size": 2, "num_npus": 2})
+    assert one.non_torch_bytes / GIB == pytest.approx(0.13, abs=0.01)
+    assert two.non_torch_bytes / GIB == pytest.approx(0.545, abs=0.01)
