@@ -159,10 +159,14 @@ def refresher(
         if not is_computed(meta):
             return
         source = str(meta["source"])
-        chosen = source_for(asked.facts or load_hardware(asked.hardware), asked.variant)
-        better = bool(meta.get(MARK)) and can_make and source == "roofline" and chosen == ("silicon", "")
-        better &= not _silicon_refused(meta)
-        reason = "measurements of this GPU's kernels are installed now" if better else outdated(meta)
+        reason = outdated(meta)
+        ours = bool(meta.get(MARK)) and can_make
+        chosen = None
+        if ours and (reason is not None or source == "roofline"):
+            chosen = source_for(asked.facts or load_hardware(asked.hardware), asked.variant)
+        better = ours and source == "roofline" and chosen == ("silicon", "") and not _silicon_refused(meta)
+        if better:
+            reason = "measurements of this GPU's kernels are installed now"
         if reason is None:
             return
         degrees = degrees_in(folder)

