@@ -12,6 +12,7 @@ from servesim.cost.stage import pipeline_stages, whole_model
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_cost import GroupStage, Member, StepCost
 from servesim.cost.step_terms import stage_terms
+from servesim.memory.npu_memory import priced_hardware
 from servesim.network.topology import Topology
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
@@ -118,7 +119,8 @@ class Costs:
         where = (stage.first_block, stage.num_blocks, experts)
         limit = capture_limit(options.max_num_seqs, options.max_num_batched_tokens)
         links = (self.topology.tp, self._collectives)
-        key = (instance.hardware, model, options.variant, instance.tp_size, engine, where, limit, links)
+        hardware = priced_hardware(instance, self._facts(instance.hardware)).name
+        key = (hardware, model, options.variant, instance.tp_size, engine, where, limit, links)
         if key not in self._stages:
             tp = instance.tp_size
             bundle = self.bundle(instance, model, options)
@@ -132,9 +134,10 @@ class Costs:
 
     def bundle(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Bundle:
         """The profile bundle of an instance."""
-        key = (instance.hardware, model, options.variant, instance.tp_size)
+        hardware = priced_hardware(instance, self._facts(instance.hardware))
+        key = (hardware.name, model, options.variant, instance.tp_size)
         if key not in self._bundles:
-            wanted = wanted_for(model, self._facts(instance.hardware), options.variant)
+            wanted = wanted_for(model, hardware, options.variant)
             self._bundles[key] = find_bundle(wanted, instance.tp_size)
         return self._bundles[key]
 

@@ -43,18 +43,43 @@ def npu_memory(instance: InstanceSpec, hardware: HardwareSpec, where: str) -> Me
 
 
 def differences(instance: InstanceSpec, hardware: HardwareSpec) -> list[str]:
-    """Lines about what the cluster config says of the memory's size and the hardware file does not."""
+    """Lines about what the cluster config says of the memory and the hardware file does not."""
+    lines = []
     stated, known = instance.npu_mem.mem_size, hardware.memory_gib
-    if stated is None or known is None or abs(stated / known - 1) <= _SIZE_TOLERANCE:
-        return []
-    return [
-        f"npu_mem.mem_size is {stated:g} GiB, and an {instance.hardware} has {known:.2f} (its hardware file)"
-    ]
+    if stated is not None and known is not None and abs(stated / known - 1) > _SIZE_TOLERANCE:
+        lines.append(
+            f"npu_mem.mem_size is {stated:g} GiB, and an {instance.hardware} has {known:.2f} (its hardware "
+            "file)"
+        )
+    if (priced := priced_hardware(instance, hardware)) is not hardware:
+        lines.append(
+            f"npu_mem.mem_bw is {priced.memory_bandwidth_gbs:g} GB/s, and an {instance.hardware} has "
+            f"{hardware.memory_bandwidth_gbs:g} (its hardware file): kernel times are computed for the former"
+        )
+    return lines
+
+
+def priced_hardware(instance: InstanceSpec, hardware: HardwareSpec) -> HardwareSpec:
+    """The hardware that an instance's kernel times are of.
+
+    That of its file; where nobody measured it, so that kernel times are computed from peak rates, with the
+    memory bandwidth of the cluster config.
+    """
+    stated = instance.npu_mem.mem_bw
+    if hardware.silicon is not None or stated is None or not _differs(stated, hardware):
+        return hardware
+    name = f"{hardware.name}-{stated:g}GBs"
+    return hardware.model_copy(update={"name": name, "memory_bandwidth_gbs": stated})
+
+
+def _differs(bandwidth_gbs: float, hardware: HardwareSpec) -> bool:
+    known = hardware.memory_bandwidth_gbs
+    return known is not None and abs(bandwidth_gbs / known - 1) > _SPEED_TOLERANCE
 
 
 def check_speed(instance: InstanceSpec, hardware: HardwareSpec, where: str) -> None:
-    """Refuse a bandwidth or latency that no time would follow: kernel times are the bundle's, which is of the
-    hardware as its file describes it. To be asked of instances that keep everything on their NPUs.
+    """Refuse a bandwidth or latency that no time would follow: measured kernel times are of the hardware as
+    its file describes it. To be asked of instances that keep everything on their NPUs.
 
     Raises:
         InputError: one of them differs from the hardware file.
@@ -65,7 +90,7 @@ def check_speed(instance: InstanceSpec, hardware: HardwareSpec, where: str) -> N
         "leave it out, or describe the other memory in a hardware file of its own and make a bundle for it "
         "with `servesim profile --source roofline`"
     )
-    if npu.mem_bw is not None and known is not None and abs(npu.mem_bw / known - 1) > _SPEED_TOLERANCE:
+    if npu.mem_bw is not None and hardware.silicon is not None and _differs(npu.mem_bw, hardware):
         raise InputError(
             f"{where}: npu_mem.mem_bw: {npu.mem_bw:g} is not allowed; must be {known:g} GB/s, as {why} "
             f"and do not follow it; {way_out}"

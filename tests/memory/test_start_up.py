@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import servesim
 from servesim.api import simulate
 from servesim.engine import build
 from servesim.errors import InputError
@@ -199,3 +200,19 @@ def test_a_memory_speed_that_does_nothing_is_refused(key: str, value: float) -> 
         started({"npu_mem": {key: value}})
     placed = {"default": {"weights": "cpu"}}
     started({"npu_mem": {key: value}, "placement": placed})
+
+
+def test_memory_bandwidth_moves_computed_kernel_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("servesim.specs.paths.user_data_dir", lambda: tmp_path)
+    monkeypatch.delenv("SERVESIM_AUTO_PROFILE", raising=False)
+
+    def run(**memory: float) -> servesim.Result:
+        return servesim.simulate(cluster(hardware="NPU-X", npu_mem=memory), num_reqs=4)
+
+    file, slow, twice = run(), run(mem_bw=2500), run(mem_bw=5000)
+    assert slow.figure("mean_tpot_ms") > 1.5 * file.figure("mean_tpot_ms")
+    assert twice.figure("mean_tpot_ms") == file.figure("mean_tpot_ms")  # NPU-X has 5000 GB/s
+    (note,) = started({"hardware": "NPU-X", "npu_mem": {"mem_bw": 2500}}).notes
+    assert note.startswith("npu_mem.mem_bw is 2500 GB/s, and an NPU-X has 5000 (its hardware file): kernel")
