@@ -293,5 +293,9 @@ def test_a_dense_mlp_has_a_width():
 def test_a_field_of_another_form_is_bad_input() -> None:
     config = json.loads(Path("configs/model/openai/gpt-oss-20b.json").read_text(encoding="utf-8"))
     config["layer_types"] = [["sliding_attention"]] * config["num_hidden_layers"]
-    with pytest.raises(InputError, match=r"x\.json: a field has another form than in published gpt_oss"):
+    with pytest.raises(InputError, match=r"x\.json: gpt_oss: a field has another form"):
+        read_layers(config, "x.json")
+    config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    config["quantization_config"] = {"quant_method": "fp8", "quantized_layers": {"lm_head": 0.5}}
+    with pytest.raises(InputError, match=r"x\.json: quantization_config: a field has another form"):
         read_layers(config, "x.json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from servesim.specs.formats import read_formats
 from servesim.specs.layers import ModelLayers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from servesim.specs.families.stack import Stack
 
@@ -48,6 +49,20 @@ def model_type_of(config: Mapping[str, Any]) -> str:
         ):
             return str(inner["model_type"])
     return str(config.get("model_type", ""))
+
+
+@contextmanager
+def _of_published_form(where: str) -> Iterator[None]:
+    """Tell what goes wrong inside as bad input: readers trust fields to be as in published configs."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{where}: a field has another form than in published configs ({type(error).__name__}: {error}); "
+            "compare it with the config of the checkpoint"
+        ) from error
 
 
 def read_layers(
@@ -88,17 +103,10 @@ def read_layers(
         )
     fields = Fields(text, source)
     plain = fields.text("torch_dtype") or fields.text("dtype") or "bfloat16"
-    formats, kv_format = read_formats(quantization, sidecar, plain.removeprefix("torch."), source)
-    try:
+    with _of_published_form(f"{source}: quantization_config"):
+        formats, kv_format = read_formats(quantization, sidecar, plain.removeprefix("torch."), source)
+    with _of_published_form(f"{source}: {model_type}"):
         stack = family(fields)
-    except InputError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # A reader takes the fields of its family for what they are in published configs.
-        raise InputError(
-            f"{source}: a field has another form than in published {model_type} configs "
-            f"({type(error).__name__}: {error}); compare it with the config of the checkpoint"
-        ) from error
     return ModelLayers(
         model_type=model_type,
         hidden_size=stack.hidden,
