@@ -131,7 +131,14 @@ def test_a_wave_of_two_members_on_measured_points_is_the_sum_of_its_rows(perf: P
         link_wirings=("ring",),
         collectives="auto",
     )
-    spec: Any = SimpleNamespace(hardware="RTXPRO6000", tp_size=1, pp_size=1, ep_size=2, engine=NO_HOST_TIME)
+    spec: Any = SimpleNamespace(
+        hardware="RTXPRO6000",
+        npu_mem=SimpleNamespace(mem_bw=None),
+        tp_size=1,
+        pp_size=1,
+        ep_size=2,
+        engine=NO_HOST_TIME,
+    )
     spec.moe_backend = "allgather_reducescatter"
     options: Any = SimpleNamespace(
         variant="bf16", cudagraph=True, enable_block_copy=True, max_num_seqs=128, max_num_batched_tokens=2048

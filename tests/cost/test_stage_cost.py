@@ -389,7 +389,12 @@ def test_the_timer_of_an_instance_finds_its_parts(root: Path) -> None:
     from types import SimpleNamespace
 
     expected = Toy(tp=2).timer(root, engine=EngineSpec(decode_step_overhead_us=5))
-    instance = SimpleNamespace(hardware="Toy", tp_size=2, engine=EngineSpec(decode_step_overhead_us=5))
+    instance = SimpleNamespace(
+        hardware="Toy",
+        npu_mem=SimpleNamespace(mem_bw=None),
+        tp_size=2,
+        engine=EngineSpec(decode_step_overhead_us=5),
+    )
     options = SimpleNamespace(variant="bf16", cudagraph=True, max_num_seqs=256, max_num_batched_tokens=2048)
     timer = build_stage_cost(instance, toy_model(), options, cluster_links(bw=1.0, latency=1000.0))  # type: ignore[arg-type]
     assert timer.mixed_ns([(20, 0)], 4, 800, 100, 400) == expected.mixed_ns([(20, 0)], 4, 800, 100, 400)

@@ -75,6 +75,7 @@ class Group:
     def spec(self) -> Any:
         return SimpleNamespace(
             hardware="Toy",
+            npu_mem=SimpleNamespace(mem_bw=None),
             tp_size=self.tp,
             pp_size=self.pp,
             ep_size=self.ep,
