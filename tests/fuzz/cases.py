@@ -77,8 +77,16 @@ def _model(case: Case, rng: Random) -> None:
     )
 
 
+def _yaml(value: Any) -> str:
+    """``value`` as YAML; what is nested too deep for the writer becomes a text that is for the reader too."""
+    try:
+        return yaml.safe_dump(value, allow_unicode=True)
+    except RecursionError:
+        return "a: " + "[" * 2000
+
+
 def _hardware(case: Case, rng: Random) -> None:
-    text = yaml.safe_dump(mutated(world.TOY_HARDWARE, rng), allow_unicode=True).encode("utf-8", "replace")
+    text = _yaml(mutated(world.TOY_HARDWARE, rng)).encode("utf-8", "replace")
     case.files[f"configs/hardware/{HARDWARE}.yaml"] = spoilt_bytes(text, rng) if rng.random() < 0.2 else text
     if rng.random() < 0.2:
         case.argv = ["support", MODEL, "--hardware", HARDWARE]
@@ -92,7 +100,7 @@ def _bundle(case: Case, rng: Random) -> None:
     content = case.files[name]
     for _ in range(rng.randint(1, 3)):
         if name.endswith(".yaml") and rng.random() < 0.7:
-            changed = yaml.safe_dump(mutated(yaml.safe_load(case.files[name]), rng))
+            changed = _yaml(mutated(yaml.safe_load(case.files[name]), rng))
             content = changed.encode("utf-8", "replace")
         else:
             content = spoilt_bytes(content, rng)
@@ -120,7 +128,7 @@ def _roofline(case: Case, rng: Random) -> None:
     else:
         hardware = mutated(hardware, rng)
     case.files["mine/config.json"] = json_text(config, rng)
-    text = yaml.safe_dump(hardware, allow_unicode=True)
+    text = _yaml(hardware)
     case.files[f"configs/hardware/{HARDWARE}.yaml"] = text.encode("utf-8", "replace")
     case.argv = ["profile", "mine", "--hardware", HARDWARE, "--source", "roofline", "--output-root", "made"]
     sizes = ("--max-num-batched-tokens", "--max-num-seqs", "--max-kv", "--tp")
