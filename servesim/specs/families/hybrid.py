@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError, NotSupportedError
 from servesim.specs.families import blocks
@@ -146,6 +146,24 @@ def _nemotron_layer(
     )
 
 
+def _mamba2(c: Fields, hidden: int, inner: int, **more: Any) -> tuple[Recurrent, tuple[Tensor, ...]]:
+    """A Mamba-2 mixer by the fields ``mamba_*``; ``inner``: width of all its heads, where none is given."""
+    heads = c.size("mamba_n_heads")
+    given = c.has("mamba_d_head") and c.text("mamba_d_head") != "auto"
+    return mamba2(
+        hidden,
+        heads=heads,
+        head_dim=c.size("mamba_d_head") if given else inner // heads,
+        groups=c.size("mamba_n_groups", default=1),
+        state=c.size("mamba_d_state", default=256),
+        kernel=c.size("mamba_d_conv", default=4),
+        name="mamba",
+        conv_bias=c.flag("mamba_conv_bias", True),
+        proj_bias=c.flag("mamba_proj_bias"),
+        **more,
+    )
+
+
 def _granite(c: Fields) -> Stack:
     stack = start(c)
     count = c.size("num_hidden_layers")
@@ -157,20 +175,8 @@ def _granite(c: Fields) -> Stack:
     for index, kind in enumerate(kinds):
         mixer: Attention | Recurrent
         if kind == "mamba":
-            heads = c.size("mamba_n_heads")
             wide = c.size("mamba_expand", default=2) * stack.hidden
-            given = c.has("mamba_d_head") and c.text("mamba_d_head") != "auto"
-            mixer, own = mamba2(
-                stack.hidden,
-                heads=heads,
-                head_dim=c.size("mamba_d_head") if given else wide // heads,
-                groups=c.size("mamba_n_groups", default=1),
-                state=c.size("mamba_d_state", default=256),
-                kernel=c.size("mamba_d_conv", default=4),
-                name="mamba",
-                conv_bias=c.flag("mamba_conv_bias", True),
-                proj_bias=c.flag("mamba_proj_bias"),
-            )
+            mixer, own = _mamba2(c, stack.hidden, wide)
         elif kind == "attention":
             mixer = blocks.grouped(c, "full")
             own = blocks.attention(
@@ -197,19 +203,11 @@ def _falcon(c: Fields) -> Stack:
     """Attention and Mamba-2 side by side in every layer."""
     stack = start(c)
     attention = blocks.grouped(c, "full")
-    heads = c.size("mamba_n_heads")
     inner = c.whole("mamba_d_ssm", default=0) or c.size("mamba_expand", default=2) * stack.hidden
-    given = c.has("mamba_d_head") and c.text("mamba_d_head") != "auto"
-    recurrent, own = mamba2(
+    recurrent, own = _mamba2(
+        c,
         stack.hidden,
-        heads=heads,
-        head_dim=c.size("mamba_d_head") if given else inner // heads,
-        groups=c.size("mamba_n_groups", default=1),
-        state=c.size("mamba_d_state", default=256),
-        kernel=c.size("mamba_d_conv", default=4),
-        name="mamba",
-        conv_bias=c.flag("mamba_conv_bias", True),
-        proj_bias=c.flag("mamba_proj_bias"),
+        inner,
         normed=c.flag("mamba_rms_norm"),
         beside=attention,
     )
