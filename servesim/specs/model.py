@@ -15,7 +15,7 @@ from servesim.specs.base import Spec, list_as_tuple
 from servesim.specs.dtypes import dtype_bytes
 from servesim.specs.families import families, model_type_of, read_layers
 from servesim.specs.families.generic import refuse_other_layers, standard_block
-from servesim.specs.families.reading import Fields
+from servesim.specs.families.reading import MAX_LAYERS, Fields
 from servesim.specs.formats import format_of_dtype
 from servesim.specs.layers import Attention, Experts, ModelLayers, Recurrent
 from servesim.specs.reading import read_json_object
@@ -58,7 +58,7 @@ class ModelSpec(Spec):
     model_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     """Names the architecture file ``profiler/models/<model_type>.yaml``."""
     hidden_size: Size
-    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000)]
+    num_hidden_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size
@@ -81,7 +81,7 @@ class ModelSpec(Spec):
     num_shared_experts: OptionalCount = 0
     first_k_dense_replace: OptionalCount = 0
     """So many first layers have a dense MLP in place of experts."""
-    decoder_sparse_step: Annotated[int, Field(ge=1, le=10_000)] = 1
+    decoder_sparse_step: Annotated[int, Field(ge=1, le=MAX_LAYERS)] = 1
     """Every so many layers one has experts."""
     mlp_only_layers: tuple[Annotated[int, Field(ge=0, le=10_000)], ...] = ()
     """Layers that have a dense MLP although their neighbours have experts."""

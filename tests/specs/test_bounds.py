@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tracemalloc
 import typing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import pytest
@@ -17,6 +19,7 @@ from servesim.__main__ import main
 from servesim.errors import InputError
 from servesim.specs.architecture import Architecture
 from servesim.specs.cluster import ClusterSpec
+from servesim.specs.families import read_layers
 from servesim.specs.hardware import HardwareSpec
 from servesim.specs.model import ModelSpec
 from servesim.specs.options import RuntimeOptions
@@ -26,9 +29,9 @@ from servesim.specs.validation import shown, validated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SPECS = (Architecture, ClusterSpec, HardwareSpec, ModelSpec, PimSpec, RuntimeOptions)
+MODELS = Path(__file__).parents[1] / "golden" / "models"
 NO_UPPER_BOUND = {"RuntimeOptions.request_rate"}  # inf means that all requests arrive at once
 
 
@@ -177,3 +180,25 @@ def test_half_a_character_is_no_text(tmp_path: Path) -> None:
         path.write_text('{"a": 1,\n "b": "' + text + '"}')
         with pytest.raises(InputError, match=r"line 2: \\u[dD][8eE][0-9a-fA-F]{2} is half a character"):
             read_json_object(path)
+
+
+LAYER_COUNTS = re.compile(r"(vt_|mtp_)?num_hidden_layers|depth|n_layers?|num_layers|num_nextn_predict_layers")
+
+
+def with_many_layers(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config once for each count of layers in it, with that count far too high."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from ({**config, key: inner} for inner in with_many_layers(value))
+        elif LAYER_COUNTS.fullmatch(key) and isinstance(value, int) and value:
+            yield {**config, key: 26_999_999}
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_count_of_layers_is_bounded(path: Path) -> None:
+    """Decoder, encoder, vision tower, drafting layers: each layer would take memory."""
+    mutants = list(with_many_layers(json.loads(path.read_text())))
+    assert mutants
+    for config in mutants:
+        with pytest.raises(InputError, match=r"(is|are) not allowed"):
+            read_layers(config, path.name)

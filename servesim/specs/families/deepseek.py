@@ -45,7 +45,7 @@ def _indexed(c: Fields, count: int) -> list[bool]:
 def _stack(c: Fields, *, correction: bool) -> Stack:
     """``correction``: the router has a load-balancing term, as those of sigmoid scores do."""
     stack = start(c)
-    count = c.size("num_hidden_layers")
+    count = c.layer_count("num_hidden_layers")
     indexed = _indexed(c, count)
     correction = correction or c.text("topk_method") == "noaux_tc"
 
@@ -62,7 +62,7 @@ def _stack(c: Fields, *, correction: bool) -> Stack:
 
     for index in range(count):
         stack.add(*block(index))
-    for index in range(c.whole("num_nextn_predict_layers", default=0)):
+    for index in range(c.layer_count("num_nextn_predict_layers", default=0)):
         attention, mlp, tensors = block(count + index)
         around = (
             *blocks.norms(stack.hidden, "enorm", "hnorm", "shared_head.norm"),

@@ -83,7 +83,7 @@ def _hyper(name: str, streams: int, hidden: int) -> tuple[Tensor, ...]:
 
 def _stack(c: Fields) -> Stack:
     stack = start(c)
-    hidden, streams, count = stack.hidden, c.size("hc_mult"), c.size("num_hidden_layers")
+    hidden, streams, count = stack.hidden, c.size("hc_mult"), c.layer_count("num_hidden_layers")
     ratios = c.per_layer("compress_ratios", count)
     hashed = c.whole("num_hash_layers", default=0)
     top_k = c.size("num_experts_per_tok")

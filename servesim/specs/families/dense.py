@@ -57,7 +57,7 @@ def _mimo(c: Fields) -> Stack:
     """Qwen2's block, and layers that draft: two norms and a projection of the last hidden state and the next
     token's embedding before a block of the same kind."""
     stack = standard(c, QWEN2)
-    for _ in range(c.whole("num_nextn_predict_layers", default=0)):
+    for _ in range(c.layer_count("num_nextn_predict_layers", default=0)):
         block = stack.layers[-1]
         hidden = stack.hidden
         stack.add_mtp(

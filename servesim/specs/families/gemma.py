@@ -74,7 +74,7 @@ def _fourth(c: Fields) -> Stack:
             f"{c.source}: hidden_size_per_layer_input: embeddings of every layer are not modelled"
         )
     stack = start(c, tied=True)
-    count = c.size("num_hidden_layers")
+    count = c.layer_count("num_hidden_layers")
     kinds = blocks.attention_kinds(c, count)
     shared_from = count - c.whole("num_kv_shared_layers", default=0)
     for index, kind in enumerate(kinds):

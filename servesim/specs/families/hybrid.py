@@ -79,7 +79,7 @@ def _nemotron(c: Fields) -> Stack:
     """Mixers and networks are layers of their own."""
     stack = start(c)
     pattern = _pattern(c, "hybrid_override_pattern", "layers_block_type")
-    count = c.size("num_hidden_layers", default=len(pattern))
+    count = c.layer_count("num_hidden_layers", default=len(pattern))
     if len(pattern) != count:
         raise InputError(
             f"{c.source}: hybrid_override_pattern: {len(pattern)} letters are not "
@@ -88,7 +88,7 @@ def _nemotron(c: Fields) -> Stack:
     for letter in pattern:
         stack.add(*_nemotron_layer(c, stack.hidden, letter))
     drafts = ""
-    if c.whole("num_nextn_predict_layers", default=0):
+    if c.layer_count("num_nextn_predict_layers", default=0):
         drafts = _pattern(c, "mtp_hybrid_override_pattern", "mtp_layers_block_type")
     for index, letter in enumerate(drafts):
         attention, mlp, norm, tensors = _nemotron_layer(c, stack.hidden, letter)
@@ -166,7 +166,7 @@ def _mamba2(c: Fields, hidden: int, inner: int, **more: Any) -> tuple[Recurrent,
 
 def _granite(c: Fields) -> Stack:
     stack = start(c)
-    count = c.size("num_hidden_layers")
+    count = c.layer_count("num_hidden_layers")
     kinds = [
         str(kind)
         for kind in c.per_layer("layer_types" if c.has("layer_types") else "layers_block_type", count)
@@ -212,7 +212,7 @@ def _falcon(c: Fields) -> Stack:
         beside=attention,
     )
     mlp = Mlp(c.size("intermediate_size"))
-    for _ in range(c.size("num_hidden_layers")):
+    for _ in range(c.layer_count("num_hidden_layers")):
         stack.add(
             recurrent,
             mlp,
@@ -259,7 +259,7 @@ def _jamba(c: Fields) -> Stack:
         Tensor("mamba.b_layernorm", state),
         Tensor("mamba.c_layernorm", state),
     )
-    for index in range(c.size("num_hidden_layers")):
+    for index in range(c.layer_count("num_hidden_layers")):
         attends = index % c.size("attn_layer_period") == c.whole("attn_layer_offset")
         routes = c.size("num_experts") > 1 and index % c.size("expert_layer_period") == c.whole(
             "expert_layer_offset"

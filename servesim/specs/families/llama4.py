@@ -29,7 +29,7 @@ _DEFAULTS = {
 def _stack(c: Fields) -> Stack:
     c = c.with_defaults(_DEFAULTS)
     stack = start(c)
-    count, step = c.size("num_hidden_layers"), c.size("interleave_moe_layer_step")
+    count, step = c.layer_count("num_hidden_layers"), c.size("interleave_moe_layer_step")
     # A layer without rotary positions sees everything: every fourth, unless the config lists them.
     listed = c.items("no_rope_layers")
     for index in range(count):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def _stack(c: Fields) -> Stack:
     stack = start(c)
-    hidden, count = stack.hidden, c.size("num_hidden_layers")
+    hidden, count = stack.hidden, c.layer_count("num_hidden_layers")
     sparse = c.section("sparse_attention_config")
     indexed = (
         sparse.per_layer("sparse_attention_freq", count)

@@ -23,7 +23,7 @@ _ROUNDING = 256
 def _stack(c: Fields) -> Stack:
     stack = start(c)
     hidden, heads = stack.hidden, c.size("num_attention_heads")
-    for index, block in enumerate(c.per_layer("block_configs", c.size("num_hidden_layers"))):
+    for index, block in enumerate(c.per_layer("block_configs", c.layer_count("num_hidden_layers"))):
         attention, feed = _part(c, block, "attention", index), _part(c, block, "ffn", index)
         tensors: list[Tensor] = []
         mixer = mlp = None

@@ -63,7 +63,7 @@ def _delta_net(c: Fields, stack: Stack) -> tuple[Recurrent, tuple[Tensor, ...]]:
 def _stack(c: Fields) -> Stack:
     c = c.with_defaults(_DEFAULTS)
     stack = start(c)
-    count = c.size("num_hidden_layers")
+    count = c.layer_count("num_hidden_layers")
     both = blocks.norms(stack.hidden, "input_layernorm", "post_attention_layernorm")
     full = blocks.grouped(c, "full")
     attend = blocks.attention(full, stack.hidden, qk_norm="head", gate=c.flag("attn_output_gate", True),
@@ -88,7 +88,7 @@ def _stack(c: Fields) -> Stack:
                 f"{c.source}: layer_types[{index}]: {kind!r} is not modelled; known: full_attention, "
                 "linear_attention"
             )
-    for _ in range(c.whole("mtp_num_hidden_layers", "num_nextn_predict_layers", default=0)):
+    for _ in range(c.layer_count("mtp_num_hidden_layers", "num_nextn_predict_layers", default=0)):
         mlp, tensors = feed(count - 1)
         around = (
             *blocks.norms(stack.hidden, "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"),

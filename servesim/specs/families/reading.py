@@ -9,6 +9,8 @@ from servesim.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+MAX_LAYERS = 10_000
+
 
 class Fields:
     """One section of a ``config.json``; what is missing or wrong is told with the file and the field."""
@@ -52,6 +54,13 @@ class Fields:
         value = self.whole(*names, default=default)
         if value == 0:
             raise InputError(f"{self.source}: {names[0]}: 0 is not allowed; must be > 0")
+        return value
+
+    def layer_count(self, *names: str, default: int | None = None) -> int:
+        """How many layers: bounded, for each takes time and memory; none only where 0 is the default."""
+        value = self.whole(*names, default=default) if default == 0 else self.size(*names, default=default)
+        if value > MAX_LAYERS:
+            raise InputError(f"{self.source}: {names[0]}: {value} is not allowed; must be <= {MAX_LAYERS}")
         return value
 
     def number(self, name: str, default: float) -> float:

@@ -98,7 +98,7 @@ def standard(c: Fields, style: Style) -> Stack:
             "have a dense MLP; name the family that the checkpoint really is of"
         )
     stack = start(c, tied=style.tied, norm_bias=style.norm_bias, head_bias=_flag(c, style.head_bias))
-    count = c.size("num_hidden_layers", "n_layer", "num_layers")
+    count = c.layer_count("num_hidden_layers", "n_layer", "num_layers")
     kinds = blocks.attention_kinds(c, count)
     for index in range(count):
         attention = blocks.grouped(c, kinds[index], index=index)

@@ -46,7 +46,7 @@ def qwen_vit(v: Fields) -> list[Tensor]:
         *_biased("visual.patch_embed.proj", hidden, patch),
         Tensor("visual.pos_embed", v.size("num_position_embeddings"), hidden),
     ]
-    for index in range(v.size("depth")):
+    for index in range(v.layer_count("depth")):
         tensors += transformer(f"visual.blocks.{index}", hidden, width)
     deep = [f"deepstack_merger_list.{index}" for index in range(len(v.items("deepstack_visual_indexes")))]
     for name in ["merger", *deep]:
@@ -69,7 +69,7 @@ def moon_vit(v: Fields, text_hidden: int) -> list[Tensor]:
         *_biased("vision_tower.patch_embed.proj", hidden, 3 * patch * patch),
         Tensor("vision_tower.patch_embed.pos_emb", positions, hidden),
     ]
-    for index in range(v.size("vt_num_hidden_layers", "num_hidden_layers")):
+    for index in range(v.layer_count("vt_num_hidden_layers", "num_hidden_layers")):
         tensors += transformer(f"vision_tower.blocks.{index}", hidden, width)
     merge = v.items("merge_kernel_size") or [2, 2]
     merged = hidden * int(merge[0]) * int(merge[1])
@@ -94,7 +94,7 @@ def llama4_vit(v: Fields, text_hidden: int) -> list[Tensor]:
         matrix("vision_model.patch_embedding", hidden, 3 * patch * patch),
         *norms(hidden, "vision_model.layernorm_pre", "vision_model.layernorm_post", bias=True),
     ]
-    for index in range(v.size("num_hidden_layers")):
+    for index in range(v.layer_count("num_hidden_layers")):
         tensors += transformer(f"vision_model.layers.{index}", hidden, width)
     tensors.append(matrix("vision_model.adapter.fc1", inner, merged, "rows"))
     tensors.append(matrix("vision_model.adapter.fc2", out, inner, "columns"))
@@ -118,7 +118,7 @@ def siglip(v: Fields, text_hidden: int) -> list[Tensor]:
         *_biased("vision_tower.embeddings.patch_embedding", hidden, 3 * patch * patch),
         Tensor("vision_tower.embeddings.position_embedding", (v.size("image_size") // patch) ** 2, hidden),
     ]
-    for index in range(v.size("num_hidden_layers")):
+    for index in range(v.layer_count("num_hidden_layers")):
         tensors += transformer(f"vision_tower.layers.{index}", hidden, width)
     tensors += norms(hidden, "vision_tower.post_layernorm", bias=True)
     tensors += norms(hidden, "multi_modal_projector.mm_soft_emb_norm")
@@ -134,7 +134,7 @@ def gemma4_vit(v: Fields, text_hidden: int) -> list[Tensor]:
         Tensor("vision_tower.position_embedding_table", 2 * v.size("position_embedding_size"), hidden),
         matrix("vision_tower.input_proj", hidden, 3 * v.size("patch_size") ** 2),
     ]
-    for index in range(v.size("num_hidden_layers")):
+    for index in range(v.layer_count("num_hidden_layers")):
         name = f"vision_tower.layers.{index}"
         tensors += [matrix(f"{name}.{part}_proj", heads, hidden) for part in ("q", "k", "v")]
         tensors.append(matrix(f"{name}.o_proj", hidden, heads))
@@ -153,7 +153,7 @@ def minimax_vit(v: Fields, text_hidden: int, projector: int) -> list[Tensor]:
         matrix("vision_tower.patch_embedding", hidden, 3 * 2 * patch * patch),
         *norms(hidden, "vision_tower.pre_layrnorm", bias=True),
     ]
-    for index in range(v.size("num_hidden_layers")):
+    for index in range(v.layer_count("num_hidden_layers")):
         tensors += transformer(f"vision_tower.layers.{index}", hidden, width)
     for name, columns in (("multi_modal_projector", hidden), ("patch_merge_mlp", 4 * text_hidden)):
         tensors += _biased(f"{name}.linear_1", projector, columns, "rows")
