@@ -15,7 +15,8 @@ _HELP = "the largest request rate, or concurrency, that keeps latency bounds"
 _EPILOG = """\
 The workload keeps its lengths and the pattern of its arrivals, which is stretched to every rate
 tried. The search is repeated with the gaps between arrivals in another order until the mean is
-stable. Exit status 1: even the lowest load misses the bounds.
+stable, and with the kernel times longer and shorter; --effort says how long that may take. Exit
+status 1: even the lowest load misses the bounds.
 
   servesim slo --slo ttft:p99:1000 tpot:p95:50
   servesim slo --slo ttft:1000 tpot:50 --goodput 0.95
@@ -97,6 +98,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="search again with all kernel times longer and shorter by their stated error (default: on)",
     )
     parser.add_argument(
+        "--effort",
+        choices=("quick", "full"),
+        default="quick",
+        help="quick: runs of some 3 s of processor time, and what they leave open is said; full: all "
+        "patterns and the whole band, however long that takes (default: quick)",
+    )
+    parser.add_argument(
         "--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it"
     )
     parser.add_argument("--plot", metavar="PATH", help="draw the curve, .png or .svg; needs matplotlib")
@@ -125,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
             precision=args.precision,
             patterns=args.patterns,
             kernel_error=args.kernel_error,
+            effort=args.effort,
             before_run=_tell if sys.stderr.isatty() else None,
         )
     if args.json not in (None, "-"):

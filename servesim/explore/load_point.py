@@ -12,8 +12,7 @@ from servesim.results.units import digits
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from servesim.explore.warm_runs import Target
-    from servesim.results.result import Result
+    from servesim.explore.warm_runs import Outcome, Target
 
 _FIGURES = (
     "median_ttft_ms",
@@ -45,6 +44,9 @@ class LoadPoint:
     """What each bound of the SLO is held against, in its order."""
     waits: dict[str, float] = field(default_factory=dict)
     """Shares of the busy time in which requests waited for ``blocks``, ``slots``, ``budget``."""
+    complete: bool = True
+    """False: the run was given up as the target was certain to be missed; figures are those of the requests
+    that had finished."""
     growing: bool = False
     """Whether the queue grew while requests arrived: a longer workload would do worse at this load."""
 
@@ -75,6 +77,8 @@ class LoadPoint:
         """Which bounds this load, a number of ``unit``, misses, and by what."""
         number = f"{self.load:,.0f}" if self.load.is_integer() else digits(self.load)
         at = "with everything at once" if math.isinf(self.load) else f"at {number} {unit}"
+        if not self.complete and target.goodput is not None:
+            return f"{at}, fewer requests than that keep the bounds"
         if target.goodput is not None:
             return f"{at}, {self.goodput * 100:.1f} % of the requests keep the bounds"
         missed = [
@@ -82,6 +86,10 @@ class LoadPoint:
             for bound, value in zip(target.slo.bounds, self.bounds_ms, strict=True)
             if value > bound.limit_ms
         ]
+        if not self.complete:
+            # the figures so far may still be within the bounds: too many requests are above one of them
+            words = " and ".join(missed) or "a bound is certain to be missed"
+            return f"{at}, {words} among the requests that finished until that was certain"
         return f"{at}, {' and '.join(missed) or 'requests are rejected'}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +101,7 @@ class LoadPoint:
             "bounds_ms": [round(value, 6) for value in self.bounds_ms],
             **{name: round(value, 6) for name, value in self.figures.items()},
             "waits": {name: round(share, 6) for name, share in self.waits.items()},
+            "complete": self.complete,
             "queue_grows": self.growing,
         }
 
@@ -101,16 +110,20 @@ _NOTABLE = 0.01
 """Share of the busy time from which on waiting is worth a word."""
 
 
-def load_point(load: float, result: Result, target: Target) -> LoadPoint:
+def load_point(load: float, outcome: Outcome, target: Target) -> LoadPoint:
     """The point of a run."""
+    result = outcome.result
     summary, held = result.summary, limits(result)
     kept: Mapping[str, Any] = summary
     share = target.slo.goodput_share(result)
+    if not outcome.complete:  # nothing is known of the others
+        share *= (len(result.requests) + len(result.rejected)) / len(result.workload)
     good = share * (len(result.requests) + len(result.rejected))
     duration = summary["duration"]
     return LoadPoint(
         load=load,
-        score=target.score(result),
+        score=outcome.score(target),
+        complete=outcome.complete,
         goodput=share,
         figures={
             **{name: float(kept[name]) for name in _FIGURES},

@@ -13,7 +13,7 @@ from servesim.errors import InputError, RunError
 from servesim.explore.bisection import Range, largest
 from servesim.explore.load_point import LoadPoint, load_point
 from servesim.explore.slo import parse_slo, per_request_slo
-from servesim.explore.warm_runs import Target, WarmRuns
+from servesim.explore.warm_runs import Target, WarmRuns, least_work_ms
 from servesim.results.atomic import atomic_write
 from servesim.workload.arrivals import change_rate
 from servesim.workload.request import Workload
@@ -39,7 +39,17 @@ _FIRST = 0.8
 _WIDE = 2.0
 """Step from a blind guess; from the answer under other conditions it is twice the precision."""
 
+QUICK_MS = 3000.0
+"""Processor time that the runs of a quick search are to take, by the estimate of ``WarmRuns.work_ms``."""
+_SEARCH_RUNS = 9
+"""Runs of a search from a blind guess: where they take more than a quick search may, runs end early."""
+_GUESS_SHARE = 0.2
+"""Share of the requests that finish in a costly run of everything at once, for a guess of the throughput."""
+_COSTLY_MIDDLE = 0.7
+"""Where a bracket is cut if a run that passes takes two or three times as long as one that is given up."""
+
 By = Literal["rate", "concurrency"]
+Effort = Literal["quick", "full"]
 
 
 @dataclass(slots=True)
@@ -67,6 +77,10 @@ class LoadLimit:
     notes: list[str] = field(default_factory=list)
     runs: int = 0
     """Runs that the search took."""
+    reached: float = 0.0
+    """By what share the least load that fails is above the largest that passes (own pattern)."""
+    left_out: list[str] = field(default_factory=list)
+    """What a quick search did not do, in words."""
 
     @property
     def band(self) -> tuple[float, float] | None:
@@ -102,6 +116,8 @@ class LoadLimit:
             "loads": [_rounded(load) for load in self.loads],
             "standard_error": _rounded(error),
             "precision": self.precision,
+            "reached": _rounded(self.reached),
+            "left_out": self.left_out,
             "stable": self.stable,
             "kernel_error_percent": self.kernel_error_percent,
             "kernel_band": self.kernel_band and [_rounded(end) for end in self.kernel_band],
@@ -144,6 +160,7 @@ def slo(
     precision: float = PRECISION,
     patterns: int = PATTERNS,
     kernel_error: bool = True,
+    effort: Effort = "quick",
     before_run: Callable[[str], None] | None = None,
     **flags: Any,
 ) -> LoadLimit:
@@ -165,6 +182,9 @@ def slo(
         precision: relative width at which a search ends.
         patterns: most arrival patterns that are tried; 1: the workload's own alone.
         kernel_error: search twice more with all kernel times longer and shorter by their stated error.
+        effort: ``quick``: runs of some 3 s of processor time; where a search takes longer, runs that miss end
+            early, the range stays wider and the band has fewer parts, which ``left_out`` and ``reached`` say.
+            ``full``: all of it, however long that takes.
         before_run: called before each part of the search with a few words about it.
         **flags: single options by name.
 
@@ -174,12 +194,15 @@ def slo(
     """
     target = _target(bounds, goodput)
     _check_search(by, precision, patterns)
+    if effort not in ("quick", "full"):
+        raise InputError(f"--effort: {effort!r} is not allowed; must be quick or full")
     chosen = with_flags(options, flags)
     _check_options(chosen, by)
     check_used(chosen, "slo", workload, cluster)
     spec = read_cluster(chosen, cluster)
     runs = WarmRuns(spec, _loaded(chosen, workload, by), chosen, by_rate=by == "rate")
-    search = _Search(runs, target, by, precision, before_run or (lambda _: None))
+    allowed_ms = QUICK_MS if effort == "quick" else math.inf
+    search = _Search(runs, target, by, precision, before_run or (lambda _: None), allowed_ms)
     return search.result(patterns, kernel_error)
 
 
@@ -235,8 +258,11 @@ class _Search:
         by: By,
         precision: float,
         tell: Callable[[str], None],
+        allowed_ms: float,
     ) -> None:
         self._runs = runs
+        self._allowed_ms = allowed_ms
+        self._costly = _SEARCH_RUNS * least_work_ms(runs.workload) > allowed_ms
         self._target = target
         self._tell = tell
         has_sessions = runs.num_entries < len(runs.workload)
@@ -249,14 +275,15 @@ class _Search:
         """See :func:`slo`."""
         limit = self._limit
         self._tell("everything at once")
-        freely = self._full_run(math.inf)
+        freely = self._own_run(math.inf)
         where, first = self._range(freely)
         if self._points[math.inf].meets:
             limit.load = math.inf
         else:
             self._tell("arrivals as in the workload")
-            edge = largest(self._score, where, first, _WIDE)
-            limit.load = edge.passes
+            middle = _COSTLY_MIDDLE if self._costly else 0.5
+            edge = largest(self._score, where, first, _WIDE, middle=middle, spent=self._spent)
+            limit.load, limit.reached = edge.passes, edge.width
             if edge.passes is not None:
                 limit.loads = [edge.passes]
                 limit.binding = self._binding(edge)
@@ -267,13 +294,26 @@ class _Search:
         limit.runs = self._runs.runs
         return limit
 
-    def _full_run(self, load: float) -> Result:
+    def _spent(self) -> bool:
+        """Whether a quick search has had its time."""
+        return self._runs.work_ms >= self._allowed_ms
+
+    def _may(self, what: str) -> bool:
+        """Whether there is time for one more search near the answer; notes what is left out."""
+        expected_ms = _NEAR_RUNS * least_work_ms(self._runs.workload)
+        if self._runs.work_ms + expected_ms <= self._allowed_ms:
+            return True
+        self._limit.left_out.append(what)
+        return False
+
+    def _own_run(self, load: float) -> Result:
         """A run with the workload's own pattern, which becomes a point of the curve."""
-        result = self._runs.run(load)
-        assert result is not None  # without a target no run is given up
+        share = _GUESS_SHARE if math.isinf(load) else 0.0
+        outcome = self._runs.run(load, target=self._target if self._costly else None, least_share=share)
+        result = outcome.result
         if result.nothing_ran:
             raise RunError(f"every request was rejected: {result.rejected[0].reason}")
-        self._points[load] = load_point(load, result, self._target)
+        self._points[load] = load_point(load, outcome, self._target)
         if math.isinf(load):
             self._limit.notes = [*result.log.notes, *_about_rejected(result, self._target)]
             self._error_percent = max(
@@ -288,27 +328,28 @@ class _Search:
             most = max(len(self._runs.workload), 2)
             peak = max(freely.summary["peak_batch"], 1)
             return Range(1, most, precision, whole=True), max(peak / 2, 1)
-        per_entry = len(freely.requests) / self._runs.num_entries
+        per_entry = len(self._runs.workload) / self._runs.num_entries
         served = freely.summary["request_throughput"] / per_entry
         return Range(served * _LOWEST, served * 1e6, precision), served * _FIRST
 
     def _score(self, load: float) -> float:
-        self._full_run(load)
+        self._own_run(load)
         return self._points[load].score
 
     def _edge(self, where: Range, first: float, pattern: int, slower: float) -> Edge:
         """The search again under other conditions, near an answer; runs that miss end early."""
 
         def score(load: float) -> float:
-            result = self._runs.run(load, pattern, slower=slower, target=self._target)
-            return math.inf if result is None else self._target.score(result)
+            return self._runs.run(load, pattern, slower=slower, target=self._target).score(self._target)
 
-        return largest(score, where, first, 1 + 2 * self._limit.precision)
+        return largest(score, where, first, 1 + 2 * self._limit.precision, spent=self._spent)
 
     def _more_patterns(self, where: Range, patterns: int) -> None:
         limit = self._limit
         for pattern in range(1, patterns):
             if len(limit.loads) >= LEAST_PATTERNS and limit.stable:
+                break
+            if not self._may("other arrival patterns" if pattern == 1 else "more arrival patterns"):
                 break
             self._tell(f"arrival pattern {pattern + 1}")
             edge = self._edge(where, _mean(limit.loads), pattern, 1.0)
@@ -321,6 +362,8 @@ class _Search:
         percent = self._error_percent
         if not percent or percent >= 100:
             return
+        if not self._may("the kernel times' stated error"):
+            return
         ends = []
         for factor in (1 + percent / 100, 1 - percent / 100):
             self._tell(f"kernel times x {factor:.3f}")
@@ -332,6 +375,10 @@ class _Search:
         """What gives way just above the largest load."""
         beyond = self._points[math.inf if edge.fails is None else edge.fails]
         return f"{beyond.missed_words(self._target, self._limit.unit)}; {beyond.held_back}"
+
+
+_NEAR_RUNS = 4
+"""Runs of a search that begins near its end."""
 
 
 def _about_rejected(result: Result, target: Target) -> list[str]:

@@ -24,6 +24,8 @@ def limit_text(limit: LoadLimit) -> str:
     lines = [*_answer(limit), "", _curve(limit).plain(width=screen_width())]
     if any(point.growing and point.meets for point in limit.curve):
         lines += ["", "* the queue grew while requests arrived: a longer workload keeps less at this load"]
+    if any(not point.complete for point in limit.curve):
+        lines += ["", "+ ended once the bounds were certain to be missed: of the requests finished by then"]
     lines += [_line("note", note) for note in limit.notes]
     return "\n".join(lines)
 
@@ -45,6 +47,8 @@ def _answer(limit: LoadLimit) -> list[str]:
     lines = [_line(what, f"{_load(limit, limit.load)} {limit.unit} keeps {target}")]
     lines.append(_line("band", f"{_bands(limit)}"))
     lines.append(_line("binds", limit.binding))
+    if limit.left_out or limit.reached > limit.precision:
+        lines.append(_line("quick", _quick(limit)))
     return lines
 
 
@@ -67,6 +71,16 @@ def _bands(limit: LoadLimit) -> str:
             "shorter, their stated error"
         )
     return "; ".join(parts)
+
+
+def _quick(limit: LoadLimit) -> str:
+    """What a quick search left open."""
+    parts = []
+    if limit.reached > limit.precision:
+        parts.append(f"the least load that misses is {limit.reached * 100:.0f} % above")
+    if limit.left_out:
+        parts.append(f"not tried: {', '.join(limit.left_out)}")
+    return f"{'; '.join(parts)}; --effort full takes longer and does all of it"
 
 
 def _load(limit: LoadLimit, load: float) -> str:
@@ -96,9 +110,9 @@ def _curve(limit: LoadLimit) -> Table:
         load = "all at once" if math.isinf(point.load) else _load(limit, point.load)
         table.rows.append(
             [
-                load + ("*" if point.growing and point.meets else ""),
+                load + ("*" if point.growing and point.meets else "") + ("" if point.complete else "+"),
                 *(digits(figures[f"{name}_ms"]) for name in _LATENCIES),
-                f"{point.goodput * 100:.1f}",
+                f"{point.goodput * 100:.1f}" if point.complete else "",
                 digits(point.good_per_s),
                 f"{figures['output_throughput']:,.0f}",
                 "keeps" if point.meets else "misses",
@@ -120,7 +134,7 @@ def save_plot(limit: LoadLimit, path: Path) -> None:
     from servesim.results.figures import new_figure, require_matplotlib, save_figure
 
     require_matplotlib("--plot")
-    points = [point for point in limit.curve if not math.isinf(point.load)]
+    points = [point for point in limit.curve if not math.isinf(point.load) and point.complete]
     figure = new_figure(12.0, 3.8)
     ttft, tpot, good = figure.subplots(1, 3)
     for axes, name, metric in ((ttft, "TTFT", "ttft"), (tpot, "TPOT", "tpot")):

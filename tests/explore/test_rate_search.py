@@ -15,6 +15,7 @@ from servesim import InputError
 from servesim.__main__ import main
 from servesim.api import read_workload
 from servesim.engine.build import Kept
+from servesim.explore import rate_search
 from servesim.explore.bisection import Range, largest
 from servesim.explore.rate_search import LoadLimit
 from servesim.explore.show_limit import limit_text
@@ -64,11 +65,32 @@ def test_the_rate_agrees_with_a_queue_of_fixed_service() -> None:
     alone = servesim.simulate(CLUSTER, WORKLOAD, num_reqs=1, **one)
     service_ns = int(alone.requests["TTFT"][0])
     found = search(
-        f"ttft:mean:{2 * service_ns / 1e6}", precision=0.008, patterns=8, kernel_error=False, **one
+        f"ttft:mean:{2 * service_ns / 1e6}",
+        precision=0.008,
+        patterns=8,
+        kernel_error=False,
+        effort="full",
+        **one,
     )
     assert found.load == pytest.approx(2 / 3 * 1e9 / service_ns, rel=0.02)
     assert found.band is not None
     assert found.stable
+
+
+def test_a_quick_search_stays_within_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = search("ttft:p95:60 tpot:50", effort="full", patterns=1, kernel_error=False)
+    monkeypatch.setattr(rate_search, "QUICK_MS", 20.0)  # runs of 60 requests take about 8 ms each
+    quick = search("ttft:p95:60 tpot:50")
+    assert quick.load is not None
+    assert full.load is not None
+    assert quick.load <= full.load <= quick.load * (1 + quick.reached) * 1.05
+    assert quick.reached > quick.precision
+    assert quick.left_out == ["other arrival patterns", "the kernel times' stated error"]
+    assert any(not point.complete for point in quick.curve)
+    text = limit_text(quick)
+    assert "--effort full" in text
+    assert "+ ended once the bounds were certain to be missed" in text
+    assert quick.to_dict()["left_out"] == quick.left_out
 
 
 def test_a_load_of_the_answer_keeps_the_bounds_and_one_above_does_not() -> None:
@@ -138,13 +160,14 @@ def test_a_run_that_is_given_up_would_have_missed() -> None:
     ):
         for rate in (20.0, 60.0, 100.0, 400.0, 2000.0):
             whole = runs.run(rate, 1)
-            assert whole is not None
+            assert whole.complete
             watched = runs.run(rate, 1, target=target)
-            if watched is None:
-                ended_early += 1
-                assert target.score(whole) > 1
+            if watched.complete:
+                assert watched.result.requests.tobytes() == whole.result.requests.tobytes()
             else:
-                assert watched.requests.tobytes() == whole.requests.tobytes()
+                ended_early += 1
+                assert whole.score(target) > 1
+                assert watched.score(target) > 1
     assert ended_early > 0
 
 
@@ -203,6 +226,7 @@ def test_a_search_over_whole_numbers_ends_at_neighbours() -> None:
         ({"bounds": "ttft:50", "goodput": 1.5}, "--goodput: 1.5 is not allowed"),
         ({"bounds": "ttft:50", "by": "gpus"}, "--by: 'gpus' is not allowed"),
         ({"bounds": "ttft:50", "precision": 0}, "--precision: 0 is not allowed"),
+        ({"bounds": "ttft:50", "effort": "some"}, "--effort: 'some' is not allowed"),
         ({"bounds": "ttft:50", "patterns": 0}, "--patterns: 0 is not allowed"),
         ({"bounds": "ttft:50", "request_rate": 3.0}, "--request-rate: is what slo searches for"),
         ({"bounds": "ttft:50", "by": "concurrency", "max_concurrency": 3}, "--max-concurrency: is what slo"),
