@@ -2,7 +2,7 @@
 
     python benchmarks/all_reduce.py
 
-Compares the closed form of `servesim.network.collectives` with the measured tables of the shipped bundles,
+Compares the closed form of `servesim.network.topology` with the measured tables of the shipped bundles,
 with the link of each hardware file (bandwidth of all links of a GPU, its latency split over the hops), and
 writes the table into benchmarks/RESULTS.md.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from results_page import write_section
 
-from servesim.network.collectives import ring_all_reduce_ns
+from servesim.network.topology import ring_all_reduce_ns
 from servesim.specs.hardware import load_hardware
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from results_page import write_section
 
 from servesim.errors import InputError
 from servesim.profiler.silicon.gemm import BEST, STREAM_TOKENS, STREAM_WIDTH, TILES, Tile, gemm_times, waves
-from servesim.profiler.silicon.gpus import silicon_gpu
+from servesim.profiler.silicon.tables import silicon_gpu
 from servesim.specs.hardware import load_hardware
 
 if TYPE_CHECKING:

@@ -21,12 +21,12 @@ from results_page import write_section
 from roofline_samples import FAMILIES, log_errors, measured_hardware, samples_of
 
 from servesim.cost.bundle import Bundle
-from servesim.cost.stage import whole_model
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import stage_terms
+from servesim.cost.terms import whole_model
 from servesim.errors import ServingError
 from servesim.profiler.bundle_writer import BundleContent, write_bundle
-from servesim.profiler.job import ProfileJob
+from servesim.profiler.meter import ProfileJob
 from servesim.profiler.roofline.efficiency import efficiency_of, typical, with_overrides
 from servesim.profiler.roofline.formulas import accelerator
 from servesim.profiler.roofline.meter import RooflineMeter

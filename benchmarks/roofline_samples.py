@@ -16,7 +16,7 @@ from servesim.errors import ServingError
 from servesim.profiler.roofline import formulas
 from servesim.profiler.roofline.formulas import Accelerator, AttentionShape, ExpertShape
 from servesim.profiler.shapes import rank_shapes
-from servesim.profiler.silicon import attention, comm, gemm, gpus, moe
+from servesim.profiler.silicon import attention, comm, gemm, moe, tables
 from servesim.specs import paths
 from servesim.specs.hardware import load_hardware
 from servesim.specs.model import known_models, load_model
@@ -73,7 +73,7 @@ def measured_hardware() -> list[HardwareSpec]:
 
 def samples_of(hardware: HardwareSpec) -> list[Samples]:
     """Everything that was measured on one GPU at the shapes of the shipped models."""
-    gpu = gpus.silicon_gpu(hardware)
+    gpu = tables.silicon_gpu(hardware)
     models = [load_model(name) for name in known_models() if not name.startswith("servesim/")]
     models = [model for model in models if model.kv_lora_rank is None]
     found: list[Samples] = []

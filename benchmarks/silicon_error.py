@@ -28,9 +28,9 @@ from results_page import write_section  # noqa: E402
 
 from servesim.api import simulate  # noqa: E402
 from servesim.cost.bundle import Bundle  # noqa: E402
-from servesim.cost.stage import whole_model  # noqa: E402
 from servesim.cost.stage_cost import StageCost  # noqa: E402
 from servesim.cost.step_terms import stage_terms  # noqa: E402
+from servesim.cost.terms import whole_model  # noqa: E402
 from servesim.specs.architecture import load_architecture  # noqa: E402
 from servesim.specs.cluster import load_cluster, with_hardware  # noqa: E402
 from servesim.specs.hardware import EngineSpec, load_hardware  # noqa: E402
@@ -242,7 +242,7 @@ def figures(error: NDArray[np.float64]) -> str:
 def history_rows() -> Iterator[str]:
     from servesim.errors import InputError
     from servesim.profiler.silicon.attention import AttentionShape, attention_times
-    from servesim.profiler.silicon.gpus import silicon_gpu
+    from servesim.profiler.silicon.tables import silicon_gpu
 
     for hardware in HISTORY_GPUS:
         gpu = silicon_gpu(load_hardware(hardware))

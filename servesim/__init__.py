@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from servesim.explore.sweep import sweep
     from servesim.explore.sweep_table import Sweep
     from servesim.results.result import Result
-    from servesim.results.summary_keys import Summary
+    from servesim.results.summary import Summary
     from servesim.specs.cluster import ClusterSpec, load_cluster
     from servesim.specs.model import ModelSpec, load_model
     from servesim.specs.options import RuntimeOptions
@@ -79,7 +79,7 @@ _HOMES = {
     "ServingError": "servesim.errors",
     "Slo": "servesim.explore.slo",
     "Sweep": "servesim.explore.sweep_table",
-    "Summary": "servesim.results.summary_keys",
+    "Summary": "servesim.results.summary",
     "Workload": "servesim.workload.request",
     "compare": "servesim.explore.compare",
     "ensemble": "servesim.explore.ensemble",

@@ -139,7 +139,7 @@ def simulate_loaded(
 ) -> Result:
     """One run of what :func:`read_cluster` and :func:`read_workload` gave; the way of every caller."""
     from servesim.engine.build import run
-    from servesim.profiler.making import bundles_on_demand
+    from servesim.profiler.on_demand import bundles_on_demand
     from servesim.results.result import Result
 
     with bundles_on_demand(options.auto_profile):

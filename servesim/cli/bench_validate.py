@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.json, recorded, agreement, hardware)
         print(f"{args.json}: every figure")
     if args.plots:
-        from servesim.bench.plots import save_plots
+        from servesim.bench.agreement import save_plots
 
         for path in save_plots(agreement, args.plots):
             print(path)

@@ -84,11 +84,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run every option set and print the table; returns the exit status."""
     from servesim.api import without
-    from servesim.cli.messages import set_up_messages, tell
-    from servesim.cli.screen import say
+    from servesim.cli.screen import say, set_up_messages, tell
     from servesim.explore.compare import compare
     from servesim.explore.show import comparison_text
-    from servesim.profiler.making import bundles_on_demand
+    from servesim.profiler.on_demand import bundles_on_demand
     from servesim.results.atomic import check_suffix, check_writable
     from servesim.specs.options import from_namespace
 

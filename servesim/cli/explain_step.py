@@ -45,10 +45,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
-    from servesim.cli.messages import tell
+    from servesim.cli.screen import tell
     from servesim.cost.terms import Shape
     from servesim.engine.build import step_pricing
-    from servesim.profiler.making import bundles_on_demand
+    from servesim.profiler.on_demand import bundles_on_demand
     from servesim.specs.acting import EAGER
     from servesim.specs.cluster import cluster_of
     from servesim.specs.options import from_namespace

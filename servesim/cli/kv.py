@@ -54,11 +54,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
-    from servesim.cli.messages import tell
-    from servesim.cli.screen import say
+    from servesim.cli.screen import say, tell
     from servesim.cli.support import known_hardware
     from servesim.explore.kv_dial import kv_dial
-    from servesim.profiler.making import bundles_on_demand
+    from servesim.profiler.on_demand import bundles_on_demand
     from servesim.results.atomic import atomic_write
 
     if args.matrix:

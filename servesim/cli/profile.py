@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
 
 EXPERT_LOADS = ("balanced", "power_law_1.01", "power_law_1.2")
 OUTPUT_ROOT = "profiler/perf"
@@ -178,7 +178,7 @@ def job_of(args: argparse.Namespace) -> ProfileJob:
     Raises:
         InputError: a number is out of range, or the model or its architecture is unknown.
     """
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
     from servesim.profiler.sources import MEASURING
     from servesim.specs.architecture import load_architecture
     from servesim.specs.hardware import load_hardware

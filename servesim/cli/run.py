@@ -30,8 +30,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, simulate, print, save; returns the exit status."""
-    from servesim.cli.messages import tell
-    from servesim.profiler.making import bundles_on_demand
+    from servesim.cli.screen import tell
+    from servesim.profiler.on_demand import bundles_on_demand
     from servesim.specs.acting import check_beside
     from servesim.specs.options import from_namespace
 
@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
     """The run itself; ``started_s`` is where its wall time counts from."""
     from servesim import api
-    from servesim.cli.messages import set_up_messages
-    from servesim.cli.screen import RunScreen, say
+    from servesim.cli.screen import RunScreen, say, set_up_messages
     from servesim.explore.ensemble import ensemble_text
     from servesim.results.closing import closing
     from servesim.results.outputs import save_outputs

@@ -1,16 +1,18 @@
-"""What a run shows while it goes: the banner, then heartbeat lines or a progress bar."""
+"""What a command shows while it goes: banner, heartbeat lines or a progress bar, warnings on stderr."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from servesim.results.banner import banner
-from servesim.results.heartbeat import Heartbeat
-from servesim.results.progress import ProgressBar
+from servesim.results.heartbeat import Heartbeat, ProgressBar
 from servesim.results.units import SECOND
+from servesim.terminal import painted
 
 if TYPE_CHECKING:
     from servesim.results.records import RunLog
@@ -65,3 +67,30 @@ class RunScreen:
         """Leave the terminal tidy, whatever happened."""
         if self._bar is not None:
             self._bar.close()
+
+
+def set_up_messages(level: str) -> None:
+    """Show log records of servesim from ``level`` on, and every Python warning once, without source lines."""
+    logger = logging.getLogger("servesim")
+    logger.handlers[:] = [_OnStderr()]
+    logger.setLevel(level)
+    warnings.showwarning = _show_warning
+
+
+def tell(line: str) -> None:
+    """A line on stderr about something that was done for the user."""
+    print(line, file=sys.stderr)
+
+
+class _OnStderr(logging.Handler):
+    """Writes to whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        label = f"[{record.levelname}]"
+        if record.levelno >= logging.WARNING:
+            label = painted(label, "warning", error_stream=True)
+        print(f"{label} {record.getMessage()}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    logging.getLogger("servesim").warning("%s", message)

@@ -114,11 +114,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Search and print; returns the exit status."""
     from servesim.api import without
-    from servesim.cli.messages import set_up_messages, tell
-    from servesim.cli.screen import say
+    from servesim.cli.screen import say, set_up_messages, tell
     from servesim.explore.rate_search import slo
     from servesim.explore.show_limit import limit_text
-    from servesim.profiler.making import bundles_on_demand
+    from servesim.profiler.on_demand import bundles_on_demand
     from servesim.specs.options import from_namespace
 
     options = from_namespace(args)

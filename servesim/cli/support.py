@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def single(args: argparse.Namespace) -> Answer:
     """What there is for the model and hardware of the command line."""
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
     from servesim.profiler.support import answer
     from servesim.specs.architecture import load_architecture
     from servesim.specs.model import load_model
@@ -132,7 +132,7 @@ def known_hardware(name: str) -> HardwareSpec:
 
 def matrix(args: argparse.Namespace) -> list[Answer]:
     """Every model on every hardware file in the four variants, one GPU's kernel tables after the other's."""
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
     from servesim.profiler.support import DEGREES, VARIANTS, best_answer
     from servesim.specs import paths
     from servesim.specs.architecture import load_architecture

@@ -79,10 +79,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run what is not there yet, write and print; returns the exit status."""
     from servesim.api import without
-    from servesim.cli.messages import set_up_messages, tell
-    from servesim.cli.screen import say
+    from servesim.cli.screen import say, set_up_messages, tell
     from servesim.explore.sweep import sweep
-    from servesim.profiler.making import bundles_on_demand
+    from servesim.profiler.on_demand import bundles_on_demand
     from servesim.results.atomic import check_suffix, check_writable
     from servesim.results.csv import TABLE_SUFFIXES, require_parquet
     from servesim.specs.options import from_namespace

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from servesim.cost.bundle import find_bundle
 from servesim.cost.cudagraph import capture_limit
 from servesim.cost.identity import wanted_for
-from servesim.cost.stage import pipeline_stages, whole_model
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_cost import GroupStage, Member, StepCost
 from servesim.cost.step_terms import stage_terms
-from servesim.memory.npu_memory import priced_hardware
+from servesim.cost.terms import pipeline_stages, whole_model
+from servesim.memory.engine_memory import priced_hardware
 from servesim.network.topology import Topology
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from servesim.cost.bundle import Bundle, RankTables
     from servesim.cost.expert_stage import ExpertRouting, ExpertStage
     from servesim.cost.offload import Offload
-    from servesim.cost.stage import Stage
+    from servesim.cost.terms import Stage
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
     from servesim.specs.hardware import EngineSpec, HardwareSpec

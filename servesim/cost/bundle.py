@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.cost.bundle_csv import check_grid, read_labelled, read_numbers, refuse_repeats, stated_stamps
+from servesim.cost.expert_stage import MoeTable
 from servesim.cost.finding import (
     folder_root,
     made_for_run,
@@ -22,7 +23,6 @@ from servesim.cost.finding import (
     refreshed,
 )
 from servesim.cost.identity import Wanted, differences, is_computed, source_of
-from servesim.cost.moe import MoeTable
 from servesim.cost.skew import read_skew
 from servesim.cost.tables import Curve, Surface, densify
 from servesim.errors import InputError, MissingFileError

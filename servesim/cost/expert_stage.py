@@ -9,6 +9,7 @@ member's usual all-reduce adds up what its ranks computed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -16,13 +17,16 @@ import numpy as np
 
 from servesim.cost.step_terms import ACTIVATION_BYTES
 from servesim.cost.terms import LayerCost
+from servesim.memory.traffic import expected_distinct_experts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
     from servesim.cost.bundle import RankTables
-    from servesim.cost.moe import MoeTable
-    from servesim.cost.tables import Floats
+    from servesim.cost.tables import Floats, Surface
     from servesim.network.topology import RankGroup
     from servesim.specs.model import ModelSpec
 
@@ -185,3 +189,34 @@ class ExpertStage:
             us = np.where(asked[0] > 0, us, 0.0)  # a rank that nobody chose has nothing to run
             slowest = np.maximum(slowest, us.max(axis=1))
         return float(slowest.sum()) * 1000.0 * self._stands_for
+
+
+@dataclass(slots=True, frozen=True)
+class MoeTable:
+    """moe.csv of one bundle as a dense surface over (tokens, activated experts), and how to ask it."""
+
+    surface: Surface
+    source: str
+    """Where the rows come from, for people: ``tp1/moe.csv``."""
+    split: int
+    """Ranks that share every expert although rows are of whole ones; 1 if measured as it runs."""
+
+    def coordinates(
+        self, tokens: NDArray[np.int64], num_experts: int, experts_per_token: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(tokens, activated experts) to look up for each token count, shapes (T,).
+
+        Tensor parallelism without expert parallelism cuts every expert into ``split`` slices: a rank then
+        reads ``activated`` slices of 1/split each and does 1/split of the arithmetic. That is the weight
+        traffic and the arithmetic of ``tokens / split`` tokens on ``activated / split`` whole experts, which
+        is what is looked up. A ``tp<N>/moe.csv`` measured with sliced experts makes the approximation
+        unnecessary.
+        """
+        activated = expected_distinct_experts(tokens, num_experts, experts_per_token)
+        return tokens / self.split, activated / self.split
+
+    def layer_us(
+        self, tokens: NDArray[np.int64], num_experts: int, experts_per_token: int
+    ) -> NDArray[np.float64]:
+        """µs of one layer for each token count, shape (T,)."""
+        return self.surface.at(*self.coordinates(tokens, num_experts, experts_per_token))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from servesim.cost.memory_reads import StageReads
-from servesim.cost.pim import HalfTimes, PimAttention, halves, interleaved_ns
+from servesim.cost.memory_reads import HalfTimes, PimAttention, StageReads, halves, interleaved_ns
 from servesim.cost.terms import LayerCost, Role, Shape
 from servesim.memory.placement import NPU, PIM, kv_bytes_per_layer
 

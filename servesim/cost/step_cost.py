@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from servesim.cost.expert_stage import ExpertStage
-    from servesim.cost.stage import Stage
     from servesim.cost.stage_cost import StageCost
-    from servesim.cost.terms import BatchShape, Term
+    from servesim.cost.terms import BatchShape, Stage, Term
     from servesim.network.topology import Dimension
 
 _IDLE_TOKENS = 1

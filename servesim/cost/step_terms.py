@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.cost.bundle import RankTables
-    from servesim.cost.moe import MoeTable
-    from servesim.cost.stage import Stage
-    from servesim.cost.terms import BatchShape
+    from servesim.cost.expert_stage import MoeTable
+    from servesim.cost.terms import BatchShape, Stage
     from servesim.network.topology import Dimension
     from servesim.specs.architecture import Architecture
     from servesim.specs.model import ModelSpec

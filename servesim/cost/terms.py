@@ -15,8 +15,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
 
+from servesim.specs.weights import stage_layers
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from servesim.specs.model import ModelSpec
 
 
 class BatchShape(Protocol):
@@ -131,3 +135,42 @@ class HostTerm:
         us = self.ns(batch, tokens) / 1000.0
         name = "prefill_step_overhead_us" if batch.chunks else "decode_step_overhead_us"
         return [LayerCost("host overhead", 1, us, f"engine.{name}")] if us else []
+
+
+@dataclass(slots=True, frozen=True)
+class Stage:
+    """Consecutive transformer blocks, with the embedding before the first and the head after the last."""
+
+    model: ModelSpec
+    first_block: int
+    num_blocks: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether tokens enter here: the stage runs the layers before the blocks."""
+        return self.first_block == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether tokens come out here: the stage runs the layers after the blocks."""
+        return self.first_block + self.num_blocks == self.model.num_hidden_layers
+
+    @property
+    def expert_blocks(self) -> list[int]:
+        """The blocks of this stage that have experts."""
+        blocks = range(self.first_block, self.first_block + self.num_blocks)
+        return [block for block in blocks if self.model.has_experts(block)]
+
+
+def whole_model(model: ModelSpec) -> Stage:
+    """The one stage of an instance without pipeline parallelism."""
+    return Stage(model, 0, model.num_hidden_layers)
+
+
+def pipeline_stages(model: ModelSpec, pp: int) -> list[Stage]:
+    """The model over ``pp`` stages, as even as possible."""
+    stages, first = [], 0
+    for blocks in stage_layers(model.num_hidden_layers, pp):
+        stages.append(Stage(model, first, blocks))
+        first += blocks
+    return stages

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from servesim.cost.build import Costs
 from servesim.cost.bundle import range_warnings
-from servesim.engine.block_tables import BlockTables
 from servesim.engine.clock import Clock
-from servesim.engine.connector import Connector, HandOver, LowerTierConnector
+from servesim.engine.connector import Connector, HandOver, LowerTierConnector, LowerTiers
 from servesim.engine.decode_set import DecodeSet
 from servesim.engine.instance import Instance
-from servesim.engine.lower_tiers import LowerTiers
 from servesim.engine.pricing import StepPricing
 from servesim.engine.queue_policy import queue_policy
+from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan
@@ -89,7 +88,7 @@ def run(
 
 
 def _how_to_report(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> str:
-    from servesim.engine.reproduction import save_reproduction
+    from servesim.engine.simulation import save_reproduction
 
     try:
         what = f"the input in {save_reproduction(cluster, workload, options)}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.arrivals import Arrivals
@@ -12,6 +15,8 @@ from servesim.engine.router import Router
 from servesim.engine.step_loop import Coupling, LoopPlan, StepLoop
 from servesim.errors import BrokenRunError
 from servesim.results.records import RejectedRequest, RunLog
+from servesim.specs.options import output_fields
+from servesim.workload.generators import write_jsonl
 
 if TYPE_CHECKING:
     from array import array
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from servesim.engine.connector import HandOver, Journey
     from servesim.engine.instance import Instance
     from servesim.engine.request_state import RequestState
+    from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Request, Workload
 
@@ -253,3 +259,30 @@ def why_impossible(request: Request, instance: Instance, output_tokens: int | No
     if needed > capacity.usable_blocks:
         return f"its KV cache takes {needed} blocks, and there are {capacity.usable_blocks}"
     return ""
+
+
+_APPLIED = ("hardware", "model", "tp", "num_reqs", "lenient", "request_rate")
+"""Options that the loaded cluster and workload hold already."""
+
+
+def save_reproduction(cluster: ClusterSpec, workload: Workload, options: RuntimeOptions) -> Path:
+    """Write the input of a run to a new folder among the temporary files and return the folder.
+
+    In the folder, this is the run again::
+
+        servesim.simulate("cluster.json", "workload.jsonl.gz", **json.load(open("options.json")))
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="servesim-fault-"))
+    described = cluster.model_dump(mode="json", exclude_unset=True)
+    chosen = options.model_dump(
+        mode="json",
+        exclude_defaults=True,
+        exclude={"cluster_config", "dataset", "run_id", *_APPLIED, *output_fields()},
+    )
+    for name, content in (("cluster.json", described), ("options.json", chosen)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_jsonl(workload, folder / "workload.jsonl.gz")
+    return folder

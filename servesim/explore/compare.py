@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 from servesim.api import NOISE, check_used, read_cluster, read_workload, simulate_loaded, single, with_flags
 from servesim.errors import InputError, MissingFileError
 from servesim.explore.capacity_band import band_runs, capacity_matters
-from servesim.explore.differences import differences
-from servesim.explore.judgement import judge
+from servesim.explore.differences import differences, trust_lines
 from servesim.explore.rows import figures
-from servesim.explore.slo import parse_slo
-from servesim.explore.trust import trust_lines
+from servesim.explore.slo import judge, parse_slo
 from servesim.explore.verdict import verdict
 from servesim.results.atomic import atomic_write
 from servesim.workload.request import Workload

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from servesim.explore.judgement import num_gpus, per_gpu
+from servesim.explore.slo import num_gpus, per_gpu
 from servesim.results.units import GIB
 
 if TYPE_CHECKING:

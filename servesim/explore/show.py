@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servesim.explore.judgement import num_gpus, ttft_error, worst_error
+from servesim.explore.slo import num_gpus, ttft_error, worst_error
 from servesim.results.banner import workload_line
 from servesim.results.table import Table
 from servesim.results.units import digits

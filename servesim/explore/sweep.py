@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from servesim._version import __version__
 from servesim.api import check_used, read_workload, simulate_loaded
-from servesim.engine.block_tables import BlockTables
 from servesim.engine.build import Kept
+from servesim.engine.request_state import BlockTables
 from servesim.errors import InputError, ServingError
 from servesim.explore.executors import check_jobs, run_parts
 from servesim.explore.journal import Journal
-from servesim.explore.judgement import num_gpus
-from servesim.explore.slo import parse_slo
+from servesim.explore.slo import num_gpus, parse_slo
 from servesim.explore.space import Space, cluster_with, file_digest, read_space, space_of, split
 from servesim.explore.sweep_table import Sweep
 from servesim.specs.cluster import with_options

@@ -6,7 +6,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from servesim.explore.capacity_band import capacity_matters
-from servesim.explore.judgement import (
+from servesim.explore.kernels import kernel_changes
+from servesim.explore.limits import limits, percent
+from servesim.explore.slo import (
     ALIKE,
     FAILS,
     FIGURES,
@@ -18,8 +20,6 @@ from servesim.explore.judgement import (
     ttft_error,
     worst_error,
 )
-from servesim.explore.kernels import kernel_changes
-from servesim.explore.limits import limits, percent
 from servesim.results.units import digits
 
 if TYPE_CHECKING:
@@ -27,10 +27,9 @@ if TYPE_CHECKING:
 
     from servesim.explore.capacity_band import BandRuns
     from servesim.explore.ensemble import Spread
-    from servesim.explore.judgement import Judgement
     from servesim.explore.kernels import KernelChange
     from servesim.explore.limits import Limits
-    from servesim.explore.slo import Slo
+    from servesim.explore.slo import Judgement, Slo
     from servesim.results.result import Result
 
 _NOTICEABLE_PERCENT = 1.0

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
+from servesim.memory.engine_memory import check_speed, differences, npu_memory
 from servesim.memory.ledger import Ledger, Memory, Share
-from servesim.memory.npu_memory import check_speed, differences, npu_memory
 from servesim.memory.placement import (
     CPU,
     NPU,

@@ -17,10 +17,10 @@ from servesim.memory.engine_memory import (
     cuda_graphs,
     engine_memory,
     exactly,
+    npu_bytes,
     outside_torch,
     total,
 )
-from servesim.memory.npu_memory import npu_bytes
 from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
 from servesim.specs.hardware import load_hardware
 from servesim.specs.weights import MXFP4_TILE, MXFP4_TILE_MARLIN, rank_bytes

@@ -20,8 +20,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from servesim.network.collectives import ring_all_gather_ns, send_ns
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -138,3 +136,35 @@ class Topology:
 
 def _entry(values: Sequence[_T], index: int) -> _T:
     return values[min(index, len(values) - 1)]
+
+
+def ring_all_reduce_ns(ranks: int, payload_bytes: float, bandwidth_gbs: float, latency_ns: float) -> float:
+    """``2 (N-1) (latency + payload / N / bandwidth)``; 0 for a single rank."""
+    return 2 * _ring_pass_ns(ranks, payload_bytes, bandwidth_gbs, latency_ns)
+
+
+def ring_all_gather_ns(ranks: int, payload_bytes: float, bandwidth_gbs: float, latency_ns: float) -> float:
+    """``(N-1) (latency + payload / N / bandwidth)``; 0 for a single rank."""
+    return _ring_pass_ns(ranks, payload_bytes, bandwidth_gbs, latency_ns)
+
+
+def ring_reduce_scatter_ns(
+    ranks: int, payload_bytes: float, bandwidth_gbs: float, latency_ns: float
+) -> float:
+    """``(N-1) (latency + payload / N / bandwidth)``; 0 for a single rank."""
+    return _ring_pass_ns(ranks, payload_bytes, bandwidth_gbs, latency_ns)
+
+
+def ring_all_to_all_ns(ranks: int, payload_bytes: float, bandwidth_gbs: float, latency_ns: float) -> float:
+    """``(N-1) (latency + payload / N / bandwidth)``; 0 for a single rank."""
+    return _ring_pass_ns(ranks, payload_bytes, bandwidth_gbs, latency_ns)
+
+
+def send_ns(payload_bytes: float, bandwidth_gbs: float, latency_ns: float) -> float:
+    """One transfer over one link: ``latency + payload / bandwidth``."""
+    return latency_ns + payload_bytes / bandwidth_gbs
+
+
+def _ring_pass_ns(ranks: int, payload_bytes: float, bandwidth_gbs: float, latency_ns: float) -> float:
+    """Once around the ring: N-1 hops of 1/N of the payload each."""
+    return (ranks - 1) * (latency_ns + payload_bytes / ranks / bandwidth_gbs)

@@ -12,8 +12,8 @@ from servesim.profiler.meter import AttentionBatch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from servesim.profiler.job import ProfileJob
     from servesim.profiler.measure.grid import SkewShot
+    from servesim.profiler.meter import ProfileJob
     from servesim.specs.model import ModelSpec
 
 Windows = tuple[tuple[int | None, float], ...]

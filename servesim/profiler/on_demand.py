@@ -6,13 +6,18 @@ writes the number into ``meta.yaml``. Measured bundles have none: what was measu
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from servesim.cost.finding import (
     degrees_in,
     folder_root,
+    makes_bundles,
+    missing_bundles_from,
     profile_command,
     variant_dtypes,
     variant_path,
@@ -21,7 +26,7 @@ from servesim.cost.identity import differences, is_computed
 from servesim.errors import InputError, ServingError
 from servesim.profiler import roofline, silicon
 from servesim.profiler.bundle_writer import write_bundle
-from servesim.profiler.job import ProfileJob
+from servesim.profiler.meter import ProfileJob
 from servesim.profiler.roofline.efficiency import fits
 from servesim.profiler.silicon.tables import package_version
 from servesim.profiler.sources import compute, silicon_installed, source_for
@@ -33,9 +38,10 @@ from servesim.specs.reading import read_yaml_object
 from servesim.specs.shape import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from servesim.cost.finding import Maker, Refresher
     from servesim.cost.identity import Wanted
 
 SWITCH = "SERVESIM_AUTO_PROFILE"
@@ -236,3 +242,36 @@ def _installed_version() -> str | None:
         return package_version()
     except InputError:
         return None
+
+
+@contextmanager
+def bundles_on_demand(wanted: bool, tell: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Inside the block, bundles that are missing, outdated or made for something else are made where that is
+    possible.
+
+    Args:
+        wanted: False: none are made, and old ones are only warned of.
+        tell: gets a line per bundle made; None: the logger ``servesim``. A block within another that makes
+            bundles leaves this to the outer one.
+    """
+    if wanted and makes_bundles():
+        yield
+        return
+    logger = logging.getLogger("servesim")
+    say = tell or logger.warning
+
+    @cache
+    def parts() -> tuple[Maker | None, Refresher]:
+        from servesim.profiler.on_demand import maker, refresher  # most runs read a shipped bundle: no need
+
+        return maker(say, wanted=wanted), refresher(say, logger.warning, wanted=wanted)
+
+    def make(asked: Wanted, tp: int) -> Path | None:
+        maker, _ = parts()
+        return maker(asked, tp) if maker else None
+
+    def refresh(folder: Path, asked: Wanted) -> None:
+        parts()[1](folder, asked)
+
+    with missing_bundles_from(make if wanted else None, refresh):
+        yield

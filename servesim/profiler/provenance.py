@@ -13,8 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from servesim.profiler.bundle_writer import BundleContent
-    from servesim.profiler.job import ProfileJob
-    from servesim.profiler.meter import Provenance
+    from servesim.profiler.meter import ProfileJob, Provenance
 
 
 def described(job: ProfileJob, provenance: Provenance) -> dict[str, Any]:

@@ -16,9 +16,8 @@ from servesim.profiler.meter import AttentionBatch, Meter
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from servesim.profiler.job import ProfileJob
     from servesim.profiler.measure.grid import SkewShot
-    from servesim.profiler.meter import Grid
+    from servesim.profiler.meter import Grid, ProfileJob
 
 _Point = TypeVar("_Point")
 

@@ -10,8 +10,7 @@ from servesim.errors import NotSupportedError, ServingError
 
 if TYPE_CHECKING:
     from servesim.profiler.bundle_writer import BundleContent
-    from servesim.profiler.job import ProfileJob
-    from servesim.profiler.meter import Meter
+    from servesim.profiler.meter import Meter, ProfileJob
     from servesim.specs.hardware import HardwareSpec
 
 _NOBODY = "nobody published kernel measurements of this hardware"
@@ -107,7 +106,7 @@ def source_for(hardware: HardwareSpec, variant: str) -> tuple[str, str] | None:
         return "roofline", "the public kernel measurements do not cover these formats"
     if not silicon_installed():
         return "roofline", "pip install 'servesim[silicon]' for this GPU's measured kernels"
-    from servesim.profiler.silicon.gpus import other_rates
+    from servesim.profiler.silicon.tables import other_rates
 
     if others := other_rates(hardware):
         return "roofline", f"the hardware file describes no measured GPU: {', '.join(others)}"

@@ -11,7 +11,7 @@ from servesim.cost.finding import degrees_in, places, profile_command
 from servesim.cost.identity import wanted_for
 from servesim.errors import InputError, ServingError
 from servesim.memory.sizing import weight_bytes_per_npu
-from servesim.profiler.job import ProfileJob
+from servesim.profiler.meter import ProfileJob
 from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.sources import COMPUTING, SOURCES, capability
 from servesim.results.stated_errors import RESULTS, stated_error

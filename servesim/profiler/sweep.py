@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import TextIO
 
-    from servesim.profiler.job import ProfileJob
     from servesim.profiler.measure.progress import SweepProgress
-    from servesim.profiler.measure.table_file import TableFile
-    from servesim.profiler.meter import Grid, Meter
+    from servesim.profiler.measure.work_folder import TableFile
+    from servesim.profiler.meter import Grid, Meter, ProfileJob
 
 _SAVE_EVERY_S = 1.0
 _SAVE_EVERY_ROWS = 32
@@ -80,7 +79,7 @@ def computed_bundle(job: ProfileJob, meter: Meter) -> BundleContent:
 
 def open_table(folder: Path, tp: int, category: str) -> TableFile:
     """The table of a category below the bundle folder, made where there is none."""
-    from servesim.profiler.measure.table_file import TableFile
+    from servesim.profiler.measure.work_folder import TableFile
 
     path = folder / f"tp{tp}" / f"{category}.csv"
     return TableFile(path, TABLE_HEADERS[category], VALUES.get(category, 1))

@@ -12,7 +12,7 @@ import numpy as np
 
 from servesim.errors import InputError
 from servesim.results.atomic import atomic_write, check_suffix, remove
-from servesim.results.token_gaps import GapText
+from servesim.results.stats import GapText
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,10 +11,9 @@ import numpy as np
 from servesim.memory.placement import CPU, NPU, PIM, kv_bytes_per_layer, placed_stages
 from servesim.memory.sizing import kv_bytes_per_token
 from servesim.memory.traffic import traffic_by_place
-from servesim.power.activity import Spans, moved_within
+from servesim.power.activity import Spans, link_bytes_per_token, moved_within
 from servesim.power.node import NodeActivity, NpuActivity, node_energy
 from servesim.power.quantities import mean_watts
-from servesim.power.traffic import link_bytes_per_token
 from servesim.specs.architecture import load_architecture
 from servesim.specs.memories import KINDS, split_place
 from servesim.specs.model import load_model

@@ -11,9 +11,9 @@ import numpy as np
 from servesim._version import __version__
 from servesim.results.csv import COLUMNS, NUMERIC_COLUMNS, save_requests, text_columns
 from servesim.results.energy import power_series, series_interval_ns
+from servesim.results.stats import TokenGaps
 from servesim.results.steps import save_steps, steps_array
 from servesim.results.summary import save_summary, summarise
-from servesim.results.token_gaps import TokenGaps
 from servesim.results.units import SECOND
 from servesim.specs.vllm_versions import NEWEST
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.results.records import InstanceLog, RejectedRequest, RequestRecord, RunLog
-    from servesim.results.summary_keys import Summary
+    from servesim.results.summary import Summary
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Workload

@@ -8,9 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from servesim.errors import InputError
 from servesim.specs import paths
-from servesim.specs.base import Spec, list_as_tuple
 from servesim.specs.reading import read_yaml_object
-from servesim.specs.validation import joined, nearest, validated
+from servesim.specs.validation import Spec, joined, list_as_tuple, nearest, validated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

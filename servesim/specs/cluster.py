@@ -11,7 +11,6 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Priv
 
 from servesim.errors import InputError
 from servesim.specs import memories, paths
-from servesim.specs.base import BandwidthGbs, Count, LatencyNs, SizeGb, Spec, Unit, list_as_tuple
 from servesim.specs.flags import renamed
 from servesim.specs.hardware import EngineSpec, HardwareSpec, load_hardware
 from servesim.specs.memories import Word
@@ -40,7 +39,18 @@ from servesim.specs.options import (
 from servesim.specs.placement import PlacementSpec
 from servesim.specs.power import PowerSpec
 from servesim.specs.reading import read_json_object
-from servesim.specs.validation import hint, nearest, validated
+from servesim.specs.validation import (
+    BandwidthGbs,
+    Count,
+    LatencyNs,
+    SizeGb,
+    Spec,
+    Unit,
+    hint,
+    list_as_tuple,
+    nearest,
+    validated,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -16,9 +16,9 @@ from servesim.specs.validation import joined
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from servesim.specs.base import Spec
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
     from servesim.specs.model import ModelSpec
+    from servesim.specs.validation import Spec
 
 
 def check_structure(cluster: ClusterSpec) -> None:

@@ -9,9 +9,8 @@ from typing_extensions import TypeAliasType
 
 from servesim.errors import MissingFileError
 from servesim.specs import paths
-from servesim.specs.base import BandwidthGbs, Count, SizeGb, Spec, Unit, list_as_tuple
 from servesim.specs.reading import read_yaml_object
-from servesim.specs.validation import validated
+from servesim.specs.validation import BandwidthGbs, Count, SizeGb, Spec, Unit, list_as_tuple, validated
 
 OverheadUs = Annotated[float, Field(ge=0, le=1e7), Unit("us")]
 Megabytes = Annotated[float, Field(ge=1e-3, le=1e6), Unit("MiB")]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from servesim.specs.base import BandwidthGbs, Count, LatencyNs, SizeGb, Spec
+from servesim.specs.validation import BandwidthGbs, Count, LatencyNs, SizeGb, Spec
 
 if TYPE_CHECKING:
     from servesim.specs.cluster import ClusterSpec

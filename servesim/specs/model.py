@@ -11,7 +11,6 @@ from pydantic import Field, InstanceOf, field_validator, model_validator
 
 from servesim.errors import InputError, MissingFileError, NotSupportedError
 from servesim.specs import paths
-from servesim.specs.base import Spec, list_as_tuple
 from servesim.specs.dtypes import dtype_bytes
 from servesim.specs.families import families, model_type_of, read_layers
 from servesim.specs.families.generic import refuse_other_layers, standard_block
@@ -19,7 +18,7 @@ from servesim.specs.families.reading import MAX_LAYERS, Fields
 from servesim.specs.formats import format_of_dtype
 from servesim.specs.layers import Attention, Experts, ModelLayers, Recurrent
 from servesim.specs.reading import read_json_object
-from servesim.specs.validation import nearest, one_slip, validated
+from servesim.specs.validation import Spec, list_as_tuple, nearest, one_slip, validated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,7 +13,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from servesim.errors import InputError
 from servesim.specs import acting
-from servesim.specs.base import Spec, Unit
 from servesim.specs.dtypes import (
     KV_CACHE_ALIASES,
     KV_CACHE_DTYPES,
@@ -27,6 +26,7 @@ from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
 from servesim.specs.hardware import load_hardware
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.presets import Preset, serve_defaults
+from servesim.specs.validation import Spec, Unit
 from servesim.specs.vllm_versions import NEWEST, VllmVersion, minor_version
 
 if TYPE_CHECKING:

@@ -14,9 +14,8 @@ from pydantic import Field
 
 from servesim.errors import InputError
 from servesim.specs import paths
-from servesim.specs.base import Count, LatencyNs, SizeGb, Spec, Unit
 from servesim.specs.reading import read_text
-from servesim.specs.validation import validated
+from servesim.specs.validation import Count, LatencyNs, SizeGb, Spec, Unit, validated
 
 if TYPE_CHECKING:
     from pathlib import Path

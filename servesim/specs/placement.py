@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from servesim.specs.base import Spec, list_as_tuple
 from servesim.specs.memories import PLACES, is_place
+from servesim.specs.validation import Spec, list_as_tuple
 
 
 def _check_place(value: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from servesim.specs.base import Count, PowerW, SizeGb, Spec, Unit
+from servesim.specs.validation import Count, PowerW, SizeGb, Spec, Unit
 
 EnergyPerBitPj = Annotated[float, Field(ge=0, le=1e6), Unit("pJ/bit")]
 

@@ -1,4 +1,4 @@
-"""Turning pydantic's findings into one message in servesim's form.
+"""The base of every description a user writes, and pydantic's findings as one message in servesim's form.
 
 ``configs/cluster/x.json: nodes[0].instances[1].npu_mem.mem_size: -3 is not allowed; must be > 0 GB``
 """
@@ -9,14 +9,14 @@ import json
 import reprlib
 import types
 import typing
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servesim.errors import InputError
-from servesim.specs.base import Unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -246,3 +246,40 @@ def _metadata_in(annotation: Any) -> Iterator[Any]:
     elif get_origin(annotation) in (typing.Union, types.UnionType, tuple, list):
         for argument in get_args(annotation):
             yield from _metadata_in(argument)
+
+
+class Spec(BaseModel):
+    """Frozen pydantic model: ``"8"`` is no integer, ``true`` no number, NaN and inf no measurements."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),  # `model_name` and `model_type` are field names of ours
+        defer_build=True,  # validators are built on first use: --help never needs them
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The unit of a number, for error messages and the JSON Schema."""
+
+    name: str
+
+
+def list_as_tuple(value: object) -> object:
+    """JSON's and YAML's lists, for fields that are tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Every number has bounds that no real thing reaches, and within which no time or size that is worked out
+# from it leaves the 64 bits it is kept in.
+SizeGb = Annotated[float, Field(ge=1e-6, le=1e6), Unit("GB")]
+"""Memory size; 1 GB here is 2**30 bytes."""
+BandwidthGbs = Annotated[float, Field(ge=1e-6, le=1e6), Unit("GB/s")]
+"""Bandwidth; 1 GB/s is 1e9 bytes per second."""
+LatencyNs = Annotated[float, Field(ge=0, le=1e12), Unit("ns")]
+PowerW = Annotated[float, Field(ge=0, le=1e6), Unit("W")]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+"""How many of something there are."""

@@ -10,10 +10,9 @@ from typing import Any
 import yaml
 
 from servesim.cost.bundle import Bundle, load_bundle
-from servesim.cost.stage import whole_model
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import stage_terms
-from servesim.cost.terms import IDLE, Role
+from servesim.cost.terms import IDLE, Role, whole_model
 from servesim.network.topology import Dimension
 from servesim.specs.architecture import Architecture, read_architecture
 from servesim.specs.hardware import EngineSpec

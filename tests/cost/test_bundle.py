@@ -7,8 +7,8 @@ import pytest
 
 from servesim.cost.bundle import load_bundle, range_warnings
 from servesim.cost.finding import profile_command, variant_dtypes
-from servesim.cost.stage import whole_model
 from servesim.cost.step_terms import stage_terms
+from servesim.cost.terms import whole_model
 from servesim.errors import InputError, MissingFileError
 from tests.cost.bundles import HARDWARE, MODEL, VARIANT, Toy, toy_architecture, toy_model
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servesim.cost.pim import HalfTimes, PimAttention, halves, interleaved_ns
+from servesim.cost.memory_reads import HalfTimes, PimAttention, halves, interleaved_ns
 from servesim.specs.model import load_model
 from servesim.specs.pim import AttentionCost
 

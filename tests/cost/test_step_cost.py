@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from servesim.cost.build import Costs
 from servesim.cost.expert_stage import ExpertLoads, ExpertStage
-from servesim.cost.stage import pipeline_stages
+from servesim.cost.terms import pipeline_stages
 from servesim.engine.batch import Batch
 from servesim.engine.experts import expert_routing
 from servesim.errors import MissingFileError

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from servesim.engine.block_tables import BlockTables
 from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
+from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-import servesim.engine.lower_tiers as lower_tiers
+import servesim.engine.connector as lower_tiers
 from servesim import simulate
 from servesim.__main__ import main
 from servesim.errors import InputError

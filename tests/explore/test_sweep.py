@@ -17,10 +17,9 @@ import servesim
 from servesim import InputError, RunError
 from servesim.__main__ import main
 from servesim.cli.sweep import parse_grid
-from servesim.explore.constraints import Constraint
 from servesim.explore.executors import run_parts
 from servesim.explore.journal import Journal
-from servesim.explore.space import read_space, space_of
+from servesim.explore.space import Constraint, read_space, space_of
 from servesim.specs.options import RuntimeOptions
 from tests.engine.toy_world import toy_cluster, toy_instance, toy_world
 

@@ -16,11 +16,10 @@ from servesim.__main__ import main
 from servesim.errors import InputError
 from servesim.explore.capacity_band import BandRuns
 from servesim.explore.compare import Comparison
-from servesim.explore.judgement import ALIKE, COSTS, FURTHER, NEARER, PAYS, TRADES, change, judge
 from servesim.explore.kernels import kernel_changes
 from servesim.explore.limits import Limits
 from servesim.explore.show import comparison_text, heading
-from servesim.explore.slo import parse_slo
+from servesim.explore.slo import ALIKE, COSTS, FURTHER, NEARER, PAYS, TRADES, change, judge, parse_slo
 from servesim.explore.verdict import verdict
 from servesim.results import stated_errors
 from servesim.results.result import Result

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from servesim.network.collectives import (
+from servesim.network.topology import (
     ring_all_gather_ns,
     ring_all_reduce_ns,
     ring_all_to_all_ns,

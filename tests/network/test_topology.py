@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servesim.network.collectives import ring_all_reduce_ns
-from servesim.network.topology import Dimension, RankGroup, Topology
+from servesim.network.topology import Dimension, RankGroup, Topology, ring_all_reduce_ns
 from servesim.specs.cluster import load_cluster
 from tests.specs.clusters import cluster
 

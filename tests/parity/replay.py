@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, cast
 from servesim.bench.record_scheduler import SchedulerSettings
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
-from servesim.engine.block_tables import BlockTables
 from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
+from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from servesim.power.traffic import (
+from servesim.power.activity import (
     all_reduce_bytes_per_token,
     expert_bytes_per_token,
     link_bytes_per_token,

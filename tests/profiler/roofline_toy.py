@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from servesim.profiler.bundle_writer import BundleContent
-from servesim.profiler.job import ProfileJob
+from servesim.profiler.meter import ProfileJob
 from servesim.profiler.roofline.efficiency import Efficiency
 from servesim.profiler.roofline.formulas import Accelerator
 from servesim.profiler.roofline.meter import RooflineMeter

@@ -168,7 +168,7 @@ def test_a_bundle_that_the_user_made_is_left_alone_and_told(home: Path) -> None:
 
 
 def test_the_commands_look_at_what_they_read(home: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from servesim.profiler.making import bundles_on_demand
+    from servesim.profiler.on_demand import bundles_on_demand
 
     _shipped_like(home, derivation=0)
     with bundles_on_demand(True):

@@ -16,7 +16,7 @@ from servesim.cost.finding import missing_bundles_from
 from servesim.cost.identity import Wanted, wanted_for
 from servesim.errors import InputError
 from servesim.profiler import on_demand, sources
-from servesim.profiler.making import bundles_on_demand
+from servesim.profiler.on_demand import bundles_on_demand
 from servesim.specs.hardware import load_hardware
 from servesim.specs.model import load_model
 from tests.profiler.silicon_data import needs_silicon
@@ -324,7 +324,7 @@ def test_an_edited_gpu_is_no_measured_one(work: Path) -> None:
 
 
 def _job(hardware: str) -> Any:
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
     from servesim.specs.architecture import load_architecture
 
     return ProfileJob(load_model(LLAMA), load_architecture("llama"), load_hardware(hardware))

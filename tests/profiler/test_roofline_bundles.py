@@ -9,7 +9,7 @@ import pytest
 from servesim.cost.bundle import load_bundle
 from servesim.errors import InputError, NotSupportedError
 from servesim.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
-from servesim.profiler.roofline.layers import BY_NAME, layer_kind
+from servesim.profiler.roofline.meter import BY_NAME, layer_kind
 from servesim.profiler.shapes import block_windows
 from servesim.specs.architecture import LayerEntry, load_architecture
 from servesim.specs.model import known_models, load_model

@@ -16,7 +16,7 @@ from servesim.cost.tables import densify
 from servesim.errors import InputError, NotSupportedError
 from servesim.profiler import grids
 from servesim.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
-from servesim.profiler.job import ProfileJob
+from servesim.profiler.meter import ProfileJob
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import load_hardware
 from servesim.specs.model import load_model
@@ -114,7 +114,7 @@ def test_popular_accelerators_come_with_bundles(
 def test_linear_interpolation_between_grid_points_stays_true(kv_dtype: str) -> None:
     """Decodes and prefills at random points against the formulas; the median error is under 1 %."""
     from servesim.profiler.silicon.attention import AttentionShape, attention_times
-    from servesim.profiler.silicon.gpus import silicon_gpu
+    from servesim.profiler.silicon.tables import silicon_gpu
 
     times = attention_times(silicon_gpu(load_hardware("RTXPRO6000")), AttentionShape(8, 2, 128, kv_dtype))
     grid = grids.attention_grid(8192, 1024, 131072, lambda chunk: times.prefill_us(chunk, 8192))
@@ -165,7 +165,7 @@ def test_without_the_extra_the_command_says_how_to_get_it(
 
 
 def test_a_hardware_without_measurements_is_an_error_that_names_the_field() -> None:
-    from servesim.profiler.silicon.gpus import silicon_gpu
+    from servesim.profiler.silicon.tables import silicon_gpu
 
     importlib.import_module("servesim.profiler.silicon.tables")
     with pytest.raises(InputError, match="silicon"):
@@ -233,7 +233,7 @@ def test_block_scaled_products_say_that_they_read_slow(tmp_path: Path) -> None:
 @needs_silicon
 def test_measured_collectives_say_what_they_were_measured_over() -> None:
     from servesim.profiler.silicon import comm
-    from servesim.profiler.silicon.gpus import silicon_gpu
+    from servesim.profiler.silicon.tables import silicon_gpu
 
     pcie, nvlink = (silicon_gpu(load_hardware(name)) for name in ("RTXPRO6000", "H100"))
     assert (comm.link_of(pcie), comm.link_of(nvlink)) == ("pcie", "nvlink")

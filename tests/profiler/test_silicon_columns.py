@@ -11,7 +11,7 @@ import pytest
 from servesim.errors import InputError
 from servesim.profiler import silicon
 from servesim.profiler.silicon import comm, tables
-from servesim.profiler.silicon.columns import COLUMNS
+from servesim.profiler.silicon.tables import COLUMNS
 from tests.profiler.silicon_data import TOY, needs_silicon, table
 
 LABELS = {"framework", "version", "device", "op_name", "kernel_source"}

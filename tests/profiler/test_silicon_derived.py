@@ -115,7 +115,7 @@ def test_experts_in_a_format_nobody_measured_are_refused() -> None:
 @needs_silicon
 @pytest.mark.parametrize("hardware", GPUS)
 def test_every_gpu_makes_small_bundles_of_dense_and_expert_models(hardware: str) -> None:
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
     from servesim.profiler.sources import compute
     from servesim.specs.architecture import load_architecture
     from servesim.specs.hardware import load_hardware
@@ -136,7 +136,7 @@ def test_every_gpu_makes_small_bundles_of_dense_and_expert_models(hardware: str)
 @needs_silicon
 def test_an_absent_head_count_is_told_as_derived() -> None:
     from servesim.profiler.silicon.attention import attention_times
-    from servesim.profiler.silicon.gpus import silicon_gpu
+    from servesim.profiler.silicon.tables import silicon_gpu
     from servesim.specs.hardware import load_hardware
 
     gpu = silicon_gpu(load_hardware("A100"))

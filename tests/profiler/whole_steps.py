@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from servesim.cost.bundle import Bundle
-from servesim.cost.stage import whole_model
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import stage_terms
+from servesim.cost.terms import whole_model
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import EngineSpec
 from servesim.specs.model import load_model

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from servesim.results.records import RequestRecord
-from servesim.results.token_gaps import GapText, TokenGaps
+from servesim.results.stats import GapText, TokenGaps
 from tests.hand_made import MS, two_requests
 
 

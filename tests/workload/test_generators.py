@@ -14,9 +14,8 @@ import pytest
 from servesim.__main__ import main
 from servesim.errors import InputError
 from servesim.workload.description import describe, reusable_prompt_tokens
-from servesim.workload.distribution import parse_distribution
 from servesim.workload.formats import load_workload
-from servesim.workload.generators import SynthSpec, json_lines, synthesise
+from servesim.workload.generators import SynthSpec, json_lines, parse_distribution, synthesise
 from servesim.workload.hashes import block_ids
 
 if TYPE_CHECKING:

@@ -6,21 +6,24 @@ import hashlib
 import random
 import shutil
 import time
-from dataclasses import asdict, replace
+from bisect import bisect_left
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from servesim._version import __version__
 from servesim.cost.finding import degrees_in
 from servesim.errors import InputError, RunError
-from servesim.profiler.bundle_writer import BundleContent, write_bundle
+from servesim.profiler.bundle_writer import HEADERS, BundleContent, write_bundle
 from servesim.profiler.measure.grid import SweepGrid
 from servesim.profiler.measure.progress import duration
-from servesim.profiler.measure.skew_fit import BUCKET_AXES, fit_skew, sample_of
-from servesim.profiler.measure.table_file import TableFile
 from servesim.profiler.measure.work_folder import (
     CONDITIONS,
     MeasureOptions,
+    TableFile,
     prepare,
     same_grid,
     take_over,
@@ -32,13 +35,12 @@ from servesim.profiler.sweep import SweepReport, sweep, wanted
 from servesim.specs.reading import read_yaml_object
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
     from typing import TextIO
 
-    from servesim.profiler.job import ProfileJob
     from servesim.profiler.measure.grid import SweepGrid
-    from servesim.profiler.meter import Meter
+    from servesim.profiler.meter import Meter, ProfileJob
 
 COARSER = (1.0, 1.0, 1.0, 1.5, 2.0, 2.0, 4.0, 8.0)
 """Rungs: how much the attention axes' factors grow ..."""
@@ -247,3 +249,98 @@ def _axes(grid: SweepGrid) -> str:
     skew = "no skew sweep" if grid.skew_factor is None else f"skew factor {grid.skew_factor:g}"
     factors = (grid.chunk_factor, grid.decode_factor, grid.kv_factor)
     return "attention factors " + "/".join(f"{factor:g}" for factor in factors) + f", {skew}"
+
+
+SKEW_HEADER = HEADERS["skew.csv"]
+"""Columns of skew.csv; the first ten name the shot."""
+
+BUCKET_AXES: dict[str, Any] = {
+    "pc": "raw pc value (profiled grid point)",
+    "n_bins": [0, 2, 4, 8, 16, 32, 64, 128, 256, 1000000],
+    "n_labels": ["n<=2", "n<=4", "n<=8", "n<=16", "n<=32", "n<=64", "n<=128", "n<=256", "n>256"],
+    "skew_rate_bins": [-0.01, 0.05, 0.15, 0.4, 0.7, 1.01],
+    "skew_rate_labels": ["sr<=5%", "sr<=15%", "sr<=40%", "sr<=70%", "sr>70%"],
+    "kv_big_bins": [0, 1024, 4096, 16384, 1000000000],
+    "kv_big_labels": ["kvB<=1k", "kvB<=4k", "kvB<=16k", "kvB>16k"],
+    "kp_bins": [-1, 0, 512, 1024, 2048, 4096, 8192, 1000000000],
+    "kp_labels": ["kp=0", "kp<=512", "kp<=1k", "kp<=2k", "kp<=4k", "kp<=8k", "kp>8k"],
+}
+"""Buckets: a value belongs to the first bin whose upper bound is not below it."""
+
+Bucket = tuple[int, str, str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SkewSample:
+    """One skew shot: where it lies and its three times in µs."""
+
+    bucket: Bucket
+    mean_us: float
+    longest_us: float
+    skewed_us: float
+
+    @property
+    def room_us(self) -> float:
+        """What the greatest length everywhere would add to the mean length everywhere."""
+        return self.longest_us - self.mean_us
+
+
+@dataclass(frozen=True, slots=True)
+class SkewFit:
+    """The rows of skew_fit.csv and the summary of meta.yaml."""
+
+    rows: list[tuple[int, str, str, str, str, float, int]]
+    summary: dict[str, Any]
+
+
+def bucket_of(chunk: int, n: int, rate: float, kv_long: int, history: int) -> Bucket:
+    """Chunk, and the labels of decodes, skew rate, greatest KV length and history."""
+    values = {"n": n, "skew_rate": rate, "kv_big": kv_long, "kp": history}
+    labels = [_label(axis, value) for axis, value in values.items()]
+    return (chunk, labels[0], labels[1], labels[2], labels[3])
+
+
+def _label(axis: str, value: float) -> str:
+    upper: Sequence[float] = BUCKET_AXES[f"{axis}_bins"][1:-1]
+    label: str = BUCKET_AXES[f"{axis}_labels"][bisect_left(upper, value)]
+    return label
+
+
+def sample_of(row: Sequence[str]) -> SkewSample:
+    """A row of skew.csv (cells in the order of :data:`SKEW_HEADER`) as a sample."""
+    cells = dict(zip(SKEW_HEADER, row, strict=True))
+    kv, longest, mean = (int(cells[name]) for name in ("kvs", "kv_big", "kv_mean"))
+    rate = (mean - kv) / (longest - kv) if longest > kv else 0.0
+    bucket = bucket_of(int(cells["pc"]), int(cells["n"]), rate, longest, int(cells["kp"]))
+    return SkewSample(bucket, *(float(cells[name]) for name in ("t_mean_us", "t_max_us", "t_skew_us")))
+
+
+def fit_skew(samples: Iterable[SkewSample]) -> SkewFit | None:
+    """α of every bucket that has samples, rounded to four digits; None without a single usable sample."""
+    usable = [sample for sample in samples if sample.room_us > 0.0]
+    if not usable:
+        return None
+    buckets: dict[Bucket, list[SkewSample]] = defaultdict(list)
+    for sample in usable:
+        buckets[sample.bucket].append(sample)
+    alpha = {bucket: _slope(members) for bucket, members in buckets.items()}
+    rows = [(*bucket, round(alpha[bucket], 4), len(buckets[bucket])) for bucket in sorted(buckets)]
+    predicted = np.array([s.mean_us + alpha[s.bucket] * s.room_us for s in usable])
+    error = predicted / np.array([s.skewed_us for s in usable]) - 1.0
+    p50, p90, p99 = (round(float(q), 4) for q in np.percentile(np.abs(error), [50, 90, 99]))
+    summary = {
+        "method": "per_bucket_wls_5axis",
+        "n_samples": len(usable),
+        "alpha_default": round(_slope(usable), 4),
+        "rel_err_p50": p50,
+        "rel_err_p90": p90,
+        "rel_err_p99": p99,
+        "signed_mean": round(float(error.mean()), 4),
+    }
+    return SkewFit(rows, summary)
+
+
+def _slope(samples: Sequence[SkewSample]) -> float:
+    room = np.array([sample.room_us for sample in samples])
+    added = np.array([sample.skewed_us - sample.mean_us for sample in samples])
+    return float(room @ added / (room @ room))

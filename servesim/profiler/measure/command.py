@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
-    from servesim.profiler.job import ProfileJob
     from servesim.profiler.measure.grid import SweepGrid
-    from servesim.profiler.meter import Meter
+    from servesim.profiler.meter import Meter, ProfileJob
 
 
 TORCH_FLAGS = ("device", "attention", "warm_cache", "cuda_graphs", "kv_memory_gib", "threads")

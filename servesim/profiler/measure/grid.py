@@ -11,7 +11,7 @@ from servesim.profiler.grids import token_grid
 from servesim.profiler.meter import AttentionBatch
 
 if TYPE_CHECKING:
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
     from servesim.specs.model import ModelSpec
 
 FIRST_CHUNK = 16

@@ -1,6 +1,6 @@
 """Profile bundles derived from the public kernel measurements of the PyPI package ``aiconfigurator-core``.
 
-What each column of its tables counts is in :mod:`servesim.profiler.silicon.columns`.
+What each column of its tables counts is in :mod:`servesim.profiler.silicon.tables`.
 """
 
 DERIVATION = 3

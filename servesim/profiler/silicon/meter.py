@@ -13,10 +13,10 @@ from servesim.profiler.shapes import RankShapes, block_windows, rank_shapes
 from servesim.profiler.silicon import comm
 from servesim.profiler.silicon.attention import AttentionShape, AttentionTimes, attention_times
 from servesim.profiler.silicon.gemm import gemm_times
-from servesim.profiler.silicon.gpus import silicon_gpu
 from servesim.profiler.silicon.moe import moe_times
 from servesim.profiler.silicon.provenance import Sources, provenance
 from servesim.profiler.silicon.skew import skew_rows
+from servesim.profiler.silicon.tables import silicon_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
     from servesim.profiler.bundle_writer import BundleContent, Row
     from servesim.profiler.grids import Windows
-    from servesim.profiler.job import ProfileJob
-    from servesim.profiler.meter import AttentionBatch, Provenance
+    from servesim.profiler.meter import AttentionBatch, ProfileJob, Provenance
     from servesim.profiler.silicon.gemm import GemmTimes
     from servesim.profiler.silicon.tables import Gpu
 

@@ -14,7 +14,7 @@ from servesim.profiler.silicon.skew import BUCKET_AXES, skew_summary
 
 if TYPE_CHECKING:
     from servesim.profiler.bundle_writer import BundleContent
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
     from servesim.profiler.silicon.attention import AttentionTimes
     from servesim.profiler.silicon.gemm import GemmTimes
     from servesim.profiler.silicon.moe import MoeTimes

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.errors import InputError, MissingFileError
+from servesim.profiler.silicon import tables
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from servesim.specs.hardware import HardwareSpec
 
 PACKAGE = "aiconfigurator-core"
 LICENCE = "Apache-2.0"
@@ -177,3 +180,165 @@ def _description(gpu: str) -> dict[str, Any]:
         )
     described: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return described
+
+
+ALSO_STATED_GBS = {"rtx_pro_6000_server": 1597.0}
+"""Memory bandwidths that a maker's data sheet gives and the package does not: of the Server Edition (the
+package has the Workstation Edition's)."""
+SAME = 0.01
+"""Data sheets round their figures by up to this share."""
+
+
+def other_rates(hardware: HardwareSpec) -> list[str]:
+    """Rates of the hardware file that the measured GPU does not have, one each; empty: it is that GPU.
+
+    Kernels were measured on one GPU. They are not those of an accelerator that a file describes otherwise, by
+    an edited bandwidth for one.
+
+    Raises:
+        InputError: the package is not there.
+    """
+    gpu = hardware.silicon or ""
+    stated = [("memory_bandwidth_gbs", hardware.memory_bandwidth_gbs, tables.nominal_bandwidth(gpu) / 1e9)]
+    if gpu in ALSO_STATED_GBS and _same(hardware.memory_bandwidth_gbs, ALSO_STATED_GBS[gpu]):
+        stated = []
+    measured = tables.nominal_tflops(gpu)
+    stated += [
+        (f"peak_tflops.{dtype}", tflops, measured[dtype])
+        for dtype, tflops in hardware.peak_tflops.items()
+        if dtype in measured
+    ]
+    if hardware.link is not None and tables.has_fast_links(gpu):
+        stated.append(("link.bandwidth_gbs", hardware.link.bandwidth_gbs, tables.link_bandwidth(gpu) / 1e9))
+    return [
+        f"{name} {here:g}, measured GPU {there:g}"
+        for name, here, there in stated
+        if here is not None and not _same(here, there)
+    ]
+
+
+def _same(here: float | None, there: float) -> bool:
+    return here is not None and abs(here / there - 1) <= SAME
+
+
+def silicon_gpu(hardware: HardwareSpec) -> Gpu:
+    """The GPU's facts, or an InputError naming the field of the hardware file that is missing or is another
+    GPU's."""
+    tables.package_version()
+    where = f"configs/hardware/{hardware.name}.yaml"
+    if hardware.silicon is None:
+        raise InputError(
+            f"{where}: silicon: is missing; it names the GPU in the public kernel measurements "
+            f"(there are {', '.join(tables.available_gpus())})"
+        )
+    if hardware.l2_mib is None or hardware.sm_count is None:
+        missing = "l2_mib" if hardware.l2_mib is None else "sm_count"
+        raise InputError(f"{where}: {missing}: is missing; kernel times are derived from it")
+    if others := other_rates(hardware):
+        raise InputError(
+            f"{where}: {', '.join(others)}: kernels were measured on {hardware.silicon} as it is, and "
+            "are not scaled to other rates; use --source roofline for this file, or correct it"
+        )
+    return Gpu(
+        folder=hardware.silicon,
+        bandwidth_bytes_s=tables.nominal_bandwidth(hardware.silicon),
+        l2_bytes=hardware.l2_mib * 2**20,
+        sm_count=hardware.sm_count,
+        peak_flops_s=tuple((dtype, 1e12 * rate) for dtype, rate in sorted(hardware.peak_tflops.items())),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """``unit`` is what one counts; ``evidence`` is how that is known."""
+
+    unit: str
+    evidence: str
+
+
+MILLISECONDS = Column(
+    "ms",
+    "physics: the quickest GEMMs of a GPU reach 0.82 to 0.99 of its bf16 peak rate and 0.87 to 0.99 of "
+    "its memory bandwidth when read as ms",
+)
+COLUMNS: dict[str, dict[str, Column]] = {
+    "gemm_perf": {
+        "latency": MILLISECONDS,
+        "m": Column(
+            "rows: tokens of the step", "physics: 2*m*n*k reaches 0.82 to 0.99 of the bf16 peak rate"
+        ),
+        "n": Column("columns of the result on one GPU", "physics: as m"),
+        "k": Column("inner size on one GPU", "physics: as m; n and k apart by the weights' bytes, n*k"),
+        "gemm_dtype": Column(
+            "dtype of weights and arithmetic",
+            "physics: fp8 rows read half the weight bytes at the same 0.8 to 0.95 of the memory bandwidth",
+        ),
+    },
+    "context_attention_perf": {
+        "latency": MILLISECONDS,
+        "batch_size": Column(
+            "sequences of isl tokens each",
+            "physics: 2*b*heads*head_dim*isl*(isl+1) reaches 0.58 to 0.80 of the bf16 peak rate",
+        ),
+        "isl": Column("query tokens of one sequence, all of them new", "physics: as batch_size; causal"),
+        "num_heads": Column("query heads on one GPU", "query: heads / tp; physics: as batch_size"),
+        "num_key_value_heads": Column("KV heads on one GPU", "query: KV heads / tp, at least one"),
+        "head_dim": Column("elements of one head", "physics: as batch_size"),
+        "window_size": Column("tokens; 0: the whole context", "query: sliding layers ask with their window"),
+        "kv_cache_dtype": Column(
+            "dtype of the KV cache", "query; arithmetic too on data-centre Blackwell: 1.16 of the bf16 rate"
+        ),
+    },
+    "generation_attention_perf": {
+        "latency": MILLISECONDS,
+        "batch_size": Column(
+            "sequences of one new token each",
+            "physics: b*(step+1) tokens of KV reach 0.85 to 0.98 of the memory bandwidth beyond 4 times L2",
+        ),
+        "step": Column(
+            "tokens in the cache before the new one",
+            "query: lengths asked for are isl + step, isl always 1 and step 2^i - 1",
+        ),
+        "num_heads": Column("query heads on one GPU", "query: heads / tp"),
+        "num_key_value_heads": Column("KV heads on one GPU", "query: KV heads / tp; physics: as batch_size"),
+        "head_dim": Column("elements of one head", "physics: as batch_size"),
+        "window_size": Column("tokens; 0: the whole context", "query: sliding layers ask with their window"),
+        "kv_cache_dtype": Column("dtype of the KV cache", "physics: half the bytes at the same bandwidth"),
+    },
+    "moe_perf": {
+        "latency": MILLISECONDS,
+        "num_tokens": Column(
+            "tokens of all ranks together, each sent to topk experts",
+            "physics: 6*tokens*topk*hidden*inter / (tp*ep) reaches up to 0.74 of the peak rate; tokens of "
+            "one rank would be 77 times it at moe_ep_size 256",
+        ),
+        "topk": Column("experts of one token", "physics: as num_tokens"),
+        "num_experts": Column(
+            "experts of the layer, over all ranks", "query: of the model; physics: weight bytes"
+        ),
+        "hidden_size": Column("elements of one token", "query: of the model"),
+        "inter_size": Column(
+            "width of one expert before it is cut in moe_tp_size slices",
+            "query: of the model; physics: the slice's width would be 2.3 times the peak rate at tp 4",
+        ),
+        "moe_tp_size": Column("slices that each expert is cut in", "physics: as inter_size"),
+        "moe_ep_size": Column("ranks that share the experts", "physics: as num_tokens"),
+        "moe_dtype": Column("dtype of the experts' weights", "query"),
+        "distribution": Column("load of the experts, by name", "query: workload_distribution"),
+    },
+    "custom_allreduce_perf": {
+        "latency": MILLISECONDS,
+        "num_gpus": Column("ranks", "query: tp"),
+        "message_size": Column(
+            "elements that one rank brings, of the allreduce_dtype: not bytes",
+            "query: 2048 tokens of hidden size 8192 give the row 16777216; physics: as 16-bit elements eight "
+            "H100 reach 469 GB/s of bus bandwidth (link 450, with reduction in the switch at most 700), as "
+            "bytes none of ten GPUs more than 0.52 of its link; NCCL's table counts alike, and there gathers "
+            "of int8 and half take the same time (within 1 %) at the same bytes when read as elements; read "
+            "as bytes, half would take 1.8 to 2 times as long",
+        ),
+        "allreduce_dtype": Column("dtype of an element", "query: comm quant mode half, 2 bytes"),
+        "backend": Column("launched one by one (eager) or in a CUDA graph", "query: vLLM asks for graph"),
+    },
+}
+"""Table -> column -> what it counts."""

@@ -15,7 +15,7 @@ from servesim.profiler.torch_source.formats import activation_dtype, gemm, rando
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
     from servesim.profiler.shapes import RankShapes
     from servesim.profiler.torch_source.device import Device
     from servesim.specs.architecture import LayerEntry

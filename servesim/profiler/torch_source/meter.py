@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from servesim.profiler.bundle_writer import BundleContent, Row
-    from servesim.profiler.job import ProfileJob
-    from servesim.profiler.meter import AttentionBatch
+    from servesim.profiler.meter import AttentionBatch, ProfileJob
     from servesim.profiler.torch_source.device import Device
 
 POOL_SHARE = 0.7

@@ -15,8 +15,7 @@ from servesim.specs.dtypes import dtype_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from servesim.profiler.job import ProfileJob
-    from servesim.profiler.meter import AttentionBatch
+    from servesim.profiler.meter import AttentionBatch, ProfileJob
     from servesim.profiler.shapes import RankShapes
     from servesim.profiler.torch_source.device import Device
 

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from servesim.profiler.bundle_writer import BundleContent, Row
-    from servesim.profiler.job import ProfileJob
-    from servesim.profiler.meter import AttentionBatch
+    from servesim.profiler.meter import AttentionBatch, ProfileJob
 
 OLDEST = (0, 19)
 _EXTENSION = "servesim.profiler.vllm_source.extension.LayerTimes"

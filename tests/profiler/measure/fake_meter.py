@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from servesim.profiler.job import ProfileJob
 from servesim.profiler.measure.grid import SweepGrid
-from servesim.profiler.meter import Provenance
+from servesim.profiler.meter import ProfileJob, Provenance
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import HardwareSpec
 from servesim.specs.model import load_model

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from servesim.profiler.measure.skew_fit import SKEW_HEADER, SkewSample, bucket_of, fit_skew, sample_of
+from servesim.profiler.measure.bundle import SKEW_HEADER, SkewSample, bucket_of, fit_skew, sample_of
 from servesim.specs.reading import read_yaml_object
 from tests.recorded import recorded_path
 

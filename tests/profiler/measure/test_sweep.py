@@ -21,7 +21,7 @@ from tests.profiler.measure.fake_meter import GRID, FakeMeter, PulledPlug, job
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from servesim.profiler.job import ProfileJob
+    from servesim.profiler.meter import ProfileJob
     from servesim.profiler.sweep import SweepReport
 
 ALL = MeasureOptions()

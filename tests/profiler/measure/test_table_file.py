@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from servesim.errors import InputError
-from servesim.profiler.measure.table_file import TableFile
+from servesim.profiler.measure.work_folder import TableFile
 
 if TYPE_CHECKING:
     from pathlib import Path
