@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
-
 from servesim.errors import InputError
 from servesim.specs import paths
+from servesim.specs.checked import Field, field_validator, model_validator
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.validation import Spec, joined, list_as_tuple, nearest, validated
 
@@ -24,7 +23,7 @@ KINDS: tuple[Kind, ...] = ("dense", "per_sequence", "attention", "moe")
 class LayerEntry(Spec):
     """Where a profiler finds a layer inside the engine."""
 
-    class_name: Annotated[str, Field(min_length=1, alias="class")]
+    class_name: Annotated[str, Field(min_length=1)] = Field(alias="class")
     """The engine's module class."""
     within: Annotated[str, Field(min_length=1)] | None = None
     """The enclosing class, where the class alone is ambiguous."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from servesim.errors import InputError
 from servesim.specs import memories, paths
+from servesim.specs.checked import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 from servesim.specs.flags import renamed
 from servesim.specs.hardware import EngineSpec, HardwareSpec, load_hardware
 from servesim.specs.memories import Word
@@ -223,12 +222,17 @@ class ClusterSpec(Spec):
     nodes: Annotated[tuple[NodeSpec, ...], BeforeValidator(list_as_tuple), Field(min_length=1)]
     cxl_mem: memories.CxlMemory | None = None
 
-    _source: str = PrivateAttr("cluster")
-
     @property
     def source(self) -> str:
         """The file the cluster was read from, for messages."""
-        return self._source
+        source: str = vars(self).get("_source", "cluster")
+        return source
+
+    def named(self, source: str) -> Self:
+        """The same cluster, read from ``source``; copies of it keep the name."""
+        made = self.model_copy()
+        vars(made)["_source"] = source
+        return made
 
     @property
     def instances(self) -> list[tuple[int, InstanceSpec]]:
@@ -269,8 +273,7 @@ def load_cluster(source: str | os.PathLike[str] | Mapping[str, Any]) -> ClusterS
     else:
         data, name = source, "cluster"
     data = {key: value for key, value in data.items() if key != "$schema"}  # editors' own key
-    cluster = validated(ClusterSpec, data, name)
-    cluster._source = name
+    cluster = validated(ClusterSpec, data, name).named(name)
     check_structure(cluster)
     return cluster
 
@@ -314,9 +317,7 @@ def with_spread_experts(cluster: ClusterSpec) -> ClusterSpec:
     nodes = [
         node.model_copy(update={"instances": tuple(map(spread, node.instances))}) for node in cluster.nodes
     ]
-    changed = cluster.model_copy(update={"nodes": tuple(nodes)})
-    changed._source = cluster.source
-    return changed
+    return cluster.model_copy(update={"nodes": tuple(nodes)})
 
 
 def in_copies(cluster: ClusterSpec, copies: int, *, shared_experts: bool = False) -> ClusterSpec:
@@ -353,9 +354,7 @@ def in_copies(cluster: ClusterSpec, copies: int, *, shared_experts: bool = False
         )
         first += len(node.instances)
         nodes.append(node.model_copy(update={"instances": members, "num_instances": len(members)}))
-    changed = cluster.model_copy(update={"nodes": tuple(nodes)})
-    changed._source = cluster.source
-    return changed
+    return cluster.model_copy(update={"nodes": tuple(nodes)})
 
 
 def with_hardware(
@@ -389,7 +388,6 @@ def with_hardware(
         # latency_us is what two ranks' all-reduce of next to nothing takes: two passes of one hop.
         changes |= {"link_bw": spec.link.bandwidth_gbs, "link_latency": spec.link.latency_us * 1e3 / 2}
     changed = cluster.model_copy(update=changes)
-    changed._source = cluster.source
     check_structure(changed)
     return changed
 

@@ -1,4 +1,4 @@
-"""Command-line flags generated from a pydantic model: a flag, its help and its check are written once."""
+"""Command-line flags generated from a class's fields: a flag, its help and its check are written once."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel
-
+from servesim.specs.checked import Checked
 from servesim.specs.dtypes import word_unless
 from servesim.specs.validation import validated
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from pydantic.fields import FieldInfo
-
+    from servesim.specs.checked import FieldInfo
     from servesim.specs.validation import Location
 
-OptionsT = TypeVar("OptionsT", bound=BaseModel)
+OptionsT = TypeVar("OptionsT", bound=Checked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +98,7 @@ def _key(flag: str) -> str:
 
 def add_flags(
     parser: argparse.ArgumentParser,
-    model: type[BaseModel],
+    model: type[Checked],
     *,
     only: Collection[str] | None = None,
     exclude: Collection[str] = (),

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
-from typing_extensions import TypeAliasType
-
 from servesim.errors import MissingFileError
 from servesim.specs import paths
+from servesim.specs.checked import BeforeValidator, Discriminator, Field, Tag
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.validation import BandwidthGbs, Count, SizeGb, Spec, Unit, list_as_tuple, validated
 
@@ -26,14 +24,11 @@ def _number_or_list(value: object) -> str:
 Fraction = Annotated[float, Field(ge=1e-6, le=2)]
 """Above 1 where a datasheet understates what the chip does."""
 Point = Annotated[tuple[Annotated[float, Field(ge=0, le=1e9)], Fraction], BeforeValidator(list_as_tuple)]
-Share = TypeAliasType(
-    "Share",
-    Annotated[
-        Annotated[Fraction, Tag("number")]
-        | Annotated[tuple[Point, ...], BeforeValidator(list_as_tuple), Field(min_length=1), Tag("list")],
-        Discriminator(_number_or_list),
-    ],
-)
+Share = Annotated[
+    Annotated[Fraction, Tag("number")]
+    | Annotated[tuple[Point, ...], BeforeValidator(list_as_tuple), Field(min_length=1), Tag("list")],
+    Discriminator(_number_or_list),
+]
 """Share of a peak rate that kernels reach: a number, or a curve of (size, share) points.
 
 The size is the step's tokens, or its sequences for a decode share; between points the share is linear in the

@@ -10,8 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
+from servesim.specs.checked import Field
 from servesim.specs.validation import BandwidthGbs, Count, LatencyNs, SizeGb, Spec
 
 if TYPE_CHECKING:

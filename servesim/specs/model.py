@@ -7,10 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, InstanceOf, field_validator, model_validator
-
 from servesim.errors import InputError, MissingFileError, NotSupportedError
 from servesim.specs import paths
+from servesim.specs.checked import Field, InstanceOf, field_validator, model_validator
 from servesim.specs.dtypes import dtype_bytes
 from servesim.specs.families import families, model_type_of, read_layers
 from servesim.specs.families.generic import refuse_other_layers, standard_block
@@ -52,7 +51,7 @@ class ModelSpec(Spec):
     """``<org>/<name>``, or the last part of the path a model was given by: a label for people."""
     path: str = Field(default="", exclude=True, repr=False)
     """What the user gave where that is a path and no name; commands that are printed repeat it."""
-    layers: InstanceOf[ModelLayers] = Field(default=None, exclude=True, repr=False)  # type: ignore[assignment]
+    layers: Annotated[ModelLayers, InstanceOf()] = Field(default=None, exclude=True, repr=False)
     """What it is a list of: sizes of weights and KV cache come from here."""
     model_type: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     """Names the architecture file ``profiler/models/<model_type>.yaml``."""

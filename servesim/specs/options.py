@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
-
 from servesim.errors import InputError
 from servesim.specs import acting
+from servesim.specs.checked import BeforeValidator, Field, model_validator
 from servesim.specs.dtypes import (
     KV_CACHE_ALIASES,
     KV_CACHE_DTYPES,
@@ -616,20 +615,13 @@ class RuntimeOptions(Spec):
 
         def __init__(self, **values: Any) -> None:
             """Raises InputError, as everything else does, when a value is not allowed."""
-            from pydantic import ValidationError
-
-            from servesim.specs.validation import field_path, joined, no_text, problems
+            from servesim.specs.checked import ValidationError
+            from servesim.specs.validation import field_path, joined, problems
 
             try:
                 super().__init__(**values)
             except ValidationError as error:
                 raise InputError(joined("options", problems(error, type(self), field_path))) from None
-            except UnicodeEncodeError as error:
-                raise no_text(error, "options") from None
-
-        __init__.__pydantic_base_init__ = (
-            True  # model_validate goes its own way and reports all problems itself
-        )
 
     def replace(self, **changes: Any) -> Self:
         """These options with some changed, checked again. What the user set stays in ``model_fields_set``."""

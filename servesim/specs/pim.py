@@ -10,10 +10,9 @@ import configparser
 from glob import escape
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
-
 from servesim.errors import InputError
 from servesim.specs import paths
+from servesim.specs.checked import Field
 from servesim.specs.reading import read_text
 from servesim.specs.validation import Count, LatencyNs, SizeGb, Spec, Unit, validated
 

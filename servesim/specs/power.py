@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
-
+from servesim.specs.checked import Field
 from servesim.specs.validation import Count, PowerW, SizeGb, Spec, Unit
 
 EnergyPerBitPj = Annotated[float, Field(ge=0, le=1e6), Unit("pJ/bit")]

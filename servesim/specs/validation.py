@@ -1,4 +1,4 @@
-"""The base of every description a user writes, and pydantic's findings as one message in servesim's form.
+"""The base of every description a user writes, and findings about one as one message in servesim's form.
 
 ``configs/cluster/x.json: nodes[0].instances[1].npu_mem.mem_size: -3 is not allowed; must be > 0 GB``
 """
@@ -14,48 +14,33 @@ from difflib import get_close_matches
 from itertools import takewhile
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from servesim.errors import InputError
+from servesim.specs.checked import Checked, Field, ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from servesim.specs.checked import Finding
+
     Location = Sequence[int | str]
 
-SpecT = TypeVar("SpecT", bound=BaseModel)
+SpecT = TypeVar("SpecT", bound=Checked)
 
 _SHOWN_CHARACTERS = 60
 _NEAR = 0.68
 """Share of like letters from which on a word is taken for a slip of another: ``phi3`` is no ``phimoe``."""
 _SHOWN = 8  # problems listed before "and N more"
-_UNION_TAGS = frozenset({"number", "list"})
-"""Tags of our `number or list` unions; pydantic puts them into locations, users never wrote them."""
 _EXPECTED_TYPES = {
     "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "int_parsing_size": "a whole number below 2**63",
     "float_type": "a number",
-    "float_parsing": "a number",
     "bool_type": "true or false",
-    "bool_parsing": "true or false",
     "string_type": "a text",
-    "string_too_short": "a text that is not empty",
     "finite_number": "a finite number",
     "model_type": "an object {...}",
-    "model_attributes_type": "an object {...}",
     "dict_type": "an object {...}",
     "tuple_type": "a list [...]",
-    "list_type": "a list [...]",
-    "union_tag_not_found": "a number, or a list of numbers",
 }
-_BOUNDS = {
-    "greater_than": ("gt", ">"),
-    "greater_than_equal": ("ge", ">="),
-    "less_than": ("lt", "<"),
-    "less_than_equal": ("le", "<="),
-}
+_BOUNDS = {"greater_than_equal": ">=", "less_than_equal": "<="}
 
 
 def validated(
@@ -70,14 +55,6 @@ def validated(
         return model.model_validate(data)
     except ValidationError as error:
         raise InputError(joined(source, problems(error, model, path or field_path))) from None
-    except UnicodeEncodeError as error:
-        raise no_text(error, source) from None
-
-
-def no_text(error: UnicodeEncodeError, source: str = "") -> InputError:
-    """The refusal of a value with bytes that are no UTF-8 text, such as an argument in another encoding."""
-    prefix = f"{source}: " if source else ""
-    return InputError(f"{prefix}{ascii(error.object)[:60]} is not allowed; must be text in UTF-8")
 
 
 def joined(source: str, found: Sequence[str]) -> str:
@@ -89,7 +66,7 @@ def joined(source: str, found: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def problems(error: ValidationError, model: type[BaseModel], path: Callable[[Location], str]) -> list[str]:
+def problems(error: ValidationError, model: type[Checked], path: Callable[[Location], str]) -> list[str]:
     """Every finding as ``path: what was found; what is allowed``, unknown keys first.
 
     A missing key is left out when an unknown key beside it is evidently its misspelling.
@@ -97,9 +74,9 @@ def problems(error: ValidationError, model: type[BaseModel], path: Callable[[Loc
     unknown: list[str] = []
     others: list[tuple[tuple[int | str, ...], str]] = []
     misspelt: set[tuple[int | str, ...]] = set()
-    for finding in error.errors(include_url=False):
-        location = tuple(part for part in finding["loc"] if part not in _UNION_TAGS)
-        if finding["type"] == "extra_forbidden":
+    for finding in error.findings:
+        location = finding.location
+        if finding.kind == "extra_forbidden":
             key, parent = str(location[-1]), location[:-1]
             owner = _model_at(model, parent)
             known = list(owner.model_fields) if owner else []
@@ -173,36 +150,47 @@ def shown(value: object) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 
-def _problem(finding: Any, model: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    kind, context = finding["type"], finding.get("ctx", {})
+def _problem(finding: Finding, model: type[Checked], location: tuple[int | str, ...]) -> str:
+    kind, limit = finding.kind, finding.limit
     if kind == "missing":
         return "is missing; it is required"
     if kind == "value_error":
-        return str(context["error"])
-    value = shown(finding["input"])
+        return str(limit)
+    if kind == "no_text":
+        return f"{ascii(finding.input)[:60]} is not allowed; must be text in UTF-8"
+    value = shown(finding.input)
     if kind in _BOUNDS:
-        name, sign = _BOUNDS[kind]
         unit = _unit_at(model, location)
-        return f"{value} is not allowed; must be {sign} {context[name]:g}{f' {unit}' if unit else ''}"
+        return f"{value} is not allowed; must be {_BOUNDS[kind]} {limit:g}{f' {unit}' if unit else ''}"
     if kind == "literal_error":
-        choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
-        near = nearest(str(finding["input"]), choices)
+        choices = [str(choice) for choice in limit]
+        near = nearest(str(finding.input), choices)
         ask = f"; did you mean {near!r}?" if near else ""
         return f"{value} is not allowed; must be one of {', '.join(choices)}{ask}"
     if kind in _EXPECTED_TYPES:
         return f"{value} is not allowed; must be {_EXPECTED_TYPES[kind]}"
-    if kind == "too_short" and isinstance(finding["input"], str):
-        return f"{value} is not allowed; must be {_EXPECTED_TYPES['string_too_short']}"
+    if kind == "too_short" and isinstance(finding.input, str):
+        return f"{value} is not allowed; must be a text that is not empty"
     if kind == "too_short":
-        return f"needs at least {context['min_length']} of them, not {context['actual_length']}"
+        return f"needs at least {limit} of them, not {_length(finding.input)}"
+    if kind == "too_long" and isinstance(finding.input, str):
+        return f"{value} is not allowed; must be at most {limit} characters"
+    if kind == "too_long":
+        return f"may have at most {limit} of them, not {_length(finding.input)}"
     if kind == "string_pattern_mismatch":
         return f"{value} is not allowed; letters, digits and . _ + - only"
-    return f"{value} is not allowed; {finding['msg'][0].lower()}{finding['msg'][1:]}"
+    if kind == "invalid_key":
+        return f"{value} is not allowed; a key must be a text"
+    return f"{value} is not allowed; must be {'nothing' if limit is None else f'a {limit}'}"
 
 
-def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel] | None:
+def _length(value: Any) -> int:
+    return len(value)
+
+
+def _model_at(model: type[Checked], location: tuple[int | str, ...]) -> type[Checked] | None:
     """The model whose object stands at ``location``."""
-    current: type[BaseModel] | None = model
+    current: type[Checked] | None = model
     for part in location:
         if isinstance(part, int) or current is None:
             continue
@@ -213,14 +201,14 @@ def _model_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[B
     return current
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _models_in(annotation: Any) -> Iterator[type[Checked]]:
+    if isinstance(annotation, type) and issubclass(annotation, Checked):
         yield annotation
     for argument in get_args(annotation):
         yield from _models_in(argument)
 
 
-def _unit_at(model: type[BaseModel], location: tuple[int | str, ...]) -> str | None:
+def _unit_at(model: type[Checked], location: tuple[int | str, ...]) -> str | None:
     names = [index for index, part in enumerate(location) if isinstance(part, str)]
     if not names:
         return None
@@ -248,17 +236,8 @@ def _metadata_in(annotation: Any) -> Iterator[Any]:
             yield from _metadata_in(argument)
 
 
-class Spec(BaseModel):
-    """Frozen pydantic model: ``"8"`` is no integer, ``true`` no number, NaN and inf no measurements."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        protected_namespaces=(),  # `model_name` and `model_type` are field names of ours
-        defer_build=True,  # validators are built on first use: --help never needs them
-    )
+class Spec(Checked):
+    """Frozen and strict: ``"8"`` is no integer, ``true`` no number, NaN and inf no measurements."""
 
 
 @dataclass(frozen=True, slots=True)

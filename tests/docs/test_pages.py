@@ -6,12 +6,12 @@ import re
 from typing import TYPE_CHECKING, Any, get_args
 
 import pytest
-from pydantic import BaseModel
 
 import servesim
 from docs import refresh
 from servesim.results.csv import COLUMNS
 from servesim.results.steps import FILE_COLUMNS
+from servesim.specs.checked import Checked
 from servesim.specs.cluster import ClusterSpec
 from servesim.workload.jsonl import REQUEST_KEYS, SESSION_KEYS, SUB_REQUEST_KEYS
 
@@ -25,14 +25,14 @@ def _terms(page: str) -> set[str]:
     return set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)))
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _models(annotation: Any) -> Iterator[type[Checked]]:
+    if isinstance(annotation, type) and issubclass(annotation, Checked):
         yield annotation
     for part in get_args(annotation):
         yield from _models(part)
 
 
-def _keys(model: type[BaseModel]) -> set[str]:
+def _keys(model: type[Checked]) -> set[str]:
     """Names of the fields of a model and of the models in it."""
     found = set(model.model_fields)
     for field in model.model_fields.values():

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import pytest
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
-from typing_extensions import TypeAliasType
 
 from servesim.__main__ import main
 from servesim.errors import InputError
 from servesim.specs.architecture import Architecture
+from servesim.specs.checked import Checked, Declared
 from servesim.specs.cluster import ClusterSpec
 from servesim.specs.families import read_layers
 from servesim.specs.hardware import HardwareSpec
@@ -42,11 +40,9 @@ def numbers(
     annotation: Any, constraints: tuple[Any, ...], name: str
 ) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(name, constraints) of every int and float inside a type."""
-    if isinstance(annotation, TypeAliasType):
-        annotation = annotation.__value__
     if get_origin(annotation) is Annotated:
         yield from numbers(get_args(annotation)[0], (*constraints, *annotation.__metadata__), name)
-    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    elif isinstance(annotation, type) and issubclass(annotation, Checked):
         for key, field in annotation.model_fields.items():
             yield from numbers(field.annotation, tuple(field.metadata), f"{annotation.__name__}.{key}")
     elif get_origin(annotation) is typing.Literal:
@@ -63,14 +59,10 @@ def numbers(
 def bounds(constraints: tuple[Any, ...]) -> tuple[float, float]:
     """The lowest and highest value that is allowed."""
     low, high = -math.inf, math.inf
-    flat = [
-        part
-        for entry in constraints
-        for part in (entry.metadata if isinstance(entry, FieldInfo) else [entry])
-    ]
-    for entry in flat:
-        low = max(low, getattr(entry, "ge", low))
-        high = min(high, getattr(entry, "le", high))
+    for entry in constraints:
+        if isinstance(entry, Declared):
+            low = low if entry.ge is None else max(low, entry.ge)
+            high = high if entry.le is None else min(high, entry.le)
     return low, high
 
 

@@ -161,7 +161,7 @@ def test_a_file_may_name_its_schema(tmp_path: Path) -> None:
 
 def test_a_cluster_cannot_be_changed() -> None:
     loaded = load_cluster(cluster())
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(AttributeError, match="frozen"):
         loaded.num_nodes = 2  # type: ignore[misc]
 
 

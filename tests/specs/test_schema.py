@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
@@ -13,21 +12,10 @@ from servesim.specs.dtypes import KV_CACHE_DTYPES
 from servesim.specs.schema import SCHEMA_FILE, cluster_schema, main
 
 
-def outline(schema: dict[str, Any]) -> dict[str, Any]:
-    """What no release of pydantic spells differently: the objects, their keys, and which are required."""
-    objects = {"ClusterSpec": schema, **schema["$defs"]}
-    return {
-        name: (sorted(found["properties"]), sorted(found.get("required", [])), found["additionalProperties"])
-        for name, found in objects.items()
-    }
-
-
 def test_the_shipped_schema_is_up_to_date() -> None:
     shipped = json.loads((paths.packaged_data_dir() / SCHEMA_FILE).read_text(encoding="utf-8"))
     made = cluster_schema()
-    assert outline(shipped) == outline(made), "run: python -m servesim.specs.schema"
-    if shipped["$comment"] == made["$comment"]:
-        assert shipped == made, "run: python -m servesim.specs.schema"
+    assert shipped == made, "run: python -m servesim.specs.schema"
 
 
 def test_the_command_writes_the_schema(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
