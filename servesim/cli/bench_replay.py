@@ -31,6 +31,18 @@ _NOT_IDENTITY = (
 )
 """Arguments that do not decide what is recorded."""
 
+_OF_A_SERVER: dict[str, Any] = {
+    "url": "http://127.0.0.1:8000",
+    "server": "vllm",
+    "endpoint": "completions",
+    "prompts": "auto",
+    "api_key": None,
+    "extra_body": None,
+    "max_duration": 3600.0,
+    "timeout": 600.0,
+}
+"""Arguments that only a server knows, with their defaults."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The action's flags."""
@@ -80,26 +92,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = server.add_argument
     add(
         "--url",
-        default="http://127.0.0.1:8000",
+        default=_OF_A_SERVER["url"],
         help="base address (default: http://127.0.0.1:8000)",
     )
     add(
         "--server",
         choices=("vllm", "openai"),
-        default="vllm",
+        default=_OF_A_SERVER["server"],
         help="vllm: exact output lengths and token counts per chunk; openai: only what every server knows "
         "(default: vllm)",
     )
     add(
         "--endpoint",
         choices=("completions", "chat"),
-        default="completions",
+        default=_OF_A_SERVER["endpoint"],
         help="/v1/completions or /v1/chat/completions (default: completions)",
     )
     add(
         "--prompts",
         choices=("auto", "ids", "text"),
-        default="auto",
+        default=_OF_A_SERVER["prompts"],
         help="token ids, or text of about the same length; auto: ids for completions of vLLM (default: auto)",
     )
     add("--api-key", metavar="KEY", help=f"sent, never written (default: ${_KEY_VARIABLE})")
@@ -111,14 +123,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-duration",
         type=float,
-        default=3600.0,
+        default=_OF_A_SERVER["max_duration"],
         metavar="SECONDS",
         help="longest time that one answer may take (default: 3600)",
     )
     add(
         "--timeout",
         type=float,
-        default=600.0,
+        default=_OF_A_SERVER["timeout"],
         metavar="SECONDS",
         help="longest silence of the server within a request (default: 600)",
     )
@@ -167,9 +179,12 @@ def check(args: argparse.Namespace) -> None:
     if args.engine == "vllm":
         if not args.model:
             raise InputError("--engine vllm: needs --model, the name or folder of the model to load")
-        if args.prompts == "text" or args.endpoint == "chat" or args.extra_body:
+        changed = [name for name, usual in _OF_A_SERVER.items() if getattr(args, name) != usual]
+        if changed:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
             raise InputError(
-                "--engine vllm: takes token ids, and knows no --prompts text, --endpoint chat or --extra-body"
+                f"{flags}: has no effect with --engine vllm, which runs in this process; leave it "
+                "out, or record a server with --engine http"
             )
         return
     if args.prompts == "ids" and args.endpoint == "chat":

@@ -42,7 +42,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("model", nargs="?", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
     add("--hardware", help="names configs/hardware/<name>.yaml and the bundles' folder")
     add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, type=word_unless(kv_refusal), default="auto",
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, type=word_unless(kv_refusal),
         help="KV cache (default: auto)")  # fmt: skip
     add(
         "--tp",
@@ -50,8 +50,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="tensor-parallel degree (default: 1; of the matrix: any of 1, 2, 4 and 8)",
     )
-    add("--max-num-batched-tokens", type=int, default=2048, metavar="T", help="largest step (default: 2048)")
-    add("--max-num-seqs", type=int, default=128, metavar="S", help="most sequences of a step (default: 128)")
+    add("--max-num-batched-tokens", type=int, metavar="T", help="largest step (default: 2048)")
+    add("--max-num-seqs", type=int, metavar="S", help="most sequences of a step (default: 128)")
     add("--max-context", type=int, metavar="T", help="longest context (default: the model's)")
     add(
         "--matrix",
@@ -63,8 +63,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(args: argparse.Namespace) -> int:
     """Print the answer; returns the exit status."""
-    if args.tp is not None and args.tp < 1:
-        raise InputError(f"--tp: {args.tp} is not allowed; must be at least 1")
+    check(args)
     if args.matrix:
         answers = matrix(args)
     elif args.model is None or args.hardware is None:
@@ -78,6 +77,24 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(single_text(answers[0]))
     return 0 if any(answer.usable for answer in answers) else 1
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers below 1, and what a matrix of all variants cannot follow.
+
+    Raises:
+        InputError: one of them.
+    """
+    for name in ("tp", "max_num_batched_tokens", "max_num_seqs", "max_context"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')}: {value} is not allowed; must be at least 1")
+    for name in ("dtype", "kv_cache_dtype", "max_num_batched_tokens", "max_num_seqs", "max_context"):
+        if args.matrix and getattr(args, name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')}: has no effect with --matrix, which shows four variants and no "
+                "ranges; leave it out, or give a MODEL and --hardware without --matrix"
+            )
 
 
 def single(args: argparse.Namespace) -> Answer:
@@ -95,16 +112,17 @@ def single(args: argparse.Namespace) -> Answer:
         architecture=load_architecture(model.model_type),
         hardware=known_hardware(args.hardware),
         dtype=args.dtype or model.torch_dtype,
-        kv_cache_dtype=args.kv_cache_dtype,
+        kv_cache_dtype=args.kv_cache_dtype or "auto",
         tp_degrees=(args.tp or 1,),
     )
     context = args.max_context or model.max_position_embeddings
+    tokens, sequences = args.max_num_batched_tokens or 2048, args.max_num_seqs or 128
     asked = {
-        "tokens": args.max_num_batched_tokens,
-        "sequences": args.max_num_seqs,
-        "chunk": args.max_num_batched_tokens,
+        "tokens": tokens,
+        "sequences": sequences,
+        "chunk": tokens,
         "history": context,
-        "decodes": args.max_num_seqs,
+        "decodes": sequences,
         "decode KV": context,
     }
     return answer(job, asked)

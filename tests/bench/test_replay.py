@@ -384,7 +384,10 @@ def test_a_server_that_lists_no_models_has_to_be_told_one(capsys: pytest.Capture
         (["--url", "http://me:pw@127.0.0.1"], "must not hold a user or password"),
         (["--endpoint", "chat", "--prompts", "ids"], "takes only text"),
         (["--engine", "vllm"], "needs --model"),
-        (["--engine", "vllm", "--model", "m", "--endpoint", "chat"], "takes token ids"),
+        (
+            ["--engine", "vllm", "--model", "m", "--endpoint", "chat"],
+            "--endpoint: has no effect with --engine vllm",
+        ),
         (["--extra-body", "{oops"], "--extra-body"),
         (["--dataset", "none.jsonl"], "none.jsonl"),
     ],
