@@ -11,6 +11,8 @@ os.environ["SERVESIM_AUTO_PROFILE"] = (
     "0"  # no test depends on what happens to be installed; commands inherit it
 )
 
+os.environ["SERVESIM_CACHE"] = "0"  # nor on what an earlier run kept
+
 for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)  # what is printed depends on no screen
 

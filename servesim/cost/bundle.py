@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from servesim.cost.bundle_csv import check_grid, read_labelled, read_numbers, refuse_repeats, stated_stamps
+from servesim.cost.bundle_csv import (
+    check_grid,
+    check_whole,
+    read_labelled,
+    read_numbers,
+    refuse_repeats,
+    stated_stamps,
+)
 from servesim.cost.expert_stage import MoeTable
 from servesim.cost.finding import (
     folder_root,
@@ -26,7 +33,8 @@ from servesim.cost.identity import Wanted, differences, is_computed, source_of
 from servesim.cost.skew import read_skew
 from servesim.cost.tables import Curve, Surface, densify
 from servesim.errors import InputError, MissingFileError
-from servesim.specs.reading import read_yaml_object
+from servesim.specs.kept import keep_arrays, kept_arrays, key_of
+from servesim.specs.reading import read_bytes, read_yaml_object
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -374,6 +382,20 @@ def _read_moe_table(path: Path, stamp: Stamp | None, split: int) -> MoeTable:
 
 
 def _read_attention(path: Path, stamp: Stamp | None, meta: dict[str, Any]) -> Surface:
+    data = read_bytes(path)
+    grid = "" if stamp else str(meta.get("attention_grid"))
+    makers = [f"servesim.cost.{name}" for name in ("bundle", "bundle_csv", "tables")]
+    key = key_of("attention", data, grid, by=makers)
+    kept = kept_arrays(key)
+    if kept is not None:
+        check_whole(path, data, stamp)
+        return Surface(tuple(axis.astype(np.int64) for axis in kept[1:]), kept[0])
+    surface = _parse_attention(path, stamp, meta)
+    keep_arrays(key, [surface.tensor, *surface.axes])
+    return surface
+
+
+def _parse_attention(path: Path, stamp: Stamp | None, meta: dict[str, Any]) -> Surface:
     rows = read_numbers(path, (*ATTENTION_AXES, "time_us"), stamp)
     keys = rows[:, :4].astype(np.int64)
     refuse_repeats(path, keys)

@@ -11,6 +11,7 @@ meta.yaml, α per bucket from skew_fit.csv.
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from servesim.cost.bundle_csv import line_of_row, read_labelled
+from servesim.cost.bundle_csv import check_whole, line_of_row, read_labelled
 from servesim.cost.tables import distinct
 from servesim.errors import InputError, MissingFileError
+from servesim.specs.kept import keep_arrays, kept_arrays, key_of
+from servesim.specs.reading import read_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -109,9 +112,25 @@ def read_skew(
             "restore it, or profile the bundle again"
         )
     bounds, labels = _buckets(meta, fit.get("bucket_axes"))
-    texts, rows = read_labelled(
-        path, _LABELS, ("pc", "alpha"), (stamps or {}).get(str(entry["bucket_table"]))
-    )
+    data, stamp = read_bytes(path), (stamps or {}).get(str(entry["bucket_table"]))
+    makers = [__name__, "servesim.cost.bundle_csv", "servesim.cost.tables"]
+    key = key_of("skew", data, json.dumps([default, labels]), by=makers)
+    kept = kept_arrays(key)
+    if kept is not None:
+        check_whole(path, data, stamp)
+    else:
+        kept = _read_buckets(path, stamp, meta, labels, default)
+        keep_arrays(key, kept)
+    chunks, alpha = kept
+    return SkewTable((chunks[:-1].astype(np.int64).tolist(), *bounds), alpha)
+
+
+def _read_buckets(
+    path: Path, stamp: Stamp | None, meta: Path, labels: list[dict[str, int]], default: float
+) -> list[NDArray[np.float64]]:
+    """The profiled chunk sizes, and α of every bucket of them and of ``labels``; ``default`` where the table
+    has no row."""
+    texts, rows = read_labelled(path, _LABELS, ("pc", "alpha"), stamp)
     chunks = distinct(rows[:, 0].astype(np.int64))
     alpha = np.full((len(chunks), *(len(names) for names in labels)), default)
     try:
@@ -131,7 +150,7 @@ def read_skew(
             f"of skew_fit.bucket_axes in {meta}; profile the bundle again"
         ) from None
     alpha[tuple(np.array([np.searchsorted(chunks, rows[:, 0]), *buckets]))] = rows[:, 1]
-    return SkewTable((chunks[:-1].tolist(), *bounds), alpha)
+    return [chunks.astype(np.float64), alpha]
 
 
 def _buckets(meta: Path, axes: object) -> tuple[list[list[float]], list[dict[str, int]]]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +27,8 @@ from servesim.cost.finding import (
 from servesim.cost.identity import differences, is_computed
 from servesim.errors import InputError, ServingError
 from servesim.profiler import roofline, silicon
-from servesim.profiler.bundle_writer import write_bundle
-from servesim.profiler.meter import ProfileJob
-from servesim.profiler.roofline.efficiency import fits
-from servesim.profiler.silicon.tables import package_version
-from servesim.profiler.sources import compute, silicon_installed, source_for
 from servesim.specs import paths
-from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import load_hardware
-from servesim.specs.model import load_model
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.shape import digest
 
@@ -56,6 +51,7 @@ REVISIONS = {"silicon": silicon.DERIVATION, "roofline": roofline.DERIVATION}
 """Source -> current revision of its formulas."""
 FIRST = 1
 """What a bundle without the key was made with: it was not written then."""
+_METADATA = re.compile(r"aiconfigurator_core-(.+)\.dist-info")
 MADE_FROM = {
     "silicon": "from public kernel measurements",
     "roofline": "from peak rates (roofline)",
@@ -79,6 +75,8 @@ def _make(asked: Wanted, tp: int, tell: Callable[[str], None]) -> Path | None:
         ServingError: the source does not cover it, or the folder cannot be written or holds a bundle that the
             user made for something else.
     """
+    from servesim.profiler.sources import source_for
+
     chosen = source_for(asked.facts or load_hardware(asked.hardware), asked.variant)
     if chosen is None:
         return None
@@ -113,6 +111,12 @@ def _build(
     Raises:
         ServingError: the source does not cover it, or the folder cannot be written.
     """
+    from servesim.profiler.bundle_writer import write_bundle
+    from servesim.profiler.meter import ProfileJob
+    from servesim.profiler.sources import compute
+    from servesim.specs.architecture import load_architecture
+    from servesim.specs.model import load_model
+
     model = asked.shape or load_model(asked.model)
     hardware = asked.facts or load_hardware(asked.hardware)
     degrees = degrees | ({1} if model.is_moe else set())  # expert parallelism reads tp1
@@ -132,7 +136,7 @@ def _build(
             raise
         content = compute("roofline", job)
         why = f"public kernel measurements do not cover it: {str(error).splitlines()[0]}"
-        content.meta[REFUSED] = {"data_version": package_version(), "reason": why}
+        content.meta[REFUSED] = {"data_version": _installed_version(), "reason": why}
         source = "roofline"
     content.meta[MARK] = True
     write_bundle(folder, content)
@@ -169,6 +173,8 @@ def refresher(
         ours = bool(meta.get(MARK)) and can_make
         chosen = None
         if ours and (reason is not None or source == "roofline"):
+            from servesim.profiler.sources import source_for
+
             chosen = source_for(asked.facts or load_hardware(asked.hardware), asked.variant)
         better = ours and source == "roofline" and chosen == ("silicon", "") and not _silicon_refused(meta)
         if better:
@@ -197,9 +203,11 @@ def refresher(
 def _silicon_refused(meta: dict[str, Any]) -> bool:
     """Whether the measurements that are installed were found not to cover a bundle's model."""
     refused = meta.get(REFUSED)
-    return (
-        isinstance(refused, dict) and silicon_installed() and refused.get("data_version") == package_version()
-    )
+    if not isinstance(refused, dict):
+        return False
+    from servesim.profiler.sources import silicon_installed
+
+    return silicon_installed() and refused.get("data_version") == _installed_version()
 
 
 def _meta(folder: Path) -> dict[str, Any]:
@@ -229,19 +237,27 @@ def outdated(meta: Mapping[str, Any]) -> str | None:
     derivation = about.get("derivation") if isinstance(about, dict) else None
     if not isinstance(derivation, dict):
         return "it does not state what it was made for"
-    if source == "roofline" and derivation.get("constants") != digest(fits()):
+    if source == "roofline":
+        from servesim.profiler.roofline.efficiency import fits
+
+        if derivation.get("constants") == digest(fits()):
+            return None
         return "its constants were fitted anew"
     return None
 
 
 def _installed_version() -> str | None:
-    from servesim.errors import InputError
-    from servesim.profiler.silicon.tables import package_version
+    """Version of the public kernel measurements that are installed, from the name of their folder.
 
-    try:
-        return package_version()
-    except InputError:
-        return None
+    The standard library's way to ask loads its reader of e-mail, which takes a tenth of a short run.
+    """
+    for place in sys.path:
+        with suppress(OSError):
+            for name in os.listdir(place or "."):  # noqa: PTH208 - a thousand paths cost
+                found = _METADATA.fullmatch(name)
+                if found:
+                    return found[1]
+    return None
 
 
 @contextmanager
@@ -262,8 +278,6 @@ def bundles_on_demand(wanted: bool, tell: Callable[[str], None] | None = None) -
 
     @cache
     def parts() -> tuple[Maker | None, Refresher]:
-        from servesim.profiler.on_demand import maker, refresher  # most runs read a shipped bundle: no need
-
         return maker(say, wanted=wanted), refresher(say, logger.warning, wanted=wanted)
 
     def make(asked: Wanted, tp: int) -> Path | None:

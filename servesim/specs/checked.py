@@ -618,7 +618,7 @@ class Checked:
 
     @classmethod
     def _field_validators(cls) -> Iterator[tuple[tuple[str, ...], Check]]:
-        for name, fields in _marked(cls, _FIELD_CHECKS):
+        for name, fields in _field_checks(cast("Any", cls)):
             yield fields, getattr(cls, name)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None) -> Self:
@@ -717,11 +717,16 @@ def _marked(cls: type, marks: Mapping[Any, MarkT]) -> list[tuple[str, MarkT]]:
     """Names of the methods of a class, its bases' first, that are in ``marks``, with their entry there."""
     found: dict[str, MarkT] = {}
     for base in reversed(cls.__mro__):
-        for name, method in vars(base).items():
-            mark = marks.get(_function(method)) if callable(_function(method)) else None
-            if mark is not None:
-                found[name] = mark
+        for name, method in vars(base).items() if base is not Checked else ():
+            function = _function(method)
+            if isinstance(function, types.FunctionType) and function in marks:
+                found[name] = marks[function]
     return list(found.items())
+
+
+@cache
+def _field_checks(cls: type) -> list[tuple[str, tuple[str, ...]]]:
+    return _marked(cls, _FIELD_CHECKS)
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -28,6 +30,10 @@ def packaged_data_dir() -> Path:
 
 def user_data_dir() -> Path:
     """The user's own folder for configs and profile bundles; may not exist yet."""
+    if sys.platform == "linux":  # as platformdirs has it, which takes as long to load as the JSON reader
+        chosen = os.environ.get("XDG_DATA_HOME", "")
+        home = os.path.expanduser("~/.local/share")  # noqa: PTH111 - as it is where there is no home
+        return Path(chosen if chosen.strip() else home, "servesim")
     import platformdirs
 
     return Path(platformdirs.user_data_dir("servesim", appauthor=False))

@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError, MissingFileError
+from servesim.specs.kept import keep_value, kept_value, key_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,8 @@ _SURROGATE = re.compile(
     r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2}"
 )
 """Half of a character outside the first 65,536 as JSON writes it; behind a backslash it may be none."""
+_ALIAS = re.compile(r"^[^#\n]*(?:^|[\s\[{,:])\*\S", re.MULTILINE)
+"""What may be the second mention of a part of a YAML file."""
 _CONFIG_BYTES = 64 << 20  # a configuration that a person writes; the longest published ones have 100 kB
 
 
@@ -161,13 +164,24 @@ def parse_json_object(text: str, source: str, *, finite: bool = True) -> dict[st
 
 def read_yaml_object(path: Path) -> dict[str, Any]:
     """The YAML mapping in ``path``. Repeated keys are errors."""
-    import yaml
-
     text = _read_config(path)
     if not text.strip():
         raise InputError(f"{path}: line 1: the file is empty; a mapping `key: value` is expected")
+    key = key_of("yaml", text, by=[__name__])
+    kept = kept_value(key)
+    if kept is not None:
+        return _object(kept, str(path), "")
+    value = _object(_parse_yaml(path, text), str(path), "mapping `key: value`")
+    if not _ALIAS.search(text):  # may name a part again and again: a few lines can stand for terabytes
+        keep_value(key, value)
+    return value
+
+
+def _parse_yaml(path: Path, text: str) -> object:
+    import yaml
+
     try:
-        value = yaml.load(text, Loader=_yaml_loader())
+        value: object = yaml.load(text, Loader=_yaml_loader())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1} column {mark.column + 1}" if mark else "line 1"
@@ -175,7 +189,7 @@ def read_yaml_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: {where}: not valid YAML: {reason}") from None
     except (RecursionError, ValueError) as error:
         raise InputError(f"{path}: line 1: not valid YAML: {error}") from None
-    return _object(value, str(path), "mapping `key: value`")
+    return value
 
 
 def _object(value: object, source: str, expected: str) -> dict[str, Any]:

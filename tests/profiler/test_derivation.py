@@ -62,8 +62,7 @@ def _read(wanted: bool = True) -> tuple[list[str], list[str]]:
 
 
 def _installed(monkeypatch: pytest.MonkeyPatch, there: object) -> None:
-    for module in (on_demand, sources):
-        monkeypatch.setattr(module, "silicon_installed", there)
+    monkeypatch.setattr(sources, "silicon_installed", there)
 
 
 def test_a_change_of_the_roofline_formulas_raises_their_revision() -> None:
@@ -128,8 +127,21 @@ def test_what_makes_a_bundle_old(
     meta: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(on_demand, "REVISIONS", {"silicon": 3, "roofline": 3})
-    monkeypatch.setattr(importlib.metadata, "version", lambda _: "9.9")
+    monkeypatch.setattr(on_demand, "_installed_version", lambda: "9.9")
     assert outdated(meta) == reason
+
+
+def test_the_installed_version_is_that_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        known: str | None = importlib.metadata.version("aiconfigurator-core")
+    except importlib.metadata.PackageNotFoundError:
+        known = None
+    assert on_demand._installed_version() == known
+    (tmp_path / "aiconfigurator_core-9.8.dist-info").mkdir()
+    monkeypatch.setattr("sys.path", [str(tmp_path / "none"), str(tmp_path)])
+    assert on_demand._installed_version() == "9.8"
 
 
 def test_without_the_package_its_version_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,7 +320,7 @@ def test_an_edited_gpu_is_no_measured_one(work: Path) -> None:
     assert "memory_bandwidth_gbs 1675, measured GPU 3350" in told
     assert again == folder
     with pytest.raises(InputError, match="memory_bandwidth_gbs 1675, measured GPU 3350"):
-        on_demand.compute("silicon", _job("H100"))
+        sources.compute("silicon", _job("H100"))
 
 
 def _job(hardware: str) -> Any:
