@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from servesim.engine.simulation import Observer
     from servesim.results.result import Result
 
-_LOADING = ("num_reqs", "lenient", "request_rate", "dataset")
+_LOADING = ("num_reqs", "lenient", "request_rate", "dataset", "tokenizer", "estimate_tokens", "columns")
 """Options that act while a workload file is read."""
 _SCREEN = ("itl", "log_interval", "log_level")
 """Options of what the command line prints and writes, beside its files."""
@@ -87,6 +87,9 @@ def read_workload(options: RuntimeOptions, path: str | PathLike[str] | None = No
         lenient=options.lenient,
         request_rate=options.request_rate,
         seed=options.seed,
+        tokenizer=options.tokenizer,
+        estimate_tokens=options.estimate_tokens,
+        columns=options.columns,
     )
 
 

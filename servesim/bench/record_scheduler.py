@@ -24,8 +24,12 @@ from typing import TYPE_CHECKING, Any
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
 from servesim.errors import InputError, MissingFileError, RunError
+from servesim.workload.hashes import answer_ids, prompt_ids
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from servesim.workload.request import Request, Workload
 
 _PLACES = {
@@ -90,6 +94,8 @@ class Recorder:
     records: dict[int, LoggedRequest] = field(default_factory=dict)
     produced: dict[int, int] = field(default_factory=dict)
     """Tokens each request has received."""
+    answers: dict[int, NDArray[np.int64] | None] = field(default_factory=dict)
+    """Token ids of the answers begun so far, as far as they are known."""
     preempted: list[int] = field(default_factory=list)
     """Preempted by schedules that came out empty; they are logged with the next step."""
     successors: dict[int, list[Request]] = field(default_factory=dict)
@@ -141,12 +147,9 @@ class Recorder:
             request = self.workload.requests[index]
             self.records[index] = LoggedRequest(index, arrival_ns, self.now, -1, -1, -1, 0)
             self.produced[index] = 0
-            prompt_ids = (
-                request.input_ids.tolist()
-                if request.input_ids is not None
-                else [PRIVATE_TOKEN + index] * request.input_tokens
-            )
-            self.scheduler.add_request(self.new_request(index, prompt_ids, request.output_tokens))
+            known = prompt_ids(request)
+            ids = [PRIVATE_TOKEN + index] * request.input_tokens if known is None else known.tolist()
+            self.scheduler.add_request(self.new_request(index, ids, request.output_tokens))
 
     def _schedule(self) -> _Batch | None:
         """One call of schedule(); None when it scheduled no token."""
@@ -221,8 +224,10 @@ class Recorder:
         self.log.steps.append(batch.step)
 
     def _next_token(self, index: int) -> int:
-        output_ids = self.workload.requests[index].output_ids
-        return PRIVATE_TOKEN + index if output_ids is None else int(output_ids[self.produced[index]])
+        if index not in self.answers:
+            self.answers[index] = answer_ids(self.workload.requests[index])
+        known = self.answers[index]
+        return PRIVATE_TOKEN + index if known is None else int(known[self.produced[index]])
 
     def _note_token(self, index: int, finished: bool, step: LoggedStep) -> None:
         """Bookkeeping of one token that came with ``step``; releases follow-ups of a request that ended."""

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.random import default_rng  # here, so that the first prompt is not late
 
+from servesim.workload.hashes import prompt_ids as known_prompt
+
 if TYPE_CHECKING:
     from servesim.workload.request import Request
 
@@ -88,8 +90,9 @@ def prompt_ids(request: Request, seed: int) -> list[int]:
 
     Made-up prompts differ from request to request, so that a prefix cache finds nothing in them.
     """
-    if request.input_ids is not None:
-        return [int(token) for token in request.input_ids]
+    known = known_prompt(request)
+    if known is not None:
+        return [int(token) for token in known]
     rng = default_rng((seed, request.index))
     ids: list[int] = rng.integers(_LOW_ID, _HIGH_ID, request.input_tokens).tolist()
     return ids

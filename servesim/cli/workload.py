@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 FORMS = "VALUE, fixed:VALUE, uniform:LOW:HIGH or lognormal:MEAN:STD[:MIN:MAX]"
 
 _HELP = "make, inspect and convert workload files"
+_TEXT_FLAGS = ("tokenizer", "estimate_tokens", "columns")
+"""Flags of a run about what is in the file."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -119,15 +121,13 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
+    from servesim.specs.options import add_arguments
+
     parser.add_argument("--num-reqs", type=int, default=0, metavar="N", help="entries to load (default: all)")
     parser.add_argument("--request-rate", type=float, default=None, metavar="R", help="change the arrivals")
     parser.add_argument("--lenient", action="store_true", help="leave bad entries out and count them")
     parser.add_argument("--seed", type=int, default=42, help="for --request-rate (default: 42)")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PATH",
-        help="for a ShareGPT file: a tokenizer.json, or a folder with one (needs 'servesim[tokenizer]')",
-    )
+    add_arguments(parser, only=_TEXT_FLAGS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -209,5 +209,5 @@ def _load(args: argparse.Namespace) -> Any:
         lenient=args.lenient,
         request_rate=args.request_rate,
         seed=args.seed,
-        tokenizer=args.tokenizer,
+        **{name: getattr(args, name, None) for name in _TEXT_FLAGS},
     )

@@ -142,7 +142,7 @@ def scene(
         options=options,
         num_requests=len(workload),
         has_sessions=any(request.predecessor >= 0 for request in workload),
-        has_ids=any(request.input_ids is not None for request in workload),
+        has_ids=any(request.has_ids for request in workload),
         names_models=all(request.model is not None for request in workload),
         drawn_arrivals=workload.drawn_arrivals,
     )

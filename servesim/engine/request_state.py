@@ -139,7 +139,7 @@ class BlockTables:
             if block_size not in self._found:
                 self._found[block_size] = block_ids(self._workload, block_size)
             self._next_unique[block_size] = self._found[block_size].num_ids
-        return self._found[block_size].ids[request.index]
+        return self._found[block_size].of(request.index)
 
     def new_table(self, request: Request, block_size: int) -> BlockTable:
         """An empty table for ``request``, with identities of its own for the blocks it shares with nobody."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _PROFILES = "profiler/perf/"
 _NOT_IN_SUMMARY = frozenset(
     {
-        *("cluster_config", "dataset", "run_id"),
+        *("cluster_config", "dataset", "run_id", "tokenizer", "estimate_tokens", "columns"),
         *("itl", "log_interval", "log_level", "lenient", "stepped"),
         *("ensemble", "step_noise", "run_noise", "arrival_jitter"),
         *("network_backend", "inputs_root", "cleanup_inputs"),

@@ -57,6 +57,8 @@ class Flag:
     """Why a word that other programs take is none of ``choices``, or an empty text."""
     text: bool = False
     """Whether a value is more than a number, so that only the field's own check can read it."""
+    bare: float | None = None
+    """The value of a flag that stands there without one; None: it needs one."""
 
 
 def flag_of(field: FieldInfo) -> Flag | None:
@@ -149,6 +151,8 @@ def _argument(field: FieldInfo, flag: Flag) -> dict[str, Any]:
         argument["type"] = _whole_number if base is int else _number
     if flag.refusal is not None:
         argument["type"] = word_unless(flag.refusal)
+    if flag.bare is not None:
+        argument |= {"nargs": "?", "const": flag.bare}
     if flag.metavar or not choices:
         argument["metavar"] = flag.metavar or {int: "N", float: "X"}.get(base, "TEXT")
     return argument

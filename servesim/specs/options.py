@@ -364,6 +364,37 @@ class RuntimeOptions(Spec):
         False
     )
 
+    tokenizer: Annotated[
+        FilePath | None,
+        Flag(
+            "for a workload of texts: a tokenizer.json, or a folder with one (needs 'servesim[tokenizer]')",
+            _INPUT,
+            "PATH",
+            default_text="none",
+        ),
+    ] = None
+    estimate_tokens: Annotated[
+        Annotated[float, Field(ge=0.1, le=100)] | None,
+        Flag(
+            "for a workload of texts, without a tokenizer: count so many characters as a token, 4 where no "
+            "number is given",
+            _INPUT,
+            "CHARS",
+            default_text="none",
+            bare=4.0,
+        ),
+    ] = None
+    columns: Annotated[
+        Annotated[str, Field(min_length=1, max_length=2000)] | None,
+        Flag(
+            "any CSV or JSON lines file: which columns are input, output, arrival (:s, :ms, :us, :ns or "
+            ":date), session, delay, model, hashes (:TOKENS), such as input=isl,output=osl,arrival=ts:ms",
+            _INPUT,
+            "NAME=COLUMN,...",
+            default_text="none: the format is found by content",
+        ),
+    ] = None
+
     dtype: WeightDtype = None
     kv_cache_dtype: KvCacheDtype = "auto"
     block_size: BlockSize = 16

@@ -1,4 +1,5 @@
-"""Results of ``vllm bench serve --save-result --save-detailed``: lengths and start times of a real run."""
+"""Results of ``vllm bench serve --save-result --save-detailed`` and of SGLang's ``bench_serving
+--output-details``: lengths and start times of a real run."""
 
 from __future__ import annotations
 
@@ -17,34 +18,23 @@ from servesim.workload.request import Request, Workload
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from servesim.workload.formats import Loading
+
 _log = logging.getLogger("servesim")
 KEYS = ("input_lens", "output_lens", "start_times")
 
 
-def load_bench_result(
-    source: str,
-    lines: Iterable[tuple[int, bytes]],
-    *,
-    num_reqs: int = 0,
-    lenient: bool = False,
-    seed: int | None = 42,
-) -> Workload:
+def load_bench_result(source: str, lines: Iterable[tuple[int, bytes]], loading: Loading) -> Workload:
     """The workload that a benchmark run sent: one request a list item; the earliest arrives at 0.
 
     Results without start times (vLLM before 2026, SGLang) get arrivals at the ``request_rate`` and with the
-    ``burstiness`` that they state, made from `seed` as the client makes them, and a warning says so; with
-    `seed` None they are all 0, for a rate given by the user is to replace them.
-    Requests that failed have no output: they are errors, and `lenient` leaves them out.
+    ``burstiness`` that they state, made from `loading.seed` as the client makes them, and a warning says so;
+    they are all 0 where a rate given by the user is to replace them.
+    Requests that failed have no output: they are errors, and `loading.lenient` leaves them out.
     """
-    document = b"\n".join(line for _, line in lines)
-    try:
-        result = json.loads(document)  # not orjson: figures of a run that went wrong can be NaN
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{source}: is not one whole JSON document: {error}; a workload is JSON lines, "
-            f"one object a line, or one result of `vllm bench serve` (append mode writes several: split them)"
-        ) from None
-    columns = _columns(source, result, seed)
+    columns = _columns(
+        source, whole_document(source, lines), loading.seed if loading.keeps_arrivals else None
+    )
 
     def requests(row: tuple[Any, ...], index: int) -> list[Request]:
         start = row[2]
@@ -60,13 +50,30 @@ def load_bench_result(
         ]
 
     rows = enumerate(zip(*columns, strict=True), 1)
-    workload = collect(source, rows, requests, num_reqs=num_reqs, lenient=lenient, place=": request ")
+    workload = collect(
+        *(source, rows, requests),
+        num_reqs=loading.num_reqs,
+        lenient=loading.lenient,
+        place=": request ",
+    )
     start_at_zero(workload)
     if max(request.arrival_ns for request in workload.requests) > MAX_TIME_NS:
         raise InputError(
             f"{source}: start_times: span more than {MAX_TIME_NS} ns; must be seconds of one run"
         )
     return workload
+
+
+def whole_document(source: str, lines: Iterable[tuple[int, bytes]]) -> Any:
+    """The one JSON document that a file is."""
+    document = b"\n".join(line for _, line in lines)
+    try:
+        return json.loads(document)  # not orjson: figures of a run that went wrong can be NaN
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{source}: is not one whole JSON document: {error}; a workload is JSON lines, "
+            f"one object a line, or one result of a benchmark (append mode writes several: split them)"
+        ) from None
 
 
 def _columns(source: str, result: object, seed: int | None) -> list[list[object]]:
@@ -76,11 +83,17 @@ def _columns(source: str, result: object, seed: int | None) -> list[list[object]
             f"{source}: is JSON, but a {'list' if isinstance(result, list) else 'value'}; a workload is "
             f"JSON lines, one object a line (`jq -c '.[]'` makes such), or one result of `vllm bench serve`"
         )
+    if "input_config" in result or "aiperf_version" in result:
+        raise InputError(
+            f"{source}: holds statistics of a run, and no request; give AIPerf's profile_export.jsonl, or "
+            "genai-perf's profile_export.json"
+        )
     for key in KEYS[:2]:
         if not isinstance(result.get(key), list):
             raise InputError(
                 f"{source}: {key}: is missing; a `vllm bench serve` result has it when made with "
-                f"--save-detailed, and JSON lines must be one object a line"
+                f"--save-detailed, one of SGLang with --output-details, and JSON lines must be one object a "
+                "line"
             )
     inputs, outputs = result["input_lens"], result["output_lens"]
     starts = result.get("start_times") or _made_starts(source, result, len(inputs), seed)

@@ -1,11 +1,13 @@
-"""Published traces in CSV: Azure LLM inference (2023, 2024), BurstGPT, and the form that simulators exchange.
+"""Published traces in CSV: lengths and mostly times, no token ids.
 
-Lengths and times, no token ids.
+Azure LLM inference (2023, 2024) and its multimodal one, BurstGPT, ServeGen, and the forms that simulators
+exchange, of which some have lengths only.
 """
 
 from __future__ import annotations
 
 import csv
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -18,6 +20,10 @@ from servesim.workload.request import Request, Workload
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from servesim.workload.formats import Loading
+
+_log = logging.getLogger("servesim")
+
 
 @dataclass(frozen=True, slots=True)
 class CsvFormat:
@@ -25,13 +31,14 @@ class CsvFormat:
 
     name: str
     timestamp: str
+    """Empty: the file has no times."""
     input_tokens: str
     output_tokens: str
     to_ns: Callable[[str], int]
     """Time of a row in ns, from any origin."""
 
 
-def _date_to_ns(words: str) -> int:
+def date_to_ns(words: str) -> int:
     """``2023-11-16 18:17:03.9799600`` or ``2024-05-10 00:00:00.009930+00:00``, UTC, up to nine decimals."""
     words = words.removesuffix("+00:00").removesuffix("Z")
     whole, _, fraction = words.partition(".")
@@ -50,15 +57,19 @@ def _seconds_to_ns(words: str) -> int:
 
 
 FORMATS = (
-    CsvFormat("Azure LLM trace", "timestamp", "contexttokens", "generatedtokens", _date_to_ns),
+    CsvFormat("Azure LLM trace", "timestamp", "contexttokens", "generatedtokens", date_to_ns),
     CsvFormat("BurstGPT", "timestamp", "request tokens", "response tokens", _seconds_to_ns),
     CsvFormat("simulator's trace", "arrived_at", "num_prefill_tokens", "num_decode_tokens", _seconds_to_ns),
+    CsvFormat("ServeGen", "timestamp", "input_tokens", "output_tokens", _seconds_to_ns),
+    CsvFormat("list of lengths", "", "num_prefill_tokens", "num_decode_tokens", _seconds_to_ns),
 )
 KNOWN = (
     "TIMESTAMP,ContextTokens,GeneratedTokens (Azure), Timestamp,Model,Request tokens,Response tokens "
-    "(BurstGPT), and arrived_at,num_prefill_tokens,num_decode_tokens"
+    "(BurstGPT), arrived_at,num_prefill_tokens,num_decode_tokens (with or without the time), and "
+    "timestamp,input_tokens,output_tokens (ServeGen)"
 )
 """The headers, for messages."""
+_BURST_MODEL = "GPT-4"
 
 
 def is_csv(line: bytes) -> bool:
@@ -79,17 +90,17 @@ def _columns(header: bytes) -> list[str]:
 
 def _format_of(columns: list[str]) -> CsvFormat | None:
     for known in FORMATS:
-        if {known.timestamp, known.input_tokens, known.output_tokens} <= set(columns):
+        if {known.timestamp or known.input_tokens, known.input_tokens, known.output_tokens} <= set(columns):
             return known
     return None
 
 
-def load_csv_trace(
-    source: str, lines: Iterator[tuple[int, bytes]], *, num_reqs: int = 0, lenient: bool = False
-) -> Workload:
-    """The workload of a CSV trace; its earliest request arrives at 0. BurstGPT's model column is not used.
+def load_csv_trace(source: str, lines: Iterator[tuple[int, bytes]], loading: Loading) -> Workload:
+    """The workload of a CSV trace; its earliest request arrives at 0.
 
-    Traces hold failed requests with zero tokens: they are errors, and `lenient` leaves them out.
+    Of BurstGPT the requests to GPT-4 that were answered are taken, as vLLM's benchmark does, and the others
+    counted in `Workload.skipped`; a file without that model is taken as a whole. In other traces a request
+    with zero tokens is an error, and `loading.lenient` leaves it out.
     """
     header = next(lines, (1, b""))[1]
     columns = _columns(header)
@@ -97,37 +108,83 @@ def load_csv_trace(
     if known is None:
         raise InputError(
             f"{source}:1: {shown(header.decode('utf-8', 'replace').strip())} is no known CSV header; known: "
-            f"{KNOWN}; give the columns these names, or make JSON lines of it"
+            f"{KNOWN}; name the columns with --columns input=...,output=...,arrival=..."
         )
-    at_time, at_input, at_output = (
-        columns.index(name) for name in (known.timestamp, known.input_tokens, known.output_tokens)
-    )
-
-    def requests(line: bytes, index: int) -> list[Request]:
-        try:
-            row = next(csv.reader([line.decode()]))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise EntryError(f"{error}; must be a row of comma-separated values in UTF-8") from None
-        if len(row) != len(columns):
-            raise EntryError(f"has {len(row)} values; must have {len(columns)}, as the header")
-        try:
-            time_ns = known.to_ns(row[at_time].strip())
-        except (ValueError, OverflowError):
-            raise EntryError(
-                f"{known.timestamp}: {shown(row[at_time])} is not a time of a {known.name}"
-            ) from None
-        return [
-            Request(
-                index,
-                _tokens(row[at_input], known.input_tokens),
-                _tokens(row[at_output], known.output_tokens),
-                time_ns,
-            )
-        ]
-
-    workload = collect(source, lines, requests, num_reqs=num_reqs, lenient=lenient)
+    reader = _RowReader(columns, known)
+    first = 0 if reader.is_burst_gpt else loading.num_reqs  # of it, the first that are left
+    workload = collect(source, lines, reader.requests, num_reqs=first, lenient=loading.lenient)
+    if reader.is_burst_gpt:
+        _as_vllm_filters(workload)
+        if loading.num_reqs:
+            del workload.requests[loading.num_reqs :]
+    if "numimages" in columns:
+        _log.warning("%s: NumImages is not used: the images' tokens are part of ContextTokens", source)
+    if not known.timestamp and loading.keeps_arrivals:
+        _log.warning(
+            "%s: holds no times: all requests arrive at 0 s; --request-rate gives them a rate", source
+        )
     start_at_zero(workload)
     return workload
+
+
+class _RowReader:
+    """Turns rows into requests."""
+
+    def __init__(self, columns: list[str], known: CsvFormat) -> None:
+        self._width, self._known = len(columns), known
+        self._input, self._output = columns.index(known.input_tokens), columns.index(known.output_tokens)
+        self._time = columns.index(known.timestamp) if known.timestamp else -1
+        self.is_burst_gpt = known.name == "BurstGPT"
+        self._model = columns.index("model") if self.is_burst_gpt and "model" in columns else -1
+
+    def requests(self, line: bytes, index: int) -> list[Request]:
+        row = csv_row(line, self._width)
+        if self.is_burst_gpt and row[self._output].strip() in ("0", "0.0"):
+            return []  # a request that failed
+        arrival_ns = 0
+        if self._time >= 0:
+            try:
+                arrival_ns = self._known.to_ns(row[self._time].strip())
+            except (ValueError, OverflowError):
+                raise EntryError(
+                    f"{self._known.timestamp}: {shown(row[self._time])} is not a time of a {self._known.name}"
+                ) from None
+        request = Request(
+            index,
+            _tokens(row[self._input], self._known.input_tokens),
+            _tokens(row[self._output], self._known.output_tokens),
+            arrival_ns,
+        )
+        if self._model >= 0:
+            request.model = row[self._model].strip()
+        return [request]
+
+
+def csv_row(line: bytes, width: int) -> list[str]:
+    """The values of a row; EntryError unless there are `width`."""
+    try:
+        row = next(csv.reader([line.decode()]))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise EntryError(f"{error}; must be a row of comma-separated values in UTF-8") from None
+    if len(row) != width:
+        raise EntryError(f"has {len(row)} values; must have {width}, as the header")
+    return row
+
+
+def _as_vllm_filters(workload: Workload) -> None:
+    """Keep the requests to GPT-4 where there are any; the name of the model has done its work then."""
+    taken = [request for request in workload.requests if request.model == _BURST_MODEL]
+    if taken and len(taken) < len(workload.requests):
+        left_out = len(workload.requests) - len(taken)
+        workload.skipped += left_out
+        workload.requests[:] = taken
+        _log.warning(
+            "%s: %d requests to other models than %s are left out, as in vLLM's benchmark; name the columns "
+            "with --columns to take all",
+            *(workload.source, left_out, _BURST_MODEL),
+        )
+    for index, request in enumerate(workload.requests):
+        request.index, request.model = index, None
 
 
 def _tokens(words: str, field: str) -> int:

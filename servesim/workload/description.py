@@ -26,7 +26,7 @@ def describe(workload: Workload, block_size: int = 16) -> dict[str, Any]:
         "sessions": len({request.session_id for request in requests if request.session_id is not None}),
         "entries": len(heads),
         "skipped": workload.skipped,
-        "with_token_ids": sum(request.input_ids is not None for request in requests),
+        "with_token_ids": sum(request.has_ids for request in requests),
         "input_tokens": _statistics([request.input_tokens for request in requests]),
         "output_tokens": _statistics([request.output_tokens for request in requests]),
         "first_arrival_s": min(arrivals) / 1e9,
@@ -59,7 +59,7 @@ def reusable_prompt_tokens(workload: Workload, block_size: int) -> int:
     seen = bytearray(known.num_ids)
     total = 0
     for request in sorted(workload.requests, key=lambda request: (request.arrival_ns, request.index)):
-        ids = known.ids[request.index]
+        ids = known.of(request.index)
         hits = 0
         for block in ids[: (request.input_tokens - 1) // block_size]:
             if not seen[block]:

@@ -182,5 +182,5 @@ def collect(
 
 
 def _memory_bytes(request: Request) -> int:
-    ids = 0 if request.input_ids is None else request.input_ids.nbytes
-    return REQUEST_BYTES + ids + (0 if request.output_ids is None else request.output_ids.nbytes)
+    arrays = (request.input_ids, request.output_ids, request.hashes)
+    return REQUEST_BYTES + sum(ids.nbytes for ids in arrays if ids is not None)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import sys
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from servesim.errors import InputError, MissingFileError
@@ -12,7 +14,6 @@ from servesim.specs.reading import input_limit_bytes, too_large
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -39,14 +40,14 @@ def resolve(path: str | Path) -> Path:
     return found
 
 
-def numbered_lines(path: Path, source: str) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: str | Path, source: str) -> Iterator[tuple[int, bytes]]:
     """Lines of a plain, gzip or zstd file, numbered from 1; blank lines are left out, a BOM is cut off.
 
-    `source` is the file's name in messages. Raises InputError when the file cannot be read or unpacked, and
-    where more comes out of it than `input_limit_bytes`.
+    ``-`` is the standard input. `source` is the file's name in messages. Raises InputError when the file
+    cannot be read or unpacked, and where more comes out of it than `input_limit_bytes`.
     """
     try:
-        with _open_unpacked(path, source) as handle:
+        with _opened(path) as packed, _unpacked(packed, source) as handle:
             for number, line in enumerate(_bounded_lines(handle, source), 1):
                 if number == 1 and line.startswith(UTF8_BOM):
                     line = line[len(UTF8_BOM) :]
@@ -84,19 +85,31 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _open_unpacked(path: Path, source: str) -> Iterator[BinaryIO]:
-    """Open by content, not by suffix: the first bytes say how the file is packed. A pipe will do."""
-    with path.open("rb") as handle:
-        magic = handle.peek(4)
-        if magic.startswith(GZIP_MAGIC):
-            import gzip
-
-            with gzip.GzipFile(fileobj=handle) as unpacked:
-                yield cast("BinaryIO", unpacked)
-        elif magic.startswith(ZSTD_MAGIC):
-            yield io.BufferedReader(_ZstdFile(handle, source), _LONG_LINE)
-        else:
+def _opened(path: str | Path) -> Iterator[io.BufferedReader]:
+    if str(path) != "-":
+        with Path(path).open("rb") as handle:
             yield handle
+        return
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError(
+            "-: reads the workload from a pipe, and there is none; write `cat FILE | servesim ...`"
+        )
+    yield cast("io.BufferedReader", sys.stdin.buffer)
+
+
+@contextmanager
+def _unpacked(handle: io.BufferedReader, source: str) -> Iterator[BinaryIO]:
+    """By content, not by suffix: the first bytes say how the file is packed. A pipe will do."""
+    magic = handle.peek(4)
+    if magic.startswith(GZIP_MAGIC):
+        import gzip
+
+        with gzip.GzipFile(fileobj=handle) as unpacked:
+            yield cast("BinaryIO", unpacked)
+    elif magic.startswith(ZSTD_MAGIC):
+        yield io.BufferedReader(_ZstdFile(handle, source), _LONG_LINE)
+    else:
+        yield handle
 
 
 class _ZstdFile(io.RawIOBase):

@@ -223,6 +223,12 @@ def _fields(request: Request) -> dict[str, object]:
 
 
 def _ids(request: Request) -> dict[str, object]:
+    if request.hashes is not None:
+        return {
+            "hash_ids": request.hashes.tolist(),
+            "tokens_per_hash": request.tokens_per_hash,
+            "hashed_toks": request.hashed_tokens,
+        }
     ids = {"input_tok_ids": request.input_ids, "output_tok_ids": request.output_ids}
     return {key: value.tolist() for key, value in ids.items() if value is not None}
 
@@ -235,7 +241,8 @@ FORMS = "fixed:VALUE, uniform:LOW:HIGH or lognormal:MEAN:STD[:MIN:MAX]"
 class Distribution:
     """A distribution of non-negative numbers, cut off to [low, high].
 
-    `mean` and `std` are those of the numbers themselves, not of their logarithms, and before the cut.
+    `mean` and `std` are those of the numbers themselves, not of their logarithms, and before the cut. Kind
+    is fixed, uniform, lognormal or normal; the last is not written as text.
     """
 
     kind: str
@@ -250,6 +257,8 @@ class Distribution:
             return np.full(count, self.mean)
         if self.kind == "uniform":
             return self.low + (self.high - self.low) * rng.random(count)
+        if self.kind == "normal":
+            return np.clip(self.mean + self.std * normal(count, rng), self.low, self.high)
         # a lognormal of mean m and deviation s: sigma² = ln(1 + s²/m²), mu = ln m - sigma²/2
         sigma2 = math.log1p((self.std / self.mean) ** 2)
         drawn = np.exp(math.log(self.mean) - sigma2 / 2 + math.sqrt(sigma2) * normal(count, rng))

@@ -1,10 +1,11 @@
 """JSON lines workloads: every line a request or a session.
 
 A request line is ``{"input_toks", "output_toks", "arrival_time_ns"}`` with optional ``input_tok_ids``,
-``output_tok_ids`` and ``model``; a session line is ``{"arrival_time_ns", "sub_requests": [...]}`` with
-optional ``session_id`` and ``model``, and each sub-request ``{"input_toks", "output_toks"}`` with optional
-``tool_duration_ns``, ids and ``model``. Requests are numbered in file order, sub-requests in their place. A
-sub-request is released when its predecessor has ended and the predecessor's ``tool_duration_ns`` has passed.
+``output_tok_ids`` (or ``hash_ids`` and ``tokens_per_hash``) and ``model``; a session line is
+``{"arrival_time_ns", "sub_requests": [...]}`` with optional ``session_id`` and ``model``, and each
+sub-request ``{"input_toks", "output_toks"}`` with optional ``tool_duration_ns``, ids and ``model``.
+Requests are numbered in file order, sub-requests in their place. A sub-request is released when its
+predecessor has ended and the predecessor's ``tool_duration_ns`` has passed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,18 @@ from servesim.workload.request import Request, Workload
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-REQUEST_KEYS = ("input_toks", "output_toks", "arrival_time_ns", "input_tok_ids", "output_tok_ids", "model")
+    from servesim.workload.formats import Loading
+
+_HASH_KEYS = ("hash_ids", "tokens_per_hash", "hashed_toks")
+REQUEST_KEYS = (
+    "input_toks",
+    "output_toks",
+    "arrival_time_ns",
+    "input_tok_ids",
+    "output_tok_ids",
+    "model",
+    *_HASH_KEYS,
+)
 SESSION_KEYS = ("session_id", "arrival_time_ns", "sub_requests", "model")
 SUB_REQUEST_KEYS = (
     "input_toks",
@@ -40,6 +52,7 @@ SUB_REQUEST_KEYS = (
     "input_tok_ids",
     "output_tok_ids",
     "model",
+    *_HASH_KEYS,
 )
 
 _request_keys = frozenset(REQUEST_KEYS)
@@ -47,12 +60,10 @@ _session_keys = frozenset(SESSION_KEYS)
 _sub_request_keys = frozenset(SUB_REQUEST_KEYS)
 
 
-def load_jsonl(
-    source: str, lines: Iterable[tuple[int, bytes]], *, num_reqs: int = 0, lenient: bool = False
-) -> Workload:
+def load_jsonl(source: str, lines: Iterable[tuple[int, bytes]], loading: Loading) -> Workload:
     """The workload of numbered JSON lines; InputError names the line and the field that is wrong."""
     reader = EntryReader()
-    workload = collect(source, lines, reader.requests, num_reqs=num_reqs, lenient=lenient)
+    workload = collect(source, lines, reader.requests, num_reqs=loading.num_reqs, lenient=loading.lenient)
     _name_sessions(workload, reader.session_ids)
     return workload
 
@@ -139,9 +150,27 @@ def _request(entry: dict[str, Any], index: int, where: str, model: str | None) -
     ids = entry.get("output_tok_ids")
     if ids is not None:
         request.output_ids = token_ids(ids, f"{where}output_tok_ids", output_tokens, "output_toks")
+    if entry.get("hash_ids") is not None:
+        _set_hashes(request, entry, where)
     if entry.get("model") is not None:
         request.model = text(entry["model"], f"{where}model")
     return request
+
+
+def _set_hashes(request: Request, entry: dict[str, Any], where: str) -> None:
+    """Hash ids in place of token ids, ``tokens_per_hash`` each, for the first ``hashed_toks`` tokens."""
+    from servesim.workload.mooncake import MAX_TOKENS_PER_HASH, set_hashes
+
+    if request.input_ids is not None:
+        raise EntryError(f"{where}hash_ids: stand in place of input_tok_ids; leave one of them out")
+    per_hash = whole_number(
+        _required(entry, "tokens_per_hash", where), f"{where}tokens_per_hash", 1, MAX_TOKENS_PER_HASH
+    )
+    set_hashes(request, entry["hash_ids"], per_hash, answers=True)
+    if entry.get("hashed_toks") is not None:
+        request.hashed_tokens = whole_number(
+            entry["hashed_toks"], f"{where}hashed_toks", 1, request.hashed_tokens
+        )
 
 
 def _required(entry: dict[str, Any], key: str, where: str = "") -> object:

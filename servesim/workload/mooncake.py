@@ -3,13 +3,13 @@
 Three published forms:
 
 - Mooncake: ``timestamp`` in ms, a hash id for 512 tokens;
-- its form for sessions, which benchmark clients replay: ``session_id``, where the first line of a session has
-  a ``timestamp`` and every later one the ``delay`` in ms after the answer to the one before;
-- the traces of a cloud: ``timestamp`` in s, a hash id for 16 tokens, and ``chat_id``, ``parent_chat_id``,
-  ``type``, ``turn`` that are not used, for every line has its own time.
+- its form for sessions, which benchmark clients replay: ``session_id``, where the first line of a session
+  has a ``timestamp`` and later ones the ``delay`` in ms after the answer to the one before (0 if not given);
+- the traces of a cloud (Qwen-Bailian): ``timestamp`` in s, a hash id for 16 tokens, and ``chat_id``,
+  ``parent_chat_id``, ``type``, ``turn`` that are not used, for every line has its own time.
 
 A hash id names its tokens together with everything before them, so that equal ids mean an equal prefix. The
-token ids themselves were not published; any that are equal exactly where the hash ids are will do.
+token ids themselves were not published, and are not made up: the hash ids are kept as they are.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import orjson
 
 from servesim.workload.arrivals import start_at_zero
 from servesim.workload.entries import (
-    MAX_MADE_IDS,
     MAX_TIME_NS,
     MAX_TOKENS,
     EntryError,
     collect,
     session_name,
     shown,
+    text,
     token_ids,
     unknown_key,
     whole_number,
@@ -37,38 +37,51 @@ from servesim.workload.request import Request, Workload
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from numpy.typing import NDArray
+    from servesim.workload.formats import Loading
 
 TOKENS_PER_HASH = 512
 TOKENS_PER_CHAT_HASH = 16
 MAX_HASH_ID = 2**52
+MAX_TOKENS_PER_HASH = 2**16
 _CHAT_KEYS = ("chat_id", "parent_chat_id", "type", "turn")
-KEYS = ("timestamp", "input_length", "output_length", "hash_ids", "session_id", "delay", *_CHAT_KEYS)
+ALIASES = {
+    "input_tokens": "input_length",
+    "isl": "input_length",
+    "output_tokens": "output_length",
+    "osl": "output_length",
+    "created_time": "timestamp",
+    "delay_ms": "delay",
+}
+"""Other names that clients take for the same keys."""
+KEYS = ("timestamp", "input_length", "output_length", "hash_ids", "session_id", "delay", "model", *_CHAT_KEYS)
+_OWN_ID = 2**62  # token ids from here on are made up, see `hashes`
 _MS, _S = 1_000_000, 1_000_000_000
 
 
-def load_mooncake(
-    source: str, lines: Iterator[tuple[int, bytes]], *, num_reqs: int = 0, lenient: bool = False
-) -> Workload:
+def load_mooncake(source: str, lines: Iterator[tuple[int, bytes]], loading: Loading) -> Workload:
     """The workload of such a trace; its earliest request arrives at 0.
 
     The turns of a session may stand anywhere behind its first; they are put beside it, and a session is one
-    entry for `num_reqs`.
+    entry for `loading.num_reqs`.
     """
-    reader = _Reader()
-    workload = collect(source, lines, reader.requests, num_reqs=num_reqs, lenient=lenient)
-    if num_reqs and reader.sessions:  # the turns behind the last entry that is taken
-        later = (item for item in lines if _is_turn_of(item[1], reader.sessions))
-        workload = collect(source, later, reader.requests, lenient=lenient, onto=workload)
-    _bring_together(workload)
+    return load_with_sessions(source, lines, HashReader(), loading)
+
+
+def load_with_sessions(
+    source: str, lines: Iterator[tuple[int, bytes]], reader: HashReader, loading: Loading
+) -> Workload:
+    """The workload of a reader that links the turns of sessions, wherever they stand in the file."""
+    workload = collect(source, lines, reader.requests, num_reqs=loading.num_reqs, lenient=loading.lenient)
+    if loading.num_reqs and reader.sessions:  # the turns behind the last entry that is taken
+        later = (item for item in lines if reader.is_later_turn(item[1]))
+        workload = collect(source, later, reader.requests, lenient=loading.lenient, onto=workload)
+    bring_together(workload)
     start_at_zero(workload)
     return workload
 
 
-class _Reader:
+class HashReader:
     """Turns lines into requests, and remembers the last request of every session."""
-
-    __slots__ = ("sessions",)
 
     def __init__(self) -> None:
         self.sessions: dict[str, int] = {}
@@ -83,46 +96,58 @@ class _Reader:
         request = Request(index, input_tokens, output_tokens, 0, session_id=session)
         before = -1 if session is None else self.sessions.get(session, -1)
         if before >= 0:
-            if entry.get("delay") is None:
+            if entry.get("delay") is None and entry.get("timestamp") is not None:
                 raise EntryError(
-                    f"delay: is missing; a later turn of session {session!r} needs the milliseconds after "
-                    "the answer to the turn before"
+                    f"delay: is missing; a later turn of session {session!r} has milliseconds after the "
+                    "answer to the turn before, and no time of its own; without session_id every line keeps "
+                    "its timestamp"
                 )
             request.predecessor = before
-            request.tool_ns = _time_ns(entry["delay"], "delay", "milliseconds", _MS)
+            request.tool_ns = time_ns(entry.get("delay", 0), "delay", "milliseconds", _MS)
         elif chat:
-            request.arrival_ns = _time_ns(entry.get("timestamp"), "timestamp", "seconds", _S)
+            request.arrival_ns = time_ns(entry.get("timestamp"), "timestamp", "seconds", _S)
         else:
-            request.arrival_ns = _time_ns(entry.get("timestamp"), "timestamp", "milliseconds", _MS)
+            request.arrival_ns = time_ns(entry.get("timestamp"), "timestamp", "milliseconds", _MS)
+        if entry.get("model") is not None:
+            request.model = text(entry["model"], "model")
         if entry.get("hash_ids"):
-            _set_ids(request, entry["hash_ids"], TOKENS_PER_CHAT_HASH if chat else TOKENS_PER_HASH)
+            per_hash = TOKENS_PER_CHAT_HASH if chat else TOKENS_PER_HASH
+            set_hashes(request, entry["hash_ids"], per_hash, answers=chat)
         if session is not None:  # only now: a line that is left out is no turn
             self.sessions[session] = index
         return [request]
 
+    def is_later_turn(self, line: bytes) -> bool:
+        """Whether a line is of a session that has begun."""
+        try:
+            entry = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            return False
+        name = entry.get("session_id") if isinstance(entry, dict) else None
+        return isinstance(name, str | int) and str(name) in self.sessions
+
 
 def _entry(line: bytes) -> dict[str, Any]:
+    entry = json_object(line)
+    if not entry.keys() <= set(KEYS):
+        entry = {ALIASES.get(key, key): value for key, value in entry.items()}
+    if not entry.keys() <= set(KEYS):
+        raise unknown_key(entry, KEYS)
+    return entry
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line; EntryError where it is none."""
     try:
         entry = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise EntryError(f"column {error.pos + 1}: {error.msg}; must be a whole JSON object") from None
     if type(entry) is not dict:
         raise EntryError(f"{shown(entry)} is not an entry; must be a JSON object")
-    if not entry.keys() <= set(KEYS):
-        raise unknown_key(entry, KEYS)
     return entry
 
 
-def _is_turn_of(line: bytes, sessions: dict[str, int]) -> bool:
-    try:
-        entry = orjson.loads(line)
-    except orjson.JSONDecodeError:
-        return False
-    name = entry.get("session_id") if isinstance(entry, dict) else None
-    return isinstance(name, str | int) and str(name) in sessions
-
-
-def _bring_together(workload: Workload) -> None:
+def bring_together(workload: Workload) -> None:
     """Put the turns of a session behind its first, and number the requests again."""
     requests = workload.requests
     if all(request.session_id is None for request in requests):
@@ -141,7 +166,8 @@ def _bring_together(workload: Workload) -> None:
         request.index = index
 
 
-def _time_ns(value: object, field: str, unit: str, unit_ns: int) -> int:
+def time_ns(value: object, field: str, unit: str, unit_ns: int) -> int:
+    """A time >= 0 in ns; EntryError otherwise."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise EntryError(f"{field}: {shown(value)} is not a number; must be {unit} >= 0")
     if not 0 <= value <= MAX_TIME_NS / unit_ns:
@@ -149,35 +175,23 @@ def _time_ns(value: object, field: str, unit: str, unit_ns: int) -> int:
     return round(value * unit_ns)
 
 
-def _set_ids(request: Request, hash_ids: object, per_hash: int) -> None:
-    """Token ids for the prompt: `per_hash` of their own for every hash id.
+def set_hashes(request: Request, hash_ids: object, per_hash: int, *, answers: bool) -> None:
+    """Give `request` its hash ids, each for `per_hash` tokens; EntryError where they cannot be its.
 
-    Tokens that no hash id covers get an id that no other request has. Where the last short hash id reaches
-    beyond the prompt, it names the beginning of the answer too: a later prompt that has it repeats both.
+    `answers`: where the last hash id reaches beyond the prompt, it names the beginning of the answer too: a
+    later prompt that has it repeats both.
     """
-    input_tokens, index = request.input_tokens, request.index
-    most = -(-input_tokens // per_hash)
+    covered = request.input_tokens + (request.output_tokens if answers else 0)
+    most = -(-covered // per_hash)
     count = len(hash_ids) if isinstance(hash_ids, list) else 0
     hashes = token_ids(hash_ids, "hash_ids", count, "hash_ids")
     if count > most:
         raise EntryError(
-            f"hash_ids: has {count} ids but input_length is {input_tokens}; must have at most {most}"
+            f"hash_ids: has {count} ids for {covered} tokens, {per_hash} to an id; must have at most {most}"
         )
-    if int(hashes.max()) > MAX_HASH_ID:
-        raise EntryError(f"hash_ids: {hashes.max()} is too large; must be <= {MAX_HASH_ID}")
-    if input_tokens > MAX_MADE_IDS:
-        raise EntryError(
-            f"input_length: {input_tokens} is too large for a prompt with hash_ids; must be <= {MAX_MADE_IDS}"
-        )
-    own_id = 2**62 + index
-    covered = (hashes[:, None] * per_hash + np.arange(per_hash)).ravel()
-    request.input_ids = _filled(covered[:input_tokens], input_tokens, own_id)
-    answered = covered[input_tokens : input_tokens + request.output_tokens]
-    if per_hash == TOKENS_PER_CHAT_HASH and len(answered) and request.output_tokens <= MAX_MADE_IDS:
-        request.output_ids = _filled(answered, request.output_tokens, own_id)
-
-
-def _filled(ids: NDArray[np.int64], tokens: int, own_id: int) -> NDArray[np.int64]:
-    """`ids` made `tokens` long with an id that no other request has."""
-    missing = tokens - len(ids)
-    return np.concatenate((ids, np.full(missing, own_id, dtype=np.int64))) if missing else ids
+    highest = min(MAX_HASH_ID, _OWN_ID // (per_hash + 1) - 1)
+    if int(hashes.max()) > highest:
+        raise EntryError(f"hash_ids: {hashes.max()} is too large; must be <= {highest}")
+    request.hashes = np.array(hashes)  # a copy in one object: the ids of a million requests must fit
+    request.tokens_per_hash = per_hash
+    request.hashed_tokens = min(count * per_hash, covered)

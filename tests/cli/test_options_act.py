@@ -120,6 +120,15 @@ OPTIONS: dict[str, Option] = {
     ),
     "preset": Option(Case("--preset vllm-serve")),
     "num_reqs": Option(Case("--num-reqs 5")),
+    "tokenizer": Option(None, [Case("--tokenizer tokenizer.json", told=REFUSED)]),
+    "estimate_tokens": Option(
+        Case("--estimate-tokens 2", workload="texts", beside="--num-reqs 3"),
+        [Case("--estimate-tokens 2", told=REFUSED)],
+    ),
+    "columns": Option(
+        Case("--columns input=output_toks,output=input_toks,arrival=arrival_time_ns:ns"),
+        [Case("--columns input=input_toks,output=nowhere", told=REFUSED)],
+    ),
     "lenient": Option(Case("--lenient", workload="bad")),
     "dtype": Option(Case("--dtype fp8"), [Case("--dtype fp8", "own_dtype", told=REFUSED)]),
     "kv_cache_dtype": Option(Case("--kv-cache-dtype fp8")),
@@ -272,6 +281,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             ("plain", plain()),
             ("chats", chats()),
             ("bad", [*plain(), {"input_toks": -1}]),
+            ("texts", [{"prompt": "as long as that " * 20, "output_tokens": 5}] * 3),
         ):
             text = "\n".join(map(json.dumps, entries)) + "\n"
             (root / f"{name}.jsonl").write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 from servesim.errors import InputError
 from servesim.workload.description import describe
 from servesim.workload.formats import detect, load_workload
-from servesim.workload.hashes import block_ids
+from servesim.workload.hashes import answer_ids, block_ids, prompt_ids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,11 +50,8 @@ def test_mooncake_prompts_share_what_their_hash_ids_share(tmp_path: Path) -> Non
     found = block_ids(workload, 16)
     assert [len(ids) for ids in found.ids] == [64, 64, 0]  # 2 x 512 tokens in blocks of 16
     assert found.ids[0] == found.ids[1]
-    assert [len(request.input_ids) for request in workload if request.input_ids is not None] == [
-        1500,
-        1600,
-        1024,
-    ]
+    assert [len(prompt_ids(request)) for request in workload] == [1500, 1600, 1024]  # type: ignore[arg-type]
+    assert all(request.input_ids is None for request in workload)  # made only where they are asked for
 
 
 def test_mooncake_tokens_without_a_hash_id_are_shared_by_none(tmp_path: Path) -> None:
@@ -69,7 +66,7 @@ def test_mooncake_tokens_without_a_hash_id_are_shared_by_none(tmp_path: Path) ->
         (mooncake(-1, 5, [1]), "timestamp: -1 is not possible"),
         (mooncake("1", 5, [1]), "timestamp: '1' is not a number"),
         (mooncake(1, 0, [1]), "input_length: 0 is too small"),
-        (mooncake(1, 5, [1, 2]), "hash_ids: has 2 ids but input_length is 5; must have at most 1"),
+        (mooncake(1, 5, [1, 2]), "hash_ids: has 2 ids for 5 tokens, 512 to an id; must have at most 1"),
         (mooncake(1, 5, [-1]), r"hash_ids\[0\]: -1 is too small"),
         (mooncake(1, 5, [2**60]), "hash_ids: 1152921504606846976 is too large"),
         (mooncake(1, 5, [1], output_length=0), "output_length: 0 is too small"),
@@ -138,8 +135,9 @@ def test_chat_traces_count_seconds_and_16_tokens(tmp_path: Path) -> None:
     assert rows(workload) == [(0, 40, 30), (1_750_000_000, 56, 6)]
     # The third hash id covers 8 tokens of the first prompt and 8 of its answer.
     assert describe(workload)["reusable_prompt_tokens"] == 48
-    assert workload.requests[0].output_ids is not None
-    assert len(set(workload.requests[0].output_ids.tolist())) == 8 + 1
+    answer = answer_ids(workload.requests[0])
+    assert answer is not None
+    assert len(set(answer.tolist())) == 8 + 1
 
 
 def test_traces_of_simulators_count_seconds(tmp_path: Path) -> None:
@@ -174,7 +172,7 @@ BURST_HEADER = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log 
 
 
 def test_burstgpt_counts_seconds(tmp_path: Path) -> None:
-    text = BURST_HEADER + "5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,1087,230,1317,API log\n"
+    text = BURST_HEADER + "5,GPT-4,472,18,490,Conversation log\n45,GPT-4,1087,230,1317,API log\n"
     workload = from_text(tmp_path, text)
     assert rows(workload) == [(0, 472, 18), (40 * 10**9, 1087, 230)]
     assert {request.model for request in workload} == {None}
@@ -191,10 +189,7 @@ def test_burstgpt_columns_are_found_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        (
-            "118,ChatGPT,14,0,14,API log",
-            "response tokens: 0 is too small",
-        ),  # the trace has requests that failed
+        ("118,ChatGPT,14,-1,14,API log", "response tokens: -1 is too small"),
         ("118,ChatGPT,x,1,14,API log", "request tokens: 'x' is not an integer"),
         ("118,ChatGPT,14", "has 3 values; must have 6, as the header"),
         ("noon,ChatGPT,14,5,19,API log", "timestamp: 'noon' is not a time of a BurstGPT"),
@@ -295,10 +290,19 @@ def test_a_bad_start_time_of_a_benchmark_is_reported(tmp_path: Path, start: obje
         from_text(tmp_path, json.dumps(RESULT | {"start_times": [start, 1.0, 2.0]}))
 
 
-def test_the_format_is_seen_on_the_first_line() -> None:
-    assert detect(b'{"input_toks": 1, "output_toks": 1, "arrival_time_ns": 0}') == "jsonl"
-    assert detect(b'{"sub_requests": []}') == "jsonl"
-    assert detect(b"{broken") == "jsonl"
-    assert detect(b"{\n") == "json"
-    assert detect(b"{}") == "jsonl"
-    assert detect(b"PK\x03\x04") == "unknown"
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        (b'{"input_toks": 1, "output_toks": 1, "arrival_time_ns": 0}', "JSON lines"),
+        (b'{"sub_requests": []}', "JSON lines"),
+        (b"{broken", "JSON lines"),
+        (b"{}", "JSON lines"),
+        (b"{\n", None),
+        (b"PK\x03\x04", None),
+        (b"load:\n", "inference-perf spec"),
+        (b"a,b,c\n", "CSV"),
+    ],
+)
+def test_the_format_is_seen_on_the_first_line(line: bytes, name: str | None) -> None:
+    found = detect(line)
+    assert (found and found.name) == name

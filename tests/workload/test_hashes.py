@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from servesim.workload.formats import load_workload
-from servesim.workload.hashes import block_ids
+from servesim.workload.hashes import answer_ids, block_ids, prompt_ids
 from servesim.workload.request import Request, Workload
 from tests.recorded import recorded_path
 
@@ -31,10 +31,11 @@ def twin(workload: Workload, block_size: int) -> list[list[tuple[int, ...]]]:
     chains = []
     for request in workload:
         tokens: list[int] = []
-        if request.input_ids is not None:
-            tokens += request.input_ids.tolist()
-            if request.output_ids is not None:
-                tokens += request.output_ids.tolist()
+        prompt, answer = prompt_ids(request), answer_ids(request)
+        if prompt is not None:
+            tokens += prompt.tolist()
+            if answer is not None:
+                tokens += answer.tolist()
         ends = range(block_size, len(tokens) + 1, block_size)
         chains.append([tuple(tokens[:end]) for end in ends])
     owners = Counter(block for chain in chains for block in chain)
@@ -111,6 +112,21 @@ def test_identities_equal_those_of_the_twin(
     tokens: list[tuple[list[int] | None, list[int] | None]], block_size: int
 ) -> None:
     same_identities(workload_of(*tokens), block_size)
+
+
+hashed = st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=4), st.integers(1, 12), st.booleans())
+
+
+@given(st.lists(hashed, max_size=12), st.integers(1, 5), st.sampled_from([1, 3, 4]))
+def test_hashes_share_what_their_tokens_would(
+    prompts: list[tuple[list[int], int, bool]], block_size: int, per_hash: int
+) -> None:
+    requests = []
+    for index, (hashes, tokens, answers) in enumerate(prompts):
+        request = Request(index, tokens, 3, 0, hashes=np.array(hashes), tokens_per_hash=per_hash)
+        request.hashed_tokens = min(len(hashes) * per_hash, tokens + (3 if answers else 0))
+        requests.append(request)
+    same_identities(Workload(requests), block_size)
 
 
 @given(st.lists(st.integers(0, 40), min_size=2, max_size=20), st.integers(1, 7))

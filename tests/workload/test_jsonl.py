@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servesim.workload.formats import load_workload
+from servesim.workload.formats import Loading, load_workload
 from servesim.workload.generators import json_lines
 from servesim.workload.jsonl import load_jsonl
 from tests.recorded import recorded_path
@@ -36,7 +36,7 @@ SESSION = {
 
 def loaded(*entries: object, **options: bool | int) -> Workload:
     lines = [(number, json.dumps(entry).encode()) for number, entry in enumerate(entries, 1)]
-    return load_jsonl("x.jsonl", lines, **options)
+    return load_jsonl("x.jsonl", lines, Loading(**options))
 
 
 def test_a_line_is_a_request() -> None:
@@ -159,7 +159,7 @@ session_entries = st.builds(
 @given(st.lists(flat_entries | session_entries, min_size=1, max_size=8))
 def test_a_workload_written_and_read_again_is_the_same(entries: list[dict[str, object]]) -> None:
     once = loaded(*entries)
-    again = load_jsonl("x.jsonl", enumerate(json_lines(once), 1))
+    again = load_jsonl("x.jsonl", enumerate(json_lines(once), 1), Loading())
     assert len(once) == len(again) == sum(len(entry.get("sub_requests", [0])) for entry in entries)  # type: ignore[arg-type]
     for one, other in zip(once, again, strict=True):
         for name in ("index", "input_tokens", "output_tokens", "arrival_ns", "session_id", "sub_request"):

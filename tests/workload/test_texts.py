@@ -15,7 +15,7 @@ from servesim.errors import InputError
 from servesim.workload.description import describe
 from servesim.workload.entries import EntryError
 from servesim.workload.formats import load_workload
-from servesim.workload.sharegpt import first_exchange
+from servesim.workload.texts import first_exchange
 
 needs_tokenizers = pytest.mark.skipif(
     find_spec("tokenizers") is None, reason="needs the package tokenizers: pip install 'servesim[tokenizer]'"
@@ -184,7 +184,7 @@ def test_a_tokenizer_that_is_not_there_or_not_needed_is_told(tmp_path: Path) -> 
     with pytest.raises(InputError, match=r"--tokenizer .*: no such file"):
         load_workload(path, tokenizer=tmp_path)  # a folder without one
     path.write_text('{"input_toks": 1, "output_toks": 1, "arrival_time_ns": 0}')
-    with pytest.raises(InputError, match="holds token counts already; only a ShareGPT file needs one"):
+    with pytest.raises(InputError, match="holds token counts already; only a file of texts needs one"):
         load_workload(path, tokenizer=tmp_path)
 
 
