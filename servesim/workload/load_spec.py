@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.errors import InputError
-from servesim.workload.generators import Distribution
 from servesim.workload.entries import MAX_TOKENS, REQUEST_BYTES, MemoryBudget, shown
+from servesim.workload.generators import Distribution
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:

@@ -29,11 +29,6 @@ class Request:
     input_ids: NDArray[np.int64] | None = None
     """Token ids of the prompt, shape (input_tokens,); None: the prompt shares no prefix with any other."""
     output_ids: NDArray[np.int64] | None = None
-    hashes: NDArray[np.int64] | None = None
-    """In place of token ids: one id for every `tokens_per_hash` tokens from the start, shape (hashes,)."""
-    tokens_per_hash: int = 0
-    hashed_tokens: int = 0
-    """Leading tokens of prompt and answer that the hashes stand for."""
     session_id: str | None = None
     sub_request: int = 0
     predecessor: int = -1
@@ -42,6 +37,11 @@ class Request:
     """Time between the predecessor's end and this request's arrival."""
     model: str | None = None
     """Model the request asks for; None: any."""
+    hashes: NDArray[np.int64] | None = None
+    """In place of token ids: one id for every `tokens_per_hash` tokens from the start, shape (hashes,)."""
+    tokens_per_hash: int = 0
+    hashed_tokens: int = 0
+    """Leading tokens of prompt and answer that the hashes stand for."""
 
     @property
     def has_ids(self) -> bool:
