@@ -144,9 +144,9 @@ def test_a_queue_policy_is_one_file_and_two_lines(copy: Path) -> None:
     rows = ({"input_toks": n, "output_toks": 4, "arrival_time_ns": 0} for n in lengths)
     (copy / "w.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def order() -> list[int]:
+    def order(*words: str) -> list[int]:
         """Requests by the time of their first token."""
-        run(copy, "--dataset", "w.jsonl", "--max-num-seqs", "1", "--output", "r.csv")
+        run(copy, "--dataset", "w.jsonl", "--max-num-seqs", "1", "--output", "r.csv", *words)
         header, *rows = ((copy / "r.csv").read_text()).splitlines()
         at = header.split(",").index("TTFT")
         ttft = [float(row.split(",")[at]) for row in rows]
@@ -166,6 +166,6 @@ def test_a_queue_policy_is_one_file_and_two_lines(copy: Path) -> None:
         after='"fcfs": "servesim.engine.queue_policy:FirstComeFirstServed"',
     )
     replace(
-        copy / "servesim" / "engine" / "queue_policy.py", 'QUEUE_POLICY = "fcfs"', 'QUEUE_POLICY = "shortest"'
+        copy / "servesim" / "specs" / "options.py", '("fcfs", "priority")', '("fcfs", "priority", "shortest")'
     )
-    assert order() == [2, 0, 3, 1]
+    assert order("--scheduling-policy", "shortest") == [2, 0, 3, 1]

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 _PLACES = {
     "scheduler_config": (
         *("max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold", "max_model_len"),
-        *("enable_chunked_prefill", "reserve_full_isl", "async_scheduling"),
+        *("enable_chunked_prefill", "reserve_full_isl", "async_scheduling", "scheduling_policy"),
     ),
     "cache_config": ("num_gpu_blocks", "block_size", "enable_prefix_caching"),
 }
 """Part of vLLM's configuration -> the settings that are in it."""
-_VLLM_NAMES = {"reserve_full_isl": "scheduler_reserve_full_isl"}
+_VLLM_NAMES = {"reserve_full_isl": "scheduler_reserve_full_isl", "scheduling_policy": "policy"}
 PRIVATE_TOKEN = 1 << 40
 """Token ids from here on belong to one request each: the content of requests that come without ids."""
 
@@ -61,6 +61,7 @@ class SchedulerSettings:
     reserve_full_isl: bool = True
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
+    scheduling_policy: str = "fcfs"
 
 
 @dataclass(slots=True)
@@ -83,7 +84,7 @@ class Recorder:
     formula: StepFormula
     scheduler: Any
     new_request: Any
-    """Callable (request index, prompt ids, output tokens) -> vLLM's Request."""
+    """Callable (request, prompt ids, arrival in ns) -> vLLM's Request."""
     runner_output: Any
     """vLLM's ModelRunnerOutput class."""
     log: SchedulerLog = field(default_factory=SchedulerLog)
@@ -149,13 +150,12 @@ class Recorder:
             self.produced[index] = 0
             known = prompt_ids(request)
             ids = [PRIVATE_TOKEN + index] * request.input_tokens if known is None else known.tolist()
-            self.scheduler.add_request(self.new_request(index, ids, request.output_tokens))
+            self.scheduler.add_request(self.new_request(request, ids, arrival_ns))
 
     def _schedule(self) -> _Batch | None:
         """One call of schedule(); None when it scheduled no token."""
-        waiting_before = [int(request.request_id) for request in self.scheduler.waiting]
         output = self.scheduler.schedule()
-        self.preempted += self._newly_preempted(output, waiting_before)
+        self.preempted += self._newly_preempted(output)
         tokens: dict[str, int] = dict(output.num_scheduled_tokens)
         if not tokens:
             return None
@@ -186,19 +186,12 @@ class Recorder:
         sampled = {name for name, request in requests.items() if not request.is_prefill_chunk}
         return _Batch(output, step, sampled)
 
-    def _newly_preempted(self, output: Any, waiting_before: list[int]) -> list[int]:
-        """Requests preempted by this schedule, in the order in which it happened.
-
-        vLLM reports a set; the order is read from the queue, to whose front each victim went.
-        """
+    def _newly_preempted(self, output: Any) -> list[int]:
+        """Requests preempted by this schedule, in the order in which it happened."""
+        victims: list[int] = self.scheduler.take_victims()
         names = {int(name) for name in output.preempted_req_ids or ()}
-        if not names:
-            return []
-        waiting = [int(request.request_id) for request in self.scheduler.waiting]
-        victims = waiting[: len(waiting) - len(waiting_before)]
         if set(victims) != names:
-            raise RunError(f"preempted {sorted(names)}, but the queue's front has {victims}")
-        victims.reverse()
+            raise RunError(f"vLLM says that it preempted {sorted(names)}, but it preempted {victims}")
         for index in victims:
             self.records[index].preemptions += 1
         return victims
@@ -318,12 +311,15 @@ def _build_recorder(
         init_none_hash(sha256)
         hasher = get_request_block_hasher(settings.block_size, sha256)
 
-    def new_request(index: int, prompt_ids: list[int], output_tokens: int) -> Any:
+    def new_request(request: Request, prompt_ids: list[int], arrival_ns: int) -> Any:
         return VllmRequest(
-            request_id=str(index),
+            # vLLM orders names as texts where priority and arrival are equal; noughts make that our order
+            request_id=f"{request.index:09d}",
             prompt_token_ids=prompt_ids,
-            sampling_params=SamplingParams(max_tokens=output_tokens, ignore_eos=True),
+            sampling_params=SamplingParams(max_tokens=request.output_tokens, ignore_eos=True),
             pooling_params=None,
+            arrival_time=arrival_ns,
+            priority=request.priority,
             block_hasher=hasher,
         )
 
@@ -352,6 +348,7 @@ def _build_scheduler(settings: SchedulerSettings) -> Any:
         enable_chunked_prefill=settings.enable_chunked_prefill,
         scheduler_reserve_full_isl=settings.reserve_full_isl,
         async_scheduling=settings.async_scheduling,
+        policy=settings.scheduling_policy,
     )
     cache = CacheConfig(block_size=settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
     config = VllmConfig(
@@ -380,14 +377,29 @@ def _build_scheduler(settings: SchedulerSettings) -> Any:
 
 
 def _scheduler_class(asynchronous: bool) -> Any:
-    """vLLM's scheduler class, by the setting and not by what the platform has made of it."""
+    """vLLM's scheduler class, by the setting and not by what the platform has made of it.
+
+    It also takes down whom it preempts: vLLM itself only tells the set.
+    """
     if asynchronous:
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Base
+    else:
+        from vllm.v1.core.sched.scheduler import Scheduler as Base
 
-        return AsyncScheduler
-    from vllm.v1.core.sched.scheduler import Scheduler
+    class Noting(Base):  # type: ignore[misc]
+        def __init__(self, **arguments: Any) -> None:
+            self._victims: list[int] = []
+            super().__init__(**arguments)
 
-    return Scheduler
+        def _preempt_request(self, request: Any, *arguments: Any, **more: Any) -> None:
+            self._victims.append(int(request.request_id))
+            super()._preempt_request(request, *arguments, **more)
+
+        def take_victims(self) -> list[int]:
+            victims, self._victims = self._victims, []
+            return victims
+
+    return type(Base.__name__, (Noting,), {})
 
 
 def _undo_platform(config: Any, settings: SchedulerSettings) -> None:

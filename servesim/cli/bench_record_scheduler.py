@@ -52,6 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_switch(scheduling, "reserve-full-isl", "admit only if the whole prompt fits")
     _add_switch(scheduling, "enable-prefix-caching", "reuse blocks of equal content")
     _add_switch(scheduling, "async-scheduling", "two batches in flight")
+    scheduling.add_argument(
+        "--scheduling-policy",
+        choices=("fcfs", "priority"),
+        default="fcfs",
+        help="order of waiting requests (default: fcfs)",
+    )
     formula = parser.add_argument_group("step time, in microseconds")
     for name, default, text in (
         ("base", 9000.0, "of every step"),

@@ -31,7 +31,7 @@ from servesim.specs.acting import Scene, notes_of
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.options import resolve
-from servesim.specs.vllm_versions import LONE_PREFILL
+from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
 from servesim.workload.request import Workload
 
 if TYPE_CHECKING:
@@ -142,6 +142,7 @@ def scene(
         options=options,
         num_requests=len(workload),
         has_sessions=any(request.predecessor >= 0 for request in workload),
+        priorities=len({request.priority for request in workload}),
         has_ids=any(request.has_ids for request in workload),
         names_models=all(request.model is not None for request in workload),
         drawn_arrivals=workload.drawn_arrivals,
@@ -300,7 +301,7 @@ class Builder:
         scheduler = Scheduler(
             limits_of(options, self._options.skip_prefill),
             KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching),
-            policy=queue_policy(),
+            policy=queue_policy(options.scheduling_policy),
             connectors=connectors,
             new_decodes=new_decodes,
             list_requests=spec.pd_type == "prefill",
@@ -381,6 +382,8 @@ def limits_of(options: InstanceOptions, skip_prefill: bool) -> SchedulerLimits:
         chunked_prefill=options.enable_chunked_prefill,
         reserve_full_isl=options.reserve_full_isl,
         skip_prefill=skip_prefill,
+        serves_on=SERVES_ON.holds(options.vllm_version),
+        counts_all_victims=COUNTS_VICTIMS.holds(options.vllm_version),
     )
 
 

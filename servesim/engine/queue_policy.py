@@ -10,6 +10,8 @@ Another policy is a class in a file of its own and a line in :data:`QUEUE_POLICI
 from __future__ import annotations
 
 import importlib
+from bisect import insort
+from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -20,15 +22,20 @@ if TYPE_CHECKING:
 
 QUEUE_POLICIES = {
     "fcfs": "servesim.engine.queue_policy:FirstComeFirstServed",
+    "priority": "servesim.engine.queue_policy:ByPriority",
 }
 """Name -> module:class; a class is called without arguments, once for every instance."""
 
-QUEUE_POLICY = "fcfs"
-"""The policy of every instance, vLLM's default."""
+_by_rank = attrgetter("rank")
 
 
 class QueuePolicy(Protocol):
     """The order of a queue and the choice of a victim."""
+
+    @property
+    def strikes_anywhere(self) -> bool:
+        """Whether a victim may have been served in this step already; if not, it is never before the request
+        that needs a block."""
 
     def add(self, waiting: deque[RequestState], state: RequestState) -> None:
         """Put a request that has arrived into the queue."""
@@ -41,13 +48,15 @@ class QueuePolicy(Protocol):
 
         Args:
             running: those that run, in admission order, which is the order in which they are served.
-            first: place of the request that needs a block. Those before it have been served in this step
-                already and cannot go any more; it can go itself.
+            first: place of the request that needs a block; it can go itself. Those before it have had their
+                turn in this step, and go only if the policy :attr:`strikes_anywhere`.
         """
 
 
 class FirstComeFirstServed:
     """FCFS: the queue is in order of arrival, preempted requests come first, the last admitted goes first."""
+
+    strikes_anywhere = False
 
     def add(self, waiting: deque[RequestState], state: RequestState) -> None:
         """See :class:`QueuePolicy`."""
@@ -63,7 +72,30 @@ class FirstComeFirstServed:
         return len(running) - 1
 
 
-def queue_policy(name: str = QUEUE_POLICY) -> QueuePolicy:
+class ByPriority:
+    """The queue is in order of priority (a smaller number first), then of arrival.
+
+    The running request that is last in this order goes first; of several that arrived together, the one that
+    was admitted first.
+    """
+
+    strikes_anywhere = True
+
+    def add(self, waiting: deque[RequestState], state: RequestState) -> None:
+        """See :class:`QueuePolicy`."""
+        insort(waiting, state, key=_by_rank)
+
+    def put_back(self, waiting: deque[RequestState], state: RequestState) -> None:
+        """See :class:`QueuePolicy`."""
+        insort(waiting, state, key=_by_rank)
+
+    def victim(self, running: Sequence[RequestState], first: int) -> int:
+        """See :class:`QueuePolicy`."""
+        del first
+        return max(range(len(running)), key=lambda place: running[place].rank[:2])
+
+
+def queue_policy(name: str) -> QueuePolicy:
     """A new object of the policy called ``name``."""
     module, _, attribute = QUEUE_POLICIES[name].partition(":")
     policy: QueuePolicy = getattr(importlib.import_module(module), attribute)()

@@ -48,6 +48,7 @@ class RequestState:
         "order",
         "phase",
         "prompt_tokens",
+        "rank",
         "record",
         "request",
         "run_start",
@@ -94,6 +95,8 @@ class RequestState:
         """Computed tokens minus the decode clock; constant while decoding."""
         self.last_tick = 0
         """Decode clock of the step that produces the last token."""
+        self.rank = (request.priority, arrival_ns, request.index)
+        """Place in a queue by priority."""
         self.order = -1
         """Number of the admission: running requests are served in this order."""
         self.run_start = -1

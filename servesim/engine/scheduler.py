@@ -1,9 +1,9 @@
 """Decides what an instance computes in its next step, as vLLM V1's scheduler does.
 
 A step first serves the running requests in admission order, each with the tokens it lacks as far as the token
-budget goes; if no KV block can be had for one, the last running request is preempted. If none was, waiting
-requests are admitted from the head of the queue. There is no prefill phase and no decode phase: whatever has
-computed all its known tokens samples one more.
+budget goes; if no KV block can be had for one, the running request that the queue policy names is preempted.
+If none was, waiting requests are admitted from the head of the queue. There is no prefill phase and no decode
+phase: whatever has computed all its known tokens samples one more.
 
 Decoding requests are not visited one by one: they live in a :class:`~servesim.engine.decode_set.DecodeSet`,
 which names the few that need a block or end at the present step.
@@ -44,6 +44,11 @@ class SchedulerLimits:
     """Admit a request only if all its known tokens fit the free blocks."""
     skip_prefill: bool = False
     """The KV of all known tokens but the last is there as soon as a request is admitted."""
+    serves_on: bool = True
+    """Whether the others are still served in a step in which a request had to preempt itself."""
+    counts_all_victims: bool = True
+    """Whether the one whose turn it is keeps its turn when a request before it that was not served is
+    preempted; if not, it is passed over."""
 
 
 class Scheduler:
@@ -146,7 +151,7 @@ class Scheduler:
             if batch.entries is not None:
                 ready = (s for s in self.running if s.phase is Phase.DECODE and s.home is decodes)
                 batch.entries += [(state.request.index, 1) for state in ready]
-            if not in_flight or self.new_decodes:
+            if self._knows_tokens(in_flight):
                 # the token computed now is known already, so a block it fills can be hashed at once
                 sharing = decodes.sharing
                 for state in [s for s in decodes.at_boundary(1) if s in sharing] if sharing else ():
@@ -196,12 +201,17 @@ class Scheduler:
             if len(boundary) <= self.kv.pool.num_free:
                 self._grow(boundary)
                 return left, [], []
+        if self._policy.strikes_anywhere and self._may_run_short():
+            return self._serve_in_turn(batch, in_flight)
+        if not prefilling and left >= 0:
             return self._serve(tuple(boundary), left, True, batch, in_flight)
         wanted = sum(self._capped(state.known - state.computed) for state in prefilling)
         decodes_first = left >= 0 and self.running[-len(prefilling)] is prefilling[0]
         if wanted <= left or decodes_first:
-            due = sorted((*decodes.at_boundary(), *prefilling), key=by_order)
-            return self._serve(due, left, True, batch, in_flight)
+            due = {*decodes.at_boundary(), *prefilling}
+            if decodes.sharing and self._knows_tokens(in_flight):
+                due.update(decodes.sharing.intersection(decodes.at_boundary(1)))  # for the order of hashing
+            return self._serve(sorted(due, key=by_order), left, True, batch, in_flight)
         return self._serve(tuple(self.running), budget, False, batch, in_flight)
 
     def _capped(self, tokens: int) -> int:
@@ -263,23 +273,100 @@ class Scheduler:
             kv.grow(table, reach)
             if state.phase is Phase.DECODE:
                 if state in decodes.sharing:
-                    self._publish(state, computed)
+                    self._publish(state, reach if self._knows_tokens(in_flight) else computed)
                 continue
             self._computed(table, reach)
             left -= tokens
-            batch.add_request(tokens, computed)
-            if state.lost:
-                batch.note_again(state.lost, computed, reach)
-            if batch.entries is not None:
-                batch.entries.append((state.request.index, tokens))
-            state.computed = reach
-            if reach == state.known:
+            if self._note_chunk(state, tokens, batch):
                 completed.append(state)
         if completed:
             self.prefilling = [state for state in self.prefilling if state.computed < state.known]
         for state in stalled:
             self._stall(state, batch.step)
         return left, completed, stalled
+
+    def _knows_tokens(self, in_flight: bool) -> bool:
+        """Whether the last tokens of the requests that can decode now are known already."""
+        return not in_flight or self.new_decodes is not None
+
+    def _may_run_short(self) -> bool:
+        """Whether blocks may be missing for what this step could serve of the running requests."""
+        free = self.kv.pool.num_free
+        wanted = len(self.decodes.at_boundary())
+        for state in self.prefilling:
+            reach = state.computed + self._capped(state.known - state.computed)
+            wanted += max(self.kv.shortage(state.table, reach) + free, 0)
+        return wanted > free
+
+    def _serve_in_turn(
+        self, batch: Batch, in_flight: bool
+    ) -> tuple[int, list[RequestState], list[RequestState]]:
+        """As :meth:`_serve_running`, one by one, where any running request may be preempted: those that wait
+        for their turn, and those that had it, which give back the tokens they were to compute."""
+        decodes, kv, running, limits = self.decodes, self.kv, self.running, self.limits
+        left, turn = limits.max_num_batched_tokens, 0
+        served: dict[RequestState, int] = {}
+        while turn < len(running) and left > 0:
+            state = running[turn]
+            tokens, reach = self._due(state, left)
+            while tokens and kv.shortage(state.table, reach) > 0:
+                at = self._policy.victim(running, turn)
+                victim = running.pop(at)
+                taken_back = served.pop(victim, 0)
+                left += taken_back
+                if at < turn and (taken_back or limits.counts_all_victims):
+                    turn -= 1
+                self._preempt(victim, batch, in_flight, taken_back)
+                if victim is state:
+                    break
+            if state.phase is Phase.WAITING:  # it had to go itself
+                if limits.serves_on:
+                    continue
+                break
+            turn += 1
+            if not tokens:
+                continue
+            kv.grow(state.table, reach)
+            if state.phase is Phase.PREFILL:
+                self._computed(state.table, reach)
+            elif state in decodes.sharing:
+                self._publish(state, reach if self._knows_tokens(in_flight) else reach - tokens)
+            served[state] = tokens
+            left -= tokens
+        completed = []
+        for state, tokens in served.items():
+            if state.phase is Phase.PREFILL and self._note_chunk(state, tokens, batch):
+                completed.append(state)
+        self.prefilling = [state for state in self.prefilling if state.computed < state.known]
+        stalled = [
+            state
+            for state in running
+            if state.phase is Phase.DECODE and state.home is decodes and state not in served
+        ]
+        for state in stalled:
+            self._stall(state, batch.step)
+        return left, completed, stalled
+
+    def _due(self, state: RequestState, left: int) -> tuple[int, int]:
+        """(tokens that a running request can compute now with ``left`` of budget, its length after them)."""
+        if state.phase is Phase.DECODE and state.home is self.decodes:
+            return 1, self.decodes.length(state) + 1
+        if state.phase is Phase.PREFILL:
+            tokens = min(self._capped(state.known - state.computed), left)
+            return tokens, state.computed + tokens
+        return 0, 0  # its token is in flight
+
+    def _note_chunk(self, state: RequestState, tokens: int, batch: Batch) -> bool:
+        """Put the next ``tokens`` tokens of a prefilling request into the batch; True if they are its last
+        known ones."""
+        computed = state.computed
+        state.computed = reach = computed + tokens
+        batch.add_request(tokens, computed)
+        if state.lost:
+            batch.note_again(state.lost, computed, reach)
+        if batch.entries is not None:
+            batch.entries.append((state.request.index, tokens))
+        return reach == state.known
 
     def _computed(self, table: BlockTable, tokens: int) -> None:
         """The first ``tokens`` tokens of a request are known and computed, or will be by this step."""
@@ -307,14 +394,17 @@ class Scheduler:
                 return False
         return True
 
-    def _preempt(self, victim: RequestState, batch: Batch, in_flight: bool) -> None:
+    def _preempt(self, victim: RequestState, batch: Batch, in_flight: bool, taken_back: int = 0) -> None:
+        """Take a request's blocks away and queue it. ``taken_back``: tokens that it was to compute in this
+        step; the prefix cache has taken note of their blocks already."""
         # `cached`: tokens whose blocks the prefix cache has taken note of so far; those of prompt chunks
         # when they are scheduled, generated ones once they are known. With a batch in flight, the token it
         # computed was known when it was scheduled only if nothing else was in flight then; in a pipeline
         # it always was, since a request is in one batch at a time.
         if victim.phase is Phase.PREFILL:
             self.prefilling.remove(victim)
-            computed = cached = victim.computed
+            computed = victim.computed
+            cached = computed + taken_back
         else:
             home = victim.home
             if victim.phase is Phase.DRAINING or home is None:
@@ -332,6 +422,8 @@ class Scheduler:
                 self._await_token(victim)
             unnoted = token_in_flight and not self.new_decodes and not self._last_alone
             cached = max(victim.known, computed - unnoted)
+            if taken_back:
+                cached = computed + self._knows_tokens(token_in_flight)
             victim.known = computed + 1
         for connector in self.connectors:
             connector.computed(victim.table, cached)

@@ -36,6 +36,7 @@ _SHOWN_WHEN_CHANGED = frozenset(
         ),
         *(
             "cudagraph",
+            "scheduling_policy",
             "num_reqs",
             "max_concurrency",
             "request_rate",

@@ -52,6 +52,8 @@ class Scene:
     options: RuntimeOptions
     num_requests: int
     has_sessions: bool
+    priorities: int
+    """Different priorities of the requests."""
     has_ids: bool
     """Whether any prompt has token ids, which the prefix cache goes by."""
     names_models: bool
@@ -97,6 +99,7 @@ def notes_of(scene: Scene) -> list[str]:
     return [
         *_twins(scene),
         *_notes_of_serve_line(scene.options),
+        *_notes_of_workload(scene),
         *_notes_of_flags(scene),
         *_notes_of_instances(scene),
     ]
@@ -111,6 +114,12 @@ def _notes_of_serve_line(options: RuntimeOptions) -> list[str]:
     lost = [name for name, value in line.options.items() if getattr(options, name) != value]
     over = [f"vllm serve: other values were given beside it: {', '.join(map(flag_name, lost))}"]
     return [*line.notes, *(over if lost else [])]
+
+
+def _notes_of_workload(scene: Scene) -> Iterator[str]:
+    """What requests ask for and no instance heeds."""
+    if scene.priorities > 1 and all(options.scheduling_policy == "fcfs" for options in scene.resolved):
+        yield "the priorities of the requests have no effect here: --scheduling-policy is fcfs"
 
 
 def _twins(scene: Scene) -> Iterator[str]:
@@ -268,6 +277,13 @@ def below_the_budget(scene: Scene) -> str:
     if cap and all(cap >= options.max_num_batched_tokens for options in scene.resolved):
         return "it is not below --max-num-batched-tokens"
     return whole_prompts_at_once(scene)
+
+
+def priorities_differ(scene: Scene) -> str:
+    """Priorities order what differs in them."""
+    if scene.priorities > 1 or not any(options.scheduling_policy == "priority" for options in scene.resolved):
+        return ""
+    return "all requests have the same priority, so they are ordered by arrival"
 
 
 def no_pipelines(scene: Scene) -> str:

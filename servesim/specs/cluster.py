@@ -31,6 +31,7 @@ from servesim.specs.options import (
     NumGpuBlocks,
     ReserveFullIsl,
     RuntimeOptions,
+    SchedulingPolicy,
     Utilization,
     WeightDtype,
     per_instance_fields,
@@ -160,6 +161,7 @@ class InstanceSpec(Spec):
     reserve_full_isl: ReserveFullIsl | None = None
     enable_prefix_caching: EnablePrefixCaching | None = None
     async_scheduling: AsyncScheduling | None = None
+    scheduling_policy: SchedulingPolicy | None = None
     enable_local_offloading: EnableLocalOffloading | None = None
     enable_attn_offloading: EnableAttnOffloading | None = None
     enable_sub_batch_interleaving: EnableSubBatchInterleaving | None = None

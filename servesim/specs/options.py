@@ -49,6 +49,8 @@ _TABLE = (".csv", ".parquet")
 _JSON = (".json",)
 _OTHER_TOOLS = "accepted from scripts of other simulators"
 
+SCHEDULING_POLICIES = ("fcfs", "priority")
+"""Names in :data:`servesim.engine.queue_policy.QUEUE_POLICIES`."""
 ROUTING_POLICIES = ("LOAD", "RR", "RAND", "PREFIX", "CUSTOM")
 EXPERT_POLICIES = ("BALANCED", "RR", "RAND", "ZIPF", "CUSTOM")
 
@@ -218,6 +220,18 @@ AsyncScheduling = Annotated[
         _ENGINE,
         per_instance=True,
         acts=acting.no_pipelines,
+        noted=True,
+    ),
+]
+SchedulingPolicy = Annotated[
+    Literal[*SCHEDULING_POLICIES],  # type: ignore[valid-type]
+    Flag(
+        "order of waiting requests, and who is preempted: fcfs (first come, first served) or priority (a "
+        "request's priority in the workload, smaller first, then its arrival)",
+        _ENGINE,
+        choices=SCHEDULING_POLICIES,
+        per_instance=True,
+        acts=acting.priorities_differ,
         noted=True,
     ),
 ]
@@ -408,6 +422,7 @@ class RuntimeOptions(Spec):
     reserve_full_isl: ReserveFullIsl = True
     enable_prefix_caching: EnablePrefixCaching = True
     async_scheduling: AsyncScheduling = True
+    scheduling_policy: SchedulingPolicy = "fcfs"
     enable_local_offloading: EnableLocalOffloading = False
     enable_attn_offloading: EnableAttnOffloading = False
     enable_sub_batch_interleaving: EnableSubBatchInterleaving = False
@@ -694,6 +709,7 @@ class InstanceOptions:
     cudagraph: bool = True
     num_gpu_blocks: int | None = None
     """KV blocks as given; None: what fits."""
+    scheduling_policy: str = "fcfs"
 
 
 def add_arguments(

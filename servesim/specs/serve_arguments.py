@@ -25,6 +25,7 @@ OWN = {
     "--gpu-memory-utilization": "npu_memory_utilization",
     "--device-memory-utilization": "npu_memory_utilization",
     "--num-gpu-blocks-override": "num_gpu_blocks",
+    "--scheduling-policy": "scheduling_policy",
 }
 """Argument with a value -> the option that it sets."""
 OWN_SWITCHES = {
@@ -75,7 +76,6 @@ NOT_SIMULATED = {
     "--lora-modules": "LoRA adapters",
     "--max-num-partial-prefills": "more than the engine's one way to share a step among prompts",
     "--max-long-partial-prefills": "more than the engine's one way to share a step among prompts",
-    "--scheduling-policy": "any order but first come, first served",
     "--decode-context-parallel-size": _CONTEXT_PARALLEL,
     "-dcp": _CONTEXT_PARALLEL,
     "--prefill-context-parallel-size": _CONTEXT_PARALLEL,
@@ -136,7 +136,6 @@ NOT_SIMULATED = {
 }
 """Argument -> what the simulation does not have."""
 HARMLESS = {
-    "--scheduling-policy": ("fcfs",),
     "--decode-context-parallel-size": ("1",),
     "-dcp": ("1",),
     "--prefill-context-parallel-size": ("1",),

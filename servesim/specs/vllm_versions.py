@@ -34,7 +34,13 @@ LONE_PREFILL = Difference(
     "0.31", "a prefill threshold does not bind while a single request is waiting or running"
 )
 LARGE_GPU_BATCHES = Difference("0.28", "servers on GPUs of 160 GiB or more take 16384 tokens a step")
-DIFFERENCES = (LONE_PREFILL, LARGE_GPU_BATCHES)
+COUNTS_VICTIMS = Difference(
+    "0.28", "by priority, preempting a request that was not served before does not pass another one over"
+)
+SERVES_ON = Difference(
+    "0.33", "by priority, the others are still served in a step in which a request preempts itself"
+)
+DIFFERENCES = (LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON)
 
 
 def minor_version(text: object) -> object:

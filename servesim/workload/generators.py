@@ -219,7 +219,11 @@ def json_lines(workload: Workload) -> Iterator[bytes]:
 
 def _fields(request: Request) -> dict[str, object]:
     fields: dict[str, object] = {"input_toks": request.input_tokens, "output_toks": request.output_tokens}
-    return fields if request.model is None else fields | {"model": request.model}
+    if request.model is not None:
+        fields["model"] = request.model
+    if request.priority:
+        fields["priority"] = request.priority
+    return fields
 
 
 def _ids(request: Request) -> dict[str, object]:

@@ -1,9 +1,10 @@
 """JSON lines workloads: every line a request or a session.
 
 A request line is ``{"input_toks", "output_toks", "arrival_time_ns"}`` with optional ``input_tok_ids``,
-``output_tok_ids`` (or ``hash_ids`` and ``tokens_per_hash``) and ``model``; a session line is
+A request line is ``{"input_toks", "output_toks", "arrival_time_ns"}`` with optional ``input_tok_ids``,
+``output_tok_ids`` (or ``hash_ids`` and ``tokens_per_hash``), ``model`` and ``priority``. A session line is
 ``{"arrival_time_ns", "sub_requests": [...]}`` with optional ``session_id`` and ``model``, and each
-sub-request ``{"input_toks", "output_toks"}`` with optional ``tool_duration_ns``, ids and ``model``.
+sub-request ``{"input_toks", "output_toks"}`` with optional ``tool_duration_ns`` and those of a request.
 Requests are numbered in file order, sub-requests in their place. A sub-request is released when its
 predecessor has ended and the predecessor's ``tool_duration_ns`` has passed.
 """
@@ -34,26 +35,12 @@ if TYPE_CHECKING:
 
     from servesim.workload.formats import Loading
 
+_SHARED_KEYS = ("input_tok_ids", "output_tok_ids", "model", "priority")
 _HASH_KEYS = ("hash_ids", "tokens_per_hash", "hashed_toks")
-REQUEST_KEYS = (
-    "input_toks",
-    "output_toks",
-    "arrival_time_ns",
-    "input_tok_ids",
-    "output_tok_ids",
-    "model",
-    *_HASH_KEYS,
-)
+REQUEST_KEYS = ("input_toks", "output_toks", "arrival_time_ns", *_SHARED_KEYS, *_HASH_KEYS)
 SESSION_KEYS = ("session_id", "arrival_time_ns", "sub_requests", "model")
-SUB_REQUEST_KEYS = (
-    "input_toks",
-    "output_toks",
-    "tool_duration_ns",
-    "input_tok_ids",
-    "output_tok_ids",
-    "model",
-    *_HASH_KEYS,
-)
+SUB_REQUEST_KEYS = ("input_toks", "output_toks", "tool_duration_ns", *_SHARED_KEYS, *_HASH_KEYS)
+MAX_PRIORITY = 2**31 - 1
 
 _request_keys = frozenset(REQUEST_KEYS)
 _session_keys = frozenset(SESSION_KEYS)
@@ -154,6 +141,8 @@ def _request(entry: dict[str, Any], index: int, where: str, model: str | None) -
         _set_hashes(request, entry, where)
     if entry.get("model") is not None:
         request.model = text(entry["model"], f"{where}model")
+    if entry.get("priority") is not None:
+        request.priority = whole_number(entry["priority"], f"{where}priority", -MAX_PRIORITY, MAX_PRIORITY)
     return request
 
 

@@ -42,6 +42,8 @@ class Request:
     tokens_per_hash: int = 0
     hashed_tokens: int = 0
     """Leading tokens of prompt and answer that the hashes stand for."""
+    priority: int = 0
+    """Smaller numbers are served first, where the scheduling policy goes by priority."""
 
     @property
     def has_ids(self) -> bool:

@@ -62,6 +62,11 @@ def plain() -> list[dict[str, Any]]:
     return [{"input_toks": 300 + i, "output_toks": 10 + i, "arrival_time_ns": 0} for i in range(12)]
 
 
+def ranked() -> list[dict[str, Any]]:
+    """Twelve prompts at once, the later ones of more weight."""
+    return [{**entry, "priority": -index} for index, entry in enumerate(plain())]
+
+
 def chats() -> list[dict[str, Any]]:
     """Five sessions of three turns that repeat what was said before."""
     rng = np.random.default_rng(5)
@@ -160,6 +165,10 @@ OPTIONS: dict[str, Option] = {
     ),
     "async_scheduling": Option(
         Case("--no-async-scheduling"), [Case("--no-async-scheduling", "stages", told=NOTED)]
+    ),
+    "scheduling_policy": Option(
+        Case("--scheduling-policy priority", workload="ranked", beside="--max-num-seqs 2"),
+        [Case("--scheduling-policy priority", told=NOTED)],
     ),
     "enable_local_offloading": Option(
         Case("--enable-local-offloading", "slow"), [Case("--enable-local-offloading", told=NOTED)]
@@ -280,6 +289,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name, entries in (
             ("plain", plain()),
             ("chats", chats()),
+            ("ranked", ranked()),
             ("bad", [*plain(), {"input_toks": -1}]),
             ("texts", [{"prompt": "as long as that " * 20, "output_tokens": 5}] * 3),
         ):

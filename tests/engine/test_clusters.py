@@ -240,6 +240,7 @@ EVERY_OPTION: dict[str, tuple[Any, Any]] = {
     "reserve_full_isl": (False, False),
     "enable_prefix_caching": (False, False),
     "async_scheduling": (False, False),
+    "scheduling_policy": ("priority", "priority"),
     "enable_block_copy": (False, False),
     "enable_local_offloading": (False, False),
     "enable_attn_offloading": (False, False),

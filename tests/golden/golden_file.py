@@ -37,7 +37,8 @@ class Golden:
     name: str
     about: str
     entries: list[dict[str, Any]]
-    """The workload as stored: arrival | after + tool, prompt (pieces, or a length: no ids), output, text?"""
+    """The workload as stored: arrival | after + tool, prompt (pieces, or a length: no ids), output, text?,
+    priority?"""
     log: SchedulerLog
 
     def workload(self) -> Workload:
@@ -62,6 +63,7 @@ def build_workload(entries: list[dict[str, Any]], source: str) -> Workload:
                 output_ids=None if ids is None else tokens(stream, 0, output),
                 predecessor=entry.get("after", -1),
                 tool_ns=entry.get("tool", 0),
+                priority=entry.get("priority", 0),
             )
         )
     return Workload(requests, source)

@@ -52,6 +52,7 @@ from tests.golden.workloads import (
     shared_prefixes,
     together,
     unrelated,
+    with_priorities,
     without_ids,
 )
 
@@ -79,6 +80,7 @@ def settings(num_gpu_blocks: int, **changes: Any) -> SchedulerSettings:
 
 SYNC = {"async_scheduling": False}
 NO_CACHE = {"enable_prefix_caching": False}
+PRIORITY = {"scheduling_policy": "priority"}
 
 PIPELINE = {"max_num_seqs": 16, "max_num_batched_tokens": 16, "long_prefill_token_threshold": 12, **SYNC}
 
@@ -302,6 +304,43 @@ RECIPES: dict[str, Recipe] = {
         "a pipeline, a threshold, and few requests at once",
         lambda r: unrelated(r, 50, 250, (1, 120), (1, 30)), settings(2000, **PIPELINE),
     ),
+    "async_priority": Recipe(
+        "three priorities and little memory: victims were served in the same step, or preempt themselves",
+        lambda r: with_priorities(r, unrelated(r, 60, 6, (5, 120), (20, 120)), 3),
+        settings(48, **NO_CACHE, **PRIORITY),
+    ),
+    "sync_priority": Recipe(
+        "three priorities and little memory: victims were served in the same step, or preempt themselves",
+        lambda r: with_priorities(r, unrelated(r, 60, 6, (5, 120), (20, 120)), 3),
+        settings(48, **SYNC, **NO_CACHE, **PRIORITY),
+    ),
+    "async_priority_prefixes": Recipe(
+        "priorities, shared prefixes and evictions",
+        lambda r: with_priorities(r, shared_prefixes(r, 70, 8, output=(5, 70)), 4), settings(50, **PRIORITY),
+    ),
+    "sync_priority_echoes": Recipe(
+        "priorities; prompts quote earlier answers, chunks of 12 tokens",
+        lambda r: with_priorities(r, echoes(r, 70, 6), 3),
+        settings(22, **SYNC, **PRIORITY, max_num_seqs=24, long_prefill_token_threshold=12),
+    ),
+    "async_priority_last_token": Recipe(
+        "priorities; preemptions strike requests whose last token is in flight",
+        lambda r: with_priorities(r, long_and_short(r, 80), 3), settings(32, **PRIORITY, max_num_seqs=24),
+    ),
+    "async_priority_tiny_budget": Recipe(
+        "priorities, 16 tokens a step and little memory",
+        lambda r: with_priorities(r, shared_prefixes(r, 40, 40, output=(1, 40)), 3),
+        settings(24, **PRIORITY, max_num_batched_tokens=16, max_num_seqs=12),
+    ),
+    "async_priority_equal": Recipe(
+        "one priority for all: the order is that of arrival, preempted requests keep their place",
+        lambda r: unrelated(r, 50, 6, (5, 120), (20, 120)), settings(40, **PRIORITY, max_num_seqs=16),
+    ),
+    "sync_priority_sessions": Recipe(
+        "sessions with priorities that push each other out",
+        lambda r: with_priorities(r, conversations(r, 14, 20, output=(5, 60)), 5),
+        settings(50, **SYNC, **PRIORITY),
+    ),
     "async_long_chats": Recipe(
         "long runs of pure decode steps whose time grows with the context", long_chats,
         settings(500), CONTEXT,
@@ -315,6 +354,7 @@ RECIPES: dict[str, Recipe] = {
 
 ACROSS = (
     *(name for name, recipe in RECIPES.items() if recipe.settings.long_prefill_token_threshold),
+    *(name for name in RECIPES if "priority" in name),
     *("async_two_seats_tight", "sync_prefix_tight", "async_last_token_victims_cached", "async_echoes"),
     *("async_sessions_tight", "sync_sessions_long_answers", "async_no_full_gate", "async_block_edges"),
 )

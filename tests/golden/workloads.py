@@ -34,6 +34,11 @@ def unrelated(
     return [{"arrival": at, "prompt": [[i, 0, p]], "output": o} for i, (at, p, o) in enumerate(rows)]
 
 
+def with_priorities(rng: np.random.Generator, entries: list[Entry], levels: int) -> list[Entry]:
+    """The same requests with priorities of so many levels around 0."""
+    return [{**entry, "priority": int(rng.integers(levels)) - levels // 2} for entry in entries]
+
+
 def without_ids(
     rng: np.random.Generator, count: int, gap_ms: float, prompt: tuple[int, int], output: tuple[int, int]
 ) -> list[Entry]:

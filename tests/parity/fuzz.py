@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from tests.golden.workloads import (
 )
 from tests.parity.replay import logged, replay, replay_in_jumps
 
+Setting = tuple[list[Entry], SchedulerSettings]
 Outcome = tuple[SchedulerSettings, SchedulerLog, list[str]]
 
 
@@ -59,6 +61,15 @@ def random_entries(rng: np.random.Generator) -> list[Entry]:
     ]
     entries: list[Entry] = kinds[int(rng.integers(len(kinds)))]()
     return entries
+
+
+def with_extras(rng: np.random.Generator, entries: list[Entry], settings: SchedulerSettings) -> Setting:
+    """Entries and settings with what came later than the first seeds, so that those stay what they were."""
+    if rng.random() < 0.4:
+        settings = replace(settings, scheduling_policy="priority")
+        levels = int(rng.choice([1, 2, 3, 50]))
+        entries = [{**entry, "priority": int(rng.integers(levels)) - levels // 2} for entry in entries]
+    return entries, settings
 
 
 def random_settings(rng: np.random.Generator, entries: list[Entry]) -> SchedulerSettings:
@@ -91,7 +102,7 @@ def compare(seed: int) -> Outcome:
     """Run one seed through vLLM and through the engine, stepped and jumping."""
     rng = np.random.default_rng(seed)
     entries = random_entries(rng)
-    settings = random_settings(rng, entries)
+    entries, settings = with_extras(rng, entries, random_settings(rng, entries))
     log = record_scheduler(build_workload(entries, "random"), settings, random_formula(rng))
     golden = Golden(f"seed {seed}", "", entries, log)
     found = differences(log, replay(golden), limit=3)

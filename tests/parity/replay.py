@@ -16,6 +16,7 @@ from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
 from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
+from servesim.engine.queue_policy import queue_policy
 from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
@@ -23,7 +24,7 @@ from servesim.engine.step_loop import LoopPlan
 from servesim.memory.kv_cache import KvCache
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
-from servesim.specs.vllm_versions import LONE_PREFILL
+from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
 from tests.golden.golden_file import STAGES, is_drained, is_pipeline, version_of
 from tests.hand_made import OneInstance
 
@@ -47,9 +48,10 @@ class NotingScheduler(Scheduler):
         self,
         limits: SchedulerLimits,
         kv: KvCache,
+        policy: str = "fcfs",
         new_decodes: Callable[[], DecodeSet] | None = None,
     ) -> None:
-        super().__init__(limits, kv, new_decodes=new_decodes, list_requests=True)
+        super().__init__(limits, kv, policy=queue_policy(policy), new_decodes=new_decodes, list_requests=True)
         self.notes: dict[int, LoggedStep] = {}
         self.pending: list[int] = []
         """Preempted by schedules that came out empty; they count with the next step."""
@@ -82,7 +84,9 @@ def replay(golden: Golden) -> SchedulerLog:
     settings, formula = golden_settings(golden)
     tracks: list[array[int]] = []
     new_decodes = track_maker(settings.block_size, tracks, 1) if is_pipeline(golden.name) else None
-    scheduler = NotingScheduler(limits(settings, version_of(golden)), kv_cache(settings), new_decodes)
+    scheduler = NotingScheduler(
+        limits(settings, version_of(golden)), kv_cache(settings), settings.scheduling_policy, new_decodes
+    )
     workload = golden.workload()
 
     def note_completion(batch: Batch, start_ns: int, free: int) -> None:
@@ -139,6 +143,8 @@ def limits(settings: SchedulerSettings, version: VllmVersion) -> SchedulerLimits
         caps_lone_prefill=not LONE_PREFILL.holds(version),
         chunked_prefill=settings.enable_chunked_prefill,
         reserve_full_isl=settings.reserve_full_isl,
+        serves_on=SERVES_ON.holds(version),
+        counts_all_victims=COUNTS_VICTIMS.holds(version),
     )
 
 
@@ -192,5 +198,9 @@ def replay_in_jumps(golden: Golden) -> RunLog:
     """The engine's own records of a golden's workload, with the vectorised jumps over quiet stretches."""
     settings, formula = golden_settings(golden)
     workload = golden.workload()
-    scheduler = Scheduler(limits(settings, version_of(golden)), kv_cache(settings))
+    scheduler = Scheduler(
+        limits(settings, version_of(golden)),
+        kv_cache(settings),
+        policy=queue_policy(settings.scheduling_policy),
+    )
     return simulate(build_loop(scheduler, settings, formula, workload, jump=True), workload)

@@ -47,6 +47,7 @@ DOCUMENTED_DEFAULTS = {
     "enable_sub_batch_interleaving": False,
     "enable_block_copy": True,
     "async_scheduling": True,
+    "scheduling_policy": "fcfs",
     "skip_prefill": False,
     "max_concurrency": 0,
     "request_rate": None,
@@ -293,6 +294,7 @@ def test_each_per_instance_option_reaches_the_instance(name: str) -> None:
         "npu_memory_utilization": 0.5,
         "num_gpu_blocks": 900,
         "max_model_len": 4096,
+        "scheduling_policy": "priority",
     }
     value = other.get(name)
     if value is None:

@@ -91,7 +91,11 @@ RECIPES: dict[str, tuple[dict[str, Any], int, int, int]] = {
     ),
     "vllm serve zai-org/GLM-4.5-Air --pipeline-parallel-size 2 -tp 4 --disable-chunked-prefill "
     "-O3 --compilation-config '{\"pass_config\": {\"fuse_allreduce_rms\": true}}' --scheduling-policy fcfs": (
-        {"model": "zai-org/GLM-4.5-Air", "pp": 2, "tp": 4, "enable_chunked_prefill": False}, 4, 1, 2,
+        {
+            "model": "zai-org/GLM-4.5-Air", "pp": 2, "tp": 4, "enable_chunked_prefill": False,
+            "scheduling_policy": "fcfs",
+        },
+        5, 0, 2,
     ),
     "python3 -m vllm.entrypoints.openai.api_server --model google/gemma-3-27b-it --dtype half "
     "--max-num-seqs 64 --max-num-batched-tokens 8192 --max-model-len auto --disable-log-stats": (
@@ -152,7 +156,6 @@ def test_the_tables_know_every_argument_of_vllm_once() -> None:
     [
         ('--speculative-config \'{"method": "ngram"}\'', "not simulated: speculative decoding"),
         ("--enable-lora", "--enable-lora: not simulated: LoRA"),
-        ("--scheduling-policy priority", "any order but first come"),
         ("--kv-transfer-config '{}'", "pd_type"),
         ("--watermark 0.05", "blocks that are kept free"),
         ("--max-num-seq 64", "--max-num-seq: unknown; did you mean --max-num-seqs"),
