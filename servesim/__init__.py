@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from servesim.explore.compare import Comparison, compare
     from servesim.explore.ensemble import Ensemble, ensemble
     from servesim.explore.kv_dial import KvDial, kv_dial
+    from servesim.explore.plan import plan
+    from servesim.explore.plan_result import Plan
     from servesim.explore.rate_search import LoadLimit, slo
     from servesim.explore.slo import Slo
     from servesim.explore.sweep import sweep
@@ -41,6 +43,7 @@ __all__ = [
     "MissingFileError",
     "ModelSpec",
     "Observer",
+    "Plan",
     "Request",
     "Result",
     "RunError",
@@ -57,6 +60,7 @@ __all__ = [
     "load_cluster",
     "load_model",
     "load_workload",
+    "plan",
     "simulate",
     "slo",
     "sweep",
@@ -72,6 +76,7 @@ _HOMES = {
     "MissingFileError": "servesim.errors",
     "ModelSpec": "servesim.specs.model",
     "Observer": "servesim.engine.simulation",
+    "Plan": "servesim.explore.plan_result",
     "Request": "servesim.workload.request",
     "Result": "servesim.results.result",
     "RunError": "servesim.errors",
@@ -87,6 +92,7 @@ _HOMES = {
     "load_cluster": "servesim.specs.cluster",
     "load_model": "servesim.specs.model",
     "load_workload": "servesim.workload.formats",
+    "plan": "servesim.explore.plan",
     "simulate": "servesim.api",
     "slo": "servesim.explore.rate_search",
     "sweep": "servesim.explore.sweep",

@@ -14,6 +14,7 @@ from servesim.workload.request import Workload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
     from os import PathLike
 
     from servesim.engine.build import Kept
@@ -131,6 +132,13 @@ def read_cluster(
     """The cluster given (``options.cluster_config`` when None), changed as the options say."""
     spec = cluster if isinstance(cluster, ClusterSpec) else load_cluster(cluster or options.cluster_config)
     return with_options(spec, options)
+
+
+def making_bundles(wanted: bool) -> AbstractContextManager[None]:
+    """Inside the block, bundles that are missing are made where that is possible, if ``wanted``."""
+    from servesim.profiler.on_demand import bundles_on_demand
+
+    return bundles_on_demand(wanted)
 
 
 def simulate_loaded(

@@ -53,13 +53,13 @@ def band_runs(result: Result) -> BandRuns | None:
     options = without(result.options, "npu_memory_utilization")
     with silence():  # the run itself has said what there is to say
         low, high = (
-            simulate_loaded(_with_blocks(result.cluster, blocks), result.workload, options)
+            simulate_loaded(with_blocks(result.cluster, blocks), result.workload, options)
             for blocks in zip(*bands, strict=True)
         )
     return BandRuns(low, high)
 
 
-def _with_blocks(cluster: ClusterSpec, blocks: tuple[int, ...]) -> ClusterSpec:
+def with_blocks(cluster: ClusterSpec, blocks: tuple[int, ...]) -> ClusterSpec:
     """The cluster with the number of KV blocks of every instance set, in the order of the instances."""
     numbers = iter(blocks)
     nodes = [

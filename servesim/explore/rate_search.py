@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from servesim.api import NOISE, check_used, read_cluster, read_workload, with_flags
+from servesim.api import NOISE, check_used, making_bundles, read_cluster, read_workload, with_flags
 from servesim.errors import InputError, RunError
 from servesim.explore.bisection import Range, largest
 from servesim.explore.load_point import LoadPoint, load_point
@@ -203,7 +203,8 @@ def slo(
     runs = WarmRuns(spec, _loaded(chosen, workload, by), chosen, by_rate=by == "rate")
     allowed_ms = QUICK_MS if effort == "quick" else math.inf
     search = _Search(runs, target, by, precision, before_run or (lambda _: None), allowed_ms)
-    return search.result(patterns, kernel_error)
+    with making_bundles(chosen.auto_profile):
+        return search.result(patterns, kernel_error)
 
 
 def _target(bounds: str | Sequence[str] | Mapping[str, float], goodput: float | None) -> Target:

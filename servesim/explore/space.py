@@ -119,7 +119,7 @@ def space_of(described: Mapping[str, Any], source: str = "sweep") -> Space:
     )
     grid = _mapping(described, "grid", source)
     for name, entry in _named(grid, f"{source}: grid").items():
-        space.grid[name] = _choices(entry, f"{source}: grid: {name}")
+        space.grid[name] = choices(entry, f"{source}: grid: {name}")
     for number, entry in enumerate(_list(described, "list", source)):
         where = f"{source}: list[{number}]"
         if not isinstance(entry, Mapping):
@@ -168,7 +168,8 @@ def _named(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return own
 
 
-def _choices(entry: Any, where: str) -> list[Any]:
+def choices(entry: Any, where: str) -> list[Any]:
+    """The values of a list, of ``{choices: […]}`` or of ``{range: …}``; InputError for anything else."""
     if isinstance(entry, Mapping):
         if set(entry) == {"choices"}:
             entry = entry["choices"]

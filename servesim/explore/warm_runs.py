@@ -159,6 +159,32 @@ def _left_out(statistic: str, total: int) -> int:
     return total - 1 - math.floor((total - 1) * percent / 100)
 
 
+def one_run(
+    cluster: ClusterSpec,
+    workload: Workload,
+    options: RuntimeOptions,
+    kept: Kept,
+    watch: Watch | None = None,
+    slower: float = 1.0,
+) -> Outcome:
+    """One run, which ``watch`` may end early, with the time of every step times ``slower``.
+
+    Raises:
+        InputError: the cluster cannot be built as described.
+        RunError: the run could not be finished.
+    """
+    noise = None if slower == 1.0 else lambda _: StepNoise(0.0, (0,), slower)
+    with silence():
+        simulation = build_simulation(cluster, workload, options, kept, noise)
+    complete = True
+    try:
+        log = simulation.run(watch)
+    except _GivenUp:
+        complete, log = False, simulation.log
+        log.close()
+    return Outcome(Result(log, workload, options, cluster), complete)
+
+
 def work_ms(log: RunLog, workload: Workload) -> float:
     """What a run took of the processor, estimated from its counts: see :data:`_STEP_MS`."""
     steps = 0
@@ -225,22 +251,15 @@ class WarmRuns:
         options = self._options
         if not self._by_rate and math.isfinite(load):
             options = options.replace(max_concurrency=int(load))
-        noise = None if slower == 1.0 else lambda _: StepNoise(0.0, (0,), slower)
-        with silence():
-            simulation = build_simulation(self._cluster, self.workload, options, self._kept, noise)
         watch = None
         if target is not None:
-            watch = Watch(target, len(self.workload), (self._length_ns or _UNKNOWN_NS) // _LOOKS, least_share)
-        complete = True
-        try:
-            log = simulation.run(watch)
-        except _GivenUp:
-            complete, log = False, simulation.log
-            log.close()
-        if complete:
-            self._length_ns = self._length_ns or log.end_ns
-        self.work_ms += work_ms(log, self.workload)
-        return Outcome(Result(log, self.workload, options, self._cluster), complete)
+            interval_ns = (self._length_ns or _UNKNOWN_NS) // _LOOKS
+            watch = Watch(target, len(self.workload), interval_ns, least_share)
+        outcome = one_run(self._cluster, self.workload, options, self._kept, watch, slower)
+        if outcome.complete:
+            self._length_ns = self._length_ns or outcome.result.log.end_ns
+        self.work_ms += work_ms(outcome.result.log, self.workload)
+        return outcome
 
     def _arrange(self, load: float, pattern: int) -> None:
         """Set the arrivals of this run."""

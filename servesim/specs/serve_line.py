@@ -31,7 +31,7 @@ from servesim.specs.serve_arguments import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _NEAR = 0.75
 """Share of like letters from which on a name is offered for one that is unknown."""
@@ -83,6 +83,30 @@ def read_serve_line(text: str) -> ServeLine:
             "--vllm-serve: " + "; ".join(refused) + "; leave out what is refused to simulate the rest"
         )
     return line
+
+
+def write_serve_line(options: Mapping[str, Any]) -> str:
+    """The command line that :func:`read_serve_line` reads as ``options``, which hold a ``model``.
+
+    Options that vLLM has no argument for are left out.
+    """
+    words = ["vllm", "serve", str(options["model"])]
+    flags = {option: flag for flag, option in reversed(OWN.items()) if flag.startswith("--")}
+    switches = {option: (flag, says) for flag, (option, says) in reversed(OWN_SWITCHES.items())}
+    for option, value in options.items():
+        if option in ("model", "preset") or value is None:
+            continue
+        if option == "dtype":
+            words += ["--quantization" if value == "fp8" else "--dtype", str(value)]
+        elif option in flags:
+            words += [flags[option], str(value)]
+        elif option in switches:
+            flag, says = switches[option]
+            if value is says:
+                words.append(flag)
+            elif says:
+                words.append(f"--no-{flag.removeprefix('--')}")
+    return shlex.join(words)
 
 
 def _arguments(text: str) -> Iterator[tuple[str, str | None]]:

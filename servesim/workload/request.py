@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -68,3 +68,12 @@ class Workload:
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
+
+    def first(self, entries: int) -> Workload:
+        """The first ``entries`` entries, a session being one; the requests are the same objects."""
+        heads = 0
+        for place, request in enumerate(self.requests):
+            heads += request.predecessor < 0
+            if heads > entries:  # the requests of a session follow its head
+                return replace(self, requests=self.requests[:place])
+        return self
