@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from servesim.results.figures import new_figure, require_matplotlib, save_figures
 from servesim.results.stats import describe
 from servesim.results.units import MS, SECOND
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,12 +10,12 @@ least squares; the next round looks closer. The fit is deterministic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.bench.agreement import METRICS
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -12,6 +12,7 @@ from servesim.bench.http_stream import Address, HttpError, Reply, exchange, pars
 from servesim.bench.target import Answer, TargetFacts, prompt_ids, prompt_text
 from servesim.bench.token_stream import EventLines, RequestFailedError, TokenStream, error_text
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     import ssl

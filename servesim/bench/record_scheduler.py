@@ -17,13 +17,14 @@ import heapq
 import json
 import tempfile
 from collections import deque
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
 from servesim.errors import InputError, MissingFileError, RunError
+from servesim.slotted import dataclass
 from servesim.workload.hashes import answer_ids, prompt_ids
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.errors import InputError, MissingFileError
+from servesim.slotted import dataclass
 from servesim.specs.reading import parse_json_object, read_json_object, read_text
 from servesim.specs.validation import shown
 from servesim.workload.entries import MAX_TIME_NS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from servesim.bench.replay_folder import TICK_S, Journal, ReplayFolder, Segment,
 from servesim.bench.token_stream import RequestFailedError
 from servesim.engine.arrivals import NEVER, Arrivals
 from servesim.errors import InputError, RunError
+from servesim.slotted import dataclass
 from servesim.workload.request import Workload
 
 if TYPE_CHECKING:

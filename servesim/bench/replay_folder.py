@@ -12,7 +12,7 @@ import json
 import math
 import queue
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from datetime import UTC, datetime
 from os import fsync
 from pathlib import Path
@@ -24,6 +24,7 @@ import orjson
 from servesim._version import __version__
 from servesim.errors import InputError, RunError
 from servesim.results.atomic import atomic_write, check_creatable
+from servesim.slotted import dataclass
 from servesim.specs.reading import read_json_object
 
 if TYPE_CHECKING:

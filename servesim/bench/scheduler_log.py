@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import gzip
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError, MissingFileError
+from servesim.slotted import dataclass
 from servesim.workload.files import numbered_lines
 
 if TYPE_CHECKING:

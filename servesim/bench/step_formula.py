@@ -6,8 +6,10 @@ Both sides of a parity check use this one class: the recorder that drives vLLM's
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -3,11 +3,12 @@ it sends there: the workload's own token ids, or made-up ones of the same length
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.random import default_rng  # here, so that the first prompt is not late
 
+from servesim.slotted import dataclass
 from servesim.workload.hashes import prompt_ids as known_prompt
 
 if TYPE_CHECKING:

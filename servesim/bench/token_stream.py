@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import orjson
+
+from servesim.slotted import dataclass
 
 _TEXT_KEYS = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls")
 _LONGEST_MESSAGE = 500  # characters of a server's error that are kept

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from servesim.bench.agreement import METRICS, STATISTICS, Agreement
 from servesim.errors import InputError, NotSupportedError, RunError
 from servesim.results.table import Table
 from servesim.results.units import digits
+from servesim.slotted import dataclass
 from servesim.terminal import screen_width
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ the grid's edge: noise in the last two points must not turn into negative time f
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.cost.tables import bracket
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

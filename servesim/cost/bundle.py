@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from servesim.cost.identity import Wanted, differences, is_computed, source_of
 from servesim.cost.skew import read_skew
 from servesim.cost.tables import Curve, Surface, densify
 from servesim.errors import InputError, MissingFileError
+from servesim.slotted import dataclass
 from servesim.specs.kept import keep_arrays, kept_arrays, key_of
 from servesim.specs.reading import read_bytes, read_yaml_object
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import orjson
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.specs.reading import decoded, read_bytes, read_text
 
 if TYPE_CHECKING:

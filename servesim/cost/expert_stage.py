@@ -9,7 +9,6 @@ member's usual all-reduce adds up what its ranks computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -18,6 +17,7 @@ import numpy as np
 from servesim.cost.step_terms import ACTIVATION_BYTES
 from servesim.cost.terms import LayerCost
 from servesim.memory.traffic import expected_distinct_experts
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,10 +7,10 @@ and the figures of the hardware file that its tables depend on, and a run compar
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.specs.shape import bundle_label, digest, shape_of
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ than it computes by
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from servesim.memory.placement import NPU
 from servesim.memory.traffic import expected_distinct_experts
+from servesim.slotted import dataclass
 from servesim.specs.dtypes import dtype_bytes
 
 if TYPE_CHECKING:

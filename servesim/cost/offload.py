@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.cost.memory_reads import HalfTimes, PimAttention, StageReads, halves, interleaved_ns
 from servesim.cost.terms import LayerCost, Role, Shape
 from servesim.memory.placement import NPU, PIM, kv_bytes_per_layer
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ import numpy as np
 from servesim.cost.bundle_csv import check_whole, line_of_row, read_labelled
 from servesim.cost.tables import distinct
 from servesim.errors import InputError, MissingFileError
+from servesim.slotted import dataclass
 from servesim.specs.kept import keep_arrays, kept_arrays, key_of
 from servesim.specs.reading import read_bytes
 

@@ -7,7 +7,6 @@ Each layer knows its µs for an array of counts, how often a step pays it, and w
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -15,6 +14,7 @@ import numpy as np
 from servesim.cost.tables import Curve, describe_lookup
 from servesim.cost.terms import LayerCost, Role
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,10 +11,10 @@ where its time falls between two meetings: what lies in the same place is that o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
 
+from servesim.slotted import dataclass
 from servesim.specs.weights import stage_layers
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from array import array
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.cost.build import Costs
@@ -27,6 +26,7 @@ from servesim.memory.memory_map import MemoryMap
 from servesim.memory.start_up import start_up
 from servesim.results.records import InstanceLog
 from servesim.results.stated_errors import reach_of, stated_error
+from servesim.slotted import dataclass
 from servesim.specs.acting import Scene, notes_of
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster_checks import check_cluster

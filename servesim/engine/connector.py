@@ -12,7 +12,6 @@ brings prefixes back from CPU or CXL memory. Another needs a class here or in a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +22,7 @@ from servesim.memory.sizing import kv_bytes_per_token
 from servesim.memory.tier import LowerTier, TierPool
 from servesim.network.links import Port
 from servesim.results.records import TierMemory
+from servesim.slotted import dataclass
 from servesim.specs.memories import KINDS, TIER_WORDS, split_place
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ which names the few that need a block or end at the present step.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.engine.batch import Batch
 from servesim.engine.decode_set import DecodeSet, by_order
 from servesim.engine.queue_policy import FirstComeFirstServed
 from servesim.engine.request_state import Phase
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

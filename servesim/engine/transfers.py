@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from servesim.engine.clock import NEVER, Order
 from servesim.network.links import Links, Port
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

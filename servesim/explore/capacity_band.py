@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.api import simulate_loaded, without
 from servesim.explore.ensemble import silence
 from servesim.explore.limits import limits
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from servesim.results.result import Result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from servesim.explore.capacity_band import band, capacity_matters
@@ -10,6 +10,7 @@ from servesim.explore.ensemble import figures_of, noisy_figures, spread_of
 from servesim.explore.slo import FIGURES, num_gpus, survives
 from servesim.results.stated_errors import RESULTS
 from servesim.results.table import Table
+from servesim.slotted import dataclass
 from servesim.terminal import screen_width, wrapped
 
 if TYPE_CHECKING:

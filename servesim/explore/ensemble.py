@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from servesim.api import check_used, read_cluster, read_workload, simulate_loaded, single, with_flags
 from servesim.errors import InputError, RunError
 from servesim.results.units import digits
+from servesim.slotted import dataclass
 from servesim.terminal import screen_width, wrapped
 from servesim.workload.request import Workload
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.specs.checked import Field
 from servesim.specs.hardware import load_hardware
 from servesim.specs.paths import find

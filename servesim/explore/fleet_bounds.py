@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.cost.terms import Shape
@@ -11,6 +10,7 @@ from servesim.engine.build import build_simulation
 from servesim.engine.simulation import why_impossible
 from servesim.errors import MissingFileError, ServingError
 from servesim.explore.ensemble import silence
+from servesim.slotted import dataclass
 from servesim.workload.request import Workload
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from servesim.explore.fleet import EXAMPLE_PRICES, Fleet, read_prices
 from servesim.explore.slo import parse_slo, per_request_slo
 from servesim.explore.space import choices
 from servesim.explore.warm_runs import Target
+from servesim.slotted import dataclass
 from servesim.specs.model import load_model
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.validation import hint

@@ -8,13 +8,14 @@ simulated. The last two give the reason and no number.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from servesim.errors import InputError, NotSupportedError
 from servesim.memory.kv_groups import kv_layers, plan_groups
 from servesim.memory.plan import kv_room
 from servesim.memory.sizing import GIB, weight_bytes_per_npu
+from servesim.slotted import dataclass
 from servesim.specs.cluster import cluster_of
 from servesim.specs.dtypes import dtype_bytes, resolve_kv_dtype
 from servesim.specs.hardware import load_hardware

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.results.stats import exact_sum
 from servesim.results.units import MS
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

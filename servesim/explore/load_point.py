@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from servesim.explore.limits import limits, percent
 from servesim.results.units import digits
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ from servesim.explore.load_point import LoadPoint, load_point
 from servesim.explore.slo import parse_slo, per_request_slo
 from servesim.explore.warm_runs import Target, WarmRuns, least_work_ms
 from servesim.results.atomic import atomic_write
+from servesim.slotted import dataclass
 from servesim.workload.arrivals import change_rate
 from servesim.workload.request import Workload
 

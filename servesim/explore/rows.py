@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from servesim.explore.slo import num_gpus, per_gpu
 from servesim.results.units import GIB
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -9,12 +9,13 @@ import json
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.specs.cluster import load_cluster
 from servesim.specs.flags import renamed
 from servesim.specs.options import RuntimeOptions

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from servesim.explore.journal import Journal
 from servesim.explore.slo import num_gpus, parse_slo
 from servesim.explore.space import Space, cluster_with, file_digest, read_space, space_of, split
 from servesim.explore.sweep_table import Sweep
+from servesim.slotted import dataclass
 from servesim.specs.cluster import with_options
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.paths import find

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from servesim.engine.noise import StepNoise
 from servesim.explore.ensemble import silence
 from servesim.results.result import Result
 from servesim.results.units import MS, SECOND
+from servesim.slotted import dataclass
 from servesim.workload.arrivals import change_rate, reshuffle
 
 if TYPE_CHECKING:

@@ -6,12 +6,12 @@ sum of the parts follows. The start-ups are listed in ``benchmarks/start_ups.csv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from servesim.errors import InputError
 from servesim.memory.ledger import Memory
 from servesim.memory.sizing import GIB
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,11 +13,12 @@ compressed tokens (DeepSeek V4), whose pages of several sizes lie side by side i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import lcm
 from typing import TYPE_CHECKING, Literal
 
 from servesim.errors import NotSupportedError
+from servesim.slotted import dataclass
 from servesim.specs.kv_formats import head_bytes, latent_bytes
 from servesim.specs.layers import CompressedAttention, LatentAttention, Recurrent
 

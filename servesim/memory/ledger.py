@@ -6,9 +6,11 @@ reads it shares its bandwidth. Both sums are taken here and nowhere else, so tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

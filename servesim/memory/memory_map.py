@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
@@ -21,6 +21,7 @@ from servesim.memory.placement import (
 )
 from servesim.memory.plan import kv_cache_capacity
 from servesim.memory.sizing import GIB
+from servesim.slotted import dataclass
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import load_hardware
 from servesim.specs.memories import KINDS, split_place

@@ -7,11 +7,11 @@ said otherwise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
 from servesim.memory.sizing import kv_bytes_per_token
+from servesim.slotted import dataclass
 from servesim.specs.architecture import load_architecture
 from servesim.specs.layers import Experts
 from servesim.specs.validation import hint

@@ -7,7 +7,6 @@ gives the rest of ``utilization x total`` to the KV cache. What it would measure
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
@@ -22,6 +21,7 @@ from servesim.memory.engine_memory import (
     total,
 )
 from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
+from servesim.slotted import dataclass
 from servesim.specs.hardware import load_hardware
 from servesim.specs.weights import MXFP4_TILE, MXFP4_TILE_MARLIN, rank_bytes
 

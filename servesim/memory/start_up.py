@@ -5,11 +5,12 @@ All of it is known before any kernel time is looked up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
 from servesim.memory.sizing import GIB
+from servesim.slotted import dataclass
 from servesim.specs.hardware import load_hardware
 from servesim.specs.kv_support import why_not
 from servesim.specs.options import wants_auto_model_len

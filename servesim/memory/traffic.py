@@ -6,10 +6,11 @@ the energy of the bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

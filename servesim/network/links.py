@@ -8,10 +8,12 @@ moved its last byte, so time passes from one such moment to the next.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from heapq import heapify, heappop, heappush
 from math import ceil
 from typing import TYPE_CHECKING
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,8 +17,9 @@ its peers (all-to-all).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeVar
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

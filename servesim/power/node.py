@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import ceil
 from typing import TYPE_CHECKING
 
 from servesim.power.activity import Spans, States, states
 from servesim.power.quantities import SECOND_NS, nanowatts, transfer_aj
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from servesim.specs.power import NpuPower, PowerSpec

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import RunError
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

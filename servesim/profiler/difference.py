@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.cost.bundle_csv import read_labelled, read_numbers
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

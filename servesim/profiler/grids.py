@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.profiler.meter import AttentionBatch
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -7,9 +7,10 @@ saved as they come.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from servesim.slotted import dataclass
 from servesim.specs.dtypes import resolve_kv_dtype, variant_name
 
 if TYPE_CHECKING:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from servesim.specs.model import ModelSpec

@@ -7,11 +7,11 @@ points of a table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from servesim.profiler.bundle_writer import HEADERS, Row
 from servesim.profiler.meter import AttentionBatch, Meter
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from servesim.errors import NotSupportedError, ServingError
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from servesim.profiler.bundle_writer import BundleContent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.sources import COMPUTING, SOURCES, capability
 from servesim.results.stated_errors import RESULTS, stated_error
 from servesim.results.units import GIB
+from servesim.slotted import dataclass
 from servesim.specs import paths
 from servesim.specs.dtypes import variant_name
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import random
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.errors import RunError
 from servesim.profiler.bundle_writer import BundleContent, Row
 from servesim.profiler.provenance import described
 from servesim.profiler.shots import ALL_CATEGORIES, CATEGORIES, TABLE_HEADERS, VALUES, Shot, Table, shots
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

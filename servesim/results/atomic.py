@@ -10,11 +10,12 @@ import os
 import shutil
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from servesim.errors import InputError, RunError
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

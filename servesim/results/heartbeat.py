@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_right
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 from servesim.results.energy import node_meters
 from servesim.results.units import GIB, SECOND, seconds, si
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

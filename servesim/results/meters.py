@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,7 @@ from servesim.memory.traffic import traffic_by_place
 from servesim.power.activity import Spans, link_bytes_per_token, moved_within
 from servesim.power.node import NodeActivity, NpuActivity, node_energy
 from servesim.power.quantities import mean_watts
+from servesim.slotted import dataclass
 from servesim.specs.architecture import load_architecture
 from servesim.specs.memories import KINDS, split_place
 from servesim.specs.model import load_model

@@ -6,8 +6,10 @@ and there (:data:`KNOWN_ERROR`).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

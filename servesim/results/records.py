@@ -8,10 +8,12 @@ ends, computed when the results are written.
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

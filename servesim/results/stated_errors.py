@@ -7,8 +7,9 @@ are added up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

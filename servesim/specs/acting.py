@@ -14,10 +14,10 @@ where the answer is right without it (``noted``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.specs.flags import flag_name, flag_of
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.model import shape_twin

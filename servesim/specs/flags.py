@@ -6,9 +6,9 @@ import argparse
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
+from servesim.slotted import dataclass
 from servesim.specs.checked import Checked
 from servesim.specs.dtypes import word_unless
 from servesim.specs.validation import validated

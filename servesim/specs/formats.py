@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from servesim.errors import InputError, NotSupportedError
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -8,9 +8,9 @@ table; whether they run a format is unknown here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from servesim.slotted import dataclass
 from servesim.specs.layers import LatentAttention
 
 if TYPE_CHECKING:

@@ -7,8 +7,10 @@ pages of the KV cache (:mod:`servesim.memory.kv_groups`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Literal
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

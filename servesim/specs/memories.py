@@ -7,9 +7,9 @@ A new kind is an entry of :data:`KINDS` and a field of a node or of the cluster,
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from servesim.slotted import dataclass
 from servesim.specs.checked import Field
 from servesim.specs.validation import BandwidthGbs, Count, LatencyNs, SizeGb, Spec
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.specs import acting
 from servesim.specs.checked import BeforeValidator, Field, model_validator
 from servesim.specs.dtypes import (

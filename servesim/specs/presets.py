@@ -5,10 +5,10 @@ They are vLLM's own (``EngineArgs.get_batch_defaults`` and ``CacheConfig``, read
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.specs.vllm_versions import LARGE_GPU_BATCHES, VllmVersion
 
 if TYPE_CHECKING:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError, MissingFileError
+from servesim.slotted import dataclass
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.serve_arguments import (
     ELSEWHERE,

@@ -9,12 +9,12 @@ import json
 import reprlib
 import types
 import typing
-from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import takewhile
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.specs.checked import Checked, Field, ValidationError
 
 if TYPE_CHECKING:

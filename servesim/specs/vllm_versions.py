@@ -8,8 +8,9 @@ Only what was found in a version's own behaviour stands here: its scheduler driv
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Literal, get_args
+
+from servesim.slotted import dataclass
 
 VllmVersion = Literal["0.24", "0.25", "0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32", "0.33"]
 VERSIONS: tuple[VllmVersion, ...] = get_args(VllmVersion)

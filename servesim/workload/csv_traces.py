@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import logging
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.workload.arrivals import start_at_zero
 from servesim.workload.entries import MAX_TIME_NS, MAX_TOKENS, EntryError, collect, shown, whole_number
 from servesim.workload.request import Request, Workload

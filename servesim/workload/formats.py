@@ -7,7 +7,6 @@ of numbered lines.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import orjson
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.workload.files import numbered_lines, resolve
 
 if TYPE_CHECKING:

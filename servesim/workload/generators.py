@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.errors import InputError
+from servesim.slotted import dataclass
 from servesim.workload.arrivals import ARRIVALS, arrivals_ns, check_rate
 from servesim.workload.entries import REQUEST_BYTES, MemoryBudget
 from servesim.workload.request import Request, Workload

@@ -12,11 +12,12 @@ other hash has, so sequences of hashes begin alike for as many tokens as those t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

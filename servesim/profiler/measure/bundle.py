@@ -8,7 +8,7 @@ import shutil
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from servesim.profiler.measure.work_folder import (
 from servesim.profiler.provenance import described, measured_reach, profiled
 from servesim.profiler.shots import CATEGORIES, TABLE_HEADERS, VALUES, shots
 from servesim.profiler.sweep import SweepReport, sweep, wanted
+from servesim.slotted import dataclass
 from servesim.specs.reading import read_yaml_object
 
 if TYPE_CHECKING:

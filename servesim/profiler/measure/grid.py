@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError
 from servesim.profiler.grids import token_grid
 from servesim.profiler.meter import AttentionBatch
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from servesim.profiler.meter import ProfileJob

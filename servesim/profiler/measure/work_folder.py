@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from servesim.cost.finding import degrees_in, variant_dtypes
@@ -12,6 +11,7 @@ from servesim.errors import InputError, RunError
 from servesim.profiler.measure.grid import SweepGrid
 from servesim.profiler.shots import CATEGORIES
 from servesim.results.atomic import atomic_write
+from servesim.slotted import dataclass
 from servesim.specs.dtypes import resolve_kv_dtype
 from servesim.specs.reading import read_yaml_object
 

@@ -8,7 +8,7 @@ kernel measurements, the median of the fits to all measured GPUs. ``fitted.json`
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ import numpy as np
 from servesim.profiler.meter import Provenance
 from servesim.profiler.provenance import attention_axes
 from servesim.profiler.roofline import DERIVATION
+from servesim.slotted import dataclass
 from servesim.specs.shape import digest
 
 if TYPE_CHECKING:

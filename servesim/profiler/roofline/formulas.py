@@ -8,13 +8,13 @@ differs from one accelerator to the next is in :class:`~servesim.profiler.roofli
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.errors import InputError
 from servesim.profiler.roofline.efficiency import efficiency_of, share_at
+from servesim.slotted import dataclass
 from servesim.specs.dtypes import dtype_bytes
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ lack is derived here from how the kernels work:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,7 @@ from servesim.errors import InputError
 from servesim.profiler.silicon.head_shapes import measured_heads, rows_for
 from servesim.profiler.silicon.list_schedule import repeated_makespan_us
 from servesim.profiler.silicon.tables import read_table
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

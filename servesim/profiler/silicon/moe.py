@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.errors import InputError
 from servesim.profiler.silicon.tables import read_table
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from servesim.profiler.meter import Provenance
@@ -11,6 +10,7 @@ from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.silicon import DERIVATION, comm, tables
 from servesim.profiler.silicon.gemm import smallest_us
 from servesim.profiler.silicon.skew import BUCKET_AXES, skew_summary
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from servesim.profiler.bundle_writer import BundleContent

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ import numpy as np
 
 from servesim.profiler.silicon.attention import TILE_ROWS, AttentionShape, attention_times
 from servesim.profiler.silicon.list_schedule import repeated_makespan_us, shared_stream_us
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

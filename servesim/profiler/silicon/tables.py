@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from servesim.errors import InputError, MissingFileError
 from servesim.profiler.silicon import tables
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

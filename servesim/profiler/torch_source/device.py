@@ -7,11 +7,12 @@ import statistics
 import subprocess
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError, NotSupportedError
+from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

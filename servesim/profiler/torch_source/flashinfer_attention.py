@@ -5,12 +5,12 @@ A call writes the step's new keys and values to their pages first, as an engine'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import NotSupportedError
 from servesim.profiler.torch_source.device import Calls
 from servesim.profiler.torch_source.formats import activation_dtype, kv_torch_dtype
+from servesim.slotted import dataclass
 from servesim.specs.dtypes import dtype_bytes
 
 if TYPE_CHECKING:

@@ -7,12 +7,13 @@ of the one it stands for; ``TRITON_INTERPRET=1`` runs them on the CPU, which is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from servesim.slotted import dataclass
 
 _FP8_MAX = 448.0
 

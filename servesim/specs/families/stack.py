@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from servesim.errors import NotSupportedError
+from servesim.slotted import dataclass
 from servesim.specs.families import blocks
 from servesim.specs.layers import AnyAttention, AnyMlp, Experts, Layer, Mlp, Tensor
 
