@@ -96,10 +96,10 @@ def instance(index: int = 0, **changes: Any) -> InstanceLog:
 
 def add_step(log: InstanceLog, start_ms: float, end_ms: float, **columns: int) -> None:
     """One step; columns that are not given are 0."""
-    for name in log.steps.COLUMNS:
-        getattr(log.steps, name).append(columns.get(name, 0))
-    log.steps.start_ns[-1] = round(start_ms * MS)
-    log.steps.end_ns[-1] = round(end_ms * MS)
+    each = [columns.pop(name, 0) for name in log.steps.EACH]
+    step = log.steps.append(round(start_ms * MS), round(end_ms * MS), *each)
+    for name, value in columns.items():
+        getattr(log.steps, name).put(step, value)
 
 
 def record(

@@ -106,25 +106,35 @@ class Instance:
 
     def note_step(self, batch: Batch, start_ns: int) -> None:
         """Write down a step that runs from ``start_ns`` to ``batch.end_ns``."""
-        scheduler, steps = self.scheduler, self.log.steps
-        steps.start_ns.append(start_ns)
-        steps.end_ns.append(batch.end_ns)
-        steps.prefill_tokens.append(sum(tokens for tokens, _ in batch.chunks) if batch.chunks else 0)
-        steps.decode_tokens.append(batch.num_decodes)
-        steps.running.append(len(scheduler.running))
-        steps.waiting.append(len(scheduler.waiting))
-        steps.kv_blocks_used.append(scheduler.kv.pool.num_used)
-        steps.preempted.append(self._preempted)
-        steps.hit_tokens.append(batch.hit_tokens)
-        steps.lookup_tokens.append(batch.lookup_tokens)
-        steps.recomputed_tokens.append(batch.recomputed_tokens)
-        connectors = scheduler.connectors
-        recalled_bytes = sum(batch.recalls) if connectors else 0
-        steps.recalled_tokens.append(batch.recalled_tokens)
-        steps.recalled_bytes.append(recalled_bytes)
+        scheduler, steps, connectors = self.scheduler, self.log.steps, self.scheduler.connectors
+        step = steps.append(
+            start_ns,
+            batch.end_ns,
+            batch.num_decodes,
+            len(scheduler.running),
+            len(scheduler.waiting),
+            scheduler.kv.pool.num_used,
+        )
+        if batch.chunks:
+            steps.prefill_tokens.put(step, sum(tokens for tokens, _ in batch.chunks))
+        if self._preempted:
+            steps.preempted.put(step, self._preempted)
+        if batch.lookup_tokens:
+            steps.lookup_tokens.put(step, batch.lookup_tokens)
+        if batch.hit_tokens:
+            steps.hit_tokens.put(step, batch.hit_tokens)
+        if batch.recomputed_tokens:
+            steps.recomputed_tokens.put(step, batch.recomputed_tokens)
+        if connectors:
+            recalled_bytes = sum(batch.recalls)
+            if recalled_bytes:
+                steps.recalled_tokens.put(step, batch.recalled_tokens)
+                steps.recalled_bytes.put(step, recalled_bytes)
+            moved = recalled_bytes + self._written_bytes()
+            if moved:
+                steps.tier_bytes.put(step, moved)
         if self.log.kv_reads is not None:
             self.log.kv_reads.append(self._kv_read(batch))
-        steps.tier_bytes.append(recalled_bytes + self._written_bytes() if connectors else 0)
         self._preempted = 0
         if batch.travelling is not None:
             batch.travelling.token_times.append(batch.end_ns)
@@ -136,7 +146,10 @@ class Instance:
         leaving = self.scheduler.finish(batch)
         if self.scheduler.connectors:
             # what ended requests leave behind
-            self.log.steps.tier_bytes[batch.step] += self._written_bytes()
+            written = self._written_bytes()
+            if written:
+                tier_bytes = self.log.steps.tier_bytes
+                tier_bytes.put(batch.step, tier_bytes[batch.step] + written)
         if self.trace:
             self.trace(batch, self.log.steps.start_ns[batch.step], self.scheduler.kv.pool.num_free)
         return leaving

@@ -7,7 +7,6 @@ other; a stage takes it up when the stage before has handed it over and the wave
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
 from collections import deque
 from enum import IntEnum
@@ -34,19 +33,6 @@ if TYPE_CHECKING:
 _MIN_JUMP = 2  # steps; below this, there is nothing to gain
 _MIN_VECTOR = 16  # steps; below this, their durations are computed faster one by one
 _MAX_JUMP = 8192
-
-
-_ZERO_WHEN_QUIET = (
-    "prefill_tokens",
-    "preempted",
-    "hit_tokens",
-    "lookup_tokens",
-    "recomputed_tokens",
-    "recalled_tokens",
-    "recalled_bytes",
-    "tier_bytes",
-)
-"""Columns of the step log that stay 0 while nothing but decoding goes on."""
 
 
 class StepTimes(Protocol):
@@ -325,19 +311,9 @@ class StepLoop:
 def log_quiet_steps(member: Instance, start_ns: int, ends: list[int]) -> None:
     """Write down steps of the present decodes that follow each other from ``start_ns`` on, ending at
     ``ends``."""
-    scheduler, steps, count = member.scheduler, member.log.steps, len(ends)
-    used = list(accumulate(scheduler.decodes.blocks_needed(count), initial=scheduler.kv.pool.num_used))
-    steps.start_ns.append(start_ns)
-    steps.start_ns.extend(ends[:-1])
-    steps.end_ns.extend(ends)
-    steps.kv_blocks_used.extend(used[1:])
-    one, nothing = array("q", (0,)), bytes(8 * count)
-    for column, value in (
-        (steps.decode_tokens, scheduler.decodes.count),
-        (steps.running, len(scheduler.running)),
-        (steps.waiting, len(scheduler.waiting)),
-    ):
-        one[0] = value
-        column.extend(one * count)
-    for name in _ZERO_WHEN_QUIET:
-        getattr(steps, name).frombytes(nothing)
+    scheduler = member.scheduler
+    needed = scheduler.decodes.blocks_needed(len(ends))
+    used = list(accumulate(needed, initial=scheduler.kv.pool.num_used))
+    member.log.steps.append_quiet(
+        start_ns, ends, used[1:], scheduler.decodes.count, len(scheduler.running), len(scheduler.waiting)
+    )

@@ -74,7 +74,7 @@ def _alike(result: Result) -> list[list[InstanceLog]]:
 
 
 def _busy_ns(log: InstanceLog) -> int:
-    return sum(log.steps.end_ns) - sum(log.steps.start_ns)
+    return sum(log.steps.end_ns) - log.steps.start_ns.total()
 
 
 def _where(group: Sequence[InstanceLog], other: InstanceLog) -> str:

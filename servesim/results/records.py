@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
@@ -22,54 +23,6 @@ if TYPE_CHECKING:
     from servesim.results.stated_errors import Reach, StatedError
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.options import InstanceOptions
-
-
-class StepLog:
-    """One row per engine step of one instance, in columns of 64-bit integers."""
-
-    COLUMNS = (
-        "start_ns",
-        "end_ns",
-        "prefill_tokens",  # tokens of chunks (more than one scheduled token)
-        "decode_tokens",  # sequences with exactly one scheduled token
-        "running",  # running requests while the step runs
-        "waiting",  # requests queued while the step runs
-        "kv_blocks_used",
-        "preempted",  # requests preempted while the step was scheduled
-        "hit_tokens",  # prompt tokens found in the prefix cache by requests first admitted in this step
-        "lookup_tokens",  # prompt tokens looked up in it by those requests
-        "recalled_tokens",  # those of hit_tokens that were read from the lower tier of the prefix cache
-        "recalled_bytes",  # bytes read for them
-        "tier_bytes",  # bytes read from and written to the lower tier
-        "recomputed_tokens",  # those of prefill_tokens and decode_tokens computed again after a preemption
-    )
-    __slots__ = COLUMNS
-
-    def __init__(self) -> None:
-        for name in self.COLUMNS:
-            setattr(self, name, array("q"))
-
-    start_ns: array[int]
-    end_ns: array[int]
-    prefill_tokens: array[int]
-    decode_tokens: array[int]
-    running: array[int]
-    waiting: array[int]
-    kv_blocks_used: array[int]
-    preempted: array[int]
-    hit_tokens: array[int]
-    lookup_tokens: array[int]
-    recalled_tokens: array[int]
-    recalled_bytes: array[int]
-    tier_bytes: array[int]
-    recomputed_tokens: array[int]
-
-    def __len__(self) -> int:
-        return len(self.start_ns)
-
-    def column(self, name: str) -> NDArray[np.int64]:
-        """A copy of one column, shape (steps,)."""
-        return np.array(getattr(self, name), dtype=np.int64)
 
 
 @dataclass(slots=True)
@@ -223,4 +176,4 @@ class RunLog:
         """Token times in ns: track i is the step ends of instance i, and after those come
         :attr:`pipeline_tracks`."""
         columns = [instance.steps.end_ns for instance in self.instances] + self.pipeline_tracks
-        return [np.array(times, dtype=np.int64) for times in columns]
+        return [np.frombuffer(times, dtype=np.int64) for times in columns]

@@ -118,8 +118,8 @@ def _of_instance(instance: InstanceLog, arrivals: list[int]) -> Saturation:
         full_share=exact_sum(durations[full]) / busy if busy else 0.0,
         queue_early=early,
         queue_late=late,
-        kv_peak=max(steps.kv_blocks_used, default=0) / instance.capacity.usable_blocks,
-        preemptions=sum(steps.preempted),
+        kv_peak=steps.most("kv_blocks_used") / instance.capacity.usable_blocks,
+        preemptions=steps.preempted.total(),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from servesim.results.atomic import atomic_write, check_suffix
 from servesim.results.csv import TABLE_SUFFIXES, is_parquet, parquet_metadata, require_parquet
-from servesim.results.records import StepLog
+from servesim.results.step_log import StepLog
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -85,7 +85,7 @@ def _latency_keys(result: Result) -> dict[str, float]:
 
 def kv_peak_blocks(instance: InstanceLog) -> int:
     """Most KV blocks in use during any step of the instance."""
-    return max(instance.steps.kv_blocks_used, default=0)
+    return instance.steps.most("kv_blocks_used")
 
 
 def _kv_cache(instance: InstanceLog) -> dict[str, Any]:
@@ -134,8 +134,8 @@ def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, 
         "prefix_cache": prefix_cache_entry([instance], rows[rows["instance_id"] == instance.index]),
         "steps": len(steps),
         "dummy_steps": len(instance.dummies),
-        "peak_batch": max(steps.running, default=0),
-        "preemptions": sum(steps.preempted),
+        "peak_batch": steps.most("running"),
+        "preemptions": steps.preempted.total(),
         "busy_s": round(exact_sum(steps.column("end_ns") - steps.column("start_ns")) / SECOND, 9),
     }
 
@@ -188,9 +188,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "total_token_throughput": _per_second(input_tokens + output_tokens, elapsed),
         **_latency_keys(result),
         "kv_cache": _kv_cache_totals(result),
-        "peak_batch": max(
-            (max(instance.steps.running, default=0) for instance in result.instances), default=0
-        ),
+        "peak_batch": max((instance.steps.most("running") for instance in result.instances), default=0),
         "steps": sum(len(instance.steps) for instance in result.instances),
         "preemptions": int(rows["preemptions"].sum()),
         "recomputed_tokens": sum(record.recomputed_tokens for record in result.records),

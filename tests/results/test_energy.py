@@ -149,8 +149,8 @@ def test_a_prefill_instance_sends_its_kv_cache() -> None:
         cluster(nodes=[node(instance(pd_type="prefill"), instance(pd_type="decode"), power=POWER)])
     )
     result = two_steps(spec)
-    result.instances[0].steps.hit_tokens[0] = 24
-    result.instances[0].steps.recomputed_tokens[0] = 5  # they left before
+    result.instances[0].steps.hit_tokens.put(0, 24)
+    result.instances[0].steps.recomputed_tokens.put(0, 5)  # they left before
     devices = result.summary["energy"]["per_node"][0]["devices_j"]
     moved_bytes = (1001 - 5 + 24) * 65536  # the hand-made instance has an fp8 KV cache
     assert devices["link"] == pytest.approx(8 + moved_bytes * 8 * 1000e-12, abs=1e-6)
@@ -166,7 +166,8 @@ def test_a_lower_tier_takes_energy_in_its_memory(storage: str, dram_bytes: int, 
     result = two_steps(load_cluster(cluster(nodes=[node(power={**POWER, "cxl": cxl})], cxl_mem=memory)))
     log = result.instances[0]
     log.tier = TierMemory(storage, 0, False, 1 << 30, 256, 1 << 20, 256.0, 0)
-    log.steps.tier_bytes[0], log.steps.tier_bytes[1] = 2_000_000_000, 1_000_000_000
+    log.steps.tier_bytes.put(0, 2_000_000_000)
+    log.steps.tier_bytes.put(1, 1_000_000_000)
     devices = result.summary["energy"]["per_node"][0]["devices_j"]
     assert devices["dram"] == pytest.approx(8 * 3 * 4.0 + dram_bytes * 8 * 20e-12, abs=1e-9)
     assert devices["cxl"] == pytest.approx(2 * 10 * 4.0 + cxl_bytes * 8 * 40e-12, abs=1e-9)

@@ -56,7 +56,7 @@ def test_what_is_left_of_the_last_interval_gets_a_line() -> None:
 
 def test_what_is_computed_again_is_named_apart() -> None:
     log = two_requests().log
-    log.instances[0].steps.recomputed_tokens[4] = 50
+    log.instances[0].steps.recomputed_tokens.put(4, 50)
     line = lines_of(log, 50, [])[1]
     assert "prompt_t=200 tok/s" in line  # 2 of the 52 tokens in 10 ms are new
     assert line.endswith(" hit=21.3% recomputed=5.0k tok/s")

@@ -22,8 +22,9 @@ def with_tier(storage: str = "CPU", shared: bool = False) -> Result:
     step = list(log.steps.hit_tokens).index(32)
     second = result.records[1]
     second.npu_hit, second.storage_hit = 12, 20
-    log.steps.recalled_tokens[step], log.steps.recalled_bytes[step] = 20, 3 * GIB
-    log.steps.tier_bytes[step] = 4 * GIB
+    log.steps.recalled_tokens.put(step, 20)
+    log.steps.recalled_bytes.put(step, 3 * GIB)
+    log.steps.tier_bytes.put(step, 4 * GIB)
     return result
 
 
