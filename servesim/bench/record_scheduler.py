@@ -14,16 +14,16 @@ one was processed.
 from __future__ import annotations
 
 import heapq
-import json
-import tempfile
 from collections import deque
-from dataclasses import asdict, field
-from pathlib import Path
+from dataclasses import asdict, field, replace
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
+from servesim.bench.vllm_scheduler import SchedulerSettings, build_scheduler
 from servesim.errors import InputError, MissingFileError, RunError
+from servesim.memory.kv_groups import KvGroup, KvPlan
 from servesim.slotted import dataclass
 from servesim.workload.hashes import answer_ids, prompt_ids
 
@@ -33,36 +33,8 @@ if TYPE_CHECKING:
 
     from servesim.workload.request import Request, Workload
 
-_PLACES = {
-    "scheduler_config": (
-        *("max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold", "max_model_len"),
-        *("enable_chunked_prefill", "reserve_full_isl", "async_scheduling", "scheduling_policy"),
-    ),
-    "cache_config": ("num_gpu_blocks", "block_size", "enable_prefix_caching"),
-}
-"""Part of vLLM's configuration -> the settings that are in it."""
-_VLLM_NAMES = {"reserve_full_isl": "scheduler_reserve_full_isl", "scheduling_policy": "policy"}
 PRIVATE_TOKEN = 1 << 40
 """Token ids from here on belong to one request each: the content of requests that come without ids."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerSettings:
-    """What the scheduler is configured with; the names are those of the run options."""
-
-    num_gpu_blocks: int
-    """KV blocks, the null block included: one less can be used."""
-    block_size: int = 16
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 2048
-    long_prefill_token_threshold: int = 0
-    max_model_len: int = 0
-    """Longest sequence; 0: the longest of the workload."""
-    enable_chunked_prefill: bool = True
-    reserve_full_isl: bool = True
-    enable_prefix_caching: bool = True
-    async_scheduling: bool = True
-    scheduling_policy: str = "fcfs"
 
 
 @dataclass(slots=True)
@@ -267,7 +239,7 @@ def record_scheduler(
     recorder.log.header = {
         "vllm": version,
         "scheduler": type(recorder.scheduler).__name__,
-        "settings": asdict(settings),
+        "settings": {name: value for name, value in asdict(settings).items() if value != ""},
         "formula": formula.as_dict(),
         "source": workload.source,
     }
@@ -277,13 +249,15 @@ def record_scheduler(
 def _resolved(workload: Workload, settings: SchedulerSettings) -> SchedulerSettings:
     """The settings with ``max_model_len`` filled in; refuses workloads that could never finish."""
     longest = max((r.input_tokens + r.output_tokens for r in workload), default=1)
-    resolved = SchedulerSettings(**{**asdict(settings), "max_model_len": settings.max_model_len or longest})
+    resolved = replace(settings, max_model_len=settings.max_model_len or longest)
     if longest > resolved.max_model_len:
         raise InputError(
             f"max_model_len is {resolved.max_model_len}, but the longest request has {longest} tokens"
         )
     # A request's last token is never fed back, so its KV takes one token less than it is long.
-    blocks = -(-(longest - 1) // settings.block_size)
+    groups = resolved.groups or (KvGroup("full", settings.block_size, (1,)),)
+    in_flight = settings.max_num_batched_tokens * (2 if settings.async_scheduling else 1)
+    blocks = KvPlan(groups).request_blocks(longest - 1, in_flight)
     if blocks > settings.num_gpu_blocks - 1:
         raise InputError(
             f"num_gpu_blocks is {settings.num_gpu_blocks} ({settings.num_gpu_blocks - 1} usable), but the "
@@ -306,11 +280,12 @@ def _build_recorder(
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request as VllmRequest
 
-    scheduler = _build_scheduler(settings)
+    scheduler = build_scheduler(settings)
     hasher = None
     if settings.enable_prefix_caching:
         init_none_hash(sha256)
-        hasher = get_request_block_hasher(settings.block_size, sha256)
+        sizes = [group.block_size for group in settings.groups] or [settings.block_size]
+        hasher = get_request_block_hasher(gcd(*sizes), sha256)
 
     def new_request(request: Request, prompt_ids: list[int], arrival_ns: int) -> Any:
         return VllmRequest(
@@ -326,122 +301,3 @@ def _build_recorder(
 
     recorder = recorder_class(workload, settings, formula, scheduler, new_request, ModelRunnerOutput)
     return recorder, str(vllm.__version__)
-
-
-def _build_scheduler(settings: SchedulerSettings) -> Any:
-    """vLLM's scheduler for a model of one attention layer; the model's size does not matter to it."""
-    import torch
-    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-    from vllm.v1.structured_output import StructuredOutputManager
-
-    with tempfile.TemporaryDirectory() as folder:
-        _write_tiny_model(Path(folder), settings.max_model_len)
-        model = ModelConfig(
-            model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=settings.max_model_len
-        )
-    scheduling = SchedulerConfig(
-        max_model_len=settings.max_model_len,
-        is_encoder_decoder=False,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-        long_prefill_token_threshold=settings.long_prefill_token_threshold,
-        enable_chunked_prefill=settings.enable_chunked_prefill,
-        scheduler_reserve_full_isl=settings.reserve_full_isl,
-        async_scheduling=settings.async_scheduling,
-        policy=settings.scheduling_policy,
-    )
-    cache = CacheConfig(block_size=settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
-    config = VllmConfig(
-        model_config=model,
-        scheduler_config=scheduling,
-        cache_config=cache,
-        device_config=DeviceConfig(device="cpu"),
-    )
-    cache.num_gpu_blocks = settings.num_gpu_blocks
-    _undo_platform(config, settings)
-    layer = FullAttentionSpec(
-        block_size=settings.block_size, num_kv_heads=1, head_size=1, dtype=torch.bfloat16
-    )
-    scheduler = _scheduler_class(settings.async_scheduling)(
-        vllm_config=config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=settings.num_gpu_blocks,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["attention"], layer)],
-        ),
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=settings.block_size,
-    )
-    check_scheduler(scheduler, settings)
-    return scheduler
-
-
-def _scheduler_class(asynchronous: bool) -> Any:
-    """vLLM's scheduler class, by the setting and not by what the platform has made of it.
-
-    It also takes down whom it preempts: vLLM itself only tells the set.
-    """
-    if asynchronous:
-        from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Base
-    else:
-        from vllm.v1.core.sched.scheduler import Scheduler as Base
-
-    class Noting(Base):  # type: ignore[misc]
-        def __init__(self, **arguments: Any) -> None:
-            self._victims: list[int] = []
-            super().__init__(**arguments)
-
-        def _preempt_request(self, request: Any, *arguments: Any, **more: Any) -> None:
-            self._victims.append(int(request.request_id))
-            super()._preempt_request(request, *arguments, **more)
-
-        def take_victims(self) -> list[int]:
-            victims, self._victims = self._victims, []
-            return victims
-
-    return type(Base.__name__, (Noting,), {})
-
-
-def _undo_platform(config: Any, settings: SchedulerSettings) -> None:
-    """Set again what vLLM's CPU platform changes: without a GPU it switches asynchronous scheduling off."""
-    for part, names in _PLACES.items():
-        for name in names:
-            setattr(getattr(config, part), _VLLM_NAMES.get(name, name), getattr(settings, name))
-
-
-def check_scheduler(scheduler: Any, settings: SchedulerSettings) -> None:
-    """Refuse a scheduler that is not the one asked for: its log would be of another one.
-
-    Raises:
-        RunError: it is of the other class, or works with other settings.
-    """
-    names = [kind.__name__ for kind in type(scheduler).__mro__]
-    wanted = "AsyncScheduler" if settings.async_scheduling else "Scheduler"
-    if wanted not in names or ("AsyncScheduler" in names) != settings.async_scheduling:
-        raise RunError(f"vLLM built its {names[0]} where {wanted} was asked for; nothing is recorded")
-    for part, fields in _PLACES.items():
-        for name in fields:
-            theirs = getattr(getattr(scheduler.vllm_config, part), _VLLM_NAMES.get(name, name))
-            if theirs != getattr(settings, name):
-                raise RunError(
-                    f"vLLM's scheduler works with {name} {theirs!r} where {getattr(settings, name)!r} was "
-                    "asked for; nothing is recorded"
-                )
-
-
-def _write_tiny_model(folder: Path, max_model_len: int) -> None:
-    """A config.json that vLLM accepts; no weights are ever read."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "vocab_size": 1024,
-        "max_position_embeddings": max_model_len,
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))

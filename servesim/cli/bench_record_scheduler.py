@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
-    from servesim.bench.record_scheduler import SchedulerSettings
     from servesim.bench.step_formula import StepFormula
+    from servesim.bench.vllm_scheduler import SchedulerSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = scheduling.add_argument
     add("--num-gpu-blocks", type=_positive, required=True, metavar="N", help="KV blocks, null block included")
     add("--block-size", type=_positive, default=16, metavar="N", help="tokens per block (default: 16)")
+    add(
+        "--kv-groups",
+        default="",
+        metavar="KINDS",
+        help="groups of layers that share blocks, such as full,sliding:128,sliding:128: full, state, "
+        "sliding:TOKENS, chunked:TOKENS, each perhaps with @BLOCK_SIZE (default: one that keeps every token)",
+    )
     add("--max-num-seqs", type=_positive, default=128, metavar="N", help="running requests (default: 128)")
     add(
         "--max-num-batched-tokens",
@@ -92,11 +99,9 @@ def settings_of(args: argparse.Namespace) -> SchedulerSettings:
     """The scheduler's settings in the arguments."""
     from dataclasses import fields
 
-    from servesim.bench import record_scheduler
+    from servesim.bench.vllm_scheduler import SchedulerSettings
 
-    return record_scheduler.SchedulerSettings(
-        **{item.name: getattr(args, item.name) for item in fields(record_scheduler.SchedulerSettings)}
-    )
+    return SchedulerSettings(**{item.name: getattr(args, item.name) for item in fields(SchedulerSettings)})
 
 
 def formula_of(args: argparse.Namespace) -> StepFormula:

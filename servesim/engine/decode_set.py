@@ -102,6 +102,19 @@ class DecodeSet:
         order."""
         return self._boundaries[(self.tick + ahead) % self._block_size]
 
+    def at_residues(self, residues: Iterable[int], ahead: int = 0) -> list[RequestState]:
+        """Requests whose length is one of ``residues`` modulo the block size ``ahead`` ticks from now, in
+        admission order."""
+        at, size = self.tick + ahead, self._block_size
+        found = [filed for residue in residues if (filed := self._boundaries[(at - residue) % size])]
+        if len(found) == 1:
+            return found[0]
+        return sorted((state for filed in found for state in filed), key=by_order)
+
+    def everyone(self) -> list[RequestState]:
+        """All requests, in admission order."""
+        return sorted((state for filed in self._boundaries for state in filed), key=by_order)
+
     def lengths(self) -> tuple[int, int, int]:
         """Sum, minimum and maximum of the KV lengths before the present tick (zeros when nothing decodes)."""
         if not self.count:

@@ -6,7 +6,6 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from servesim.engine.request_state import RequestState
-from servesim.memory.kv_cache import BlockTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,8 +59,8 @@ class Instance:
     def cached_tokens(self, request: Request) -> int:
         """Tokens of the request's prompt that this instance's prefix cache holds right now."""
         kv = self.scheduler.kv
-        table = BlockTable(self.tables.shared_ids(request, kv.block_size), 0)
-        return len(kv.lookup(table, request.input_tokens, False)) * kv.block_size
+        table = self.tables.new_table(request, kv, lasting=False)
+        return kv.hit_tokens(kv.lookup(table, request.input_tokens, False))
 
     def new_state(
         self,
@@ -71,7 +70,7 @@ class Instance:
         handed_over: RequestRecord | None = None,
     ) -> RequestState:
         """A request as this instance will keep track of it; see :class:`RequestState`."""
-        table = self.tables.new_table(request, self.scheduler.kv.block_size)
+        table = self.tables.new_table(request, self.scheduler.kv)
         return RequestState(
             request,
             self.log.index,

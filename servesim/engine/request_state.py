@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from servesim.memory.kv_cache import BlockTable
 from servesim.results.records import RequestRecord
 from servesim.workload.hashes import block_ids
 
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from servesim.engine.decode_set import DecodeSet
-    from servesim.memory.kv_cache import BlockTable
+    from servesim.memory.kv_cache import AnyKvCache
     from servesim.workload.hashes import BlockIds
     from servesim.workload.request import Request, Workload
 
@@ -62,7 +61,7 @@ class RequestState:
         request: Request,
         instance: int,
         arrival_ns: int,
-        table: BlockTable,
+        table: Any,
         *,
         output_tokens: int | None = None,
         handed_over: RequestRecord | None = None,
@@ -72,7 +71,7 @@ class RequestState:
             request: what was asked for.
             instance: index of the instance that takes it in.
             arrival_ns: when it got there.
-            table: for its KV blocks, empty.
+            table: for its KV blocks, empty; of the kind that the instance's cache makes.
             output_tokens: those to generate here; all of them by default.
             handed_over: its record from the instance that computed its prompt; the KV has arrived.
         """
@@ -144,9 +143,16 @@ class BlockTables:
             self._next_unique[block_size] = self._found[block_size].num_ids
         return self._found[block_size].of(request.index)
 
-    def new_table(self, request: Request, block_size: int) -> BlockTable:
-        """An empty table for ``request``, with identities of its own for the blocks it shares with nobody."""
-        shared = self.shared_ids(request, block_size)
-        unique = self._next_unique[block_size]
-        self._next_unique[block_size] += (request.input_tokens + request.output_tokens) // block_size + 1
-        return BlockTable(shared, unique)
+    def new_table(self, request: Request, kv: AnyKvCache, *, lasting: bool = True) -> Any:
+        """An empty table for ``request``, with identities of its own for the blocks it shares with nobody.
+
+        ``lasting`` false: nothing but what it shares will be looked up.
+        """
+        tokens = request.input_tokens + request.output_tokens
+        identities: dict[int, tuple[Sequence[int], int]] = {}
+        for size in kv.block_sizes:
+            if size not in identities:
+                identities[size] = self.shared_ids(request, size), self._next_unique[size]
+                if lasting:
+                    self._next_unique[size] += tokens // size + 1
+        return kv.new_table([identities[size] for size in kv.block_sizes], request.input_tokens)

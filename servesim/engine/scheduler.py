@@ -12,10 +12,12 @@ which names the few that need a block or end at the present step.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, cast
 
 from servesim.engine.batch import Batch
 from servesim.engine.decode_set import DecodeSet, by_order
+from servesim.engine.group_changes import GroupChanges
 from servesim.engine.queue_policy import FirstComeFirstServed
 from servesim.engine.request_state import Phase
 from servesim.slotted import dataclass
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     from servesim.engine.connector import Connector
     from servesim.engine.queue_policy import QueuePolicy
     from servesim.engine.request_state import RequestState
-    from servesim.memory.kv_cache import BlockTable, KvCache
+    from servesim.memory.group_cache import GroupedKvCache
+    from servesim.memory.kv_cache import AnyKvCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class Scheduler:
         "_admissions",
         "_blocked_at",
         "_frees",
+        "_grouped",
         "_last_alone",
         "_list_lengths",
         "_list_requests",
@@ -78,7 +82,7 @@ class Scheduler:
     def __init__(
         self,
         limits: SchedulerLimits,
-        kv: KvCache,
+        kv: AnyKvCache,
         *,
         policy: QueuePolicy | None = None,
         connectors: Sequence[Connector] = (),
@@ -108,13 +112,14 @@ class Scheduler:
         self.prefilling: list[RequestState] = []
         """Those of ``running`` that still lack known tokens, in admission order."""
         self.new_decodes = new_decodes
-        self.decodes = new_decodes() if new_decodes else DecodeSet(kv.block_size)
+        self.decodes = new_decodes() if new_decodes else DecodeSet(kv.period)
         """Decoding requests that can be scheduled."""
         self._travelling: list[Batch] = []
         """Batches in flight in a pipeline."""
         self._spare_sets: list[DecodeSet] = []
         self.held = 0
         """Finished requests that keep their blocks for now."""
+        self._grouped = GroupChanges(kv, pipelined=new_decodes is not None) if kv.several else None
         self._list_requests = list_requests
         self._list_lengths = list_lengths
         self._admissions = 0
@@ -143,6 +148,8 @@ class Scheduler:
         if self._list_lengths:
             batch.kv_lengths = []
         decodes = self.decodes
+        if self._grouped:
+            self._grouped.new_step(in_flight)
         left, completed, stalled = self._serve_running(batch, in_flight)
         if decodes.count:
             batch.add_decodes(decodes.count, *decodes.lengths())
@@ -154,7 +161,8 @@ class Scheduler:
             if self._knows_tokens(in_flight):
                 # the token computed now is known already, so a block it fills can be hashed at once
                 sharing = decodes.sharing
-                for state in [s for s in decodes.at_boundary(1) if s in sharing] if sharing else ():
+                full = decodes.everyone() if self._grouped and sharing else decodes.at_boundary(1)
+                for state in [s for s in full if s in sharing] if sharing else ():
                     self._publish(state, decodes.length(state) + 1)
         if self.waiting and not batch.preempted:
             self._admit(batch, left, now_ns, completed)
@@ -175,6 +183,8 @@ class Scheduler:
             batch.finishing = sorted(finishing, key=by_order)
         if not batch.is_empty:
             self._last_alone = not in_flight
+            if self._grouped:
+                self._grouped.scheduled(completed, stalled)
         if self.new_decodes and not batch.is_empty:
             batch.travelling = decodes
             self._travelling.append(batch)
@@ -196,7 +206,7 @@ class Scheduler:
         """
         decodes, prefilling, budget = self.decodes, self.prefilling, self.limits.max_num_batched_tokens
         left = budget - decodes.count
-        if not prefilling and left >= 0:
+        if not prefilling and left >= 0 and not self._grouped:
             boundary = decodes.at_boundary()
             if len(boundary) <= self.kv.pool.num_free:
                 self._grow(boundary)
@@ -204,11 +214,11 @@ class Scheduler:
         if self._policy.strikes_anywhere and self._may_run_short():
             return self._serve_in_turn(batch, in_flight)
         if not prefilling and left >= 0:
-            return self._serve(tuple(boundary), left, True, batch, in_flight)
+            return self._serve(self._changing(in_flight), left, True, batch, in_flight)
         wanted = sum(self._capped(state.known - state.computed) for state in prefilling)
         decodes_first = left >= 0 and self.running[-len(prefilling)] is prefilling[0]
         if wanted <= left or decodes_first:
-            due = {*decodes.at_boundary(), *prefilling}
+            due = {*self._changing(in_flight), *prefilling}
             if decodes.sharing and self._knows_tokens(in_flight):
                 due.update(decodes.sharing.intersection(decodes.at_boundary(1)))  # for the order of hashing
             return self._serve(sorted(due, key=by_order), left, True, batch, in_flight)
@@ -244,7 +254,7 @@ class Scheduler:
     ) -> tuple[int, list[RequestState], list[RequestState]]:
         """Serve ``due`` in order with ``left`` tokens of budget; ``decodes_paid``: without those of the
         decodes."""
-        decodes, kv = self.decodes, self.kv
+        decodes, kv, grouped = self.decodes, self.kv, self._grouped
         completed: list[RequestState] = []
         stalled: list[RequestState] = []
         for state in due:
@@ -262,12 +272,14 @@ class Scheduler:
                         stalled.append(state)
             elif state.phase is Phase.PREFILL:
                 computed = state.computed
-                tokens = min(self._capped(state.known - computed), left)
+                tokens = self._chunk(state, left)
             else:
                 continue  # its last token is in flight, or it was preempted just now
             if not tokens:
                 continue
             reach = computed + tokens
+            if grouped:
+                self._release(state, computed, batch.step, in_flight)
             if kv.shortage(table, reach) > 0 and not self._make_room(state, reach, batch, in_flight):
                 break
             kv.grow(table, reach)
@@ -292,7 +304,8 @@ class Scheduler:
     def _may_run_short(self) -> bool:
         """Whether blocks may be missing for what this step could serve of the running requests."""
         free = self.kv.pool.num_free
-        wanted = len(self.decodes.at_boundary())
+        decodes = self.decodes
+        wanted = decodes.count * self.kv.blocks_for(1) if self._grouped else len(decodes.at_boundary())
         for state in self.prefilling:
             reach = state.computed + self._capped(state.known - state.computed)
             wanted += max(self.kv.shortage(state.table, reach) + free, 0)
@@ -309,6 +322,8 @@ class Scheduler:
         while turn < len(running) and left > 0:
             state = running[turn]
             tokens, reach = self._due(state, left)
+            if self._grouped and tokens:
+                self._release(state, reach - tokens, batch.step, in_flight)
             while tokens and kv.shortage(state.table, reach) > 0:
                 at = self._policy.victim(running, turn)
                 victim = running.pop(at)
@@ -352,7 +367,7 @@ class Scheduler:
         if state.phase is Phase.DECODE and state.home is self.decodes:
             return 1, self.decodes.length(state) + 1
         if state.phase is Phase.PREFILL:
-            tokens = min(self._capped(state.known - state.computed), left)
+            tokens = self._chunk(state, left)
             return tokens, state.computed + tokens
         return 0, 0  # its token is in flight
 
@@ -361,6 +376,8 @@ class Scheduler:
         known ones."""
         computed = state.computed
         state.computed = reach = computed + tokens
+        if self._grouped:
+            self._grouped.note_chunk(state, tokens)
         batch.add_request(tokens, computed)
         if state.lost:
             batch.note_again(state.lost, computed, reach)
@@ -368,7 +385,39 @@ class Scheduler:
             batch.entries.append((state.request.index, tokens))
         return reach == state.known
 
-    def _computed(self, table: BlockTable, tokens: int) -> None:
+    def _clipped(self, state: RequestState, start: int, tokens: int, *, admitting: bool = False) -> int:
+        """Tokens of a chunk of a model that keeps states; see :meth:`GroupedKvCache.clip_chunk`."""
+        limits = self.limits
+        most = limits.max_num_batched_tokens
+        if limits.long_prefill_token_threshold:
+            most = min(most, limits.long_prefill_token_threshold)
+        kv = cast("GroupedKvCache", self.kv)
+        return kv.clip_chunk(state.table, start, tokens, known=state.known, most=most, admitting=admitting)
+
+    def _chunk(self, state: RequestState, left: int) -> int:
+        """Tokens that a prefilling request can compute now with ``left`` of budget."""
+        tokens = min(self._capped(state.known - state.computed), left)
+        return self._clipped(state, state.computed, tokens) if tokens and self.kv.clips else tokens
+
+    def _changing(self, in_flight: bool) -> Sequence[RequestState]:
+        """Decoding requests whose block tables may change in this step, in order."""
+        if self._grouped is None:
+            return tuple(self.decodes.at_boundary())
+        due, sharing = self._grouped.due(self.decodes), self.decodes.sharing
+        if sharing and self._knows_tokens(in_flight):
+            return sorted({*due, *sharing}, key=by_order)
+        return due
+
+    def _release(self, state: RequestState, computed: int, step: int, in_flight: bool) -> None:
+        """Give back what a request with ``computed`` tokens needs no more, where groups of layers do."""
+        assert self._grouped is not None
+        known = computed
+        unnoted = in_flight and not self.new_decodes and not self._last_alone
+        if unnoted and state.phase is Phase.DECODE and state.run_start < step:
+            known = max(state.known, computed - 1)  # as in a preemption
+        self._grouped.release(state, computed, known)
+
+    def _computed(self, table: Any, tokens: int) -> None:
         """The first ``tokens`` tokens of a request are known and computed, or will be by this step."""
         self.kv.register_shared(table, tokens)
         for connector in self.connectors:
@@ -460,8 +509,8 @@ class Scheduler:
             if state.awaits_token:
                 return
             known, table, record = state.known, state.table, state.record
-            hits = [] if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
-            hit_tokens = len(hits) * kv.block_size
+            hits = kv.no_hits() if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
+            hit_tokens = kv.hit_tokens(hits)
             done, read_bytes = (known - 1 if limits.skip_prefill else hit_tokens), 0
             if self.connectors and not limits.skip_prefill:
                 done, read_bytes = self._lookup(state, hit_tokens)
@@ -469,15 +518,18 @@ class Scheduler:
             if tokens > left and not limits.chunked_prefill:
                 return
             tokens = min(tokens, left)
-            if (
-                kv.missing_blocks(hits, known if limits.reserve_full_isl else done + tokens)
-                > kv.pool.num_free
-            ):
-                if limits.reserve_full_isl:
-                    self._blocked_at = cache_state
+            if kv.clips:
+                tokens = self._clipped(state, done, tokens, admitting=True)
+                if not tokens:
+                    return
+            whole = limits.reserve_full_isl
+            if whole and kv.missing_blocks(hits, done, known, whole=True) > kv.pool.num_free:
+                self._blocked_at = cache_state
+                return
+            if (not whole or kv.several) and kv.missing_blocks(hits, done, done + tokens) > kv.pool.num_free:
                 return
             waiting.popleft()
-            kv.admit(table, hits, done + tokens)
+            kv.admit(table, hits, done, done + tokens)
             self._computed(table, done + tokens)
             state.order = self._admissions
             self._admissions += 1
@@ -496,6 +548,8 @@ class Scheduler:
             for connector in self.connectors:
                 connector.admitted(batch, read_bytes)
             batch.add_request(tokens, done)
+            if self._grouped:
+                self._grouped.note_chunk(state, tokens)
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))
             left -= tokens
@@ -582,9 +636,9 @@ class Scheduler:
 
     # ------------------------------------------------------------------ quiet stretches
 
-    def quiet_ticks(self, most: int) -> int:
+    def quiet_ticks(self, most: int, in_flight: bool) -> int:
         """How many coming steps, up to ``most``, are sure to be the same decodes growing by a token and no
-        more.
+        more; ``in_flight``: each follows a step in flight.
 
         0 unless only decodes run, nothing can be admitted, no request ends, blocks suffice and no block has
         to be made visible to other requests.
@@ -597,6 +651,10 @@ class Scheduler:
         if most <= 0 or (self.waiting and not self._is_blocked()):
             return 0
         free = self.kv.pool.num_free
+        if self._grouped:
+            if self.waiting and len(self.running) < self.limits.max_num_seqs:
+                return 0  # what windows give back may let it in
+            return self._grouped.quiet_ticks(most, count, free, in_flight)
         if count * self.kv.blocks_for(most) > free and sum(decodes.blocks_needed(most)) > free:
             return 0
         return most
@@ -608,12 +666,19 @@ class Scheduler:
             return True
         return self._blocked_at == (self._frees, self.kv.registrations)
 
-    def run_quietly(self, ticks: int) -> None:
-        """Advance by ``ticks`` steps that :meth:`quiet_ticks` has vouched for."""
+    def run_quietly(self, ticks: int) -> list[int]:
+        """Advance by ``ticks`` steps that :meth:`quiet_ticks` has vouched for; returns the blocks in use
+        after each."""
+        unknown = int(not self._last_alone)
         self._last_alone = False  # in an asynchronous loop every one of them follows a step in flight
         decodes = self.decodes
-        for ahead in range(ticks):
-            boundary = decodes.at_boundary(ahead)
-            if boundary:
-                self._grow(boundary)
+        if self._grouped:
+            used = self._grouped.run_quietly(decodes, ticks, unknown)
+        else:
+            used = list(accumulate(decodes.blocks_needed(ticks), initial=self.kv.pool.num_used))[1:]
+            for ahead in range(ticks):
+                boundary = decodes.at_boundary(ahead)
+                if boundary:
+                    self._grow(boundary)
         decodes.skip(ticks)
+        return used

@@ -274,7 +274,7 @@ class StepLoop:
         if horizon_ns < NEVER and len(steps):
             last_ns = steps.end_ns[-1] - steps.start_ns[-1]
             most = min(most, (horizon_ns - now_ns) // max(last_ns, 1) + 2)
-        count = scheduler.quiet_ticks(most)
+        count = scheduler.quiet_ticks(most, bool(in_flight))
         if count < _MIN_JUMP:
             return
         start = max(self._stage_free_ns[0], now_ns)
@@ -286,8 +286,7 @@ class StepLoop:
         if count < self._depth:
             return
         del ends[count:]
-        log_quiet_steps(member, start, ends)
-        scheduler.run_quietly(count)
+        log_quiet_steps(member, start, ends, scheduler.run_quietly(count))
         self._stage_free_ns[0] = ends[-1]
         self._launched += count
         in_flight.clear()
@@ -308,12 +307,10 @@ class StepLoop:
         return counted
 
 
-def log_quiet_steps(member: Instance, start_ns: int, ends: list[int]) -> None:
-    """Write down steps of the present decodes that follow each other from ``start_ns`` on, ending at
-    ``ends``."""
+def log_quiet_steps(member: Instance, start_ns: int, ends: list[int], used: list[int]) -> None:
+    """Write down steps of the present decodes that followed each other from ``start_ns`` on, ending at
+    ``ends`` with ``used`` blocks held."""
     scheduler = member.scheduler
-    needed = scheduler.decodes.blocks_needed(len(ends))
-    used = list(accumulate(needed, initial=scheduler.kv.pool.num_used))
     member.log.steps.append_quiet(
-        start_ns, ends, used[1:], scheduler.decodes.count, len(scheduler.running), len(scheduler.waiting)
+        start_ns, ends, used, scheduler.decodes.count, len(scheduler.running), len(scheduler.waiting)
     )

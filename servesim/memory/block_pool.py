@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
 _COMPACT_AT = 1 << 16
 _LISTED_AT_ONCE = 256
@@ -167,6 +167,34 @@ class BlockPool:
             if refs[block] == 0:
                 queue.append(block)
                 self.num_free += 1
+
+    def give_back(self, blocks: Sequence[int], kept: Container[int]) -> None:
+        """Give back blocks in this order, whichever of them carry a hash; those in ``kept`` hold content
+        worth keeping although they carry none here."""
+        refs = self._refs
+        first: list[int] = []
+        last: list[int] = []
+        for block in blocks:
+            if block in refs:
+                refs[block] -= 1
+                if refs[block]:
+                    continue
+                last.append(block)
+            else:
+                (last if block in kept else first).append(block)
+        start = max(self._head - len(first), 0)
+        self._queue[start : self._head] = first
+        self._head = start
+        self._returned.extend(last)
+        self.num_free += len(first) + len(last)
+
+    def is_hashed(self, block: int) -> bool:
+        """Whether a block carries a content hash."""
+        return block in self._hash_of
+
+    def content_of(self, block: int) -> int:
+        """The content of a hashed block."""
+        return self._hash_of[block]
 
     def register(self, block: int, content: int) -> None:
         """Note that ``block``, held by one request, now holds ``content``."""

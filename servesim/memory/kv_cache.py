@@ -9,12 +9,43 @@ earlier.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from servesim.memory.block_pool import BlockPool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+class AnyKvCache(Protocol):
+    """What a scheduler needs of a cache: :class:`KvCache`, or one of several groups
+    (:mod:`servesim.memory.group_cache`). A table and hits are the cache's own."""
+
+    pool: BlockPool
+    registrations: int
+    block_size: int
+
+    @property
+    def several(self) -> bool: ...
+    @property
+    def clips(self) -> bool: ...
+    @property
+    def block_sizes(self) -> tuple[int, ...]: ...
+    @property
+    def period(self) -> int: ...
+
+    def new_table(self, identities: Sequence[tuple[Sequence[int], int]], prompt_tokens: int) -> Any: ...
+    def no_hits(self) -> Any: ...
+    def hit_tokens(self, hits: Any) -> int: ...
+    def blocks_for(self, tokens: int) -> int: ...
+    def lookup(self, table: Any, tokens: int, seen_before: bool) -> Any: ...
+    def missing_blocks(self, hits: Any, done: int, tokens: int, *, whole: bool = False) -> int: ...
+    def admit(self, table: Any, hits: Any, done: int, tokens: int) -> None: ...
+    def shortage(self, table: Any, tokens: int) -> int: ...
+    def grow(self, table: Any, tokens: int) -> None: ...
+    def register_shared(self, table: Any, tokens: int) -> None: ...
+    def preempt(self, table: Any, tokens: int) -> None: ...
+    def free(self, table: Any, tokens: int) -> None: ...
 
 
 class BlockTable:
@@ -55,6 +86,39 @@ class KvCache:
         self.registrations = 0
         """Counts up whenever a block becomes visible to other requests."""
 
+    @property
+    def several(self) -> bool:
+        """Whether there are groups that do not keep every token."""
+        return False
+
+    @property
+    def clips(self) -> bool:
+        """Whether chunks of a prompt end at block boundaries."""
+        return False
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Of the groups."""
+        return (self.block_size,)
+
+    @property
+    def period(self) -> int:
+        """Tokens after which the table of a decoding request grows again."""
+        return self.block_size
+
+    def new_table(self, identities: Sequence[tuple[Sequence[int], int]], prompt_tokens: int) -> BlockTable:
+        """An empty table; ``identities``: (shared ids, base of its own ids) of the request's blocks."""
+        del prompt_tokens
+        return BlockTable(*identities[0])
+
+    def no_hits(self) -> list[int]:
+        """What is found where nothing is looked up."""
+        return []
+
+    def hit_tokens(self, hits: Sequence[int]) -> int:
+        """Tokens of a prefix that was found."""
+        return len(hits) * self.block_size
+
     def blocks_for(self, tokens: int) -> int:
         """Blocks that ``tokens`` tokens fill, the last one perhaps in part."""
         return -(-tokens // self.block_size)
@@ -78,16 +142,18 @@ class KvCache:
             hits.append(block)
         return hits
 
-    def missing_blocks(self, hits: Sequence[int], tokens: int) -> int:
+    def missing_blocks(self, hits: Sequence[int], done: int, tokens: int, *, whole: bool = False) -> int:
         """Free blocks it takes to hold ``tokens`` tokens when ``hits`` are already cached.
 
         A hit that nobody holds counts as well: re-using it takes it out of the free blocks.
         """
+        del done, whole  # every token is kept
         is_free = self.pool.is_free
         return self.blocks_for(tokens) - len(hits) + sum(1 for block in hits if is_free(block))
 
-    def admit(self, table: BlockTable, hits: list[int], tokens: int) -> None:
+    def admit(self, table: BlockTable, hits: list[int], done: int, tokens: int) -> None:
         """Give an admitted request its ``hits`` and fresh blocks up to ``tokens`` tokens."""
+        del done
         self.pool.share(hits)
         table.blocks = hits
         table.num_hashed = len(hits)

@@ -65,6 +65,8 @@ class KvGroup:
     pages: tuple[int, ...]
     """Bytes of a page of each of its layers."""
     reach: int | None = None
+    bucket: int = 0
+    """Groups of the same number keep the same in every layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +227,12 @@ def plan_groups(layers: list[KvLayer], *, hybrid: bool = True) -> KvPlan:
     sizes = [len(bucket) for bucket in buckets.values()]
     size = max(sizes) if max(sizes) < _MANY_MORE * min(sizes) else min(sizes)
     groups = []
-    for bucket in buckets.values():
+    for number, bucket in enumerate(buckets.values()):
         count = -(-len(bucket) // size)
         for index in range(count):
             one = bucket[index::count]
             pages = tuple(layer.page_bytes for layer in one)
-            groups.append(KvGroup(one[0].kind, one[0].block_size, pages, one[0].reach))
+            groups.append(KvGroup(one[0].kind, one[0].block_size, pages, one[0].reach, number))
     return KvPlan(tuple(groups))
 
 

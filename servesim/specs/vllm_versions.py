@@ -41,7 +41,23 @@ COUNTS_VICTIMS = Difference(
 SERVES_ON = Difference(
     "0.33", "by priority, the others are still served in a step in which a request preempts itself"
 )
-DIFFERENCES = (LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON)
+SETTLED_FREES = Difference(
+    "0.28",
+    "blocks behind a window are kept until the steps that read them have ended (0.25 to 0.27: unknown)",
+)
+STATE_STOPS = Difference(
+    "0.28",
+    "prefixes of models with states are cached by default, and chunks of a prompt end at every boundary of "
+    "a state (0.25 to 0.27: unknown)",
+)
+SPARSE_WINDOWS = Difference(
+    "0.33",
+    "of windows and states, the prefix cache keeps those at the end of a prompt (0.29 to 0.32: unknown)",
+)
+DIFFERENCES = (
+    *(LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON),
+    *(SETTLED_FREES, STATE_STOPS, SPARSE_WINDOWS),
+)
 
 
 def minor_version(text: object) -> object:

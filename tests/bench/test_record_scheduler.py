@@ -10,15 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from servesim.bench.record_scheduler import (
-    PRIVATE_TOKEN,
-    Recorder,
-    SchedulerSettings,
-    _undo_platform,
-    check_scheduler,
-    record_scheduler,
-)
+from servesim.bench.record_scheduler import PRIVATE_TOKEN, Recorder, record_scheduler
 from servesim.bench.step_formula import StepFormula
+from servesim.bench.vllm_scheduler import SchedulerSettings, _undo_platform, check_scheduler
 from servesim.errors import InputError, MissingFileError, RunError
 from servesim.workload.request import Request, Workload
 

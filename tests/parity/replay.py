@@ -11,9 +11,9 @@ from dataclasses import asdict
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from servesim.bench.record_scheduler import SchedulerSettings
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
+from servesim.bench.vllm_scheduler import SchedulerSettings
 from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
 from servesim.engine.queue_policy import queue_policy
@@ -21,7 +21,7 @@ from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan
-from servesim.memory.kv_cache import KvCache
+from servesim.memory.group_cache import GroupRules, kv_cache_of
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from servesim.engine.batch import Batch
     from servesim.engine.decode_set import DecodeSet
+    from servesim.memory.kv_cache import AnyKvCache
     from servesim.specs.vllm_versions import VllmVersion
     from servesim.workload.request import Workload
     from tests.golden.golden_file import Golden
@@ -47,7 +48,7 @@ class NotingScheduler(Scheduler):
     def __init__(
         self,
         limits: SchedulerLimits,
-        kv: KvCache,
+        kv: AnyKvCache,
         policy: str = "fcfs",
         new_decodes: Callable[[], DecodeSet] | None = None,
     ) -> None:
@@ -84,8 +85,9 @@ def replay(golden: Golden) -> SchedulerLog:
     settings, formula = golden_settings(golden)
     tracks: list[array[int]] = []
     new_decodes = track_maker(settings.block_size, tracks, 1) if is_pipeline(golden.name) else None
+    version = version_of(golden)
     scheduler = NotingScheduler(
-        limits(settings, version_of(golden)), kv_cache(settings), settings.scheduling_policy, new_decodes
+        limits(settings, version), kv_cache(settings, version), settings.scheduling_policy, new_decodes
     )
     workload = golden.workload()
 
@@ -148,8 +150,15 @@ def limits(settings: SchedulerSettings, version: VllmVersion) -> SchedulerLimits
     )
 
 
-def kv_cache(settings: SchedulerSettings) -> KvCache:
-    return KvCache(settings.num_gpu_blocks, settings.block_size, settings.enable_prefix_caching)
+def kv_cache(settings: SchedulerSettings, version: VllmVersion) -> AnyKvCache:
+    blocks, caching = settings.num_gpu_blocks, settings.enable_prefix_caching
+    rules = GroupRules(
+        version,
+        settings.max_num_batched_tokens,
+        2 if settings.async_scheduling else 1,
+        settings.max_model_len,
+    )
+    return kv_cache_of(settings.groups, blocks, settings.block_size, caching, rules)
 
 
 def build_loop(
@@ -198,9 +207,10 @@ def replay_in_jumps(golden: Golden) -> RunLog:
     """The engine's own records of a golden's workload, with the vectorised jumps over quiet stretches."""
     settings, formula = golden_settings(golden)
     workload = golden.workload()
+    version = version_of(golden)
     scheduler = Scheduler(
-        limits(settings, version_of(golden)),
-        kv_cache(settings),
+        limits(settings, version),
+        kv_cache(settings, version),
         policy=queue_policy(settings.scheduling_policy),
     )
     return simulate(build_loop(scheduler, settings, formula, workload, jump=True), workload)

@@ -1,0 +1,242 @@
+"""vLLM's own scheduler, built without a GPU and without a model: its settings and its groups of KV layers."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from servesim.errors import InputError, RunError
+from servesim.memory.kv_groups import KvGroup
+from servesim.slotted import dataclass
+
+_KINDS = ("full", "sliding", "chunked", "state")
+_PLACES = {
+    "scheduler_config": (
+        *("max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold", "max_model_len"),
+        *("enable_chunked_prefill", "reserve_full_isl", "async_scheduling", "scheduling_policy"),
+    ),
+    "cache_config": ("num_gpu_blocks", "block_size", "enable_prefix_caching"),
+}
+"""Part of vLLM's configuration -> the settings that are in it."""
+_VLLM_NAMES = {"reserve_full_isl": "scheduler_reserve_full_isl", "scheduling_policy": "policy"}
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """What the scheduler is configured with; the names are those of the run options."""
+
+    num_gpu_blocks: int
+    """KV blocks, the null block included: one less can be used."""
+    block_size: int = 16
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
+    long_prefill_token_threshold: int = 0
+    max_model_len: int = 0
+    """Longest sequence; 0: the longest of the workload."""
+    enable_chunked_prefill: bool = True
+    reserve_full_isl: bool = True
+    enable_prefix_caching: bool = True
+    async_scheduling: bool = True
+    scheduling_policy: str = "fcfs"
+    kv_groups: str = ""
+    """Groups of layers, ``full,sliding:128``; empty: one that keeps every token. See :func:`parse_groups`."""
+
+    @property
+    def groups(self) -> tuple[KvGroup, ...]:
+        """The groups; none: one that keeps every token."""
+        return parse_groups(self) if self.kv_groups else ()
+
+
+def parse_groups(settings: SchedulerSettings) -> tuple[KvGroup, ...]:
+    """The groups that ``settings.kv_groups`` names: ``KIND[:REACH][@BLOCK_SIZE]``, divided by commas.
+
+    ``full`` keeps every token, ``sliding:128`` a window of 128 tokens, ``chunked:64`` chunks of 64 tokens,
+    ``state`` one state a sequence. Equal ones are groups of the same kind of layers.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    groups: list[KvGroup] = []
+    buckets: dict[str, int] = {}
+    for text in settings.kv_groups.split(","):
+        shape, _, size = text.partition("@")
+        kind, _, reach = shape.partition(":")
+        numbers = [part for part in (size, reach) if part]
+        if (
+            kind not in _KINDS
+            or not all(part.isdecimal() and int(part) > 0 for part in numbers)
+            or bool(reach) != (kind in ("sliding", "chunked"))
+        ):
+            raise InputError(
+                f"--kv-groups: {text!r} is not allowed; must be full, state, sliding:TOKENS or "
+                "chunked:TOKENS, each perhaps with @BLOCK_SIZE"
+            )
+        block = int(size) if size else settings.block_size
+        if kind == "state" and not settings.enable_prefix_caching:
+            block = settings.max_model_len  # one state a sequence, whatever its length
+        number = buckets.setdefault(f"{kind}:{reach}@{block}", len(buckets))
+        groups.append(KvGroup(kind, block, (1,), int(reach) if reach else None, number))  # type: ignore[arg-type]
+    return tuple(groups)
+
+
+def _spec(group: KvGroup, caching: bool) -> Any:
+    """vLLM's description of the layers of a group."""
+    import torch
+    from vllm.v1 import kv_cache_interface as kinds
+
+    if group.kind == "state":
+        return kinds.MambaSpec(
+            block_size=group.block_size,
+            shapes=((1, 1),),
+            dtypes=(torch.float32,),
+            mamba_cache_mode="align" if caching else "none",
+        )
+    common = {
+        "block_size": group.block_size,
+        "num_kv_heads": 1,
+        "head_size": group.bucket + 1,
+        "dtype": torch.bfloat16,
+    }
+    if group.kind == "sliding":
+        return kinds.SlidingWindowSpec(**common, sliding_window=group.reach)
+    if group.kind == "chunked":
+        return kinds.ChunkedLocalAttentionSpec(**common, attention_chunk_size=group.reach)
+    return kinds.FullAttentionSpec(**common)
+
+
+def _kv_config(settings: SchedulerSettings, config: Any) -> Any:
+    """vLLM's description of the whole cache."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    groups = settings.groups or (KvGroup("full", settings.block_size, (1,)),)
+    more = {}
+    if "prefix_cache_retention_interval" in {field.name for field in fields(KVCacheConfig)}:
+        more["prefix_cache_retention_interval"] = config.cache_config.prefix_cache_retention_interval
+    return KVCacheConfig(
+        num_blocks=settings.num_gpu_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[
+            KVCacheGroupSpec([f"attention.{index}"], _spec(group, settings.enable_prefix_caching))
+            for index, group in enumerate(groups)
+        ],
+        **more,
+    )
+
+
+def build_scheduler(settings: SchedulerSettings) -> Any:
+    """vLLM's scheduler for a model of one layer a group; the model's size does not matter to it."""
+    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_tiny_model(Path(folder), settings.max_model_len)
+        model = ModelConfig(
+            model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=settings.max_model_len
+        )
+    scheduling = SchedulerConfig(
+        max_model_len=settings.max_model_len,
+        is_encoder_decoder=False,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        long_prefill_token_threshold=settings.long_prefill_token_threshold,
+        enable_chunked_prefill=settings.enable_chunked_prefill,
+        scheduler_reserve_full_isl=settings.reserve_full_isl,
+        async_scheduling=settings.async_scheduling,
+        policy=settings.scheduling_policy,
+    )
+    cache = CacheConfig(block_size=settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
+    config = VllmConfig(
+        model_config=model,
+        scheduler_config=scheduling,
+        cache_config=cache,
+        device_config=DeviceConfig(device="cpu"),
+    )
+    cache.num_gpu_blocks = settings.num_gpu_blocks
+    if settings.enable_prefix_caching and any(group.kind == "state" for group in settings.groups):
+        cache.mamba_cache_mode = "align"  # as vLLM does for such models
+    _undo_platform(config, settings)
+    layout = _kv_config(settings, config)
+    scheduler_block, hash_block = resolve_kv_cache_block_sizes(layout, config)
+    scheduler = _scheduler_class(settings.async_scheduling)(
+        vllm_config=config,
+        kv_cache_config=layout,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=scheduler_block,
+        hash_block_size=hash_block,
+    )
+    check_scheduler(scheduler, settings)
+    return scheduler
+
+
+def _scheduler_class(asynchronous: bool) -> Any:
+    """vLLM's scheduler class, by the setting and not by what the platform has made of it.
+
+    It also takes down whom it preempts: vLLM itself only tells the set.
+    """
+    if asynchronous:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler as Base
+    else:
+        from vllm.v1.core.sched.scheduler import Scheduler as Base
+
+    class Noting(Base):  # type: ignore[misc]
+        def __init__(self, **arguments: Any) -> None:
+            self._victims: list[int] = []
+            super().__init__(**arguments)
+
+        def _preempt_request(self, request: Any, *arguments: Any, **more: Any) -> None:
+            self._victims.append(int(request.request_id))
+            super()._preempt_request(request, *arguments, **more)
+
+        def take_victims(self) -> list[int]:
+            victims, self._victims = self._victims, []
+            return victims
+
+    return type(Base.__name__, (Noting,), {})
+
+
+def _undo_platform(config: Any, settings: SchedulerSettings) -> None:
+    """Set again what vLLM's CPU platform changes: without a GPU it switches asynchronous scheduling off."""
+    for part, names in _PLACES.items():
+        for name in names:
+            setattr(getattr(config, part), _VLLM_NAMES.get(name, name), getattr(settings, name))
+
+
+def check_scheduler(scheduler: Any, settings: SchedulerSettings) -> None:
+    """Refuse a scheduler that is not the one asked for: its log would be of another one.
+
+    Raises:
+        RunError: it is of the other class, or works with other settings.
+    """
+    names = [kind.__name__ for kind in type(scheduler).__mro__]
+    wanted = "AsyncScheduler" if settings.async_scheduling else "Scheduler"
+    if wanted not in names or ("AsyncScheduler" in names) != settings.async_scheduling:
+        raise RunError(f"vLLM built its {names[0]} where {wanted} was asked for; nothing is recorded")
+    for part, names_in_part in _PLACES.items():
+        for name in names_in_part:
+            theirs = getattr(getattr(scheduler.vllm_config, part), _VLLM_NAMES.get(name, name))
+            if theirs != getattr(settings, name):
+                raise RunError(
+                    f"vLLM's scheduler works with {name} {theirs!r} where {getattr(settings, name)!r} was "
+                    "asked for; nothing is recorded"
+                )
+
+
+def _write_tiny_model(folder: Path, max_model_len: int) -> None:
+    """A config.json that vLLM accepts; no weights are ever read."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 1024,
+        "max_position_embeddings": max_model_len,
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
