@@ -35,6 +35,9 @@ class EasyScheduler:
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting or self.running)
 
+    def take_victims(self) -> list[int]:
+        return []
+
     def add_request(self, request: Any) -> None:
         self.requests[request.request_id] = request
         self.waiting.append(request)
@@ -70,12 +73,13 @@ class EasyScheduler:
 
 
 def easy_recorder(requests: list[Request], asynchronous: bool) -> Recorder:
-    def new_request(index: int, prompt_ids: list[int], output_tokens: int) -> Any:
+    def new_request(request: Request, prompt_ids: list[int], arrival_ns: int) -> Any:
+        assert arrival_ns == request.arrival_ns or request.predecessor >= 0
         return SimpleNamespace(
-            request_id=str(index),
+            request_id=str(request.index),
             ids=prompt_ids,
             prompt=len(prompt_ids),
-            output=output_tokens,
+            output=request.output_tokens,
             scheduled=0,
             num_computed_tokens=0,
             is_prefill_chunk=False,
@@ -167,6 +171,7 @@ class Scheduler:
         values = {
             **asdict(settings),
             "scheduler_reserve_full_isl": settings.reserve_full_isl,
+            "policy": settings.scheduling_policy,
             **changes,
         }
         part = SimpleNamespace(**values)

@@ -8,6 +8,8 @@ share nothing.
 
 from __future__ import annotations
 
+import json
+import lzma
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -93,14 +95,16 @@ def pass_stages(now: int, took: int, ends: list[int]) -> tuple[int, int]:
 
 
 def golden_path(name: str) -> Path:
-    """``name``: a recipe's, behind the folder of a version: ``vllm-0.33/async_tight``."""
-    return FOLDER / f"{name}.jsonl.gz"
+    """``name``: a recipe's, behind the folder of a version: ``vllm-0.33/async_tight``. New ones are packed
+    more tightly than the first."""
+    path = FOLDER / f"{name}.jsonl.gz"
+    return path if path.exists() else path.with_suffix(".xz")
 
 
 def golden_names() -> list[str]:
     """Names of all goldens, sorted."""
-    paths = FOLDER.rglob("*.jsonl.gz")
-    return sorted(path.relative_to(FOLDER).as_posix().removesuffix(".jsonl.gz") for path in paths)
+    paths = (path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.jsonl.?z"))
+    return sorted(path[: -len(".jsonl.gz")] for path in paths)
 
 
 def golden_name(recipe: str, version: str) -> str:
@@ -116,10 +120,20 @@ def version_of(golden: Golden) -> VllmVersion:
 
 
 def read_golden(name: str) -> Golden:
-    head, *lines = read_json_lines(golden_path(name))
+    path = golden_path(name)
+    if path.suffix == ".xz":
+        text = lzma.decompress(path.read_bytes()).decode()
+        head, *lines = [json.loads(line) for line in text.splitlines()]
+    else:
+        head, *lines = read_json_lines(path)
     return Golden(head["golden"], head["about"], head["requests"], log_from_lines(lines, name))
 
 
 def write_golden(golden: Golden) -> None:
     head = {"golden": golden.name, "about": golden.about, "requests": golden.entries}
-    write_json_lines(golden_path(golden.name), [head, *golden.log.lines()])
+    path, lines = golden_path(golden.name), [head, *golden.log.lines()]
+    if path.suffix == ".xz":
+        text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+        path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    else:
+        write_json_lines(path, lines)

@@ -352,23 +352,23 @@ RECIPES: dict[str, Recipe] = {
     ),
     "async_groups_alternating": Recipe(
         "every other layer has a window (as gpt-oss), shared prefixes",
-        lambda r: shared_prefixes(r, 60, 20, prefix=(60, 400), output=(5, 120)),
-        settings(400, kv_groups="full,sliding:128"),
+        lambda r: shared_prefixes(r, 36, 20, prefix=(60, 400), output=(5, 120)),
+        settings(300, kv_groups="full,sliding:128"),
     ),
     "async_groups_alternating_tight": Recipe(
         "every other layer has a window, preemptions and evictions",
-        lambda r: shared_prefixes(r, 40, 8, prefix=(60, 300), output=(5, 120)),
+        lambda r: shared_prefixes(r, 30, 8, prefix=(60, 300), output=(5, 120)),
         settings(116, kv_groups="full,sliding:128"),
     ),
     "sync_groups_alternating_tight": Recipe(
         "every other layer has a window, preemptions and evictions",
-        lambda r: shared_prefixes(r, 40, 8, prefix=(60, 300), output=(5, 120)),
+        lambda r: shared_prefixes(r, 30, 8, prefix=(60, 300), output=(5, 120)),
         settings(96, **SYNC, kv_groups="full,sliding:128"),
     ),
     "async_groups_five_to_one": Recipe(
         "five layers with a window for one without (as Gemma 3), a tree of prefixes",
-        lambda r: shared_prefixes(r, 60, 12, prefixes=3, prefix=(100, 500), output=(5, 150)),
-        settings(420, kv_groups="full" + 5 * ",sliding:96"),
+        lambda r: shared_prefixes(r, 36, 12, prefixes=3, prefix=(100, 500), output=(5, 150)),
+        settings(330, kv_groups="full" + 5 * ",sliding:96"),
     ),
     "async_groups_five_to_one_tight": Recipe(
         "five layers with a window for one without, no prefix cache, preemptions",
@@ -387,27 +387,27 @@ RECIPES: dict[str, Recipe] = {
     ),
     "async_groups_two_sizes": Recipe(
         "layers with a window have blocks of half as many tokens (as Gemma 4)",
-        lambda r: shared_prefixes(r, 50, 12, prefix=(60, 300), output=(5, 120)),
+        lambda r: shared_prefixes(r, 34, 12, prefix=(60, 300), output=(5, 120)),
         settings(260, kv_groups="full@32,sliding:64,sliding:64"),
     ),
     "async_groups_chunked": Recipe(
         "three layers that attend in chunks for one in full (as Llama 4), a tree of prefixes",
-        lambda r: shared_prefixes(r, 50, 12, prefixes=3, prefix=(100, 500), output=(5, 150)),
-        settings(300, kv_groups="full" + 3 * ",chunked:128"),
+        lambda r: shared_prefixes(r, 34, 12, prefixes=3, prefix=(100, 500), output=(5, 150)),
+        settings(250, kv_groups="full" + 3 * ",chunked:128"),
     ),
     "sync_groups_chunked_tight": Recipe(
         "layers that attend in chunks, preemptions and evictions",
-        lambda r: shared_prefixes(r, 50, 8, prefix=(60, 300), output=(5, 150)),
+        lambda r: shared_prefixes(r, 34, 8, prefix=(60, 300), output=(5, 150)),
         settings(150, **SYNC, kv_groups="full,chunked:64"),
     ),
     "async_groups_states": Recipe(
         "three layers with a state for one in full (as Qwen3-Next), shared prefixes cached at boundaries",
-        lambda r: shared_prefixes(r, 50, 20, prefix=(100, 500), output=(5, 90)),
-        settings(120, block_size=64, kv_groups="full" + 3 * ",state"),
+        lambda r: shared_prefixes(r, 34, 20, prefix=(100, 500), output=(5, 90)),
+        settings(80, block_size=64, kv_groups="full" + 3 * ",state"),
     ),
     "sync_groups_states_tight": Recipe(
         "states and full attention, preemptions and evictions",
-        lambda r: shared_prefixes(r, 50, 8, prefix=(100, 300), output=(5, 150)),
+        lambda r: shared_prefixes(r, 34, 8, prefix=(100, 300), output=(5, 150)),
         settings(40, **SYNC, block_size=32, kv_groups="full,state"),
     ),
     "async_groups_states_sessions": Recipe(
@@ -421,8 +421,8 @@ RECIPES: dict[str, Recipe] = {
         settings(32, **NO_CACHE, block_size=64, kv_groups="full,state,state"),
     ),
     "async_groups_window_only": Recipe(
-        "every layer has a window", lambda r: shared_prefixes(r, 50, 10, prefix=(60, 400), output=(5, 150)),
-        settings(110, kv_groups="sliding:100"),
+        "every layer has a window", lambda r: shared_prefixes(r, 34, 10, prefix=(60, 400), output=(5, 150)),
+        settings(90, kv_groups="sliding:100"),
     ),
     "async_groups_long_chats": Recipe(
         "long runs of pure decode steps while windows move",
@@ -431,11 +431,11 @@ RECIPES: dict[str, Recipe] = {
     ),
     "async_groups_echoes": Recipe(
         "prompts quote earlier answers; preemptions strike requests whose last token is in flight",
-        lambda r: echoes(r, 80, 6), settings(46, max_num_seqs=24, kv_groups="full,sliding:24"),
+        lambda r: echoes(r, 60, 6), settings(42, max_num_seqs=24, kv_groups="full,sliding:24"),
     ),
     "async_groups_threshold": Recipe(
         "at most 48 tokens of a prompt per step: windows move in the middle of prompts",
-        lambda r: shared_prefixes(r, 50, 20, prefix=(200, 600)),
+        lambda r: shared_prefixes(r, 34, 20, prefix=(200, 600)),
         settings(260, long_prefill_token_threshold=48, kv_groups="full,sliding:64"),
     ),
 }  # fmt: skip
@@ -450,8 +450,8 @@ ACROSS = (
 """Recipes that are recorded with later versions of vLLM too: those of what versions differ in, and some."""
 
 GROUPS_ACROSS = (
-    *("async_groups_alternating_tight", "async_groups_five_to_one", "async_groups_chunked"),
-    *("async_groups_states", "async_groups_echoes", "async_groups_two_sizes"),
+    *("async_groups_alternating_tight", "async_groups_chunked", "async_groups_states"),
+    *("async_groups_echoes", "async_groups_two_sizes"),
 )
 """Of the recipes of several groups of layers, those that are recorded with earlier versions of vLLM too."""
 
