@@ -44,7 +44,7 @@ ELISIONS = ("…", "...")
 VARIES = re.compile(r"^wall time .*", re.MULTILINE)
 """What differs from run to run."""
 _HERE_DOCUMENT = re.compile(r"<<'(\w+)'")
-_COPIED = ("configs", "workloads", "profiler")
+_COPIED = ("configs", "examples", "workloads", "profiler")
 _TIMEOUT_S = 300
 
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "kv": ("servesim.cli.kv", "what each KV cache format buys: bytes, tokens that fit, decode step"),
     "sweep": ("servesim.cli.sweep", "many configurations of a run, one row of figures each"),
     "plan": ("servesim.cli.plan", "the cheapest fleet that keeps latency bounds for a workload"),
+    "serve": ("servesim.cli.serve", "an emulated vLLM server: OpenAI's interface with simulated timing"),
     "profile": ("servesim.cli.profile", "make a profile bundle: kernel times of a model on a hardware"),
     "profile inspect": ("servesim.cli.profile_inspect", "what a bundle holds, as text and as plots"),
     "profile diff": ("servesim.cli.profile_diff", "how far two bundles are apart, table by table"),

@@ -24,7 +24,7 @@ from servesim.errors import BrokenRunError, InputError, RunError
 from servesim.memory.kv_cache import KvCache
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.start_up import start_up
-from servesim.results.records import InstanceLog
+from servesim.results.records import InstanceLog, StepLog
 from servesim.results.stated_errors import reach_of, stated_error
 from servesim.slotted import dataclass
 from servesim.specs.acting import Scene, notes_of
@@ -169,7 +169,20 @@ class Builder:
         workload: Workload,
         options: RuntimeOptions,
         kept: Kept | None = None,
+        *,
+        tables: BlockTables | None = None,
+        new_steps: Callable[[], StepLog] = StepLog,
     ) -> None:
+        """
+        Args:
+            cluster: what runs.
+            workload: what arrives, for what it says of the options.
+            options: of the run.
+            kept: what an earlier run left; see :class:`Kept`.
+            tables: those of the workload by default.
+            new_steps: makes the step log of an instance.
+        """
+        self._new_steps = new_steps
         self._placed = cluster.instances
         self._models = check_cluster(cluster)
         self._resolved = [resolve(options, spec, self._models[spec.model_name]) for _, spec in self._placed]
@@ -184,7 +197,7 @@ class Builder:
         ]
         kept = kept or Kept()
         self._costs = kept.costs = Costs(cluster, kept.costs)
-        self._tables = kept.tables = BlockTables(workload, kept.tables)
+        self._tables = kept.tables = tables or BlockTables(workload, kept.tables)
         self._options = options
         self._tiers = LowerTiers(cluster, options, self._memories)
         self.clock = Clock()
@@ -284,6 +297,7 @@ class Builder:
             capacity,
             bundle.describe(),
             self._costs.host(spec, options),
+            self._new_steps(),
             tier=tier.memory if tier else None,
             stated_error=stated_error(bundle.meta, spec.hardware, options.kv_dtype),
             reach=reach_of(bundle.meta, bundle.measured_reach(spec.tp_size)),

@@ -43,7 +43,7 @@ class Order(IntEnum):
 class Clock:
     """Simulated time in ns, and the places of those who will act."""
 
-    __slots__ = ("_acts", "_due", "_early", "_places", "_watch_ns", "_watchers", "now_ns")
+    __slots__ = ("_acts", "_due", "_early", "_limit_ns", "_places", "_watch_ns", "_watchers", "now_ns")
 
     def __init__(self) -> None:
         self.now_ns = 0
@@ -59,6 +59,8 @@ class Clock:
         self._watchers: list[tuple[int, Callable[[int], int]]] = []
         self._watch_ns = NEVER
         """The earliest time of ``_watchers``."""
+        self._limit_ns = NEVER
+        """Nobody looks further ahead than this."""
 
     def actor(self, order: Order, act: Callable[[int], None]) -> Actor:
         """A new actor, without a place yet; ``act`` is called with the time."""
@@ -100,7 +102,7 @@ class Clock:
         ``alone``: what other step loops do concerns it neither.
         """
         due = self._due
-        horizon = self._watch_ns
+        horizon = min(self._watch_ns, self._limit_ns)
         for actor in self._early:
             if due[actor] < horizon:
                 horizon = due[actor]
@@ -114,8 +116,17 @@ class Clock:
 
     def run(self) -> None:
         """Let everybody act in order of time, until nobody has a place."""
+        self.run_until(NEVER)
+
+    def run_until(self, until_ns: int) -> int:
+        """Let everybody act in order of time who is due at or before ``until_ns``, and nobody look further.
+
+        Returns when the next is due, :data:`NEVER` if nobody has a place. It serves those who follow another
+        clock: what happens after ``until_ns`` may still change.
+        """
+        self._limit_ns = until_ns + 1
         places, due, acts = self._places, self._due, self._acts
-        while places:
+        while places and places[0][0] <= until_ns:
             now, _, actor = heappop(places)
             if due[actor] != now:
                 continue
@@ -124,6 +135,9 @@ class Clock:
             due[actor] = NEVER
             self.now_ns = now
             acts[actor][1](now)
+        while places and due[places[0][2]] != places[0][0]:
+            heappop(places)
+        return places[0][0] if places else NEVER
 
     def _look(self, now_ns: int) -> None:
         self._watchers = [(look(now_ns) if now_ns >= ns else ns, look) for ns, look in self._watchers]

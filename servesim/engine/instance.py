@@ -84,6 +84,13 @@ class Instance:
         """Lay a request into the inbox; :meth:`take_in` finds it at the next step boundary."""
         self._inbox.append(state)
 
+    def abort(self, state: RequestState) -> bool:
+        """Take a request out before its end; see :meth:`Scheduler.abort`."""
+        if state in self._inbox:
+            self._inbox.remove(state)
+            return True
+        return self.scheduler.abort(state)
+
     def take_in(self, now_ns: int) -> None:
         """Queue the requests handed over since the last step boundary."""
         if self._inbox:

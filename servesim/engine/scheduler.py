@@ -613,6 +613,34 @@ class Scheduler:
             self.kv.free(state.table, state.total_tokens - 1)
             self._frees += 1
 
+    def abort(self, state: RequestState) -> bool:
+        """Take a request out before its end; its blocks are free at once, as in vLLM, even if a step still
+        computes with them.
+
+        Returns:
+            False if it stays: the step in flight computes its last token, or a connector has to do with it.
+        """
+        phase = state.phase
+        last_in_flight = phase is Phase.WAITING and state.known == state.total_tokens
+        if self.connectors or last_in_flight or phase in (Phase.DRAINING, Phase.FINISHED):
+            return False
+        if phase is Phase.WAITING:
+            self.waiting.remove(state)
+        else:
+            self.running.remove(state)
+            computed = state.computed
+            if phase is Phase.PREFILL:
+                self.prefilling.remove(state)
+            else:
+                assert state.home is not None
+                computed = state.home.length(state)
+                state.home.remove(state)
+            self.kv.free(state.table, computed)
+        state.phase = Phase.FINISHED
+        self._frees += 1
+        self._blocked_at = None
+        return True
+
     # ------------------------------------------------------------------ pipelines
 
     def _await_token(self, victim: RequestState) -> None:

@@ -127,11 +127,11 @@ class Simulation:
         arrival = self._arrivals.pop()
         self._clock.at(self._arrivals.next_ns, self._arrival)
         if arrival is not None:
-            self._route(arrival[1], now)
+            self._route(self._workload.requests[arrival[1]], now)
 
-    def _route(self, index: int, now: int) -> None:
+    def _route(self, request: Request, now: int) -> None:
         """Hand a request that has arrived to the instance that the router chooses."""
-        request = self._workload.requests[index]
+        index = request.index
         model = request.model or _ANY_MODEL
         fronts, backs = self._fronts[model], self._backs[model]
         if self._sticky:

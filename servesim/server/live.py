@@ -1,0 +1,549 @@
+"""An engine that requests come to while it runs: the simulation of ``servesim run``, led by another clock.
+
+The clock of a run jumps from event to event. Here a *pace* says what time it is (the wall clock, faster or
+slower, or the moment at which all clients wait), the simulation runs up to it, and every step that has ended
+by then gives its tokens to the requests that wait for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from itertools import count
+from time import perf_counter
+from typing import TYPE_CHECKING, Protocol
+
+from servesim.engine.build import Builder
+from servesim.engine.clock import NEVER
+from servesim.engine.request_state import BlockTables
+from servesim.engine.simulation import Simulation, why_impossible
+from servesim.errors import InputError
+from servesim.memory.kv_cache import BlockTable
+from servesim.results.records import StepLog
+from servesim.workload.request import Request, Workload
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from servesim.engine.instance import Instance
+    from servesim.engine.request_state import RequestState
+    from servesim.engine.step_loop import LoopPlan
+    from servesim.specs.cluster import ClusterSpec
+    from servesim.specs.options import RuntimeOptions
+
+SECOND_NS = 1_000_000_000
+_KEPT_STEPS = 1 << 16
+_OWN_BLOCKS = 1 << 40
+"""Identities of blocks that nobody can share start here."""
+
+
+# ---------------------------------------------------------------------- what would grow without end
+
+
+class Tail:
+    """The last entries of a column that only grows; an entry keeps its index, and old ones are forgotten."""
+
+    __slots__ = ("_first", "_kept", "_values")
+
+    def __init__(self, kept: int = _KEPT_STEPS) -> None:
+        self._kept = kept
+        self._first = 0
+        self._values: array[int] = array("q")
+
+    def append(self, value: int) -> None:
+        values = self._values
+        values.append(value)
+        if len(values) >= 2 * self._kept:
+            self._first += len(values) - self._kept
+            self._values = values[-self._kept :]
+
+    def __len__(self) -> int:
+        return self._first + len(self._values)
+
+    def __getitem__(self, index: int) -> int:
+        """The entry; the oldest that is left, for one that is forgotten."""
+        return self._values[index if index < 0 else max(index - self._first, 0)]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._values[index - self._first] = value
+
+
+class LiveSteps(StepLog):
+    """A step log of bounded length."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        for name in self.COLUMNS:
+            setattr(self, name, Tail())
+
+
+class LiveTables(BlockTables):
+    """Block tables of requests that nobody knew before they came.
+
+    A full block is known by the block before it and its own tokens. What was seen longest ago is forgotten
+    first; if a cache still held it, it is computed once more than a real engine would.
+    """
+
+    def __init__(self, most: int) -> None:
+        """
+        Args:
+            most: blocks that are remembered.
+        """
+        self._most = most
+        self._known: OrderedDict[tuple[int, bytes], int] = OrderedDict()
+        self._numbers = count(1)
+        self._own = _OWN_BLOCKS
+        self._salts: dict[int, str] = {}
+        self._ids: dict[tuple[int, int], list[int]] = {}
+
+    def remember(self, most: int) -> None:
+        """Remember so many blocks from now on."""
+        self._most = most
+
+    def forget_all(self) -> None:
+        """Know no block any more: what comes now hits nothing that was before."""
+        self._known.clear()
+
+    def salt(self, request: Request, salt: str) -> None:
+        """Keep a request's blocks apart from those of other salts (``cache_salt``, LoRA adapters)."""
+        self._salts[request.index] = salt
+
+    def forget(self, request: Request) -> None:
+        """A request has left."""
+        self._salts.pop(request.index, None)
+        for key in [key for key in self._ids if key[0] == request.index]:
+            del self._ids[key]
+
+    def shared_ids(self, request: Request, block_size: int) -> Sequence[int]:
+        key = (request.index, block_size)
+        if key not in self._ids:
+            self._ids[key] = list(self._chain(request, block_size))
+        return self._ids[key]
+
+    def new_table(self, request: Request, block_size: int) -> BlockTable:
+        own = self._own
+        self._own += (request.input_tokens + request.output_tokens) // block_size + 1
+        return BlockTable(self.shared_ids(request, block_size), own)
+
+    def _chain(self, request: Request, block_size: int) -> Iterable[int]:
+        assert request.input_ids is not None
+        raw = request.input_ids.tobytes() + (
+            b"" if request.output_ids is None else request.output_ids.tobytes()
+        )
+        salt = self._salts.get(request.index)
+        parent = self._number((-block_size, salt.encode())) if salt else -block_size
+        step = 8 * block_size
+        for start in range(0, len(raw) - step + 1, step):
+            parent = self._number((parent, raw[start : start + step]))
+            yield parent
+
+    def _number(self, key: tuple[int, bytes]) -> int:
+        found = self._known.get(key)
+        if found is not None:
+            self._known.move_to_end(key)
+            return found
+        while len(self._known) >= self._most:
+            self._known.popitem(last=False)
+        self._known[key] = number = next(self._numbers)
+        return number
+
+
+# ---------------------------------------------------------------------- what time it is
+
+
+class Pace(Protocol):
+    """The clock that the simulation follows."""
+
+    def now_ns(self) -> int:
+        """The present simulated time."""
+
+    async def wait(self, due_ns: int, woken: asyncio.Event) -> None:
+        """Come back when ``due_ns`` has come or ``woken`` is set, whatever is first."""
+
+
+class WallPace:
+    """Simulated time goes ``speed`` times as fast as the wall clock."""
+
+    def __init__(self, speed: float) -> None:
+        self.speed = speed
+        self._start_s = perf_counter()
+
+    def now_ns(self) -> int:
+        return int((perf_counter() - self._start_s) * self.speed * SECOND_NS)
+
+    async def wait(self, due_ns: int, woken: asyncio.Event) -> None:
+        if due_ns >= NEVER:
+            await woken.wait()
+            return
+        left_s = (due_ns - self.now_ns()) / SECOND_NS / self.speed
+        if left_s <= 0 or woken.is_set():
+            await asyncio.sleep(0)
+            return
+        timer = asyncio.get_running_loop().call_later(left_s, woken.set)
+        try:
+            await woken.wait()
+        finally:
+            timer.cancel()
+
+
+class VirtualPace:
+    """Time stands still until ``clients`` calls wait for it, and then goes on to the next thing that happens.
+
+    A call is a request that has not ended, or a sleep in simulated time. So what clients compute takes no
+    simulated time, and the same clients see the same run twice.
+    """
+
+    def __init__(self, clients: int) -> None:
+        self.clients = clients
+        self._now_ns = 0
+        self._waiting = 0
+        self._sleeps: list[tuple[int, asyncio.Event]] = []
+
+    def now_ns(self) -> int:
+        return self._now_ns
+
+    def enter(self, calls: int = 1) -> None:
+        """So many more calls wait; fewer, if negative."""
+        self._waiting += calls
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether a client is still at work."""
+        return self._waiting < max(self.clients, 1)
+
+    async def sleep(self, seconds: float, woken: asyncio.Event) -> None:
+        """Come back after so many simulated seconds."""
+        over = asyncio.Event()
+        self._sleeps.append((self._now_ns + round(seconds * SECOND_NS), over))
+        self.enter()
+        woken.set()
+        await over.wait()
+
+    async def wait(self, due_ns: int, woken: asyncio.Event) -> None:
+        await asyncio.sleep(0)
+        first_ns = min([due_ns, *(ns for ns, _ in self._sleeps)])
+        if woken.is_set():
+            return
+        if self.stands_still or first_ns >= NEVER:
+            await woken.wait()
+            return
+        self._now_ns = max(self._now_ns, first_ns)
+        for ns, over in self._sleeps:
+            if ns <= self._now_ns:
+                self.enter(-1)
+                over.set()
+        self._sleeps = [(ns, over) for ns, over in self._sleeps if ns > self._now_ns]
+
+
+# ---------------------------------------------------------------------- requests and the engine
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One sequence of tokens on its way to a client."""
+
+    request: Request
+    salt: str = ""
+    key: bytes = b""
+    """Decides the order among requests of the same moment where time stands still."""
+    tokens: int = 0
+    """Tokens that are out."""
+    limited: bool = True
+    """Whether it ends for its length (``length``), not by itself (``stop``)."""
+    finish_reason: str | None = None
+    """None while it goes on."""
+    refused: str = ""
+    """Why it can never run."""
+    arrival_ns: int = 0
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+    instance: int = 0
+    cached_tokens: int = 0
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    state: RequestState | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.finish_reason is not None
+
+
+class Audience(Protocol):
+    """Who counts what happens; see :class:`servesim.server.metrics.Metrics`."""
+
+    def taken(self, stream: Stream) -> None: ...
+
+    def tokens(self, stream: Stream, times_ns: Sequence[int]) -> None: ...
+
+    def ended(self, stream: Stream, reason: str) -> None: ...
+
+    def refused(self, stream: Stream) -> None: ...
+
+
+class _LiveSimulation(Simulation):
+    """A simulation whose requests come from outside, and that tells what becomes of them."""
+
+    def __init__(
+        self,
+        plans: Sequence[LoopPlan],
+        options: RuntimeOptions,
+        builder: Builder,
+        submitted: Callable[[RequestState, Instance], None],
+        ended: Callable[[RequestState], None],
+        refused: Callable[[int, str], None],
+    ) -> None:
+        super().__init__(
+            plans,
+            Workload([]),
+            options,
+            clock=builder.clock,
+            pipeline_tracks=builder.pipeline_tracks,
+            hand_over=builder.hand_over,
+            notes=builder.notes,
+        )
+        self._tell_submitted, self._tell_ended, self._tell_refused = submitted, ended, refused
+
+    def take(self, request: Request, now_ns: int) -> None:
+        """Hand a request to the router."""
+        self._route(request, now_ns)
+
+    def _submit(self, instance: Instance, state: RequestState, now: int) -> None:
+        super()._submit(instance, state, now)
+        self._tell_submitted(state, instance)
+
+    def _end(self, state: RequestState) -> None:
+        self._tell_ended(state)
+
+    def _reject(self, index: int, instance: int, now: int, reason: str) -> None:
+        del instance, now
+        self._tell_refused(index, reason)
+
+
+class LiveEngine:
+    """Instances, a router and a clock that follows a pace."""
+
+    def __init__(self, cluster: ClusterSpec, options: RuntimeOptions, pace: Pace) -> None:
+        """
+        Args:
+            cluster: what runs.
+            options: of the run; those of a workload do not act here.
+            pace: what time it is.
+
+        Raises:
+            InputError: the cluster cannot be built, or an option cannot act in a server.
+        """
+        if options.sticky_sessions or options.router_refresh:
+            flag = "--sticky-sessions" if options.sticky_sessions else "--router-refresh"
+            raise InputError(f"{flag}: is not built for a server; leave it out")
+        self.pace = pace
+        self.options = options
+        builder = Builder(
+            cluster,
+            Workload([]),
+            options.replace(stepped=True),
+            tables=(tables := LiveTables(1)),
+            new_steps=LiveSteps,
+        )
+        plans = [builder.plan(group) for group in builder.lockstep_groups()]
+        self.warnings = list(builder.warnings)
+        self._tables = tables
+        self._clock = builder.clock
+        self._pipeline_tracks = builder.pipeline_tracks
+        self._simulation = _LiveSimulation(
+            plans, options, builder, self._submitted, self._ended, self._refused
+        )
+        self.instances: Sequence[Instance] = self._simulation.instances
+        blocks = sum(instance.log.capacity.num_blocks for instance in self.instances)
+        tables.remember(max(4 * blocks, 1 << 16))
+        self.notes = list(builder.notes)
+        self.woken = asyncio.Event()
+        self.late_ns = array("q")
+        """How long after their time the latest tokens went out, in wall-clock ns."""
+        self._audience: Audience | None = None
+        self._streams: dict[int, Stream] = {}
+        """Index of a request → its stream."""
+        self._pending: list[Stream] = []
+        self._numbers = count()
+
+    def watch(self, audience: Audience) -> None:
+        """Let somebody count what happens."""
+        self._audience = audience
+
+    # ------------------------------------------------------------------ for the server
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that have not ended."""
+        return len(self._streams) + len(self._pending)
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest context that every instance takes."""
+        return min(instance.log.options.max_model_len for instance in self.instances)
+
+    def new_request(
+        self, input_ids: NDArray[np.int64], output_ids: NDArray[np.int64], model: str | None
+    ) -> Request:
+        """A request that has not been submitted yet."""
+        return Request(
+            next(self._numbers), len(input_ids), len(output_ids), 0, input_ids, output_ids, model=model
+        )
+
+    def submit(self, streams: Sequence[Stream]) -> None:
+        """Let requests arrive now."""
+        now = self.pace.now_ns()
+        for stream in streams:
+            stream.arrival_ns = now
+        self._pending += streams
+        self._count_calls(len(streams))
+        self.woken.set()
+
+    def abort(self, streams: Iterable[Stream]) -> None:
+        """Take back what has not ended; its KV blocks are free at once."""
+        for stream in streams:
+            if stream.done:
+                continue
+            if stream in self._pending:
+                self._pending.remove(stream)
+            else:
+                state = stream.state
+                if state is None or not self.instances[stream.instance].abort(state):
+                    # it goes on to its end, and nobody sees it
+                    self._streams[stream.request.index] = Stream(stream.request, finish_reason="abort")
+                else:
+                    del self._streams[stream.request.index]
+                    self._tables.forget(stream.request)
+            self._finish(stream, "abort")
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget what the prefix caches hold; False if requests run, as in vLLM."""
+        if self._streams:
+            return False
+        self._tables.forget_all()
+        return True
+
+    async def run(self) -> None:
+        """Follow the pace for ever."""
+        due_ns = NEVER
+        while True:
+            await self.pace.wait(due_ns, self.woken)
+            self.woken.clear()
+            due_ns = self.advance(self.pace.now_ns())
+
+    def advance(self, now_ns: int) -> int:
+        """Run up to ``now_ns``; returns when something happens next, :data:`NEVER` if nothing will."""
+        clock = self._clock
+        pending, self._pending = self._pending, []
+        if isinstance(self.pace, VirtualPace):
+            if pending and self.pace.stands_still:
+                self._pending, pending = pending, []  # others of the same moment may still come
+            pending.sort(key=lambda stream: stream.key)
+        for stream in pending:
+            # at equal times requests arrive before steps end
+            arrival_ns = max(stream.arrival_ns, clock.now_ns)
+            clock.run_until(arrival_ns - 1)
+            self._streams[stream.request.index] = stream
+            if stream.salt:
+                self._tables.salt(stream.request, stream.salt)
+            self._simulation.take(stream.request, arrival_ns)
+        due_ns = clock.run_until(now_ns)
+        for stream in list(self._streams.values()):
+            if stream.state is not None and not stream.done:
+                self._hand_out(stream, stream.state, now_ns)
+        return due_ns
+
+    # ------------------------------------------------------------------ from the simulation
+
+    def _submitted(self, state: RequestState, instance: Instance) -> None:
+        stream = self._streams[state.request.index]
+        stream.instance = instance.log.index
+        if state.total_tokens == state.request.input_tokens + state.request.output_tokens:
+            stream.state = state  # where it is decoded
+        if self._audience and not stream.tokens and not stream.done:
+            self._audience.taken(stream)
+
+    def _ended(self, state: RequestState) -> None:
+        stream = self._streams.pop(state.request.index)
+        self._tables.forget(state.request)
+        if stream.done:
+            return
+        self._hand_out(stream, state, state.record.end_ns)
+        self._finish(stream, "length" if stream.limited else "stop")
+
+    def _refused(self, index: int, reason: str) -> None:
+        stream = self._streams.pop(index)
+        self._tables.forget(stream.request)
+        stream.refused = reason
+        if self._audience:
+            self._audience.refused(stream)
+        stream.finish_reason = "error"
+        self._count_calls(-1)
+        stream.news.set()
+
+    def _finish(self, stream: Stream, reason: str) -> None:
+        stream.finish_reason = reason
+        self._count_calls(-1)
+        if self._audience:
+            self._audience.ended(stream, reason)
+        stream.news.set()
+
+    def _count_calls(self, calls: int) -> None:
+        if isinstance(self.pace, VirtualPace):
+            self.pace.enter(calls)
+            self.woken.set()
+
+    def _hand_out(self, stream: Stream, state: RequestState, now_ns: int) -> None:
+        """Give a stream the tokens of the steps that have ended by ``now_ns``."""
+        times = self._token_times(state, stream.tokens, now_ns)
+        if not times:
+            return
+        if not stream.tokens:
+            stream.cached_tokens = state.record.npu_hit + state.record.storage_hit
+            stream.first_token_ns = times[0]
+        stream.tokens += len(times)
+        if self._audience:
+            self._audience.tokens(stream, times)
+        stream.last_token_ns = times[-1]
+        if isinstance(self.pace, WallPace):
+            self._note_late(int((self.pace.now_ns() - times[-1]) / self.pace.speed))
+        stream.news.set()
+
+    def _note_late(self, late_ns: int) -> None:
+        if len(self.late_ns) >= _KEPT_STEPS:
+            del self.late_ns[: _KEPT_STEPS // 2]
+        self.late_ns.append(late_ns)
+
+    def _token_times(self, state: RequestState, seen: int, now_ns: int) -> list[int]:
+        """Ends in ns of the steps that made the tokens after the first ``seen``, up to ``now_ns``."""
+        times: list[int] = []
+        runs = state.record.token_steps
+        before = 0
+        for track, first, last in runs:
+            if seen < before + last - first + 1:
+                ends = self._track(track)
+                times += [ends[entry] for entry in range(first + max(seen - before, 0), last + 1)]
+            before += last - first + 1
+        if state.run_start >= 0:
+            ends = self._track(state.track)
+            entry, length = state.run_start + max(seen - before, 0), len(ends)
+            while entry < length and ends[entry] <= now_ns:
+                times.append(ends[entry])
+                entry += 1
+        while times and times[-1] > now_ns:
+            times.pop()
+        return times
+
+    def _track(self, track: int) -> array[int]:
+        beyond = track - len(self.instances)
+        return self._pipeline_tracks[beyond] if beyond >= 0 else self.instances[track].log.steps.end_ns
+
+
+def why_refused(engine: LiveEngine, request: Request) -> str:
+    """Why a request can run on no instance; empty if it can on one."""
+    reasons = [why_impossible(request, instance) for instance in engine.instances]
+    return "" if "" in reasons else reasons[0]
