@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from servesim.engine.simulation import Observer
     from servesim.results.result import Result
 
-_LOADING = ("num_reqs", "lenient", "request_rate", "dataset", "tokenizer", "estimate_tokens", "columns")
+LOADING = ("num_reqs", "lenient", "request_rate", "dataset", "tokenizer", "estimate_tokens", "columns")
 """Options that act while a workload file is read."""
 _SCREEN = ("itl", "log_interval", "log_level")
 """Options of what the command line prints and writes, beside its files."""
@@ -55,7 +55,7 @@ def check_used(options: RuntimeOptions, who: str, workload: object = None, clust
     fields = type(options).model_fields
     asked = [name for name in options.model_fields_set if getattr(options, name) != fields[name].default]
     for name in sorted(asked):
-        if isinstance(workload, Workload) and name in _LOADING:
+        if isinstance(workload, Workload) and name in LOADING:
             raise InputError(
                 f"{name}: has no effect on a workload that is loaded already; give it to load_workload, or "
                 f"give {who} the path of the workload"

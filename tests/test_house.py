@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "profiler": {"cost", "memory", "network", "results", "specs", "errors", "_version"},
     "explore": {"api", "engine", "results", "memory", "cost", "workload", "specs", "errors", "_version"},
     "report": {"explore", "api", "engine", "results", "memory", "workload", "specs", "errors"},
+    "server": {"engine", "memory", "results", "workload", "specs", "errors", "_version"},
     "bench": {
         "explore",
         "api",

@@ -23,19 +23,16 @@ times as fast; --virtual-time N lets it pass only while N calls wait.
   servesim serve --hardware H100 --model meta-llama/Llama-3.1-8B --port 8000
   servesim serve --cluster-config configs/cluster/single_node_multi_instance.json --speed 10
 """
-NOT_SERVED = (
-    *("dataset", "num_reqs", "lenient", "request_rate", "max_concurrency", "skip_prefill"),
-    *("output", "summary", "steps", "timeline", "itl", "log_interval", "run_id", "stepped"),
-    *("ensemble", "step_noise", "run_noise", "arrival_jitter", "sticky_sessions", "router_refresh"),
-)
-"""Run flags that need a workload or write what a run leaves."""
+_NOT_SERVED = ("max_concurrency", "skip_prefill", "stepped", "sticky_sessions", "router_refresh")
+"""Run flags that a server has no use for, beside those of workloads, ensembles and files."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
     from argparse import RawDescriptionHelpFormatter
 
-    from servesim.specs.options import RuntimeOptions, add_arguments
+    from servesim.api import LOADING, NOISE
+    from servesim.specs.options import add_arguments, output_fields
 
     parser = subparsers.add_parser(
         "serve",
@@ -95,7 +92,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="answers in the making at once; more are refused with status 503 (default: 4096)",
     )
-    excluded = [name for name in NOT_SERVED if name in RuntimeOptions.model_fields]
+    excluded = (*LOADING, *NOISE, *_NOT_SERVED, *output_fields(), "itl", "log_interval", "run_id")
     add_arguments(parser, exclude=excluded)
 
 
@@ -113,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise InputError("servesim serve: needs the extra server: pip install 'servesim[server]'") from error
     with bundles_on_demand(options.auto_profile, tell):
-        app, about = build_app(args, options)
+        app, about, notes = build_app(args, options)
+    for note in notes:
+        say(note)
     listening = listen(args.host, args.port)
     host, port = listening.getsockname()[:2]
     say(f"{about}: listening on http://{f'[{host}]' if ':' in host else host}:{port}")
@@ -178,8 +177,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--api-key: is empty; leave it out for a server that asks for none")
 
 
-def build_app(args: argparse.Namespace, options: RuntimeOptions) -> tuple[Starlette, str]:
-    """The application, and a line about it."""
+def build_app(args: argparse.Namespace, options: RuntimeOptions) -> tuple[Starlette, str, list[str]]:
+    """The application, a line about it, and what its user should know."""
     from servesim.api import read_cluster
     from servesim.server.app import Server, Settings
     from servesim.server.live import LiveEngine, VirtualPace, WallPace
@@ -217,4 +216,5 @@ def build_app(args: argparse.Namespace, options: RuntimeOptions) -> tuple[Starle
     )
     time = f"virtual time, {args.virtual_time} calls" if args.virtual_time else f"speed {args.speed or 1:g}"
     gpus = ", ".join(sorted({f"{spec.num_npus} x {spec.hardware}" for _, spec in cluster.instances}))
-    return server.app(), f"{served[0]} on {len(engine.instances)} x ({gpus}), {time}"
+    about = f"{served[0]} on {len(engine.instances)} x ({gpus}), {time}"
+    return server.app(), about, [*(f"warning: {told}" for told in engine.warnings), *engine.notes]

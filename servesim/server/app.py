@@ -217,6 +217,7 @@ class Server:
         for stop in asked.stop:
             words, limited = self._cut(words, stop, asked.min_tokens, limited)
         request.output_ids, request.output_tokens = words, len(words)
+        request.priority = asked.priority
         reason = why_refused(self.engine, request)
         if reason:
             raise ApiError(400, reason)

@@ -53,7 +53,7 @@ class Scene:
     num_requests: int
     has_sessions: bool
     priorities: int
-    """Different priorities of the requests."""
+    """Different priorities of the requests; none where requests are yet to come, as in a server."""
     has_ids: bool
     """Whether any prompt has token ids, which the prefix cache goes by."""
     names_models: bool
@@ -281,7 +281,9 @@ def below_the_budget(scene: Scene) -> str:
 
 def priorities_differ(scene: Scene) -> str:
     """Priorities order what differs in them."""
-    if scene.priorities > 1 or not any(options.scheduling_policy == "priority" for options in scene.resolved):
+    if scene.priorities != 1 or not any(
+        options.scheduling_policy == "priority" for options in scene.resolved
+    ):
         return ""
     return "all requests have the same priority, so they are ordered by arrival"
 

@@ -68,7 +68,7 @@ def serving(words: str) -> Iterator[Served]:
     serve.add_parser(parser.add_subparsers(dest="command"))
     args = parser.parse_args(["serve", "--port", "0", *words.split()])
     serve.check(args)
-    app, _ = serve.build_app(args, from_namespace(args))
+    app, _, _ = serve.build_app(args, from_namespace(args))
     listening = serve.listen(args.host, args.port)
     server = uvicorn.Server(serve.server_config(app))
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
