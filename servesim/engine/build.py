@@ -24,8 +24,9 @@ from servesim.errors import BrokenRunError, InputError, RunError
 from servesim.memory.kv_cache import KvCache
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.start_up import start_up
-from servesim.results.records import InstanceLog, StepLog
+from servesim.results.records import InstanceLog
 from servesim.results.stated_errors import reach_of, stated_error
+from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 from servesim.specs.acting import Scene, notes_of
 from servesim.specs.architecture import load_architecture

@@ -21,7 +21,7 @@ from servesim.engine.request_state import BlockTables
 from servesim.engine.simulation import Simulation, why_impossible
 from servesim.errors import InputError
 from servesim.memory.kv_cache import BlockTable
-from servesim.results.records import StepLog
+from servesim.results.step_log import StepLog
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
@@ -73,14 +73,34 @@ class Tail:
         self._values[index - self._first] = value
 
 
+class FewTail:
+    """The last entries of a column that is 0 in most steps."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self) -> None:
+        self._values: dict[int, int] = {}
+
+    def put(self, step: int, value: int) -> None:
+        values = self._values
+        values[step] = value
+        if len(values) > _KEPT_STEPS:
+            del values[next(iter(values))]
+
+    def __getitem__(self, step: int) -> int:
+        return self._values.get(step, 0)
+
+
 class LiveSteps(StepLog):
     """A step log of bounded length."""
 
     __slots__ = ()
 
     def __init__(self) -> None:
-        for name in self.COLUMNS:
+        for name in ("end_ns", *self.EACH):
             setattr(self, name, Tail())
+        for name in ("start_ns", *self.FEW):
+            setattr(self, name, FewTail())
 
 
 class LiveTables(BlockTables):
