@@ -13,14 +13,13 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from servesim.engine.build import Builder
 from servesim.engine.clock import NEVER
 from servesim.engine.request_state import BlockTables
 from servesim.engine.simulation import Simulation, why_impossible
 from servesim.errors import InputError
-from servesim.memory.kv_cache import BlockTable
 from servesim.results.step_log import StepLog
 from servesim.workload.request import Request, Workload
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from servesim.engine.instance import Instance
     from servesim.engine.request_state import RequestState
     from servesim.engine.step_loop import LoopPlan
+    from servesim.memory.kv_cache import AnyKvCache
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
 
@@ -146,10 +146,12 @@ class LiveTables(BlockTables):
             self._ids[key] = list(self._chain(request, block_size))
         return self._ids[key]
 
-    def new_table(self, request: Request, block_size: int) -> BlockTable:
+    def new_table(self, request: Request, kv: AnyKvCache, *, lasting: bool = True) -> Any:
         own = self._own
-        self._own += (request.input_tokens + request.output_tokens) // block_size + 1
-        return BlockTable(self.shared_ids(request, block_size), own)
+        if lasting:
+            self._own += (request.input_tokens + request.output_tokens) // min(kv.block_sizes) + 1
+        identities = [(self.shared_ids(request, size), own) for size in kv.block_sizes]
+        return kv.new_table(identities, request.input_tokens)
 
     def _chain(self, request: Request, block_size: int) -> Iterable[int]:
         assert request.input_ids is not None
