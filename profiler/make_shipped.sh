@@ -8,7 +8,10 @@ exec "${PYTHON:-python}" - "${OUTPUT_ROOT:-profiler/perf}" <<'EOF'
 import sys
 from itertools import product
 
+from pathlib import Path
+
 from servesim.__main__ import main
+from servesim.profiler.bundle_writer import share_tables
 
 # One process for all: bundles that share an attention shape share its rows.
 LLAMA, LARGE = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-70B"
@@ -18,6 +21,9 @@ SHIPPED = [
     *((hardware, LLAMA, "1,2", ALL) for hardware in ("H100", "H200", "B200", "L40S")),
     ("A100", LLAMA, "1,2", (("bfloat16", "auto"),)),  # nothing else was measured there
     *((hardware, LARGE, "2,4,8", ALL) for hardware in ("H100", "H200")),
+    *(("H100", model, "1,2", ALL[:2]) for model in ("Qwen/Qwen3-32B", "Qwen/Qwen3-30B-A3B")),
+    *((hardware, "openai/gpt-oss-20b", "1", ALL[:2]) for hardware in ("H100", "H200", "B200")),
+    *((hardware, "openai/gpt-oss-120b", "1,2", ALL[:2]) for hardware in ("H100", "H200", "B200")),
 ]
 LIMITS = ["--max-num-batched-tokens", "8192", "--max-num-seqs", "1024", "--max-kv", "131072", "--force"]
 for hardware, model, degrees, variants in SHIPPED:
@@ -25,4 +31,5 @@ for hardware, model, degrees, variants in SHIPPED:
         options = ["--dtype", dtype, "--kv-cache-dtype", kv_cache_dtype, "--tp", degrees, "--output-root", sys.argv[1]]
         if status := main(["profile", model, "--hardware", hardware, "--source", "silicon", *options, *LIMITS]):
             sys.exit(status)
+share_tables(Path(sys.argv[1]))
 EOF

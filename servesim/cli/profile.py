@@ -180,7 +180,7 @@ def job_of(args: argparse.Namespace) -> ProfileJob:
     """
     from servesim.profiler.meter import ProfileJob
     from servesim.profiler.sources import MEASURING
-    from servesim.specs.architecture import load_architecture
+    from servesim.specs.block_layers import architecture_of
     from servesim.specs.hardware import load_hardware
     from servesim.specs.model import load_model
 
@@ -195,7 +195,7 @@ def job_of(args: argparse.Namespace) -> ProfileJob:
     model = load_model(args.model)
     return ProfileJob(
         model=model,
-        architecture=load_architecture(model.model_type),
+        architecture=architecture_of(model),
         hardware=load_hardware(args.hardware),
         dtype=args.dtype or model.torch_dtype,
         kv_cache_dtype=args.kv_cache_dtype,

@@ -101,7 +101,7 @@ def single(args: argparse.Namespace) -> Answer:
     """What there is for the model and hardware of the command line."""
     from servesim.profiler.meter import ProfileJob
     from servesim.profiler.support import answer
-    from servesim.specs.architecture import load_architecture
+    from servesim.specs.block_layers import architecture_of
     from servesim.specs.model import load_model
     from servesim.specs.runnable import refuse_not_simulated
 
@@ -109,7 +109,7 @@ def single(args: argparse.Namespace) -> Answer:
     refuse_not_simulated(model)
     job = ProfileJob(
         model=model,
-        architecture=load_architecture(model.model_type),
+        architecture=architecture_of(model),
         hardware=known_hardware(args.hardware),
         dtype=args.dtype or model.torch_dtype,
         kv_cache_dtype=args.kv_cache_dtype or "auto",
@@ -153,7 +153,7 @@ def matrix(args: argparse.Namespace) -> list[Answer]:
     from servesim.profiler.meter import ProfileJob
     from servesim.profiler.support import DEGREES, VARIANTS, best_answer
     from servesim.specs import paths
-    from servesim.specs.architecture import load_architecture
+    from servesim.specs.block_layers import architecture_of
     from servesim.specs.hardware import load_hardware
     from servesim.specs.model import known_models, load_model
     from servesim.specs.runnable import refuse_not_simulated, why_not_simulated
@@ -166,7 +166,7 @@ def matrix(args: argparse.Namespace) -> list[Answer]:
         refuse_not_simulated(model)
     if not args.model:
         models = [model for model in models if why_not_simulated(model) is None]
-    architectures = [load_architecture(model.model_type) for model in models]
+    architectures = [architecture_of(model) for model in models]
     answers = []
     for accelerator in hardware:
         if sys.stderr.isatty():

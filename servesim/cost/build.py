@@ -14,7 +14,7 @@ from servesim.cost.step_terms import stage_terms
 from servesim.cost.terms import pipeline_stages, whole_model
 from servesim.memory.engine_memory import priced_hardware
 from servesim.network.topology import Topology
-from servesim.specs.architecture import load_architecture
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Costs:
         self._collectives = cluster.collectives
         self._stages: dict[Hashable, StageCost] = like._stages if like else {}
         self._bundles: dict[Hashable, Bundle] = like._bundles if like else {}
-        self._architectures: dict[str, Architecture] = like._architectures if like else {}
+        self._architectures: dict[ModelSpec, Architecture] = like._architectures if like else {}
         self._engines: dict[Hashable, EngineSpec] = like._engines if like else {}
         self._hardware: dict[str, HardwareSpec] = like._hardware if like else {}
 
@@ -124,8 +124,8 @@ class Costs:
         if key not in self._stages:
             tp = instance.tp_size
             bundle = self.bundle(instance, model, options)
-            architecture = self._architecture(model.model_type)
-            tables = self._tables(bundle, tp)
+            architecture = self._architecture(model)
+            tables = self._tables(bundle, tp).for_stage(stage)
             terms = stage_terms(architecture, stage, tables, tp, self.topology.tp, experts=experts)
             self._stages[key] = StageCost(
                 bundle, tables, stage.num_blocks, terms, engine, limit, architecture.attention_kind
@@ -152,10 +152,10 @@ class Costs:
             return replace(tables, collectives={})
         return tables
 
-    def _architecture(self, model_type: str) -> Architecture:
-        if model_type not in self._architectures:
-            self._architectures[model_type] = load_architecture(model_type)
-        return self._architectures[model_type]
+    def _architecture(self, model: ModelSpec) -> Architecture:
+        if model not in self._architectures:
+            self._architectures[model] = architecture_of(model)
+        return self._architectures[model]
 
     def _engine(self, instance: InstanceSpec, options: InstanceOptions) -> EngineSpec:
         stated = instance.engine and (instance.engine, frozenset(instance.engine.model_fields_set))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import field
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,9 +31,10 @@ from servesim.cost.finding import (
 )
 from servesim.cost.identity import Wanted, differences, is_computed, source_of
 from servesim.cost.skew import read_skew
-from servesim.cost.tables import Curve, Surface, densify
+from servesim.cost.tables import Curve, Surface, densify, weighted_sum
 from servesim.errors import InputError, MissingFileError
 from servesim.slotted import dataclass
+from servesim.specs.block_layers import ATTENTION, ATTENTION_KINDS, attention_groups
 from servesim.specs.kept import keep_arrays, kept_arrays, key_of
 from servesim.specs.reading import read_bytes, read_yaml_object
 
@@ -44,7 +45,10 @@ if TYPE_CHECKING:
 
     from servesim.cost.bundle_csv import Stamp
     from servesim.cost.skew import SkewTable
+    from servesim.cost.terms import Stage
 
+SAME_AS = "same_as"
+"""Key of meta.yaml: table -> variant of the same model and hardware whose file it is."""
 UNLIMITED = 2**31 - 1  # what max_num_seqs 0 stands for
 LINKS = ("pcie", "nvlink")
 ATTENTION_AXES = ("prefill_chunk", "n_decode", "kv_prefill", "kv_decode")
@@ -69,11 +73,34 @@ class RankTables:
     per_sequence: dict[str, Curve]
     """Layer → time over sequences."""
     attention: Surface
-    """Time over :data:`ATTENTION_AXES`."""
+    """Time over :data:`ATTENTION_AXES` of the average block of the model, or of the stage they are for."""
     moe: MoeTable | None
     skew: SkewTable | None
     collectives: dict[tuple[str, int], Curve]
     """(collective, ranks) → measured time over payload bytes."""
+    attentions: dict[str, Surface] = field(default_factory=dict)
+    """Stem of its file → time of one block, where blocks differ in their attention and have tables of their
+    own; empty: all of them have the one of :attr:`attention`."""
+
+    def for_stage(self, stage: Stage) -> RankTables:
+        """With :attr:`attention` of the average block of a pipeline stage.
+
+        Raises:
+            InputError: a kind of attention that the stage has no table of.
+        """
+        if not self.attentions:
+            return self
+        shares = {}
+        for group in attention_groups(stage.model.layers):
+            if count := sum(block in stage.blocks for block in group.blocks):
+                if group.label not in self.attentions:
+                    raise InputError(
+                        f"{self.folder / f'{group.label}.csv'}: no such file; {count} layers attend so"
+                    )
+                shares[group.label] = count / stage.num_blocks
+        parts = [(self.attentions[label], share) for label, share in shares.items()]
+        nothing = [(next(iter(self.attentions.values())), 0.0)]
+        return replace(self, attention=weighted_sum(parts or nothing))
 
     def collective(self, name: str, ranks: int) -> Curve | None:
         """The measured ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all`` or ``send`` among
@@ -211,15 +238,33 @@ class Bundle:
 
     def _read(self, tp: int) -> RankTables:
         name = f"tp{tp}"
+        attentions, attention = self._read_attentions(name, tp)
         return RankTables(
             folder=self.folder / name,
             dense=_read_curves(*self._file(f"{name}/dense.csv", tp), "tokens"),
             per_sequence=_read_curves(*self._file(f"{name}/per_sequence.csv", tp), "sequences"),
-            attention=_read_attention(*self._file(f"{name}/attention.csv", tp), self.meta),
+            attention=attention,
             moe=self._moe(tp),
             skew=self._read_skew(tp),
             collectives=_read_collectives(*self._optional(f"{name}/comm.csv")),
+            attentions=attentions,
         )
+
+    def _read_attentions(self, name: str, tp: int) -> tuple[dict[str, Surface], Surface]:
+        """The tables of every kind of attention, none where blocks do not differ, and the average block's."""
+        first = _read_attention(*self._file(f"{name}/{ATTENTION}.csv", tp), self.meta)
+        path = self.folder / "meta.yaml"
+        kinds = _mapping(self.meta, ATTENTION_KINDS, path)
+        if not kinds:
+            return {}, first
+        shares, tables = {}, {}
+        for label, about in kinds.items():
+            if not isinstance(about, dict) or not isinstance(about.get("share"), int | float):
+                raise InputError(f"{path}: {ATTENTION_KINDS}.{label}: must have a share, a number of 0 to 1")
+            shares[label] = float(about["share"])
+            file = f"{name}/{label}.csv"
+            tables[label] = first if label == ATTENTION else _read_attention(*self._file(file, tp), {})
+        return tables, weighted_sum([(tables[label], share) for label, share in shares.items()])
 
     def _file(self, name: str, tp: int) -> tuple[Path, Stamp | None]:
         """A table that has to be there, and what is stated of it."""
@@ -232,11 +277,16 @@ class Bundle:
             )
         return path, stamp
 
+    def file(self, name: str) -> Path:
+        """Where a table lies: in the folder, or in that of the variant beside it that ``same_as`` names."""
+        same = _mapping(self.meta, SAME_AS, self.folder / "meta.yaml").get(name)
+        return self.folder / name if same is None else self.folder.parent / str(same) / name
+
     def _optional(self, name: str) -> tuple[Path, Stamp | None]:
         """A table that has to be there only if meta.yaml states it, and what is stated of it."""
         if self._stamps is None:
             self._stamps = stated_stamps(self.meta, self.folder / "meta.yaml")
-        path, stamp = self.folder / name, self._stamps.get(name)
+        path, stamp = self.file(name), self._stamps.get(name)
         if stamp is not None and not path.is_file():
             raise MissingFileError(
                 f"{path}: no such file, though meta.yaml states it with {stamp.rows} rows; the bundle is "

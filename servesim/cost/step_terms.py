@@ -15,6 +15,7 @@ from servesim.cost.tables import Curve, describe_lookup
 from servesim.cost.terms import LayerCost, Role
 from servesim.errors import InputError
 from servesim.slotted import dataclass
+from servesim.specs.block_layers import all_reduces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -222,18 +223,14 @@ def stage_terms(
     Raises:
         InputError: a layer of the architecture has no rows in the bundle.
     """
-    model, calls = stage.model, Counter[str]()
-    num_moe = len(stage.expert_blocks)
-    for is_moe, blocks in ((False, stage.num_blocks - num_moe), (True, num_moe)):
-        if blocks:
-            for layer in architecture.block_layers(is_moe):
-                calls[layer] += blocks
-    del calls[architecture.attention_layer]
+    model, calls = stage.model, _block_calls(architecture, stage)
+    calls.pop(architecture.attention_layer, None)
     if not experts:
         calls = Counter({layer: n for layer, n in calls.items() if architecture.kind(layer) != "moe"})
     in_blocks = [_token_term(layer, n, architecture, model, tables) for layer, n in calls.items()]
     if tp > 1 and link is not None:
-        in_blocks.append(all_reduce_term(tables, model, tp, link, 2 * stage.num_blocks))
+        reduces = sum(all_reduces(layer) for layer in stage.layers)
+        in_blocks.append(all_reduce_term(tables, model, tp, link, reduces))
     outside = [
         *(architecture.sequence.prologue if stage.is_first else ()),
         *(architecture.sequence.head if stage.is_last else ()),
@@ -249,6 +246,20 @@ def stage_terms(
             for layer, n in heads.items()
         ],
     )
+
+
+def _block_calls(architecture: Architecture, stage: Stage) -> Counter[str]:
+    """How often the blocks of a stage run each of their layers."""
+    calls, num_moe = Counter[str](), len(stage.expert_blocks)
+    if architecture.blocks:
+        for block in stage.blocks:
+            calls.update(architecture.layers_of(block, moe=False))
+        return calls
+    for is_moe, blocks in ((False, stage.num_blocks - num_moe), (True, num_moe)):
+        if blocks:
+            for layer in architecture.block_layers(is_moe):
+                calls[layer] += blocks
+    return calls
 
 
 def _token_term(

@@ -139,6 +139,27 @@ class Surface:
         return Surface(self.axes[:axis] + self.axes[axis + 1 :], values)
 
 
+def weighted_sum(parts: Sequence[tuple[Surface, float]]) -> Surface:
+    """``Σ weight · surface`` on the union of their axes: a look-up in it is the sum of the look-ups.
+
+    Below the first point of an axis a look-up holds still and beyond the last it goes on, as in each of them.
+    """
+    if len(parts) == 1 and parts[0][1] == 1.0:
+        return parts[0][0]
+    count = len(parts[0][0].axes)
+    axes = tuple(
+        distinct(np.concatenate([surface.axes[level] for surface, _ in parts])) for level in range(count)
+    )
+    total: Floats = np.zeros(tuple(len(axis) for axis in axes))
+    for surface, weight in parts:
+        values = surface.tensor
+        for level, axis in enumerate(axes):
+            moved = np.moveaxis(values, level, 0)
+            values = np.moveaxis(resample(surface.axes[level], moved, axis), 0, level)
+        total += weight * values
+    return Surface(axes, total)
+
+
 def densify(keys: Ints, values: Floats) -> Surface:
     """Ragged measurements → the dense surface that equals their nested lookup.
 

@@ -20,6 +20,7 @@ from servesim.specs.weights import stage_layers
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from servesim.specs.layers import Layer
     from servesim.specs.model import ModelSpec
 
 
@@ -158,8 +159,17 @@ class Stage:
     @property
     def expert_blocks(self) -> list[int]:
         """The blocks of this stage that have experts."""
-        blocks = range(self.first_block, self.first_block + self.num_blocks)
-        return [block for block in blocks if self.model.has_experts(block)]
+        return [block for block in self.blocks if self.model.has_experts(block)]
+
+    @property
+    def blocks(self) -> range:
+        """The blocks of this stage, counted from the model's first."""
+        return range(self.first_block, self.first_block + self.num_blocks)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Its part of the model's list of layers."""
+        return self.model.layers.layers[self.first_block : self.first_block + self.num_blocks]
 
 
 def whole_model(model: ModelSpec) -> Stage:

@@ -29,7 +29,7 @@ from servesim.results.stated_errors import reach_of, stated_error
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 from servesim.specs.acting import Scene, notes_of
-from servesim.specs.architecture import load_architecture
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.options import resolve
 from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
@@ -280,7 +280,7 @@ class Builder:
             spec,
             model,
             self._started[index].options,
-            load_architecture(model.model_type),
+            architecture_of(model),
         )
 
     def _instance(self, index: int, pricing: StepPricing) -> Instance:
@@ -365,11 +365,6 @@ def weight_warnings(model: ModelSpec) -> list[str]:
         return [
             f"{model.name}: the name says {named[1]}, but no quantization_config in its config.json and no "
             f"hf_quant_config.json beside it; taken as {model.torch_dtype}"
-        ]
-    if formats.method is not None and not model.is_8bit:
-        return [
-            f"{model.name}: weights are counted as published ({formats.label}); kernel times are those of "
-            f"{model.torch_dtype} weights, so decode steps are predicted too long"
         ]
     return []
 

@@ -1,9 +1,8 @@
 """What each format of the KV cache buys on one model and GPU: memory from the groups that vLLM plans, steps
 from the kernel times of the model's bundle.
 
-A figure is from tables (16 bit and fp8), an upper bound (weights that are priced in a wider format than they
-have), derived from another format's time and the bytes that are read (with a band), unknown, or not
-simulated. The last two give the reason and no number.
+A figure is from tables (16 bit and fp8), derived from another format's time and the bytes that are read (with
+a band), unknown, or not simulated. The last two give the reason and no number.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from servesim.specs.kv_support import attention_kind, is_known, why_not
 from servesim.specs.layers import Attention, Recurrent
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions, resolve
-from servesim.specs.runnable import why_not_simulated
+from servesim.specs.runnable import why_not_priced
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +46,7 @@ FORMATS_OF_SPARSE_LATENTS = ("fp8", "fp8_ds_mla")
 _OWN_FLAGS = {"max_num_seqs": 256}
 """Defaults that differ from those of a run: as vLLM's servers start."""
 
-Origin = Literal["tables", "bound", "derived", "unknown", "not simulated"]
+Origin = Literal["tables", "derived", "unknown", "not simulated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +180,7 @@ def kv_dial(
     auto = spec.layers.kv_format or resolve_kv_dtype(resolved.dtype, "auto")
     room = kv_room(spec, instance, resolved, facts)
     asked = _Asked(spec, facts, resolved, tp, room, base, context, batch)
-    reason, steps = why_not_simulated(spec), None
+    reason, steps = why_not_priced(spec), None
     if reason is None:
         from servesim.explore.kv_steps import KvSteps
 

@@ -14,15 +14,15 @@ from servesim.cost.build import Costs
 from servesim.cost.terms import Shape
 from servesim.errors import MissingFileError
 from servesim.explore.kv_dial import Figure
+from servesim.specs.block_layers import attentions_of
 from servesim.specs.cluster import cluster_of
 from servesim.specs.hardware import load_hardware
-from servesim.specs.kv_formats import head_bytes
-from servesim.specs.layers import Attention
+from servesim.specs.kv_formats import head_bytes, latent_bytes
+from servesim.specs.layers import Attention, LatentAttention
 from servesim.specs.options import resolve
 
 if TYPE_CHECKING:
     from servesim.cost.stage_cost import StageCost
-    from servesim.explore.kv_dial import Origin
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import RuntimeOptions
 
@@ -44,13 +44,6 @@ class KvSteps:
         self._cluster = cluster_of(options)
         self._costs = Costs(self._cluster)
         self._instance = next(spec for _, spec in self._cluster.instances)
-        formats = model.layers.formats
-        self._wider_weights = ""
-        if formats.method is not None and model.torch_dtype in ("bfloat16", "float16"):
-            self._wider_weights = (
-                f"weights are priced in {model.torch_dtype}, and the checkpoint's are "
-                f"{formats.label or formats.method}"
-            )
         capability = load_hardware(self._instance.hardware).compute_capability
         self._before_ada = capability is not None and float(capability) < _ADA
         self._missing: dict[str, str] = {}
@@ -68,8 +61,7 @@ class KvSteps:
             stage = self._stage(kv_format)
             if stage is None:
                 return Figure("unknown", reason=self._missing[kv_format])
-            origin: Origin = "bound" if self._wider_weights else "tables"
-            return Figure(origin, self._decode_ns(stage, self._context) / 1e6, reason=self._wider_weights)
+            return Figure("tables", self._decode_ns(stage, self._context) / 1e6)
         wide, narrow = self._stage(self._base), self._stage("fp8")
         if wide is None or narrow is None:
             return Figure("unknown", reason=next(iter(self._missing.values())))
@@ -113,8 +105,6 @@ class KvSteps:
         wide, narrow = self._stage(self._base), self._stage("fp8")
         if wide is None or narrow is None:
             return Figure("unknown", reason=next(iter(self._missing.values())))
-        if self._wider_weights:
-            return Figure("unknown", reason=self._wider_weights)
         return Figure("tables", 100 * (self._prompt_ns(narrow) / self._prompt_ns(wide) - 1))
 
     def notes(self) -> list[str]:
@@ -128,8 +118,6 @@ class KvSteps:
                 notes.append(f"times with {kv_format}: {stage.bundle.describe()}")
             else:
                 notes.append(f"times with {kv_format}: none: {self._missing[kv_format]}")
-        if self._wider_weights:
-            notes.append(f"steps are upper bounds (<): {self._wider_weights}")
         notes.append(
             "derived (~): what the fp8 kernel takes more with the context, in proportion to the "
             "bytes; the band reaches to the 16-bit step, for unpacking may cost what the bytes save, and "
@@ -163,12 +151,15 @@ class KvSteps:
 
     def _ratio(self, kv_format: str) -> float:
         """Bytes of the format to those of fp8, over all layers that keep keys and values."""
-        shapes = [a for layer in self._model.layers.layers if isinstance(a := layer.attention, Attention)]
-        sizes = [
-            sum(a.kv_heads * head_bytes(name, a.head_dim, a.value_dim) for a in shapes)
-            for name in (kv_format, "fp8")
-        ]
-        return sizes[0] / sizes[1]
+        sizes = [0.0, 0.0]
+        for layer in self._model.layers.layers:
+            for i, name in enumerate((kv_format, "fp8")):
+                for a in attentions_of(layer):
+                    if isinstance(a, Attention):
+                        sizes[i] += a.kv_heads * head_bytes(name, a.head_dim, a.value_dim)
+                    elif isinstance(a, LatentAttention):
+                        sizes[i] += latent_bytes(name, a.kv_rank + a.rope_dim)
+        return sizes[0] / sizes[1] if sizes[1] else 1.0
 
     def _stage(self, kv_format: str) -> StageCost | None:
         """The cost of the whole model with its cache in 16 bit or fp8; None: there are no kernel times."""

@@ -64,7 +64,7 @@ def _step(figure: Figure) -> str:
         return _SAYS[figure.origin]
     if figure.origin == "derived":
         return f"~{figure.value:.2f} ({figure.low:.2f}-{figure.high:.2f})"
-    return f"{'<' if figure.origin == 'bound' else ''}{figure.value:.2f}"
+    return f"{figure.value:.2f}"
 
 
 def save_plot(dial: KvDial, path: str | Path) -> None:

@@ -22,7 +22,7 @@ from servesim.memory.placement import (
 from servesim.memory.plan import kv_cache_capacity
 from servesim.memory.sizing import GIB
 from servesim.slotted import dataclass
-from servesim.specs.architecture import load_architecture
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.hardware import load_hardware
 from servesim.specs.memories import KINDS, split_place
 
@@ -208,7 +208,7 @@ class MemoryMap:
     def _resident(self, index: int) -> Resident:
         node, spec = self._placed[index]
         model, options = self._models[spec.model_name], self._options[index]
-        architecture = load_architecture(model.model_type)
+        architecture = architecture_of(model)
         check_placement(spec, architecture, f"instance {index}")
         pim = None
         if options.enable_attn_offloading:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from servesim.errors import InputError
 from servesim.memory.sizing import kv_bytes_per_token
 from servesim.slotted import dataclass
-from servesim.specs.architecture import load_architecture
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.layers import Experts
 from servesim.specs.validation import hint
 from servesim.specs.weights import stage_layers, tensor_bytes
@@ -89,7 +89,7 @@ def evict_place(instance: InstanceSpec, model: ModelSpec, where: str) -> str:
     """
     if instance.placement is None:
         return NPU
-    layer = load_architecture(model.model_type).attention_layer
+    layer = architecture_of(model).attention_layer
     blocks = range(model.num_hidden_layers)
     first, *others = (_places(instance, layer, block)["kv_evict_loc"] for block in blocks)
     for block, place in enumerate(others, 1):
@@ -176,7 +176,7 @@ def _block(
     block: int,
 ) -> list[PlacedLayer]:
     layer = stored.layers[block]
-    names = architecture.block_layers(isinstance(layer.mlp, Experts))
+    names = architecture.layers_of(block, isinstance(layer.mlp, Experts))
     weights, experts = block_weights(layer, stored.formats, instance.tp_size, instance.ep_size, names)
     layers = []
     for name, size in zip(names, weights, strict=True):

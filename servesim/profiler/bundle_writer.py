@@ -30,7 +30,7 @@ HEADERS: dict[str, tuple[str, ...]] = {
     ),
     "skew_fit.csv": ("pc", "n_label", "skew_rate_label", "kv_big_label", "kp_label", "alpha", "n_samples"),
 }
-"""Column names of every table a bundle may have."""
+"""Column names of every table a bundle may have; ``attention_<kind>.csv`` have those of attention.csv."""
 
 Row = tuple[Any, ...]
 
@@ -41,6 +41,11 @@ class BundleContent:
 
     meta: dict[str, Any]
     tables: dict[tuple[int, str], list[Row]] = field(default_factory=dict)
+
+
+def header_of(name: str) -> tuple[str, ...]:
+    """Column names of a table."""
+    return HEADERS["attention.csv" if name.startswith("attention") else name]
 
 
 def _text(value: object) -> str:
@@ -77,7 +82,7 @@ def bundle_files(content: BundleContent) -> dict[str, bytes]:
     from servesim.cost.bundle_csv import stamp_of  # with NumPy: --help needs the headers alone
 
     files = {
-        f"tp{tp}/{name}": csv_bytes(HEADERS[name], rows)
+        f"tp{tp}/{name}": csv_bytes(header_of(name), rows)
         for (tp, name), rows in sorted(content.tables.items())
     }
     stamps = {path: str(stamp_of(data)) for path, data in files.items()}
@@ -106,3 +111,30 @@ def write_bundle(folder: Path, content: BundleContent) -> None:
         if former.exists() and not folder.exists():
             former.rename(folder)
         raise RunError(f"{folder}: the bundle cannot be written: {error.strerror or error}") from error
+
+
+def share_tables(root: Path) -> int:
+    """Keep tables that variants of a model have in common once: attention does not depend on the weights.
+
+    ``root``: a ``profiler/perf``. ``meta.yaml`` then names the variant that has the file. Returns how many
+    files were removed.
+    """
+    from servesim.cost.bundle import SAME_AS
+    from servesim.specs.reading import read_yaml_object
+
+    removed = 0
+    for model in sorted({meta.parent.parent for meta in root.glob("*/*/*/*/meta.yaml")}):
+        seen: dict[tuple[str, str], str] = {}
+        for folder in sorted(path.parent for path in model.glob("*/meta.yaml")):
+            meta, same = read_yaml_object(folder / "meta.yaml"), {}
+            for name, stamp in meta.get("files", {}).items():
+                if not name.rpartition("/")[2].startswith("attention"):
+                    continue
+                owner = seen.setdefault((name, stamp), folder.name)
+                if owner != folder.name and (folder / name).is_file():
+                    (folder / name).unlink()
+                    same[name] = owner
+            if same:
+                (folder / "meta.yaml").write_bytes(meta_bytes({**meta, SAME_AS: same}))
+                removed += len(same)
+    return removed

@@ -62,7 +62,7 @@ def _comparisons(base: Bundle, other: Bundle, tp: int) -> Iterator[Comparison]:
     folder = base.folder / f"tp{tp}"
     yield from _by_layer(folder / "dense.csv", "tokens", theirs.dense)
     yield from _by_layer(folder / "per_sequence.csv", "sequences", theirs.per_sequence)
-    yield from _attention(folder / "attention.csv", theirs)
+    yield from _attention(base.file(f"tp{tp}/attention.csv"), theirs)
     if (folder / "moe.csv").is_file() and theirs.moe is not None and theirs.moe.split == 1:
         rows = read_numbers(folder / "moe.csv", ("tokens", "activated_experts", "time_us"))
         surface = theirs.moe.surface
@@ -86,7 +86,7 @@ def _by_layer(path: Path, axis: str, curves: dict[str, Curve]) -> Iterator[Compa
 def _attention(path: Path, theirs: RankTables) -> Iterator[Comparison]:
     rows = read_numbers(path, (*ATTENTION, "time_us"))
     chunk, history, decodes, kv, times = rows.T
-    surface = theirs.attention
+    surface = theirs.attentions.get("attention", theirs.attention)
     looked_up = surface.at(chunk, decodes, history, kv)
     inside = _within(np.column_stack([chunk, decodes, history, kv]), surface.axes)
     names = [

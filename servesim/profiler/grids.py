@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.profiler.meter import AttentionBatch
 from servesim.slotted import dataclass
+from servesim.specs.layers import Attention, Recurrent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from servesim.profiler.measure.grid import SkewShot
     from servesim.profiler.meter import ProfileJob
+    from servesim.specs.layers import AnyAttention
     from servesim.specs.model import ModelSpec
 
 Windows = tuple[tuple[int | None, float], ...]
@@ -148,6 +151,37 @@ def attention_batches(
     if edges:
         lengths, histories = ({*axis, *edges} for axis in (grid.lengths, grid.histories))
         grid = replace(grid, lengths=sorted(lengths), histories=sorted(histories))
+    return tuple(
+        AttentionBatch(chunk, history, ((n, kv),) if n else ()) for chunk, history, n, kv in grid.rows()
+    )
+
+
+def _behind(prefill_us: Callable[[int, int], float], history: int, chunk: int) -> float:
+    return prefill_us(chunk, history)
+
+
+def kind_batches(
+    limits: tuple[int, int, int],
+    attention: AnyAttention,
+    prefill_us: Callable[[int, int], float] | None = None,
+) -> tuple[AttentionBatch, ...]:
+    """Batches of the table of one kind of attention: only as long as its times change.
+
+    A state's do not change with the context at all, those of a window not beyond twice the window.
+    """
+    tokens, sequences, longest = limits
+    if isinstance(attention, Recurrent):
+        grid = attention_grid(tokens, sequences, 16, partial(_behind, prefill_us, 0) if prefill_us else None)
+        grid = replace(grid, histories=[0], lengths=[16])
+    else:
+        reach = attention.reach if isinstance(attention, Attention) else None
+        history = HISTORY[1] if reach is None else min(reach, longest)
+        along = partial(_behind, prefill_us, history) if prefill_us else None
+        grid = attention_grid(tokens, sequences, longest, along)
+        if reach is not None and reach < longest:
+            lengths = sorted({*(kv for kv in grid.lengths if kv < 2 * reach), reach, 2 * reach, longest})
+            lengths = [kv for kv in lengths if kv <= longest]
+            grid = replace(grid, histories=sorted({0, reach, longest}), lengths=lengths, max_tokens=1 << 62)
     return tuple(
         AttentionBatch(chunk, history, ((n, kv),) if n else ()) for chunk, history, n, kv in grid.rows()
     )

@@ -129,6 +129,10 @@ class Meter(Protocol):
     def all_reduce_us(self, payloads: Sequence[int]) -> Sequence[float]:
         """Times of one all-reduce among the ranks, for each number of bytes a rank brings in."""
 
+    def other_attention(self) -> dict[str, list[Row]]:
+        """Stem of a table -> its rows, for layers whose attention is of another kind than attention.csv has;
+        empty where that holds the average block."""
+
     def skew_rows(self) -> list[Row]:
         """Rows of skew_fit.csv where the source derives them; empty: they are fitted to skew.csv, if any."""
 

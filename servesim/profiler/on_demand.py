@@ -28,6 +28,7 @@ from servesim.cost.identity import differences, is_computed
 from servesim.errors import InputError, ServingError
 from servesim.profiler import roofline, silicon
 from servesim.specs import paths
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.hardware import load_hardware
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.shape import digest
@@ -114,7 +115,6 @@ def _build(
     from servesim.profiler.bundle_writer import write_bundle
     from servesim.profiler.meter import ProfileJob
     from servesim.profiler.sources import compute
-    from servesim.specs.architecture import load_architecture
     from servesim.specs.model import load_model
 
     model = asked.shape or load_model(asked.model)
@@ -123,7 +123,7 @@ def _build(
     started_s = time.perf_counter()
     job = ProfileJob(
         model,
-        load_architecture(model.model_type),
+        architecture_of(model),
         hardware,
         *variant_dtypes(asked.variant),
         tuple(sorted(degrees)),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.profiler import grids
 from servesim.specs import paths
+from servesim.specs.block_layers import ATTENTION_KINDS, attention_groups
 from servesim.specs.shape import digest, shape_of
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from servesim.profiler.bundle_writer import BundleContent
     from servesim.profiler.meter import ProfileJob, Provenance
+    from servesim.specs.layers import ModelLayers
 
 
 def described(job: ProfileJob, provenance: Provenance) -> dict[str, Any]:
@@ -71,8 +73,23 @@ def measured_reach(content: BundleContent) -> dict[str, Any]:
     return {"measured_up_to": {"prompt_tokens": prompts, "decode_kv": lengths}}
 
 
+def attention_kinds(model: ModelLayers) -> dict[str, Any]:
+    """For meta.yaml of a bundle whose blocks differ in their attention: each table with the share of blocks
+    that it is of, and their kind; nothing where all are alike."""
+    groups = attention_groups(model)
+    of = len(model.layers)
+    if len(groups) == 1 and len(groups[0].blocks) == of:
+        return {}
+    kinds = {group.label: {"kind": group.attention.kind, "share": float(group.share(of))} for group in groups}
+    return {ATTENTION_KINDS: kinds}
+
+
 def _architecture_sha256(job: ProfileJob) -> str:
-    """Of the file's text, its lines ended by line feeds as in a checkout anywhere."""
+    """Of the file's text, its lines ended by line feeds as in a checkout anywhere; of what was read from a
+    config, of the layers."""
+    if job.architecture.blocks:
+        catalog = job.architecture.catalog.model_dump(mode="json")
+        return digest([catalog, job.architecture.blocks], 64)
     path = paths.find(f"profiler/models/{job.architecture.model_type}.yaml")
     return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 

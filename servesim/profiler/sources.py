@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from servesim.errors import NotSupportedError, ServingError
@@ -54,12 +53,9 @@ def check(source: str, job: ProfileJob) -> None:
     """
     from servesim.cost.finding import PUBLIC_DTYPES
     from servesim.profiler.shapes import block_windows, rank_shapes
+    from servesim.specs.block_layers import beyond_files
 
     model = job.model
-    if model.is_mla:
-        raise NotSupportedError(
-            f"{model.name}: multi-head latent attention is not supported by the {source} source yet"
-        )
     for name, dtype in (("--dtype", job.dtype), ("--kv-cache-dtype", job.kv_dtype)):
         if source == "silicon" and dtype not in PUBLIC_DTYPES:
             raise NotSupportedError(
@@ -71,6 +67,11 @@ def check(source: str, job: ProfileJob) -> None:
                 "--source vllm: vLLM quantises to int8 from a checkpoint only; use --dtype fp8 or 16 bit"
             )
     if not SOURCES[source].computes:
+        if beyond := beyond_files(model.layers):
+            raise NotSupportedError(
+                f"{model.name}: the {source} source measures standard blocks alone, not "
+                f"{', '.join(beyond)}; use --source {' or '.join(COMPUTING)}"
+            )
         _check_measured(source, job)
     if source == "vllm" and len(block_windows(model)) > 1:
         raise NotSupportedError(
@@ -116,7 +117,9 @@ def source_for(hardware: HardwareSpec, variant: str) -> tuple[str, str] | None:
 
 def silicon_installed() -> bool:
     """Whether the extra is there that the silicon source derives from."""
-    return find_spec("aiconfigurator_core") is not None and find_spec("pyarrow") is not None
+    from servesim.profiler.silicon.tables import installed
+
+    return installed()
 
 
 def compute(source: str, job: ProfileJob) -> BundleContent:

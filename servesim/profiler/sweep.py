@@ -71,6 +71,8 @@ def computed_bundle(job: ProfileJob, meter: Meter) -> BundleContent:
             run_shots(todo, meter, table, f"tp{tp} {category}")
             if todo:
                 content.tables[tp, f"{category}.csv"] = table.rows
+        for label, rows in meter.other_attention().items():
+            content.tables[tp, f"{label}.csv"] = rows
         if skew := meter.skew_rows():
             content.tables[tp, "skew_fit.csv"] = skew
     content.meta = described(job, meter.provenance(content))

@@ -15,7 +15,7 @@ from servesim.power.activity import Spans, link_bytes_per_token, moved_within
 from servesim.power.node import NodeActivity, NpuActivity, node_energy
 from servesim.power.quantities import mean_watts
 from servesim.slotted import dataclass
-from servesim.specs.architecture import load_architecture
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.memories import KINDS, split_place
 from servesim.specs.model import load_model
 
@@ -51,7 +51,7 @@ class InstanceMeter:
         """Kind of memory -> what the steps move to and from each of that kind."""
         if log.kv_reads is not None:
             placed = self._model = load_model(spec.model_name)
-            stages = placed_stages(spec, placed, log.options, load_architecture(placed.model_type))
+            stages = placed_stages(spec, placed, log.options, architecture_of(placed))
             kv_layer_bytes = kv_bytes_per_layer(placed, log.options, spec.tp_size)
             for place, traffic in traffic_by_place(stages, kv_layer_bytes, spec.tp_size).items():
                 if place != NPU:

@@ -76,6 +76,8 @@ class Architecture(Spec):
     model_type: str
     sequence: Sequence
     catalog: Catalog
+    blocks: tuple[tuple[str, ...], ...] = Field(default=(), exclude=True, repr=False)
+    """Layers of every block of one model, where its config tells them; empty: a file does, for all alike."""
 
     def kind(self, layer: str) -> Kind:
         """The table that holds the layer's time."""
@@ -115,6 +117,14 @@ class Architecture(Spec):
                 f"{'expert' if moe else 'dense'} layers"
             )
         return [*self.sequence.pre_attn, self.attention_layer, *self.sequence.post_attn, *mlp]
+
+    def layers_of(self, block: int, moe: bool) -> list[str]:
+        """The layers of one block of the model in running order; ``moe``: whether it has experts.
+
+        Raises:
+            InputError: the architecture has no block of this kind.
+        """
+        return list(self.blocks[block]) if self.blocks else self.block_layers(moe)
 
     def layers_outside_blocks(self) -> list[str]:
         """The layers that run once a step and whose time grows with its tokens: embedding, final norm."""

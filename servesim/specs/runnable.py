@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servesim.errors import MissingFileError, NotSupportedError
-from servesim.specs.architecture import load_architecture
+from servesim.errors import MissingFileError, NotSupportedError, ServingError
+from servesim.specs.block_layers import architecture_of, experts_of
 from servesim.specs.layers import (
     Attention,
     CompressedAttention,
@@ -31,10 +31,18 @@ def why_not_simulated(model: ModelSpec) -> str | None:
     """What keeps a model from being simulated, in a few words; None: nothing."""
     if missing := missing_kinds(model.layers):
         return f"not modelled in the engine: {', '.join(missing)}"
+    return why_not_priced(model)
+
+
+def why_not_priced(model: ModelSpec) -> str | None:
+    """What keeps a model's steps from having a time, in a few words; None: nothing."""
     try:
-        load_architecture(model.model_type)
+        architecture_of(model)
+        experts_of(model.layers)
     except MissingFileError:
         return f"no file profiler/models/{model.model_type}.yaml describes its steps"
+    except ServingError as error:
+        return str(error).splitlines()[0]
     return None
 
 

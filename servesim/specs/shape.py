@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from fractions import Fraction
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
+from servesim.specs.block_layers import beyond_files
+
 if TYPE_CHECKING:
+    from servesim.specs.layers import ModelLayers
     from servesim.specs.model import ModelSpec
 
 SHAPE_FIELDS = (
@@ -34,7 +38,21 @@ def shape_of(model: ModelSpec) -> dict[str, Any]:
         common = gcd(sliding, model.num_hidden_layers)
         shape["sliding_window"] = model.sliding_window
         shape["sliding_share"] = f"{sliding // common}/{model.num_hidden_layers // common}"
+    if beyond_files(model.layers):
+        shape["layers"] = digest(_layer_kinds(model.layers))
+    if model.layers.formats.method is not None:
+        shape["weights"] = model.layers.formats.label or model.layers.formats.method
     return shape
+
+
+def _layer_kinds(layers: ModelLayers) -> list[list[str]]:
+    """Every different layer with the share of layers that it is, for what no single field says."""
+    counts: dict[str, int] = {}
+    for layer in layers.layers:
+        matrices = [(t.name, t.rows, t.columns, t.split, t.unit, t.copies) for t in layer.tensors if t.matrix]
+        text = repr((layer.attention, layer.mlp, matrices))
+        counts[text] = counts.get(text, 0) + 1
+    return [[text, str(Fraction(count, len(layers.layers)))] for text, count in sorted(counts.items())]
 
 
 def digest(content: object, length: int = 16) -> str:

@@ -12,7 +12,7 @@ from servesim.profiler.roofline.formulas import Accelerator
 from servesim.profiler.roofline.meter import RooflineMeter
 from servesim.profiler.sources import check
 from servesim.profiler.sweep import computed_bundle
-from servesim.specs.architecture import load_architecture
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.hardware import HardwareSpec
 from servesim.specs.layers import Attention
 from servesim.specs.model import ModelSpec, load_model
@@ -70,7 +70,7 @@ def job(model: str | ModelSpec = "meta-llama/Llama-3.1-8B", **changes: Any) -> P
     """A small job on the toy."""
     spec = load_model(model) if isinstance(model, str) else model
     fields = {"hardware": TOY_HARDWARE, "max_num_batched_tokens": 64, "max_num_seqs": 16, "max_kv": 1024}
-    return ProfileJob(model=spec, architecture=load_architecture(spec.model_type), **{**fields, **changes})
+    return ProfileJob(model=spec, architecture=architecture_of(spec), **{**fields, **changes})
 
 
 def build_bundle(job: ProfileJob, efficiency: Efficiency | None = None) -> BundleContent:

@@ -32,7 +32,7 @@ def test_both_computing_sources_say_it_in_the_same_words() -> None:
     content = build_bundle(JOB)
     gemm = type("Gemm", (), {"table": kernel_table("gemm", [{"us": 1.0, "m": 4096}]), "dtype": "fp8"})()
     gemm.measured = lambda *_: True
-    sources = Sources(gemm, [toy_attention()] * 2, None, [])
+    sources = Sources(gemm, [[toy_attention()]] * 2, None, [])
     silicon = described(JOB, provenance(JOB, replace(TOY, folder="a100_sxm"), content, sources))
     for meta in (content.meta, silicon):
         assert meta | profiled(JOB) == meta
@@ -44,7 +44,7 @@ def test_silicon_says_how_far_it_was_measured() -> None:
     content = build_bundle(JOB)
     gemm = type("Gemm", (), {"table": kernel_table("gemm", [{"us": 1.0, "m": 4096}]), "dtype": "fp8"})()
     gemm.measured = lambda *_: True
-    sources = Sources(gemm, [toy_attention()] * 2, None, [])
+    sources = Sources(gemm, [[toy_attention()]] * 2, None, [])
     gpu = replace(TOY, folder="a100_sxm")
     meta = described(JOB, provenance(JOB, gpu, content, sources))
     longest = toy_attention().longest_decode

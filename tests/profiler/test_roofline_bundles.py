@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from servesim.cost.bundle import load_bundle
-from servesim.errors import InputError, NotSupportedError
+from servesim.errors import NotSupportedError
 from servesim.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
 from servesim.profiler.roofline.meter import BY_NAME, layer_kind
 from servesim.profiler.shapes import block_windows
-from servesim.specs.architecture import LayerEntry, load_architecture
+from servesim.specs.architecture import LayerEntry
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.model import known_models, load_model
 from servesim.specs.runnable import why_not_simulated
 from tests.profiler.roofline_toy import PERFECT, TOY_HARDWARE, build_bundle, job, sliding_half
@@ -33,7 +34,7 @@ SIMULATED = [name for name in known_models() if why_not_simulated(load_model(nam
 def test_every_shipped_model_gets_a_bundle_with_all_its_layers(name: str) -> None:
     model = load_model(name)
     content = build_bundle(job(model))
-    architecture = load_architecture(model.model_type)
+    architecture = architecture_of(model)
     assert {row[0] for row in content.tables[1, "dense.csv"]} == set(architecture.catalog.dense)
     assert {row[0] for row in content.tables[1, "per_sequence.csv"]} == set(architecture.catalog.per_sequence)
     assert ((1, "moe.csv") in content.tables) == model.is_moe
@@ -68,17 +69,22 @@ def test_a_mixed_step_is_its_prefill_and_its_decodes() -> None:
     assert rows[64, 0, 16, 1024] == pytest.approx(rows[64, 0, 0, 0] + rows[0, 0, 16, 1024])
 
 
-def test_sliding_blocks_make_the_average_block_cheaper() -> None:
+def test_sliding_blocks_have_a_table_that_bends_at_the_window() -> None:
     full = load_model("meta-llama/Llama-3.1-8B")
     sliding = sliding_half(full, 256)
     assert block_windows(full) == [(None, 1.0)]
     assert block_windows(sliding) == [(None, 0.5), (256, 0.5)]
-    whole, half = (attention(build_bundle(job(model), PERFECT)) for model in (full, sliding))
-    start = PERFECT.decode_start_us
-    seen = (0.5 * 1025 + 0.5 * 256) / 1025
-    assert half[0, 0, 16, 1024] - start == pytest.approx((whole[0, 0, 16, 1024] - start) * seen)
-    assert half[0, 0, 16, 128] == pytest.approx(whole[0, 0, 16, 128])
-    assert (0, 0, 16, 256) in half  # the table has a point where the time bends
+    content = build_bundle(job(sliding), PERFECT)
+    whole, start = attention(content), PERFECT.decode_start_us
+    window = {row[:4]: row[4] for row in content.tables[1, "attention_sliding.csv"]}
+    assert window[0, 0, 16, 1024] - start == pytest.approx((whole[0, 0, 16, 1024] - start) * 256 / 1025)
+    assert window[0, 0, 16, 128] == pytest.approx(whole[0, 0, 16, 128])
+    assert (0, 0, 16, 256) in window  # the table has a point where the time bends
+    kinds = content.meta["attention_kinds"]
+    assert {name: kind["share"] for name, kind in kinds.items()} == {
+        "attention": 0.5,
+        "attention_sliding": 0.5,
+    }
 
 
 def test_slow_links_are_left_to_the_cluster_file() -> None:
@@ -127,12 +133,8 @@ def test_a_layer_of_no_known_kind_is_refused_by_name() -> None:
         layer_kind("mixer", entry, "x.yaml")
 
 
-def test_latent_attention_is_refused() -> None:
-    model = load_model("meta-llama/Llama-3.1-8B").model_copy(update={"kv_lora_rank": 512})
-    with pytest.raises(NotSupportedError, match="latent attention"):
-        build_bundle(job(model))
-
-
-def test_heads_that_cannot_be_split_are_refused() -> None:
-    with pytest.raises(InputError, match="cannot be split over tp 3"):
-        build_bundle(job(tp_degrees=(3,)))
+def test_latent_attention_of_few_heads_costs_less() -> None:
+    deepseek = load_model("deepseek-ai/DeepSeek-R1")
+    one, eight = (attention(build_bundle(job(deepseek, tp_degrees=(tp,))), tp) for tp in (1, 8))
+    assert all(eight[point] < one[point] for point in one)
+    assert one[0, 0, 16, 1024] > one[0, 0, 16, 16]

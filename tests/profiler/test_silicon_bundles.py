@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,17 +206,21 @@ def test_degrees_are_sorted_and_distinct() -> None:
     assert parse_degrees("4, 1 2,2") == (1, 2, 4)
 
 
-def test_models_with_compressed_attention_are_refused() -> None:
-    from servesim.profiler.sources import SOURCES, check
+def test_what_measures_one_block_refuses_other_attention() -> None:
+    from servesim.profiler.job import ProfileJob
 
-    job = SimpleNamespace(model=SimpleNamespace(name="org/mla", is_mla=True))
-    for source in SOURCES:
-        with pytest.raises(NotSupportedError, match=f"latent attention is not supported by the {source} "):
-            check(source, job)  # type: ignore[arg-type]
+    from servesim.profiler.sources import MEASURING, check
+    from servesim.specs.block_layers import architecture_of
+
+    model = load_model("deepseek-ai/DeepSeek-V2-Lite")
+    job = ProfileJob(model, architecture_of(model), load_hardware("H100"))
+    for source in MEASURING:
+        with pytest.raises(NotSupportedError, match="not mla attention, shared experts"):
+            check(source, job)
 
 
 @needs_silicon
-def test_block_scaled_products_say_that_they_read_slow(tmp_path: Path) -> None:
+def test_block_scaled_products_are_told_from_their_launches(tmp_path: Path) -> None:
     claims = {}
     for scaling in ("tensor", "block"):
         folder = tmp_path / scaling
@@ -226,8 +229,8 @@ def test_block_scaled_products_say_that_they_read_slow(tmp_path: Path) -> None:
         (meta,) = folder.rglob("meta.yaml")
         claims[scaling] = yaml.safe_load(meta.read_text(encoding="utf-8"))
     assert "read slow" not in str(claims["tensor"])
-    assert claims["block"]["confidence"].startswith("products read slow")
-    assert "55 us that even the smallest took" in claims["block"]["tables"]["dense"]
+    assert claims["block"]["confidence"].startswith("products partly derived")
+    assert "the smallest takes 55 us" in claims["block"]["tables"]["products"]
 
 
 @needs_silicon

@@ -10,7 +10,7 @@ from servesim.profiler.silicon.attention import AttentionShape
 from servesim.profiler.silicon.gemm import SQUARE, waves
 from servesim.profiler.silicon.head_shapes import neighbours, rows_for
 from servesim.profiler.silicon.list_schedule import repeated_makespan_us
-from servesim.profiler.silicon.moe import ROUTER_US, START_US, MoeTimes
+from servesim.profiler.silicon.moe import ROUTER_US, START_US, ExpertSizes, MoeTimes
 from tests.profiler.silicon_data import TOY, needs_silicon, table, toy_attention
 
 GPUS = ("H100", "H200", "B200", "B300", "GB200", "GB300", "L40S", "A100", "B60", "RTXPRO6000")
@@ -84,8 +84,8 @@ def _experts(tp: int = 1, load: str = "balanced", **changes: int) -> MoeTimes:
         for tokens in (64, 128, 256, 512)
         for us in (START_US + slow * tokens,)
     ]
-    asked = {"hidden": 100, "inter": 40, "experts": 8, "top_k": 2, **changes}
-    return MoeTimes(TOY, table("moe_perf", rows), "bfloat16", **asked, tp=tp, load=load)  # type: ignore[arg-type]
+    sizes = ExpertSizes(**{"hidden": 100, "inter": 40, "experts": 8, "top_k": 2, **changes})
+    return MoeTimes(TOY, table("moe_perf", rows), "bfloat16", sizes, 16.0, tp=tp, load=load)
 
 
 def test_the_most_even_load_stands_in_for_a_balanced_one() -> None:
@@ -109,7 +109,7 @@ def test_experts_of_another_size_cost_their_arithmetic() -> None:
 
 def test_experts_in_a_format_nobody_measured_are_refused() -> None:
     with pytest.raises(InputError, match="no fp8 experts were measured on toy"):
-        MoeTimes(TOY, _experts().table, "fp8", 100, 40, 8, 2)
+        MoeTimes(TOY, _experts().table, "fp8", ExpertSizes(100, 40, 8, 2), 8.0)
 
 
 @needs_silicon

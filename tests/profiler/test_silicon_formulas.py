@@ -11,7 +11,7 @@ import pytest
 from servesim.errors import InputError
 from servesim.profiler.silicon.gemm import LAUNCH_US, GemmTimes, tile_edge
 from servesim.profiler.silicon.meter import head_norm_us, moved_us
-from servesim.profiler.silicon.moe import ROUTER_US, START_US, MoeTimes
+from servesim.profiler.silicon.moe import ROUTER_US, START_US, ExpertSizes, MoeTimes
 from servesim.profiler.silicon.skew import SkewModel, num_splits, unequal_lengths
 from tests.profiler.silicon_data import TOY, table, toy_attention
 
@@ -116,7 +116,7 @@ def _moe(tp: int = 1) -> MoeTimes:
         "distribution": "balanced",
     }
     rows = [{**fixed, "num_tokens": tokens, "us": 10.0 + tokens} for tokens in (64, 128, 256, 512)]
-    return MoeTimes(TOY, table("moe_perf", rows), "bfloat16", 100, 40, 8, 2, tp)
+    return MoeTimes(TOY, table("moe_perf", rows), "bfloat16", ExpertSizes(100, 40, 8, 2), 16.0, tp)
 
 
 def test_few_tokens_pay_for_the_weights_of_the_experts_they_touch() -> None:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.profiler.meter import Provenance
-from servesim.profiler.provenance import attention_axes
+from servesim.profiler.provenance import attention_axes, attention_kinds
 from servesim.profiler.roofline import DERIVATION
 from servesim.slotted import dataclass
+from servesim.specs.block_layers import attention_groups
 from servesim.specs.shape import digest
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def provenance(job: ProfileJob, acc: Accelerator, content: BundleContent) -> Pro
         "tables": _claims(job, content),
         "attention_grid": attention_axes(job, content),
         **_collectives(job, content),
+        **attention_kinds(job.model.layers),
         "skew_fit": {"enabled": False},
     }
     derivation = {"revision": DERIVATION, "constants": digest(fitted)}
@@ -192,7 +194,6 @@ def _plain(value: Any) -> Any:
 
 def _claims(job: ProfileJob, content: BundleContent) -> dict[str, str]:
     names = {name for _, name in content.tables}
-    model = job.model
     claims = {
         "dense": "computed: matrix products from arithmetic and bytes, other layers from bytes",
         "per_sequence": "computed",
@@ -200,10 +201,9 @@ def _claims(job: ProfileJob, content: BundleContent) -> dict[str, str]:
         "attention prefill": "computed: arithmetic of the query-key pairs",
         "attention mixed": "computed (two launches: prefill + decode)",
     }
-    if model.num_sliding_layers:
-        claims["attention sliding"] = (
-            f"{model.num_sliding_layers} of {model.num_hidden_layers} blocks see {model.sliding_window} "
-            "tokens; the table holds the average block"
+    for group in attention_groups(job.model.layers)[1:]:
+        claims[group.label.replace("_", " ")] = (
+            f"computed: {len(group.blocks)} of {len(job.model.layers.layers)} blocks"
         )
     if "moe.csv" in names:
         claims["moe"] = (

@@ -40,6 +40,8 @@ PREFILL_SHARPNESS = 3.0
 EXPERT_TILES = (16, 64)
 """Tokens of one expert are padded to the first, or to the second once they exceed it."""
 MOE_SHARPNESS = 1.5
+FIRST_4_BIT = 10.0
+"""Compute capability from which on products run in NVFP4."""
 CACHE_SPEEDUP = 3.5
 """Speed of the last-level cache over the memory's."""
 CACHE_SHARE = 0.38
@@ -60,6 +62,8 @@ class Accelerator:
     efficiency: Efficiency
     link_bytes_per_us: float | None = None
     link_latency_us: float = 0.0
+    computes_4_bit: bool = False
+    """Whether products with 4-bit weights and activations run as such, here at the rate of 8 bit."""
 
     def rate(self, dtype: str) -> tuple[float, bool]:
         """Peak rate in flop/us for weights of ``dtype``, and whether it is 8-bit arithmetic.
@@ -109,6 +113,7 @@ def accelerator(hardware: HardwareSpec, efficiency: Efficiency | None = None) ->
         efficiency=efficiency or efficiency_of(hardware),
         link_bytes_per_us=link.bandwidth_gbs * 1e3 if link else None,
         link_latency_us=link.latency_us if link else 0.0,
+        computes_4_bit=float(hardware.compute_capability or 0) >= FIRST_4_BIT,
     )
 
 
@@ -118,8 +123,15 @@ def overlapped(one: Floats, other: Floats, sharpness: float) -> Floats:
     return together
 
 
-def gemm_us(acc: Accelerator, tokens: ArrayLike, n: ArrayLike, k: ArrayLike, dtype: str) -> Floats:
-    """``[tokens, k] x [k, n]`` with weights of ``dtype``.
+def gemm_us(
+    acc: Accelerator,
+    tokens: ArrayLike,
+    n: ArrayLike,
+    k: ArrayLike,
+    dtype: str,
+    weight_bits: float | None = None,
+) -> Floats:
+    """``[tokens, k] x [k, n]`` with arithmetic in ``dtype`` and weights of so many bits; None: of ``dtype``.
 
     Computing goes tile by tile, at least one wave of tiles on all units; streaming reads weights and
     activations and writes the result. 8-bit arithmetic quantises the activations first.
@@ -134,7 +146,8 @@ def gemm_us(acc: Accelerator, tokens: ArrayLike, n: ArrayLike, k: ArrayLike, dty
     for rows, columns, relative in GEMM_TILES:
         waves = np.maximum(1.0, np.ceil(m / rows) * np.ceil(n / columns) / acc.units)
         computed = np.minimum(computed, waves * acc.units * rows * columns * inner / (speed * relative))
-    moved = n * k * element + m * k * element + m * n * ACTIVATION_BYTES
+    weight_bytes = element if weight_bits is None else weight_bits / 8
+    moved = n * k * weight_bytes + m * k * element + m * n * ACTIVATION_BYTES
     streamed = moved / (acc.bytes_per_us * share_at(eff.product_stream, m))
     quantised = m * k * QUANTISE_BYTES / acc.bytes_per_us if eight_bit else 0.0
     time: Floats = eff.product_start_us + overlapped(computed, streamed, GEMM_SHARPNESS) + quantised
@@ -148,12 +161,12 @@ class AttentionShape:
     heads: int
     kv_heads: int
     head_dim: int
-    kv_bytes: int
-    """Bytes of one element of the KV cache."""
+    kv_bytes: float
+    """Bytes of one element of the KV cache, scales included."""
     window: int | None = None
 
     @property
-    def token_bytes(self) -> int:
+    def token_bytes(self) -> float:
         """KV of one token."""
         return 2 * self.kv_heads * self.head_dim * self.kv_bytes
 
@@ -214,6 +227,11 @@ class ExpertShape:
     inter: int
     top_k: int
     dtype: str
+    """Of the arithmetic."""
+    weight_bits: float | None = None
+    """Of a weight with its scales; None: those of ``dtype``."""
+    matrices: int = 3
+    """Of an expert: two without a gate."""
 
 
 def moe_us(acc: Accelerator, experts: ExpertShape, tokens: ArrayLike, activated: ArrayLike) -> Floats:
@@ -228,8 +246,10 @@ def moe_us(acc: Accelerator, experts: ExpertShape, tokens: ArrayLike, activated:
     )
     peak, eight_bit = acc.rate(experts.dtype)
     share = share_at(eff.moe_compute_8bit if eight_bit else eff.moe_compute, count)
-    computed = 6.0 * experts.hidden * experts.inter * rows / (peak * share)
-    weights = active * 3 * experts.hidden * experts.inter * dtype_bytes(experts.dtype)
+    computed = 2.0 * experts.matrices * experts.hidden * experts.inter * rows / (peak * share)
+    bits = experts.weight_bits
+    weight_bytes = dtype_bytes(experts.dtype) if bits is None else bits / 8
+    weights = active * experts.matrices * experts.hidden * experts.inter * weight_bytes
     activations = routed * (2 * experts.hidden + 4 * experts.inter) * ACTIVATION_BYTES
     streamed = (weights + activations) / (acc.bytes_per_us * share_at(eff.moe_stream, count))
     time: Floats = eff.moe_start_us + overlapped(computed, streamed, MOE_SHARPNESS)

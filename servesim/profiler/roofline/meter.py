@@ -12,17 +12,16 @@ from servesim.profiler import grids
 from servesim.profiler.roofline.efficiency import FAST_LINK_GBS, provenance
 from servesim.profiler.roofline.formulas import (
     ACTIVATION_BYTES,
-    AttentionShape,
     ExpertShape,
     accelerator,
     all_reduce_us,
-    decode_us,
     gemm_us,
     moe_us,
     moved_us,
-    prefill_us,
 )
-from servesim.profiler.shapes import block_windows, rank_shapes
+from servesim.profiler.roofline.kinds import Formats, kind_us
+from servesim.profiler.shapes import rank_shapes
+from servesim.specs.block_layers import attention_groups, block_layers, expert_format, experts_of
 from servesim.specs.dtypes import dtype_bytes
 
 if TYPE_CHECKING:
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from servesim.profiler.roofline.formulas import Accelerator
     from servesim.profiler.shapes import RankShapes
     from servesim.specs.architecture import LayerEntry
+    from servesim.specs.block_layers import AttentionGroup, DenseLayer
+    from servesim.specs.formats import WeightFormat
 
 LARGEST_PAYLOAD = 1 << 28
 """Bytes of the largest all-reduce in comm.csv."""
@@ -54,8 +55,11 @@ class RooflineMeter:
         """
         self._job = job
         self._acc = accelerator(job.hardware, efficiency)
-        self._windows = tuple(block_windows(job.model))
+        self._groups = attention_groups(job.model.layers)
+        self._layers = block_layers(job.model.layers)
+        self._stored = job.model.stored_as(job.dtype).formats
         self._shapes = rank_shapes(job.model, 1)
+        self._limits = (job.max_num_batched_tokens, job.max_num_seqs, job.max_kv)
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -69,10 +73,9 @@ class RooflineMeter:
         self._shapes = rank_shapes(self._job.model, tp)
 
     def grid(self) -> grids.ComputedGrid:
-        job = self._job
-        limits = (job.max_num_batched_tokens, job.max_num_seqs, job.max_kv)
         payloads = grids.doubling(1024, LARGEST_PAYLOAD) if self._comm_wanted() else []
-        return grids.ComputedGrid(job, grids.attention_batches(limits, self._windows), payloads)
+        batches = grids.kind_batches(self._limits, self._groups[0].attention)
+        return grids.ComputedGrid(self._job, batches, payloads)
 
     def kv_capacity_tokens(self) -> int:
         return 1 << 62
@@ -84,26 +87,45 @@ class RooflineMeter:
         return self._times(self._job.architecture.catalog.per_sequence, layers, sequences)
 
     def attention_us(self, batches: Sequence[AttentionBatch]) -> list[float]:
-        """Of the average block: a step pays it once a block, so that sliding blocks add up right."""
-        points = np.array([batch.point for batch in batches], dtype=np.int64)
-        chunk, history, decodes, kv = points.T
-        shapes, acc = self._shapes, self._acc
-        time: NDArray[np.float64] = np.zeros(len(points))
-        for window, share in self._windows:
-            shape = AttentionShape(
-                shapes.heads, shapes.kv_heads, shapes.head_dim, dtype_bytes(self._job.kv_dtype), window
-            )
-            prefill = prefill_us(acc, shape, np.maximum(chunk, 1), history)
-            decode = decode_us(acc, shape, np.maximum(decodes, 1), kv)
-            time += share * (np.where(chunk > 0, prefill, 0.0) + np.where(decodes > 0, decode, 0.0))
-        return list(map(float, time))
+        return self._group_us(self._groups[0], batches)
+
+    def other_attention(self) -> dict[str, list[Row]]:
+        """Rows of the groups of layers beside the first."""
+        found: dict[str, list[Row]] = {}
+        for group in self._groups[1:]:
+            batches = grids.kind_batches(self._limits, group.attention)
+            times = self._group_us(group, batches)
+            found[group.label] = [(*batch.point, us) for batch, us in zip(batches, times, strict=True)]
+        return found
+
+    def _group_us(self, group: AttentionGroup, batches: Sequence[AttentionBatch]) -> list[float]:
+        matrices = [tensor for tensor in group.tensors if tensor.matrix]
+        dtype, bits = (
+            self._weights(self._stored.of(group.prefix + matrices[0].name)) if matrices else ("", 16.0)
+        )
+        kv = self._job.kv_dtype
+        formats = Formats(dtype, bits, kv, float(dtype_bytes(kv)))
+        return kind_us(self._acc, group, self._shapes.tp, formats, batches)
 
     def experts_us(self, points: Sequence[tuple[int, int]]) -> list[float]:
         """On one of the ranks without expert parallelism: a slice of each expert."""
         model = self._job.model
-        width = max(1, model.moe_intermediate_size // self._shapes.tp)
-        shape = ExpertShape(model.hidden_size, width, model.num_experts_per_tok, self._job.dtype)
+        experts, stored = experts_of(model.layers), expert_format(model.layers, self._stored)
+        assert experts is not None
+        assert stored is not None
+        dtype, bits = self._weights(stored)
+        width = max(1, experts.width // self._shapes.tp)
+        hidden, matrices = experts.latent or model.hidden_size, 3 if experts.gated else 2
+        shape = ExpertShape(hidden, width, experts.top_k, dtype, bits, matrices)
         return list(map(float, moe_us(self._acc, shape, *np.array(points).T)))
+
+    def _weights(self, stored: WeightFormat) -> tuple[str, float | None]:
+        """The dtype that products with these weights compute in, and the bits of a weight; None: its own."""
+        if stored.bits >= 8:
+            return {"mxfp8": "fp8"}.get(stored.element, stored.element), None
+        bits = stored.matrix_bytes(4096, 4096) * 8 / 4096**2
+        wide = "fp8" if stored.element == "nvfp4" and self._acc.computes_4_bit else "bfloat16"
+        return wide, bits
 
     def all_reduce_us(self, payloads: Sequence[int]) -> list[float]:
         return list(map(float, all_reduce_us(self._acc, self._shapes.tp, payloads)))
@@ -121,14 +143,22 @@ class RooflineMeter:
     def _times(
         self, catalog: Mapping[str, LayerEntry], layers: Sequence[str], counts: Sequence[int]
     ) -> dict[str, list[float]]:
-        where = f"profiler/models/{self._job.architecture.model_type}.yaml"
         at = np.array(counts, dtype=np.int64)
-        return {
-            name: layer_us(
-                layer_kind(name, catalog[name], where), self._acc, self._shapes, at, self._job.dtype
-            ).tolist()
-            for name in layers
-        }
+        return {name: self._layer_us(name, catalog[name], at).tolist() for name in layers}
+
+    def _layer_us(self, name: str, entry: LayerEntry, at: NDArray[np.int64]) -> NDArray[np.float64]:
+        job, acc, tp = self._job, self._acc, self._shapes.tp
+        told = self._layers.dense.get(name)
+        if told is not None and told.tensors:
+            dtype, bits = self._weights(told.format(self._stored))
+            if job.architecture.blocks:
+                return gemm_us(acc, at.astype(np.float64), *told.gemm(tp), dtype, bits)
+            if bits is not None:
+                return gemm_us(acc, at.astype(np.float64), *self._shapes.gemm(name), dtype, bits)
+        elif told is not None and job.architecture.blocks:
+            return told_layer_us(told, acc, tp, at)
+        where = f"profiler/models/{job.architecture.model_type}.yaml"
+        return layer_us(layer_kind(name, entry, where), acc, self._shapes, at, job.dtype)
 
     def _comm_wanted(self) -> bool:
         """Whether the bundle says what an all-reduce costs; of slow links the cluster file knows more."""
@@ -231,3 +261,18 @@ def layer_us(
     }[kind]
     start = SAMPLER_START_US if kind == "sampler" else None
     return moved_us(acc, wide * elements * ACTIVATION_BYTES, start)
+
+
+_MOVED = {"norm": 4, "rotary": 2, "activation": 3, "plain_activation": 2, "gated_norm": 3}
+"""Kind of a layer that its config tells of -> elements read and written for each of its width."""
+
+
+def told_layer_us(
+    layer: DenseLayer, acc: Accelerator, tp: int, count: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Time of a layer without a product, as a model's config tells of it."""
+    wide = count.astype(np.float64)
+    width = layer.width if layer.kind == "norm" else max(layer.width // tp, 1)
+    if layer.kind == "head_norm":
+        return np.asarray(acc.efficiency.moved_start_us + wide * width * HEAD_NORM_US / acc.units)
+    return moved_us(acc, wide * width * _MOVED[layer.kind] * ACTIVATION_BYTES)

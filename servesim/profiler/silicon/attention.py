@@ -52,6 +52,8 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     kv_dtype: str
+    window: int = 0
+    """Tokens that a row of the tables has to be measured with; 0: the whole context."""
 
     def kv_bytes(self, sequences: float, tokens: float) -> float:
         """KV bytes one layer reads for ``sequences`` of ``tokens`` each."""
@@ -64,7 +66,7 @@ class AttentionShape:
 
     def select_any_heads(self, table: KernelTable) -> KernelTable:
         """The rows of this head size and KV dtype."""
-        return table.where(head_dim=self.head_dim, window_size=0, kv_cache_dtype=self.kv_dtype)
+        return table.where(head_dim=self.head_dim, window_size=self.window, kv_cache_dtype=self.kv_dtype)
 
 
 @dataclass(slots=True)
@@ -149,6 +151,16 @@ class AttentionTimes:
             self.tile_token_us = float(np.median((long_us - tiles * self.tile_start_us) / tokens))
             if short.any():
                 self.tile_start_us = float(np.median(short_us - self.tile_token_us * prompt[short]))
+
+    @property
+    def version(self) -> str:
+        """Of vLLM."""
+        return self.generation.version
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not as measured."""
+        return [self.derived_heads] if self.derived_heads else []
 
     def measured_lengths(self, sequences: int) -> list[int]:
         """KV lengths that were measured with ``sequences`` decodes."""
@@ -322,8 +334,9 @@ def attention_times(gpu: Gpu, shape: AttentionShape) -> AttentionTimes:
     Raises:
         InputError: no measured shapes lead to this one, or the GPU was not measured with such a KV cache.
     """
-    generation = read_table(gpu.folder, "attention", "generation_attention_perf")
-    context = read_table(gpu.folder, "attention", "context_attention_perf")
+    wanted = {"head_dim": shape.head_dim, "kv_cache_dtype": shape.kv_dtype}
+    generation = read_table(gpu.folder, "attention", "generation_attention_perf", like=wanted)
+    context = read_table(gpu.folder, "attention", "context_attention_perf", like=wanted)
     measured_dtypes = generation.values("kv_cache_dtype")
     if shape.kv_dtype not in measured_dtypes:
         raise InputError(

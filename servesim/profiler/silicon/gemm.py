@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.errors import InputError
-from servesim.profiler.silicon.tables import read_table
+from servesim.profiler.silicon.tables import read_table, table_versions
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ WARM_SHOWS = 0.85
 SMALLEST_SHARE, LARGEST_SHARE = 1 / 12, 0.5
 """Weights as shares of L2: those from here to a sixth tell whether a table is warm, those from there to here
 what reading from DRAM takes."""
+SLOW_US = 40.0
+"""A table whose quickest GEMM took longer measured more than kernels."""
+HIDES = 3.0
+"""Times of the quickest product from which a kernel runs longer than what launches it."""
 STREAM_TOKENS = 16
 """Rows up to which a GEMM is bound by reading its weights."""
 STREAM_WIDTH = 1024
@@ -222,6 +227,114 @@ class GemmTimes:
         return LAUNCH_US + total
 
 
+@dataclass(slots=True)
+class NarrowTimes:
+    """Products with 16-bit arithmetic whose weights are stored narrower and widened on the way (int4, MXFP4,
+    and formats that a GPU has no arithmetic for).
+
+    No such kernel is in the tables. A 16-bit product is taken for ``hypot(stream, compute)``: the stream of
+    its weights gets shorter, the rest stays.
+    """
+
+    wide: GemmTimes
+    weight_bits: float
+    """Of one weight, scales included."""
+
+    def time_us(self, tokens: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
+        """As :meth:`GemmTimes.time_us`."""
+        wide_us = self.wide.time_us(tokens, n, k)
+        stream_us = LAUNCH_US + self.wide.weight_stream_us(n, k)
+        narrow_us = stream_us - self.wide.stream_byte_us * n * k * (2.0 - self.weight_bits / 8)
+        compute_us = np.sqrt(np.maximum(wide_us**2 - stream_us**2, 0.0))
+        return np.asarray(np.minimum(np.hypot(narrow_us, compute_us), wide_us))
+
+
+@dataclass(slots=True)
+class LaunchedTimes:
+    """Products of a table that was measured together with the program that launches its kernels.
+
+    All fp8 block-scaled products were: the smallest takes 55 to 150 us, one with a scale per matrix 5. Large
+    ones hide the program and tell how much longer the kernel itself takes (``slower``); the others
+    take so much longer than the product with a scale per matrix, and never longer than the table says.
+    """
+
+    measured: GemmTimes
+    plain: GemmTimes
+    """Of the same bytes, measured as kernels."""
+    slower: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        hidden_us = HIDES * smallest_us(self.measured)
+        ratios = []
+        for size, (edges, us) in self.measured.columns.items():
+            if size in self.plain.columns and (us > hidden_us).any():
+                plain_us = np.interp(edges, *self.plain.columns[size])
+                ratios += (us / plain_us)[us > hidden_us].tolist()
+        self.slower = max(float(np.median(ratios)), 1.0) if ratios else 1.0
+
+    def time_us(self, tokens: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
+        """As :meth:`GemmTimes.time_us`."""
+        kernel_us = self.plain.time_us(tokens, n, k) * self.slower
+        return np.asarray(np.minimum(self.measured.time_us(tokens, n, k), kernel_us))
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Where the products of one weight format come from."""
+
+    times: GemmTimes | NarrowTimes | LaunchedTimes
+    element: str
+    """The format by the tables' name."""
+    note: str = ""
+    """What is not as measured."""
+
+    @property
+    def table(self) -> GemmTimes:
+        """The measured rows behind it."""
+        if isinstance(self.times, LaunchedTimes):
+            return self.times.plain
+        return self.times.wide if isinstance(self.times, NarrowTimes) else self.times
+
+
+STAND_INS = {"fp8_block": ("fp8",), "fp8": ("fp8_block",), "mxfp8": ("fp8_block", "fp8")}
+"""Formats -> those whose products stand in where theirs were not measured."""
+
+
+@lru_cache(maxsize=16)
+def products(gpu: Gpu, element: str, weight_bits: float) -> Products:
+    """Products with weights of a format; ``weight_bits``: of one weight with its scales.
+
+    Raises:
+        InputError: not even 16-bit products were measured on the GPU.
+    """
+    for name in (element, *STAND_INS.get(element, ())):
+        if _has(gpu, name):
+            times = gemm_times(gpu, name)
+            if smallest_us(times) > SLOW_US and (fallback := _kernels_of(gpu, times)) is not None:
+                note = (
+                    f"{name} products were measured with the program that launches them (the smallest "
+                    f"takes {smallest_us(times):.0f} us); small ones are {fallback.slower:.2f} x those with "
+                    "a scale per matrix"
+                )
+                return Products(fallback, element, note)
+            note = "" if name == element else f"{element} products timed as {name}"
+            return Products(times, element, note)
+    narrow = NarrowTimes(gemm_times(gpu, "bfloat16"), weight_bits)
+    note = f"{element} products derived from 16-bit ones and {weight_bits:.3g} bits a weight, not measured"
+    return Products(narrow, element, note)
+
+
+def _kernels_of(gpu: Gpu, times: GemmTimes) -> LaunchedTimes | None:
+    """Times of a table's kernels alone, where it holds more; None: nothing tells them apart."""
+    if times.dtype != "fp8_block" or not _has(gpu, "fp8"):
+        return None
+    return LaunchedTimes(times, gemm_times(gpu, "fp8"))
+
+
+def _has(gpu: Gpu, name: str) -> bool:
+    return bool(table_versions(gpu.folder, "gemm", "gemm_perf", like={"gemm_dtype": name}))
+
+
 def smallest_us(times: GemmTimes) -> float:
     """What the table's quickest GEMM took, in us; a kernel takes a few, the rest is the program's own."""
     return float(times.table.where(gemm_dtype=times.dtype).latency_us.min())
@@ -229,4 +342,4 @@ def smallest_us(times: GemmTimes) -> float:
 
 def gemm_times(gpu: Gpu, dtype: str) -> GemmTimes:
     """Products in ``dtype`` (bfloat16, fp8, fp8_block, nvfp4) on ``gpu``."""
-    return GemmTimes(gpu, dtype, read_table(gpu.folder, "gemm", "gemm_perf"))
+    return GemmTimes(gpu, dtype, read_table(gpu.folder, "gemm", "gemm_perf", like={"gemm_dtype": dtype}))

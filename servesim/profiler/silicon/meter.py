@@ -9,14 +9,25 @@ import numpy as np
 
 from servesim.errors import NotSupportedError
 from servesim.profiler import grids
-from servesim.profiler.shapes import RankShapes, block_windows, rank_shapes
+from servesim.profiler.shapes import RankShapes, rank_shapes
 from servesim.profiler.silicon import comm
 from servesim.profiler.silicon.attention import AttentionShape, AttentionTimes, attention_times
-from servesim.profiler.silicon.gemm import gemm_times
-from servesim.profiler.silicon.moe import moe_times
+from servesim.profiler.silicon.gemm import products
+from servesim.profiler.silicon.modules import module_times
+from servesim.profiler.silicon.moe import ExpertSizes, moe_times
 from servesim.profiler.silicon.provenance import Sources, provenance
 from servesim.profiler.silicon.skew import skew_rows
+from servesim.profiler.silicon.states import state_times
 from servesim.profiler.silicon.tables import silicon_gpu
+from servesim.profiler.silicon.windows import WindowTimes, window_times
+from servesim.specs.block_layers import (
+    attention_groups,
+    block_layers,
+    expert_format,
+    experts_of,
+    is_module,
+)
+from servesim.specs.layers import Attention, Recurrent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,12 +35,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.profiler.bundle_writer import BundleContent, Row
-    from servesim.profiler.grids import Windows
     from servesim.profiler.meter import AttentionBatch, ProfileJob, Provenance
-    from servesim.profiler.silicon.gemm import GemmTimes
+    from servesim.profiler.silicon.decode_grid import AttentionKernels
+    from servesim.profiler.silicon.gemm import GemmTimes, Products
     from servesim.profiler.silicon.tables import Gpu
+    from servesim.specs.block_layers import AttentionGroup, DenseLayer
+    from servesim.specs.formats import WeightFormat
 
-GEMM_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 SAMPLER_START_US = 24.0
 """The sampler is a dozen small kernels (greedy: arg-max over the vocabulary and bookkeeping)."""
 GRID_HISTORY = 8192
@@ -41,19 +53,19 @@ HEAD_NORM_NS = 58.0
 """SM time of normalising one head of one token: such short rows are bound by issue, not by bytes."""
 
 
-def _table_dtype(dtype: str) -> str:
-    """Name in the measured tables; both 16-bit formats run at the same speed."""
-    return "fp8" if dtype == "fp8" else "bfloat16"
+def element_of(stored: WeightFormat, fp8_scaling: str = "tensor") -> str:
+    """A weight format by the tables' name; both 16-bit formats, and what is wider, run as one."""
+    if stored.element == "fp8":
+        in_blocks = stored.group is not None and min(stored.group) > 1
+        return "fp8_block" if in_blocks or fp8_scaling == "block" else "fp8"
+    return "bfloat16" if stored.bits >= 16 else stored.element
 
 
-def _weight_dtype(job: ProfileJob) -> str:
-    """Name in the measured tables of GEMMs with the job's weights."""
-    return "fp8_block" if job.dtype == "fp8" and job.fp8_scaling == "block" else _table_dtype(job.dtype)
-
-
-@lru_cache(maxsize=4)
-def _gemm(gpu: Gpu, dtype: str) -> GemmTimes:
-    return gemm_times(gpu, dtype)
+def bits_of(stored: WeightFormat) -> float:
+    """Bits of a weight, with the scales of its group where it has fewer than eight."""
+    if stored.bits >= 8:
+        return float(stored.bits)
+    return round(stored.matrix_bytes(4096, 4096) * 8 / 4096**2, 3)
 
 
 @lru_cache(maxsize=32)
@@ -62,34 +74,23 @@ def _attention(gpu: Gpu, shape: AttentionShape) -> AttentionTimes:
 
 
 @lru_cache(maxsize=32)
-def _attention_batches(
-    gpu: Gpu, shape: AttentionShape, limits: tuple[int, int, int], windows: Windows
-) -> tuple[AttentionBatch, ...]:
-    times = _attention(gpu, shape)
-    return grids.attention_batches(limits, windows, lambda chunk: times.prefill_us(chunk, GRID_HISTORY))
+def _window(gpu: Gpu, shape: AttentionShape, window: int) -> WindowTimes:
+    return window_times(gpu, shape, window)
 
 
 @lru_cache(maxsize=32)
-def _attention_us(
-    gpu: Gpu, shape: AttentionShape, windows: Windows, batches: tuple[AttentionBatch, ...]
-) -> list[float]:
-    """Attention does not depend on the weights' dtype, so that variants and models share these times.
-
-    They are the average block's: blocks with a window read no more than the window's KV.
-    """
+def _attention_batches(
+    gpu: Gpu, shape: AttentionShape, limits: tuple[int, int, int]
+) -> tuple[AttentionBatch, ...]:
     times = _attention(gpu, shape)
-    if windows == ((None, 1.0),):
-        return [times.mixed_us(*batch.point) for batch in batches]
-    return [_windowed_us(times, windows, batch.point) for batch in batches]
+    return grids.attention_batches(limits, (), lambda chunk: times.prefill_us(chunk, GRID_HISTORY))
 
 
-def _windowed_us(times: AttentionTimes, windows: Windows, point: tuple[int, int, int, int]) -> float:
-    chunk, history, decodes, kv = point
-    total = 0.0
-    for window, share in windows:
-        seen = window or max(history, kv)
-        total += share * times.mixed_us(chunk, min(history, seen), decodes, min(kv, seen))
-    return total
+@lru_cache(maxsize=32)
+def _attention_us(gpu: Gpu, shape: AttentionShape, batches: tuple[AttentionBatch, ...]) -> list[float]:
+    """Attention does not depend on the weights' dtype, so that variants and models share these times."""
+    times = _attention(gpu, shape)
+    return [times.mixed_us(*batch.point) for batch in batches]
 
 
 @lru_cache(maxsize=32)
@@ -116,20 +117,17 @@ def _elementwise_us(
     return moved_us(gpu, wide * per_token, start_us)
 
 
-def _layer_us(
-    layer: str, job: ProfileJob, gpu: Gpu, shapes: RankShapes, count: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    if layer in GEMM_LAYERS:
-        return _gemm(gpu, _weight_dtype(job)).time_us(count, *shapes.gemm(layer))
-    if layer == "lm_head":  # a quantised checkpoint keeps its head in 16 bit
-        return _gemm(gpu, "bfloat16").time_us(count, *shapes.gemm(layer))
-    try:
-        return _elementwise_us(layer, gpu, shapes, count)
-    except KeyError:
-        raise NotSupportedError(
-            f"profiler/models/{job.architecture.model_type}.yaml: the silicon source has no formula for "
-            f"layer {layer!r}"
-        ) from None
+_MOVED = {"norm": 8.0, "rotary": 4.0, "activation": 6.0, "plain_activation": 4.0, "gated_norm": 6.0}
+"""Kind of a layer that its config tells of -> bytes of one element read and written, 16 bit."""
+
+
+def _config_layer_us(layer: DenseLayer, gpu: Gpu, tp: int, count: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A layer without a product, as a model's config tells of it."""
+    wide = count.astype(np.float64)
+    width = layer.width if layer.kind == "norm" else max(layer.width // tp, 1)
+    if layer.kind == "head_norm":
+        return head_norm_us(gpu, wide * width, 2.0)
+    return moved_us(gpu, wide * width * _MOVED[layer.kind], 2.3)
 
 
 class SiliconMeter:
@@ -144,15 +142,37 @@ class SiliconMeter:
         """
         self._job = job
         self._gpu = silicon_gpu(job.hardware)
-        self._windows = tuple(block_windows(job.model))
         self._limits = (job.max_num_batched_tokens, job.max_num_seqs, job.max_kv)
+        self._stored = job.model.stored_as(job.dtype).formats
+        self._layers = block_layers(job.model.layers)
         rows, table = comm.all_reduce_rows(self._gpu) if job.collectives != "none" else ([], None)
         self._all_reduce = {(ranks, payload): time for _, ranks, payload, time in rows}
-        self._sources = Sources(_gemm(self._gpu, _weight_dtype(job)), [], table, [])
+        self._sources = Sources(self._usual_products(), [], table, [], self._product_notes())
 
     @property
     def conditions(self) -> dict[str, Any]:
         return {"source": "silicon"}
+
+    def _usual_products(self) -> GemmTimes:
+        """Rows of the format that most of the weights have; also what is not as measured in the others."""
+        counts: dict[str, int] = {}
+        for layer in self._layers.dense.values():
+            if layer.tensors:
+                of = self._products(layer)
+                counts[of.element] = counts.get(of.element, 0) + sum(t.parameters for t in layer.tensors)
+        known = {self._products(each).element: self._products(each) for each in self._layers.dense.values()
+                 if each.tensors}  # fmt: skip
+        if not counts:
+            return products(self._gpu, "bfloat16", 16.0).table
+        return known[max(sorted(counts), key=lambda name: counts[name])].table
+
+    def _products(self, layer: DenseLayer) -> Products:
+        stored = layer.format(self._stored)
+        return products(self._gpu, element_of(stored, self._job.fp8_scaling), bits_of(stored))
+
+    def _product_notes(self) -> list[str]:
+        told = [self._products(layer).note for layer in self._layers.dense.values() if layer.tensors]
+        return [note for note in dict.fromkeys(told) if note]
 
     def start_rank(self, tp: int) -> None:
         """
@@ -161,34 +181,94 @@ class SiliconMeter:
             were not measured.
         """
         job = self._job
-        self._shapes = shapes = rank_shapes(job.model, tp)
-        self._shape = AttentionShape(
-            shapes.heads, shapes.kv_heads, shapes.head_dim, _table_dtype(job.kv_dtype)
-        )
-        self._sources.attention.append(_attention(self._gpu, self._shape))
-        if job.model.is_moe:
-            load = job.expert_load
-            self._sources.experts.append(moe_times(self._gpu, _weight_dtype(job), job.model, tp, load))
+        self._shapes = rank_shapes(job.model, tp)
+        self._kernels = [(group, self._kernels_of(group)) for group in attention_groups(job.model.layers)]
+        self._sources.attention.append([kernels for _, kernels in self._kernels])
+        if experts := experts_of(job.model.layers):
+            sizes = ExpertSizes(
+                *(experts.latent or job.model.hidden_size, experts.width, experts.count, experts.top_k),
+                matrices=3 if experts.gated else 2,
+            )
+            stored = expert_format(job.model.layers, self._stored)
+            assert stored is not None
+            element = element_of(stored, job.fp8_scaling)
+            times = moe_times(self._gpu, element, bits_of(stored), sizes, tp, job.expert_load)
+            self._sources.experts.append(times)
+
+    def _kernels_of(self, group: AttentionGroup) -> AttentionKernels:
+        """The times of a group of layers on one rank."""
+        job, gpu, tp, a = self._job, self._gpu, self._shapes.tp, group.attention
+        kv_dtype = "fp8" if job.kv_dtype == "fp8" else "bfloat16"
+        if isinstance(a, Recurrent):
+            return state_times(gpu, a, tp, job.model.hidden_size)
+        if is_module(a):
+            matrices = [t for t in group.tensors if t.matrix]
+            stored = self._stored.of(group.prefix + matrices[0].name)
+            bits = bits_of(stored)
+
+            def product_us(rows: int, size: tuple[int, int], element: str) -> float:
+                of = products(gpu, element, 16.0 if element == "bfloat16" else bits).times
+                return float(of.time_us(np.array([rows]), *size)[0])
+
+            element = element_of(stored, job.fp8_scaling)
+            return module_times(gpu, group, tp, job.model.hidden_size, kv_dtype, element, product_us)
+        assert isinstance(a, Attention)
+        shape = AttentionShape(-(-a.heads // tp), max(1, a.kv_heads // tp), a.head_dim, kv_dtype)
+        return _attention(gpu, shape) if a.reach is None else _window(gpu, shape, a.reach)
 
     def grid(self) -> grids.ComputedGrid:
         return grids.ComputedGrid(
             self._job,
-            _attention_batches(self._gpu, self._shape, self._limits, self._windows),
+            self._batches(*self._kernels[0]),
             [payload for ranks, payload in self._all_reduce if ranks == self._shapes.tp],
         )
+
+    def _batches(self, group: AttentionGroup, kernels: AttentionKernels) -> tuple[AttentionBatch, ...]:
+        if isinstance(kernels, AttentionTimes):
+            return _attention_batches(self._gpu, kernels.shape, self._limits)
+        return grids.kind_batches(self._limits, group.attention, kernels.prefill_us)
 
     def kv_capacity_tokens(self) -> int:
         return 1 << 62
 
     def layers_us(self, layers: Sequence[str], tokens: Sequence[int]) -> dict[str, list[float]]:
         at = np.asarray(tokens, dtype=np.int64)
-        return {layer: _layer_us(layer, self._job, self._gpu, self._shapes, at).tolist() for layer in layers}
+        return {layer: self._layer_us(layer, at).tolist() for layer in layers}
 
     def heads_us(self, layers: Sequence[str], sequences: Sequence[int]) -> dict[str, list[float]]:
         return self.layers_us(layers, sequences)
 
+    def _layer_us(self, layer: str, count: NDArray[np.int64]) -> NDArray[np.float64]:
+        gpu, shapes, architecture = self._gpu, self._shapes, self._job.architecture
+        if layer == "lm_head":  # a quantised checkpoint keeps its head in 16 bit
+            return products(gpu, "bfloat16", 16.0).times.time_us(count, *shapes.gemm(layer))
+        told = self._layers.dense.get(layer)
+        if told is not None and told.tensors:
+            size = told.gemm(shapes.tp) if architecture.blocks else shapes.gemm(layer)
+            return self._products(told).times.time_us(count, *size)
+        if told is not None and architecture.blocks:
+            return _config_layer_us(told, gpu, shapes.tp, count)
+        try:
+            return _elementwise_us(layer, gpu, shapes, count)
+        except KeyError:
+            raise NotSupportedError(
+                f"profiler/models/{architecture.model_type}.yaml: the silicon source has no formula for "
+                f"layer {layer!r}"
+            ) from None
+
     def attention_us(self, batches: Sequence[AttentionBatch]) -> list[float]:
-        return _attention_us(self._gpu, self._shape, self._windows, tuple(batches))
+        kernels = self._kernels[0][1]
+        if isinstance(kernels, AttentionTimes):
+            return _attention_us(self._gpu, kernels.shape, tuple(batches))
+        return [kernels.mixed_us(*batch.point) for batch in batches]
+
+    def other_attention(self) -> dict[str, list[Row]]:
+        """Rows of the groups of layers beside the first."""
+        found: dict[str, list[Row]] = {}
+        for group, kernels in self._kernels[1:]:
+            batches = self._batches(group, kernels)
+            found[group.label] = [(*batch.point, kernels.mixed_us(*batch.point)) for batch in batches]
+        return found
 
     def experts_us(self, points: Sequence[tuple[int, int]]) -> list[float]:
         """On one of the ranks without expert parallelism: a slice of each expert."""
@@ -199,7 +279,10 @@ class SiliconMeter:
         return [self._all_reduce[self._shapes.tp, payload] for payload in payloads]
 
     def skew_rows(self) -> list[Row]:
-        return list(_skew_rows(self._gpu, self._shape, self._limits))
+        first = self._kernels[0][1]
+        if not isinstance(first, AttentionTimes):
+            return []
+        return list(_skew_rows(self._gpu, first.shape, self._limits))
 
     def provenance(self, content: BundleContent) -> Provenance:
         return provenance(self._job, self._gpu, content, self._sources)

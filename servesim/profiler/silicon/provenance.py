@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from servesim.profiler.meter import Provenance
-from servesim.profiler.provenance import attention_axes
+from servesim.profiler.provenance import attention_axes, attention_kinds
 from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.silicon import DERIVATION, comm, tables
-from servesim.profiler.silicon.gemm import smallest_us
+from servesim.profiler.silicon.attention import AttentionTimes
+from servesim.profiler.silicon.gemm import SLOW_US, smallest_us
 from servesim.profiler.silicon.skew import BUCKET_AXES, skew_summary
 from servesim.slotted import dataclass
+from servesim.specs.block_layers import attention_groups, block_layers
 
 if TYPE_CHECKING:
     from servesim.profiler.bundle_writer import BundleContent
     from servesim.profiler.meter import ProfileJob
-    from servesim.profiler.silicon.attention import AttentionTimes
+    from servesim.profiler.silicon.decode_grid import AttentionKernels
     from servesim.profiler.silicon.gemm import GemmTimes
     from servesim.profiler.silicon.moe import MoeTimes
     from servesim.profiler.silicon.tables import Gpu, KernelTable
 
-SLOW_US = 40.0
-"""A table whose quickest GEMM took longer measured more than kernels."""
 CHECKED_GPU = "rtx_pro_6000_server"
 """The GPU of which independent layerwise measurements exist: fitted to, and compared with."""
 
@@ -31,19 +32,37 @@ class Sources:
     """The kernel tables a bundle was made from; attention and experts once per tensor-parallel degree."""
 
     gemm: GemmTimes
-    attention: list[AttentionTimes]
+    """Of the format that most weights have."""
+    attention: list[list[AttentionKernels]]
+    """Of every group of layers."""
     comm: KernelTable | None
     experts: list[MoeTimes]
+    product_notes: list[str] = field(default_factory=list)
+    """Which products are not as measured."""
+
+    @property
+    def first(self) -> AttentionKernels:
+        """Of the group whose table is attention.csv."""
+        return self.attention[0][0]
+
+    @property
+    def all_kernels(self) -> list[AttentionKernels]:
+        return [kernels for degree in self.attention for kernels in degree]
 
 
 def _interpolated(job: ProfileJob, gemm: GemmTimes) -> list[str]:
     """GEMMs that were not measured in their own size."""
     found = []
+    told = block_layers(job.model.layers).dense
     for tp in job.tp_degrees:
         for layer in job.architecture.catalog.dense:
-            if layer.endswith("_proj"):
+            if job.architecture.blocks and layer in told and told[layer].tensors:
+                n, k = told[layer].gemm(tp)
+            elif layer.endswith("_proj"):
                 n, k = rank_shapes(job.model, tp).gemm(layer)
-                found += [] if gemm.measured(n, k) else [f"tp{tp} {layer} {n}x{k}"]
+            else:
+                continue
+            found += [] if gemm.measured(n, k) else [f"tp{tp} {layer} {n}x{k}"]
     return found
 
 
@@ -51,9 +70,12 @@ def _kernels(sources: Sources) -> dict[str, Any]:
     gemm = sources.gemm.table.where(gemm_dtype=sources.gemm.dtype)
     found: dict[str, Any] = {
         "gemm": gemm.values("kernel_source"),
-        "decode": sources.attention[0].decode_kernels,
-        "prefill": sources.attention[0].prefill_kernels,
+        "decode": sources.first.decode_kernels,
+        "prefill": sources.first.prefill_kernels,
     }
+    for kernels in sources.attention[0][1:]:
+        found["decode"] = [*dict.fromkeys((*found["decode"], *kernels.decode_kernels))]
+        found["prefill"] = [*dict.fromkeys((*found["prefill"], *kernels.prefill_kernels))]
     if sources.experts:
         found["moe"] = sources.experts[0].kernels
     if sources.comm is not None:
@@ -63,8 +85,15 @@ def _kernels(sources: Sources) -> dict[str, Any]:
 
 def _history_claim(gpu: Gpu, sources: Sources) -> tuple[str, str]:
     """How far to trust prefill with history, in a few words and in full."""
-    errors = ", ".join(f"{times.history_error():+.0%}".replace("%", " %") for times in sources.attention)
-    if sources.attention[0].single_launch:
+    first = sources.first
+    if not isinstance(first, AttentionTimes):
+        return "derived", "derived from how the longest prompts grow"
+    errors = ", ".join(
+        f"{degree[0].history_error():+.0%}".replace("%", " %")
+        for degree in sources.attention
+        if isinstance(degree[0], AttentionTimes)
+    )
+    if first.single_launch:
         how = "derived from the slope of long prompts, tile by tile"
         if gpu.folder == CHECKED_GPU:
             return "derived, checked on this GPU", f"{how}; checked against layerwise measurements"
@@ -74,8 +103,10 @@ def _history_claim(gpu: Gpu, sources: Sources) -> tuple[str, str]:
     return "derived, checked against whole prompts", full
 
 
-def _mixed_claim(gpu: Gpu, times: AttentionTimes) -> tuple[str, str]:
+def _mixed_claim(gpu: Gpu, times: AttentionKernels) -> tuple[str, str]:
     """How far to trust chunks beside decodes, in a few words and in full."""
+    if not isinstance(times, AttentionTimes):
+        return "the sum of both launches", "derived: prefill and decodes have launches of their own"
     if times.single_launch:
         how = "derived: one launch, thread blocks list-scheduled on the SMs"
         if gpu.folder == CHECKED_GPU:
@@ -94,22 +125,27 @@ def _mixed_claim(gpu: Gpu, times: AttentionTimes) -> tuple[str, str]:
 
 def _table_claims(job: ProfileJob, gpu: Gpu, sources: Sources, content: BundleContent) -> dict[str, str]:
     names = {name for _, name in content.tables}
-    model = job.model
     claims = {
         "dense": f"matrix products measured ({_slow_gemms(sources) or 'cold weights'}), "
         "elementwise layers derived from bytes moved",
         "per_sequence": "lm_head measured, sampler derived",
         "attention decodes": "measured, corrected for what the measurement's replays still found in L2 "
-        f"(fitted on {CHECKED_GPU})",
+        f"(fitted on {CHECKED_GPU})"
+        if isinstance(sources.first, AttentionTimes)
+        else "measured as a module with its matrix products, or as kernels of a state",
         "attention prefill": f"measured without history; history {_history_claim(gpu, sources)[1]}",
-        "attention mixed": _mixed_claim(gpu, sources.attention[0])[1],
+        "attention mixed": _mixed_claim(gpu, sources.first)[1],
     }
+    if sources.product_notes:
+        claims["products"] = f"derived: {'; '.join(sources.product_notes)}"
     if heads := _derived_heads(sources):
         claims["attention heads"] = f"derived: {'; '.join(heads)}"
-    if model.num_sliding_layers:
-        claims["attention sliding"] = (
-            f"derived: {model.num_sliding_layers} of {model.num_hidden_layers} blocks read no more than "
-            f"{model.sliding_window} tokens; the table holds the average block"
+    groups = attention_groups(job.model.layers)
+    for group, kernels in zip(groups[1:], sources.attention[0][1:], strict=True):
+        told = "; ".join(kernels.notes)
+        how = f"derived: {told}" if told else f"measured with vLLM {kernels.version}"
+        claims[group.label.replace("_", " ")] = (
+            f"{len(group.blocks)} of {len(job.model.layers.layers)} blocks, {how}"
         )
     if "moe.csv" in names:
         notes = list(dict.fromkeys(note for times in sources.experts for note in times.notes))
@@ -131,8 +167,9 @@ def _table_claims(job: ProfileJob, gpu: Gpu, sources: Sources, content: BundleCo
         if "skew_fit.csv" in names
         else "none: the decode kernel cuts the KV of all sequences in equal pieces"
     )
-    prompt = min(times.longest_prompt for times in sources.attention)
-    longest = {times.longest_decode for times in sources.attention}
+    prompt = min(times.longest_prompt for times in sources.all_kernels)
+    longest = {times.longest_decode for times in sources.all_kernels if times.longest_decode < 1 << 30}
+    longest = longest or {1 << 30}
     if job.max_kv > min(prompt, *longest):
         claims["beyond the measurements"] = (
             f"prompts over {prompt} tokens and decodes over more than "
@@ -143,7 +180,7 @@ def _table_claims(job: ProfileJob, gpu: Gpu, sources: Sources, content: BundleCo
 
 
 def _derived_heads(sources: Sources) -> list[str]:
-    return [times.derived_heads for times in sources.attention if times.derived_heads]
+    return [note for degree in sources.attention for note in degree[0].notes]
 
 
 def _slow_gemms(sources: Sources) -> str:
@@ -158,17 +195,22 @@ def _slow_gemms(sources: Sources) -> str:
 
 def _confidence(job: ProfileJob, gpu: Gpu, sources: Sources) -> str:
     """One line for a run's banner."""
-    if _slow_gemms(sources):
-        return f"products read slow, {_of_attention(job, gpu, sources)}"
-    return _of_attention(job, gpu, sources)
+    told = "products read slow, " if _slow_gemms(sources) else ""
+    if sources.product_notes:
+        told += "products partly derived, "
+    if any(note.startswith("derived") for times in sources.experts for note in times.notes):
+        told += "experts derived, "
+    return told + _of_attention(job, gpu, sources)
 
 
 def _of_attention(job: ProfileJob, gpu: Gpu, sources: Sources) -> str:
     decode = "derived from other head counts" if _derived_heads(sources) else "measured"
-    longest = min(times.longest_decode for times in sources.attention)
+    if not isinstance(sources.first, AttentionTimes) and _derived_heads(sources):
+        decode = "derived"
+    longest = min(times.longest_decode for times in sources.all_kernels)
     if job.max_kv > longest:
         decode += f" up to {longest:,} tokens"
-    history, mixed = _history_claim(gpu, sources)[0], _mixed_claim(gpu, sources.attention[0])[0]
+    history, mixed = _history_claim(gpu, sources)[0], _mixed_claim(gpu, sources.first)[0]
     if history == mixed:
         return f"decode {decode}, history and mixed steps {mixed}"
     return f"decode {decode}, history {history}, mixed steps {mixed}"
@@ -207,8 +249,11 @@ def _measured_up_to(content: BundleContent, sources: Sources) -> dict[str, Any]:
     degrees = sorted({tp for tp, _ in content.tables})
     reach: dict[str, Any] = {
         "tokens": int(sources.gemm.table.integers("m").max()),
-        "prompt_tokens": min(times.longest_prompt for times in sources.attention),
-        "decode_kv": {tp: times.longest_decode for tp, times in zip(degrees, sources.attention, strict=True)},
+        "prompt_tokens": min(times.longest_prompt for times in sources.all_kernels),
+        "decode_kv": {
+            tp: min(times.longest_decode for times in kernels)
+            for tp, kernels in zip(degrees, sources.attention, strict=True)
+        },
     }
     if sources.experts:
         reach["expert_tokens"] = min(times.most_tokens for times in sources.experts)
@@ -225,6 +270,24 @@ def _collectives(gpu: Gpu, content: BundleContent) -> dict[str, Any]:
     return {"collectives": {"link": comm.link_of(gpu)}}
 
 
+def _version(sources: Sources) -> str:
+    """Of vLLM, that attention was measured with."""
+    return next((kernels.version for kernels in sources.attention[0] if kernels.version), "")
+
+
+def _versions(sources: Sources) -> dict[str, list[str]]:
+    """Version of vLLM -> the tables that were measured with it."""
+    found: dict[str, list[str]] = {}
+    named = [("products", sources.gemm.table.version)]
+    named += [("attention", kernels.version) for kernels in sources.attention[0] if kernels.version]
+    named += [("experts", times.table.version) for times in sources.experts[:1]]
+    named += [("all_reduce", sources.comm.version)] if sources.comm is not None else []
+    for name, version in named:
+        if name not in found.setdefault(version, []):
+            found[version].append(name)
+    return found
+
+
 def provenance(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sources) -> Provenance:
     """No time of making is in it, so that the same inputs give the same file."""
     choices = _choices(job, sources)
@@ -232,21 +295,23 @@ def provenance(job: ProfileJob, gpu: Gpu, content: BundleContent, sources: Sourc
     origin = {
         "derivation": DERIVATION,
         "confidence": _confidence(job, gpu, sources),
-        "data_package": tables.PACKAGE,
+        "data_package": tables.package_name(),
         "data_version": version,
         "data_licence": tables.LICENCE,
         "data_gpu": gpu.folder,
-        "vllm_version": sources.attention[0].generation.version,
+        "vllm_version": _version(sources),
         "gpu": job.hardware.gpu or gpu.folder,
     }
     claims = {
         "kernels": _kernels(sources),
+        "kernels_of_vllm": _versions(sources),
         **choices,
         "tables": _table_claims(job, gpu, sources, content),
         "products_interpolated": _interpolated(job, sources.gemm),
         "attention_grid": attention_axes(job, content),
         **_measured_up_to(content, sources),
         **_collectives(gpu, content),
+        **attention_kinds(job.model.layers),
         "skew_fit": _skew(content),
     }
     derivation = {"revision": DERIVATION, "data_version": version, **choices}

@@ -22,11 +22,16 @@ from servesim.profiler.silicon import tables
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from servesim.specs.hardware import HardwareSpec
 
+PACKAGES = {"aisimulate": "aisimulate_core", "aiconfigurator-core": "aiconfigurator_core"}
+"""Distribution -> package that carries tables of this layout, the one with newer tables first."""
 PACKAGE = "aiconfigurator-core"
+"""What the extra installs."""
 LICENCE = "Apache-2.0"
 INSTALL_HINT = "install it with: pip install 'servesim[silicon]'"
 
@@ -86,21 +91,49 @@ class KernelTable:
         return sorted({str(value) for value in self.columns.get(name, ())})
 
 
+def installed() -> bool:
+    """Whether there is a package with tables, and what reads them."""
+    found = any(importlib.util.find_spec(module) is not None for module in PACKAGES.values())
+    return found and importlib.util.find_spec("pyarrow") is not None
+
+
+def package_name() -> str:
+    """The distribution that tables are read from: of those installed the one with newer tables.
+
+    Raises:
+        InputError: there is none; the message says how to get one.
+    """
+    for name, module in PACKAGES.items():
+        if importlib.util.find_spec(module) is not None:
+            return name
+    raise InputError(f"the silicon source needs the package {PACKAGE}; {INSTALL_HINT}")
+
+
 def package_version() -> str:
-    """Version of the installed data package, or an InputError that says how to get it."""
+    """Version of the installed data package.
+
+    Raises:
+        InputError: there is none.
+    """
+    name = package_name()
     try:
-        return importlib.metadata.version(PACKAGE)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        raise InputError(f"the silicon source needs the package {PACKAGE}; {INSTALL_HINT}") from None
+        raise InputError(f"the package {name} states no version; {INSTALL_HINT}") from None
 
 
 def data_root() -> Path:
-    """Folder ``systems`` of the installed data package."""
-    package_version()
-    spec = importlib.util.find_spec("aiconfigurator_core")
-    if spec is None or spec.origin is None:
+    """Folder ``systems`` of the data package; nothing of the package is imported, so that what it requires
+    need not be there.
+
+    Raises:
+        InputError: there is none.
+    """
+    spec = importlib.util.find_spec(PACKAGES[package_name()])
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not places:
         raise InputError(f"the silicon source needs the package {PACKAGE}; {INSTALL_HINT}")
-    return Path(spec.origin).parent / "systems"
+    return Path(places[0]) / "systems"
 
 
 def _version_key(version: str) -> tuple[tuple[int, str], ...]:
@@ -113,33 +146,66 @@ def available_gpus() -> list[str]:
     return sorted(path.parent.parent.name for path in data_root().glob("data/*/attention/vllm"))
 
 
-def table_versions(gpu: str, family: str, table: str, framework: str = "vllm") -> list[str]:
-    """Versions of the framework for which ``table`` was measured on ``gpu``, oldest first."""
+def table_versions(
+    gpu: str, family: str, table: str, framework: str = "vllm", like: Mapping[str, object] | None = None
+) -> list[str]:
+    """Versions of the framework for which ``table`` was measured on ``gpu``, oldest first.
+
+    ``like``: column -> value of rows that have to be in it.
+    """
     folder = data_root() / "data" / gpu / family / framework
-    found = [path.parent.name for path in folder.glob(f"*/{table}.parquet")]
-    return sorted(found, key=_version_key)
+    found = sorted((path.parent.name for path in folder.glob(f"*/{table}.parquet")), key=_version_key)
+    if not like:
+        return found
+    return [name for name in found if len(_read(gpu, family, table, framework, name).where(**like))]
+
+
+def read_table(
+    gpu: str, family: str, table: str, framework: str = "vllm", like: Mapping[str, object] | None = None
+) -> KernelTable:
+    """The newest measured ``table`` of ``family`` on ``gpu`` that has rows ``like`` these; of all the newest
+    where none has.
+
+    Raises:
+        MissingFileError: there is none.
+    """
+    versions = table_versions(gpu, family, table, framework)
+    for version in reversed(versions):
+        found = _read(gpu, family, table, framework, version)
+        if not like or len(found.where(**like)):
+            return found
+    if versions:
+        return _read(gpu, family, table, framework, versions[-1])
+    package, installed = package_name(), package_version()
+    raise MissingFileError(
+        f"{package} {installed} has no {framework} table {table} for GPU {gpu!r}; "
+        f"GPUs with vLLM data: {', '.join(available_gpus())}"
+    )
 
 
 @lru_cache(maxsize=64)
-def read_table(gpu: str, family: str, table: str, framework: str = "vllm") -> KernelTable:
-    """The newest measured ``table`` of ``family`` on ``gpu``; MissingFileError when there is none."""
-    versions = table_versions(gpu, family, table, framework)
-    if not versions:
-        raise MissingFileError(
-            f"{PACKAGE} {package_version()} has no {framework} table {table} for GPU {gpu!r}; "
-            f"GPUs with vLLM data: {', '.join(available_gpus())}"
-        )
+def _read(gpu: str, family: str, table: str, framework: str, version: str) -> KernelTable:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
         raise InputError(f"reading the kernel tables needs pyarrow; {INSTALL_HINT}") from None
-    path = data_root() / "data" / gpu / family / framework / versions[-1] / f"{table}.parquet"
-    data = parquet.read_table(path)
-    columns = {name: np.asarray(data.column(name).to_pylist()) for name in data.column_names}
+    path = data_root() / "data" / gpu / family / framework / version / f"{table}.parquet"
+    data = parquet.ParquetFile(path).read()  # read_table would import pandas
+    columns = {name: _column(data.column(name)) for name in data.column_names}
     latency = columns.pop("latency", None)
     if latency is None:
-        raise InputError(f"{path.name} of {PACKAGE} {package_version()} has no column 'latency'")
-    return KernelTable(table, versions[-1], latency.astype(np.float64) * 1e3, columns)
+        raise InputError(f"{path.name} of {package_name()} {package_version()} has no column 'latency'")
+    return KernelTable(table, version, latency.astype(np.float64) * 1e3, columns)
+
+
+def _column(values: Any) -> NDArray[Any]:
+    """A column as an array; texts by way of their dictionary, since few of them differ."""
+    if str(values.type) != "string":
+        return np.asarray(values.to_numpy())
+    coded = values.combine_chunks().dictionary_encode()
+    words = np.asarray(coded.dictionary.to_pylist())
+    found: NDArray[Any] = words[coded.indices.to_numpy()]
+    return found
 
 
 FAST_LINK_BYTES_S = 200e9
@@ -176,7 +242,7 @@ def _description(gpu: str) -> dict[str, Any]:
     path = data_root() / f"{gpu}.yaml"
     if not path.exists():
         raise MissingFileError(
-            f"{PACKAGE} {package_version()} does not describe a GPU {gpu!r}; "
+            f"{package_name()} {package_version()} does not describe a GPU {gpu!r}; "
             f"GPUs with vLLM data: {', '.join(available_gpus())}"
         )
     described: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -117,6 +117,10 @@ class TorchMeter:
     def all_reduce_us(self, payloads: Sequence[int]) -> list[float]:
         raise NotImplementedError("collectives are not measured so far; the grid asks for none")
 
+    def other_attention(self) -> dict[str, list[Row]]:
+        """None: the average block is measured."""
+        return {}
+
     def skew_rows(self) -> list[Row]:
         """None: they are fitted to skew.csv."""
         return []
