@@ -22,7 +22,7 @@ SHIPPED = [
     ("A100", LLAMA, "1,2", (("bfloat16", "auto"),)),  # nothing else was measured there
     *((hardware, LARGE, "2,4,8", ALL) for hardware in ("H100", "H200")),
     *(("H100", model, "1,2", ALL[:2]) for model in ("Qwen/Qwen3-32B", "Qwen/Qwen3-30B-A3B")),
-    *((hardware, "openai/gpt-oss-20b", "1", ALL[:2]) for hardware in ("H100", "H200", "B200")),
+    *((hardware, "openai/gpt-oss-20b", "1,2", ALL[:2]) for hardware in ("H100", "H200", "B200")),
     *((hardware, "openai/gpt-oss-120b", "1,2", ALL[:2]) for hardware in ("H100", "H200", "B200")),
 ]
 LIMITS = ["--max-num-batched-tokens", "8192", "--max-num-seqs", "1024", "--max-kv", "131072", "--force"]

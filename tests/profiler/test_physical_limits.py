@@ -16,6 +16,7 @@ import pytest
 
 from servesim.cost.bundle_csv import read_labelled, read_numbers
 from servesim.profiler.shapes import RankShapes, rank_shapes
+from servesim.specs.block_layers import expert_format
 from servesim.specs.hardware import HardwareSpec, load_hardware
 from servesim.specs.model import ModelSpec, load_model
 from servesim.specs.reading import read_yaml_object
@@ -44,6 +45,10 @@ class Rank:
     shapes: RankShapes
     weight_bytes: int
     kv_bytes: int
+    attention: Path
+    """Its attention.csv, which another variant may have."""
+    expert_bytes: float
+    """Of one weight of an expert, scales left out."""
 
     @property
     def dram_us(self) -> float:
@@ -61,8 +66,20 @@ def _ranks(bundle: Path) -> list[Rank]:
     hardware, model = load_hardware(meta["hardware"]), load_model(meta["model"])
     weights = 1 if bundle.name.startswith("fp8") else 2
     kv = 1 if bundle.name.endswith("kvfp8") else 2
+    stored = expert_format(model.layers, model.stored_as("fp8" if weights == 1 else "bfloat16").formats)
+    experts = stored.bits / 8 if stored is not None else weights
+    same = meta.get("same_as", {})
     return [
-        Rank(bundle / f"tp{tp}", hardware, model, rank_shapes(model, tp), weights, kv)
+        Rank(
+            bundle / f"tp{tp}",
+            hardware,
+            model,
+            rank_shapes(model, tp),
+            weights,
+            kv,
+            bundle.parent / same.get(f"tp{tp}/attention.csv", bundle.name) / f"tp{tp}/attention.csv",
+            experts,
+        )
         for tp in meta["tp_degrees"]
     ]
 
@@ -101,14 +118,19 @@ def _layers_least(rank: Rank, table: str, axis: str) -> tuple[Floats, Floats]:
     return rows[:, 1], least
 
 
-def _attention_least(rank: Rank) -> tuple[Floats, Floats]:
+def _attention_least(rank: Rank, path: Path, window: int = 1 << 30) -> tuple[Floats, Floats]:
+    """Least times of an attention table; a window bounds what a token attends to and what a decode reads."""
     columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
-    chunk, history, decodes, kv, time = read_numbers(rank.folder / "attention.csv", columns).T
+    chunk, history, decodes, kv, time = read_numbers(path, columns).T
     shapes = rank.shapes
-    pairs = chunk * history + chunk * (chunk + 1) / 2 + decodes * (kv + 1)
+    growing = np.clip(window - history, 0, chunk)
+    pairs = growing * history + growing * (growing + 1) / 2 + (chunk - growing) * window
+    seen = np.minimum(kv + 1, window)
+    pairs = pairs + decodes * seen
     read = (
-        2 * shapes.kv_heads * shapes.head_dim * rank.kv_bytes * ((chunk > 0) * history + decodes * (kv + 1))
-    )
+        2 * shapes.kv_heads * shapes.head_dim * rank.kv_bytes
+        * ((chunk > 0) * np.minimum(history, window) + decodes * seen)
+    )  # fmt: skip
     computed = 4 * shapes.heads * shapes.head_dim * pairs * rank.flop_us(rank.kv_bytes)
     return time, np.maximum(computed, read * rank.dram_us)
 
@@ -119,8 +141,9 @@ def _moe_least(rank: Rank) -> tuple[Floats, Floats]:
     ).T
     model = rank.model
     expert = 3 * model.hidden_size * model.moe_intermediate_size / rank.shapes.tp
-    computed = 2 * expert * tokens * model.num_experts_per_tok * rank.flop_us(rank.weight_bytes)
-    return time, np.maximum(computed, activated * expert * rank.weight_bytes * rank.dram_us)
+    arithmetic = rank.weight_bytes if rank.expert_bytes >= 1 else 2  # narrow weights are widened
+    computed = 2 * expert * tokens * model.num_experts_per_tok * rank.flop_us(arithmetic)
+    return time, np.maximum(computed, activated * expert * rank.expert_bytes * rank.dram_us)
 
 
 def _no_faster(path: Path, time: Floats, least: Floats) -> None:
@@ -138,7 +161,11 @@ def test_no_kernel_beats_the_peak_or_the_memory(bundle: Path) -> None:
     for rank in _ranks(bundle):
         _no_faster(rank.folder / "dense.csv", *_layers_least(rank, "dense.csv", "tokens"))
         _no_faster(rank.folder / "per_sequence.csv", *_layers_least(rank, "per_sequence.csv", "sequences"))
-        _no_faster(rank.folder / "attention.csv", *_attention_least(rank))
+        _no_faster(rank.attention, *_attention_least(rank, rank.attention))
+        window = rank.folder / "attention_sliding.csv"
+        if window.is_file():
+            assert rank.model.sliding_window is not None
+            _no_faster(window, *_attention_least(rank, window, rank.model.sliding_window))
         if (rank.folder / "moe.csv").is_file():
             _no_faster(rank.folder / "moe.csv", *_moe_least(rank))
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from servesim.profiler.job import ProfileJob
 
 from servesim.cost.bundle import load_bundle
 from servesim.errors import InputError
 from servesim.profiler.bundle_writer import share_tables, write_bundle
+from servesim.profiler.meter import ProfileJob
 from servesim.profiler.silicon.decode_grid import DecodeGrid, Prompts
 from servesim.profiler.silicon.windows import pairs
 from servesim.profiler.sources import compute, silicon_installed
@@ -199,7 +199,7 @@ def test_every_weight_of_a_block_is_read_once(name: str) -> None:
 
 
 def test_a_bundle_of_two_kinds_adds_up_by_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from servesim.cost.stage import Stage
+    from servesim.cost.terms import Stage
 
     monkeypatch.chdir(tmp_path)
     model = sliding_half(load_model("meta-llama/Llama-3.1-8B"), 256)

@@ -152,10 +152,10 @@ def computed_times(bandwidth_bytes_s: float, flop_us: float, a: Recurrent, tp: i
     tokens = 2.0 ** np.arange(0, 17)
     moved = tokens * 6.0 * a.channels / tp * byte_us  # read and written once by each of the two kernels
     computed = tokens * scan_flops(a, tp) * flop_us / SCAN_SHARE
-    prompts = np.asarray(2 * START_US + np.maximum(moved, computed), dtype=np.float64)
+    prompts = 2 * START_US + np.maximum(moved, computed)
     return StateTimes(
         DecodeGrid(sizes, np.array([1]), decodes[:, None], flat=True),
-        Prompts(tokens, prompts),
+        Prompts(tokens.astype(np.float64), np.asarray(prompts, dtype=np.float64)),
         "",
         ["computed"],
         ["computed"],
