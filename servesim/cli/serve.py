@@ -92,6 +92,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="answers in the making at once; more are refused with status 503 (default: 4096)",
     )
+    add(
+        "--kv-events",
+        metavar="ADDRESS",
+        help="publish over ZeroMQ what the prefix cache stores and removes, such as tcp://127.0.0.1:5557; "
+        "instance i takes port + i (default: do not)",
+    )
+    add("--kv-events-replay", metavar="ADDRESS", help="where subscribers ask for what they have missed")
     excluded = (*LOADING, *NOISE, *_NOT_SERVED, *output_fields(), "itl", "log_interval", "run_id")
     add_arguments(parser, exclude=excluded)
 
@@ -173,6 +180,8 @@ def check(args: argparse.Namespace) -> None:
     ):
         if not least <= value <= most:
             raise InputError(f"{flag}: {value} is not allowed; must be {least} to {most}")
+    if args.kv_events_replay and not args.kv_events:
+        raise InputError("--kv-events-replay: has no effect without --kv-events")
     if args.api_key is not None and not args.api_key:
         raise InputError("--api-key: is empty; leave it out for a server that asks for none")
 
@@ -189,6 +198,10 @@ def build_app(args: argparse.Namespace, options: RuntimeOptions) -> tuple[Starle
     cluster = read_cluster(options)
     pace = VirtualPace(args.virtual_time) if args.virtual_time else WallPace(args.speed or 1.0)
     engine = LiveEngine(cluster, options, pace)
+    if args.kv_events:
+        from servesim.server.kv_events import KvEvents
+
+        engine.publish(KvEvents(engine, args.kv_events, args.kv_events_replay))
     names = {spec.model_name for _, spec in cluster.instances}
     if len(names) > 1:
         raise InputError(

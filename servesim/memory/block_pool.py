@@ -13,7 +13,7 @@ three parts: what is listed before those blocks, the blocks from ``_fresh`` on, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 _COMPACT_AT = 1 << 16
 _LISTED_AT_ONCE = 256
 """Blocks that are listed when the listed ones run out."""
+
+
+class PoolWatcher(Protocol):
+    """Who wants to know what the prefix cache holds."""
+
+    def stored(self, content: int) -> None: ...
+
+    def removed(self, content: int) -> None: ...
 
 
 class BlockPool:
@@ -38,6 +46,7 @@ class BlockPool:
         "_refs",
         "_returned",
         "_stale",
+        "_watcher",
         "num_free",
         "usable",
     )
@@ -62,6 +71,11 @@ class BlockPool:
         """Owners of a hashed block; 0 while it is free."""
         self._index: dict[int, dict[int, None]] = {}
         """Content hash → the blocks that hold it, oldest first."""
+        self._watcher: PoolWatcher | None = None
+
+    def watch(self, watcher: PoolWatcher) -> None:
+        """Tell somebody which contents blocks get and lose."""
+        self._watcher = watcher
 
     @property
     def num_used(self) -> int:
@@ -143,6 +157,8 @@ class BlockPool:
         del holders[block]
         if not holders:
             del self._index[content]
+        if self._watcher:
+            self._watcher.removed(content)
 
     def free(self, blocks: Sequence[int], num_hashed: int, num_full: int) -> None:
         """Give back a request's blocks, last block first, so that the end of a prefix is evicted before its
@@ -201,6 +217,8 @@ class BlockPool:
         self._hash_of[block] = content
         self._refs[block] = 1
         self._index.setdefault(content, {})[block] = None
+        if self._watcher:
+            self._watcher.stored(content)
 
     def lookup(self, content: int) -> int | None:
         """The oldest block that holds ``content``, free or in use."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from servesim.engine.request_state import RequestState
     from servesim.engine.step_loop import LoopPlan
     from servesim.memory.kv_cache import AnyKvCache
+    from servesim.server.kv_events import KvEvents
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
 
@@ -117,6 +118,8 @@ class LiveTables(BlockTables):
         """
         self._most = most
         self._known: OrderedDict[tuple[int, bytes], int] = OrderedDict()
+        self._contents: dict[int, tuple[int, bytes]] = {}
+        """The other way round."""
         self._numbers = count(1)
         self._own = _OWN_BLOCKS
         self._salts: dict[int, str] = {}
@@ -129,6 +132,11 @@ class LiveTables(BlockTables):
     def forget_all(self) -> None:
         """Know no block any more: what comes now hits nothing that was before."""
         self._known.clear()
+        self._contents.clear()
+
+    def content(self, number: int) -> tuple[int, bytes] | None:
+        """(number of the block before, token ids as 64-bit bytes) of a block; None if it is not known."""
+        return self._contents.get(number)
 
     def salt(self, request: Request, salt: str) -> None:
         """Keep a request's blocks apart from those of other salts (``cache_salt``, LoRA adapters)."""
@@ -171,8 +179,9 @@ class LiveTables(BlockTables):
             self._known.move_to_end(key)
             return found
         while len(self._known) >= self._most:
-            self._known.popitem(last=False)
+            del self._contents[self._known.popitem(last=False)[1]]
         self._known[key] = number = next(self._numbers)
+        self._contents[number] = key
         return number
 
 
@@ -373,7 +382,7 @@ class LiveEngine:
         )
         plans = [builder.plan(group) for group in builder.lockstep_groups()]
         self.warnings = list(builder.warnings)
-        self._tables = tables
+        self.tables = tables
         self._clock = builder.clock
         self._pipeline_tracks = builder.pipeline_tracks
         self._simulation = _LiveSimulation(
@@ -387,6 +396,7 @@ class LiveEngine:
         self.late_ns = array("q")
         """How long after their time the latest tokens went out, in wall-clock ns."""
         self._audience: Audience | None = None
+        self._events: KvEvents | None = None
         self._streams: dict[int, Stream] = {}
         """Index of a request → its stream."""
         self._pending: list[Stream] = []
@@ -395,6 +405,10 @@ class LiveEngine:
     def watch(self, audience: Audience) -> None:
         """Let somebody count what happens."""
         self._audience = audience
+
+    def publish(self, events: KvEvents) -> None:
+        """Let somebody publish what the prefix caches hold."""
+        self._events = events
 
     # ------------------------------------------------------------------ for the server
 
@@ -439,23 +453,32 @@ class LiveEngine:
                     self._streams[stream.request.index] = Stream(stream.request, finish_reason="abort")
                 else:
                     del self._streams[stream.request.index]
-                    self._tables.forget(stream.request)
+                    self.tables.forget(stream.request)
             self._finish(stream, "abort")
 
     def reset_prefix_cache(self) -> bool:
         """Forget what the prefix caches hold; False if requests run, as in vLLM."""
         if self._streams:
             return False
-        self._tables.forget_all()
+        self.tables.forget_all()
+        if self._events:
+            self._events.cleared(self.pace.now_ns())
         return True
 
     async def run(self) -> None:
         """Follow the pace for ever."""
         due_ns = NEVER
-        while True:
-            await self.pace.wait(due_ns, self.woken)
-            self.woken.clear()
-            due_ns = self.advance(self.pace.now_ns())
+        answering = asyncio.ensure_future(self._events.answer()) if self._events else None
+        try:
+            while True:
+                await self.pace.wait(due_ns, self.woken)
+                self.woken.clear()
+                due_ns = self.advance(self.pace.now_ns())
+        finally:
+            if answering:
+                answering.cancel()
+            if self._events:
+                self._events.close()
 
     def advance(self, now_ns: int) -> int:
         """Run up to ``now_ns``; returns when something happens next, :data:`NEVER` if nothing will."""
@@ -471,12 +494,14 @@ class LiveEngine:
             clock.run_until(arrival_ns - 1)
             self._streams[stream.request.index] = stream
             if stream.salt:
-                self._tables.salt(stream.request, stream.salt)
+                self.tables.salt(stream.request, stream.salt)
             self._simulation.take(stream.request, arrival_ns)
         due_ns = clock.run_until(now_ns)
         for stream in list(self._streams.values()):
             if stream.state is not None and not stream.done:
                 self._hand_out(stream, stream.state, now_ns)
+        if self._events:
+            self._events.flush(now_ns)
         return due_ns
 
     # ------------------------------------------------------------------ from the simulation
@@ -491,7 +516,7 @@ class LiveEngine:
 
     def _ended(self, state: RequestState) -> None:
         stream = self._streams.pop(state.request.index)
-        self._tables.forget(state.request)
+        self.tables.forget(state.request)
         if stream.done:
             return
         self._hand_out(stream, state, state.record.end_ns)
@@ -499,7 +524,7 @@ class LiveEngine:
 
     def _refused(self, index: int, reason: str) -> None:
         stream = self._streams.pop(index)
-        self._tables.forget(stream.request)
+        self.tables.forget(stream.request)
         stream.refused = reason
         if self._audience:
             self._audience.refused(stream)
