@@ -35,6 +35,8 @@ WRITERS = {
     "steps": "servesim.results.steps:write_steps",
     "timeline": "servesim.results.timeline:write_timeline",
     "summary": "servesim.results.summary:write_summary",
+    "save_result": "servesim.results.client_files:write_vllm_result",
+    "aiperf": "servesim.results.client_files:write_aiperf_table",
 }
 """Option -> module:function of its :class:`Writer`, in the order files are written and told in."""
 

@@ -608,6 +608,13 @@ class RuntimeOptions(Spec):
     timeline: Annotated[
         FilePath | None, Flag("Chrome trace, opens in ui.perfetto.dev", _OUTPUT, "PATH", writes=_JSON)
     ] = None
+    save_result: Annotated[
+        FilePath | None,
+        Flag("the result that `vllm bench serve --save-result` writes", _OUTPUT, "PATH", writes=_JSON),
+    ] = None
+    aiperf: Annotated[
+        FilePath | None, Flag("the table that AIPerf writes", _OUTPUT, "PATH", writes=(".csv",))
+    ] = None
     itl: Annotated[
         bool, Flag("write every request's inter-token latencies", _OUTPUT, beside=acting.with_output)
     ] = True

@@ -260,6 +260,8 @@ OPTIONS: dict[str, Option] = {
     "output": Option(Case("--output out/other.csv")),
     "summary": Option(Case("--summary out/other.json")),
     "steps": Option(Case("--steps out/steps.csv")),
+    "save_result": Option(Case("--save-result out/result.json")),
+    "aiperf": Option(Case("--aiperf out/table.csv")),
     "timeline": Option(Case("--timeline out/timeline.json")),
     "itl": Option(Case("--no-itl"), [Case("--no-itl", bare=True, told=REFUSED)]),
     "log_interval": Option(Case("--log-interval 0.001")),
