@@ -481,7 +481,7 @@ class Scheduler:
         victim.phase = Phase.WAITING
         victim.kv_arrived = False
         victim.computed = computed
-        victim.record.preemptions += 1
+        victim.record.note_lost(batch.step)
         self._policy.put_back(self.waiting, victim)
         batch.preempted = [*batch.preempted, victim]
 
@@ -542,6 +542,7 @@ class Scheduler:
                 batch.lookup_tokens += known
                 batch.recalled_tokens += record.storage_hit
             elif not state.kv_arrived:
+                record.note_back(now_ns)
                 record.recomputed_tokens += state.computed - done
                 state.lost = max(state.lost, state.computed)
                 batch.note_again(state.lost, done, done + tokens)

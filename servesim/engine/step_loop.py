@@ -232,6 +232,10 @@ class StepLoop:
         if self._reads_left == 0:
             assert self._gated is not None
             wave, self._gated = self._gated, None
+            for member, batch in zip(self.members, wave.batches, strict=True):
+                if batch is not None:
+                    member.log.gates.step.append(batch.step)
+                    member.log.gates.ns.append(now_ns - self._gate_ns)
             self._start(wave, self._gate_ns, now_ns)
             self._clock.at(self._in_flight[0].end_ns, self._actor)
 

@@ -54,9 +54,26 @@ class RequestRecord:
     """Instance that decoded the request; equals ``instance`` unless prefill and decode are separate."""
     handed_over_ns: int = -1
     """When it was queued at another instance that decodes it; -1 where there is none."""
+    prefill_step: tuple[int, int] | None = None
+    """(track, entry) of the token that the prefill side ended with, where another instance decodes."""
+    away: list[tuple[int, int, int]] | None = None
+    """(instance, step while which it was preempted, time in ns at which it was admitted again, -1 before)."""
+
+    def note_lost(self, step: int) -> None:
+        """It is preempted while step ``step`` is scheduled."""
+        self.preemptions += 1
+        where = self.instance if self.handed_over_ns < 0 else self.decode_instance
+        self.away = [*(self.away or ()), (where, step, -1)]
+
+    def note_back(self, now_ns: int) -> None:
+        """It is admitted again."""
+        if self.away:
+            self.away[-1] = (*self.away[-1][:2], now_ns)
 
     def hand_over(self, instance: int, now_ns: int) -> None:
         """Go on at ``instance``, which gives the user the first token once more."""
+        if self.token_steps:
+            self.prefill_step = self.token_steps[-1][0], self.token_steps[-1][2]
         self.token_steps.clear()
         self.decode_instance, self.handed_over_ns = instance, now_ns
 
@@ -116,6 +133,14 @@ class DummyLog:
 
 
 @dataclass(slots=True)
+class GateLog:
+    """Steps that had to wait for KV from elsewhere before they could compute."""
+
+    step: array[int] = field(default_factory=lambda: array("q"))
+    ns: array[int] = field(default_factory=lambda: array("q"))
+
+
+@dataclass(slots=True)
 class InstanceLog:
     """Everything recorded about one instance."""
 
@@ -132,6 +157,7 @@ class InstanceLog:
     tier: TierMemory | None = None
     """Where its prefix cache keeps what the NPUs overwrite; None: nowhere."""
     dummies: DummyLog = field(default_factory=DummyLog)
+    gates: GateLog = field(default_factory=GateLog)
     stated_error: StatedError | None = None
     """How far its kernel times are off, as far as that was measured."""
     reach: Reach | None = None
