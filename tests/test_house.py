@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "api": {"profiler", "engine", "results", "workload", "specs", "errors"},
     "profiler": {"cost", "memory", "network", "results", "specs", "errors", "_version"},
     "explore": {"api", "engine", "results", "memory", "cost", "workload", "specs", "errors", "_version"},
-    "report": {"explore", "api", "engine", "results", "memory", "workload", "specs", "errors"},
+    "report": {"bench", "explore", "results", "specs", "errors", "_version"},
     "server": {"engine", "memory", "results", "workload", "specs", "errors", "_version"},
     "bench": {
         "explore",
@@ -329,7 +329,7 @@ def test_no_file_names_a_machine_or_how_it_came_to_be() -> None:
         except UnicodeDecodeError:
             continue
         for number, line in enumerate(text.splitlines(), 1):
-            if (hit := forbidden.search(line)) and path.name != "LICENSE":
+            if (hit := forbidden.search(line)) and path.name not in ("LICENSE", "chart.umd.min.js"):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {hit[0]}")
     assert found == []
 

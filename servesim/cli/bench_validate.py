@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The action's flags."""
+    from servesim.cli.reports import add_report_arguments
+
     parser.description = (
         "Simulate a recorded run with the recording's own arguments and compare: mean, median, P90, P95 and "
         "P99 of TTFT, TPOT and latency, the error of each request, throughput, and load over time."
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", metavar="FILE", help="every figure as JSON")
     add("--plots", metavar="DIR", help="PNG plots: CDFs, running and waiting over time, throughput")
+    add_report_arguments(parser, plots=False)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +79,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Simulate, print the comparison, write what was asked for."""
     from servesim.bench.validate import with_calibration
+    from servesim.cli.reports import check_report_arguments, write_reports
     from servesim.results.atomic import check_writable
     from servesim.specs.paths import bundles_from
 
@@ -85,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         require_matplotlib()
     if args.json:
         check_writable(args.json, "--json")
+    check_report_arguments(args)
     recorded = run_of(args)
     hardware = None
     if args.calibration:
@@ -105,6 +110,10 @@ def run(args: argparse.Namespace) -> int:
 
         for path in save_plots(agreement, args.plots):
             print(path)
+    if args.page:
+        from servesim.report.found import validate_page
+
+        print(*write_reports(args, lambda: validate_page(recorded, agreement)))
     return 0
 
 

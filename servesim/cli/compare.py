@@ -31,6 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command and its flags."""
     from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 
+    from servesim.cli.reports import add_report_arguments
     from servesim.explore.compare import KV_BOUND_WORKLOAD
     from servesim.specs.options import add_arguments, output_fields
 
@@ -75,6 +76,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="where requests waited for KV blocks, run again at both ends of the estimate of the KV capacity "
         "(default: on)",
     )
+    add_report_arguments(parser)
     add_arguments(parser, exclude=(*_NOT_COMPARED, *output_fields()))
     for action in parser._actions:
         if action.dest == "dataset":
@@ -84,6 +86,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Run every option set and print the table; returns the exit status."""
     from servesim.api import without
+    from servesim.cli.reports import check_report_arguments, write_reports
     from servesim.cli.screen import say, set_up_messages, tell
     from servesim.explore.compare import compare
     from servesim.explore.show import comparison_text
@@ -98,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         if path not in (None, "-"):
             check_suffix(path, ("." + flag.removeprefix("--"),), flag)
             check_writable(path, flag)
+    check_report_arguments(args)
     if args.json == args.csv == "-":
         raise InputError("--json and --csv: only one of them can be printed; give the other a path")
     with bundles_on_demand(options.auto_profile, tell):
@@ -111,6 +115,10 @@ def run(args: argparse.Namespace) -> int:
     for name, reason in comparison.failures.items():
         print(f"error: {name}: every request was rejected: {reason}", file=sys.stderr)
     _save(comparison, args.json, args.csv)
+    if args.page or args.images:
+        from servesim.report.found import compare_page
+
+        write_reports(args, lambda: compare_page(comparison))
     if args.json == "-":
         say(comparison.json_text().rstrip("\n"))
     elif args.csv == "-":

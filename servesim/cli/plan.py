@@ -25,6 +25,7 @@ and options; flags win over it. Exit status 1: no fleet keeps the bounds.
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
+    from servesim.cli.reports import add_report_arguments
     from servesim.cli.slo import NOT_SEARCHED
     from servesim.explore.fleet_space import OBJECTIVES
     from servesim.explore.plan import NOT_HERE
@@ -77,12 +78,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="write fleet.json (a cluster config), serve.sh (vllm serve lines), plan.json, candidates.csv",
     )
     add("--json", action="store_true", help="print everything as JSON")
+    add_report_arguments(parser)
     add_arguments(parser, exclude=(*NOT_SEARCHED, *NOT_HERE))
 
 
 def run(args: argparse.Namespace) -> int:
     """Search, write and print; returns the exit status."""
     from servesim.api import without
+    from servesim.cli.reports import check_report_arguments, write_reports
     from servesim.cli.screen import say, set_up_messages
     from servesim.explore.fleet_space import question_of
     from servesim.explore.plan import plan
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     options: RuntimeOptions = from_namespace(args)
     set_up_messages(options.log_level)
+    check_report_arguments(args)
     question = question_of(_described(args), args.file or "plan")
     found = plan(
         question,
@@ -97,10 +101,14 @@ def run(args: argparse.Namespace) -> int:
         prune=not args.exhaustive,
         progress=_tell if sys.stderr.isatty() else None,
     )
-    written = found.save(args.folder) if args.folder else []
+    written = [str(path) for path in found.save(args.folder)] if args.folder else []
+    if args.page or args.images:
+        from servesim.report.found import plan_page
+
+        written += write_reports(args, lambda: plan_page(found))
     say(found.json_text().rstrip("\n") if args.json else found.text())
     if written and not args.json:
-        say(f"written        {', '.join(map(str, written))}")
+        say(f"written        {', '.join(written)}")
     return 0 if found.best else 1
 
 

@@ -97,7 +97,7 @@ def check_outputs(options: RuntimeOptions) -> None:
     from servesim.results.atomic import check_suffix, check_writable
     from servesim.results.csv import require_parquet
     from servesim.specs.flags import flag_name
-    from servesim.specs.options import output_fields
+    from servesim.specs.options import FOLDER, output_fields
 
     taken = {
         os.path.realpath(options.cluster_config): "--cluster-config",
@@ -107,12 +107,31 @@ def check_outputs(options: RuntimeOptions) -> None:
         path, flag = getattr(options, name), flag_name(name)
         if path is None:
             continue
+        if suffixes == FOLDER:
+            check_plots(path, flag)
+            continue
         require_parquet(path, flag)
         other = taken.setdefault(os.path.realpath(path), flag)
         if other != flag and (Path(path).is_file() or not Path(path).exists()):
             raise InputError(f"{flag} {path}: is the file of {other} too; give another path")
         check_suffix(path, suffixes, flag)
         check_writable(path, flag)
+
+
+def check_plots(path: str, flag: str = "--plots") -> None:
+    """Find out before the work that plots can be drawn into a folder.
+
+    Raises:
+        InputError: the path is no folder, or cannot be made, or matplotlib is missing.
+    """
+    from servesim.errors import InputError
+    from servesim.results.atomic import check_creatable
+    from servesim.results.figures import require_matplotlib
+
+    require_matplotlib(flag)
+    if Path(path).exists() and not Path(path).is_dir():
+        raise InputError(f"{flag} {path}: is a file; give the path of a folder")
+    check_creatable(Path(path), flag)
 
 
 def spread_around(result: Result, options: RuntimeOptions) -> Ensemble:

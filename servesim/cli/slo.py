@@ -27,6 +27,10 @@ NOT_SEARCHED = (
     "summary",
     "steps",
     "timeline",
+    "save_result",
+    "aiperf",
+    "report",
+    "plots",
     "itl",
     "log_interval",
     "run_id",
@@ -42,6 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command and its flags."""
     from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 
+    from servesim.cli.reports import add_report_arguments
     from servesim.explore.rate_search import LEAST_PATTERNS, PATTERNS, PRECISION
     from servesim.specs.options import add_arguments
 
@@ -108,12 +113,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it"
     )
     parser.add_argument("--plot", metavar="PATH", help="draw the curve, .png or .svg; needs matplotlib")
+    add_report_arguments(parser)
     add_arguments(parser, exclude=NOT_SEARCHED)
 
 
 def run(args: argparse.Namespace) -> int:
     """Search and print; returns the exit status."""
     from servesim.api import without
+    from servesim.cli.reports import write_reports
     from servesim.cli.screen import say, set_up_messages, tell
     from servesim.explore.rate_search import slo
     from servesim.explore.show_limit import limit_text
@@ -139,12 +146,19 @@ def run(args: argparse.Namespace) -> int:
         found.save_json(args.json)
     if args.plot:
         found.save_plot(args.plot)
+    if args.page or args.images:
+        from servesim.report.found import slo_page
+
+        write_reports(args, lambda: slo_page(found))
     say(found.json_text().rstrip("\n") if args.json == "-" else limit_text(found))
     return 1 if found.load is None else 0
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
+    from servesim.cli.reports import check_report_arguments
     from servesim.results.atomic import check_suffix, check_writable
+
+    check_report_arguments(args)
 
     if args.json not in (None, "-"):
         check_suffix(args.json, (".json",), "--json")

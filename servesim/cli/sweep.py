@@ -26,6 +26,7 @@ the output are not run again. Exit status 1: not one configuration has figures.
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
+    from servesim.cli.reports import add_report_arguments
     from servesim.cli.slo import NOT_SEARCHED
     from servesim.specs.options import add_arguments
 
@@ -73,12 +74,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--jobs", type=int, default=1, metavar="N", help="processes; more than 1 needs joblib (default: 1)"
     )
     parser.add_argument("--ray", nargs="?", const="auto", help=argparse.SUPPRESS)
+    add_report_arguments(parser)
     add_arguments(parser, exclude=NOT_SEARCHED)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run what is not there yet, write and print; returns the exit status."""
     from servesim.api import without
+    from servesim.cli.reports import check_report_arguments, write_reports
     from servesim.cli.screen import say, set_up_messages, tell
     from servesim.explore.sweep import sweep
     from servesim.profiler.on_demand import bundles_on_demand
@@ -93,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     check_suffix(args.table, TABLE_SUFFIXES, "--output")
     require_parquet(args.table, "--output")
     check_writable(args.table, "--output")
+    check_report_arguments(args)
     journal = args.journal or f"{args.table}.journal.jsonl"
     space = _space(args)
     progress = Progress() if sys.stderr.isatty() else None
@@ -110,8 +114,13 @@ def run(args: argparse.Namespace) -> int:
         if progress is not None:
             progress.close()
     found.save(args.table)
+    written = [args.table, journal]
+    if args.page or args.images:
+        from servesim.report.found import sweep_page
+
+        written += write_reports(args, lambda: sweep_page(found))
     say(found.text(args.table))
-    say(f"written        {args.table}, {journal}")
+    say(f"written        {', '.join(written)}")
     return 1 if len(found.failed) == len(found.rows) else 0
 
 

@@ -37,6 +37,8 @@ WRITERS = {
     "summary": "servesim.results.summary:write_summary",
     "save_result": "servesim.results.client_files:write_vllm_result",
     "aiperf": "servesim.results.client_files:write_aiperf_table",
+    "report": "servesim.report.run:write_report",
+    "plots": "servesim.report.run:write_plots",
 }
 """Option -> module:function of its :class:`Writer`, in the order files are written and told in."""
 

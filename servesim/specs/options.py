@@ -47,6 +47,9 @@ _UNCERTAINTY = "uncertainty"
 _OUTPUT = "output"
 _TABLE = (".csv", ".parquet")
 _JSON = (".json",)
+_HTML = (".html",)
+FOLDER = ("/",)
+"""In the place of endings: the option names a folder."""
 _OTHER_TOOLS = "accepted from scripts of other simulators"
 
 SCHEDULING_POLICIES = ("fcfs", "priority")
@@ -614,6 +617,16 @@ class RuntimeOptions(Spec):
     ] = None
     aiperf: Annotated[
         FilePath | None, Flag("the table that AIPerf writes", _OUTPUT, "PATH", writes=(".csv",))
+    ] = None
+    report: Annotated[
+        FilePath | None,
+        Flag("figures and charts as one HTML page that needs no network", _OUTPUT, "PATH", writes=_HTML),
+    ] = None
+    plots: Annotated[
+        FilePath | None,
+        Flag(
+            "the charts of --report as PNG and SVG (needs 'servesim[report]')", _OUTPUT, "DIR", writes=FOLDER
+        ),
     ] = None
     itl: Annotated[
         bool, Flag("write every request's inter-token latencies", _OUTPUT, beside=acting.with_output)

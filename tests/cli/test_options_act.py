@@ -261,6 +261,8 @@ OPTIONS: dict[str, Option] = {
     "summary": Option(Case("--summary out/other.json")),
     "steps": Option(Case("--steps out/steps.csv")),
     "save_result": Option(Case("--save-result out/result.json")),
+    "report": Option(Case("--report out/report.html")),
+    "plots": Option(Case("--plots out/plots")),
     "aiperf": Option(Case("--aiperf out/table.csv")),
     "timeline": Option(Case("--timeline out/timeline.json")),
     "itl": Option(Case("--no-itl"), [Case("--no-itl", bare=True, told=REFUSED)]),

@@ -1,0 +1,487 @@
+"""The report of one run: figures, distributions, load over time, and where the time of slow requests went."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from servesim.report.page import Chart, Page, Section, Series, TableBlock, Tiles, Verbatim
+from servesim.results.blame import MEANINGS, PARTS, TITLES, blame
+from servesim.results.closing import LATENCY_ROWS, STATISTICS
+from servesim.results.energy import power_series, series_interval_ns
+from servesim.results.reach import extrapolation_line
+from servesim.results.saturation import saturation_line
+from servesim.results.units import MS, SECOND, digits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from servesim.report.page import Block
+    from servesim.results.records import InstanceLog
+    from servesim.results.result import Result
+    from servesim.specs.options import RuntimeOptions
+
+_POINTS = 400
+"""Points of a curve at most."""
+_DOTS = 3000
+"""Requests of a scatter plot at most."""
+_BINS = 120
+"""Intervals of a chart over time."""
+_SLOWEST = 20
+
+
+def write_report(result: Result, path: str, options: RuntimeOptions, extra: Mapping[str, Any]) -> list[str]:
+    """See :class:`servesim.results.outputs.Writer`."""
+    del options, extra
+    run_page(result).save(path)
+    return [path]
+
+
+def write_plots(result: Result, path: str, options: RuntimeOptions, extra: Mapping[str, Any]) -> list[str]:
+    """See :class:`servesim.results.outputs.Writer`; ``path`` is a folder."""
+    from servesim.report.images import save_images
+
+    del options, extra
+    save_images(run_page(result), path)
+    return [path]
+
+
+def run_page(result: Result) -> Page:
+    """The whole report of a run."""
+    if result.nothing_ran:
+        reason = f"Every request was rejected: {result.rejected[0].reason}"
+        return Page(_title(result), _subtitle(result), [Section("Summary", [reason]), provenance(result)])
+    return Page(
+        _title(result),
+        _subtitle(result),
+        [
+            Section("Summary", _summary(result)),
+            Section("Latencies", distribution_charts({"": result})),
+            Section("Over time", over_time(result)),
+            Section("Requests", _requests(result)),
+            Section("Why requests are slow", _blame(result)),
+            provenance(result),
+        ],
+    )
+
+
+def _title(result: Result) -> str:
+    specs = [instance.spec for instance in result.instances]
+    counted: dict[str, int] = {}
+    for spec in specs:
+        name = f"{spec.model_name} on {spec.hardware}"
+        counted[name] = counted.get(name, 0) + 1
+    return ", ".join(f"{count} x {name}" if count > 1 else name for name, count in counted.items())
+
+
+def _subtitle(result: Result) -> str:
+    summary = result.summary
+    return (
+        f"{summary['completed']:,} requests of {result.workload.source} in {summary['duration']:,.1f} "
+        f"simulated seconds; servesim {summary['versions']['servesim']}, run {summary['run_id']}"
+    )
+
+
+def _summary(result: Result) -> list[Block]:
+    summary = result.summary
+    cache, energy = summary["prefix_cache"], summary["energy"]
+    tiles = [
+        ("requests", f"{summary['completed']:,}", f"of {len(result.workload):,}"),
+        ("throughput", digits(summary["request_throughput"]), "req/s"),
+        ("output", digits(summary["output_throughput"]), "tok/s"),
+        ("TTFT mean", digits(summary["mean_ttft_ms"]), "ms"),
+        ("TTFT P99", digits(summary["p99_ttft_ms"]), "ms"),
+        ("TPOT mean", digits(summary["mean_tpot_ms"]), "ms"),
+        ("TPOT P99", digits(summary["p99_tpot_ms"]), "ms"),
+        ("KV cache peak", f"{summary['kv_cache']['peak']:.1%}", ""),
+        ("preemptions", f"{summary['preemptions']:,}", ""),
+    ]
+    if cache["lookup_tokens"]:
+        tiles.append(("prefix hits", f"{cache['hit_rate']:.1%}", "of prompt tokens"))
+    if energy is not None:
+        tiles.append(("energy", digits(energy["total_j"]), "J"))
+    blocks: list[Block] = [Tiles(tiles)]
+    for label, line in (
+        ("Saturation", saturation_line(summary["saturation"])),
+        ("Extrapolated", extrapolation_line(summary["extrapolated"])),
+    ):
+        if line:
+            blocks.append(f"{label}: {line}")
+    blocks += [f"Kernel times: {line}" for line in _errors(result)]
+    rows = [
+        [title, *(digits(summary[f"{statistic}_{name}_ms"]) for _, statistic in STATISTICS)]  # type: ignore[literal-required]
+        for title, name in LATENCY_ROWS
+    ]
+    blocks.append(TableBlock(["ms", *(title for title, _ in STATISTICS)], rows))
+    if result.rejected:
+        blocks.append(f"{len(result.rejected):,} requests were rejected: {result.rejected[0].reason}")
+    return blocks
+
+
+def _errors(result: Result) -> list[str]:
+    """How far the kernel times of the instances are off, each told once."""
+    stated = [instance.stated_error for instance in result.instances]
+    told = [f"±{error.percent:g} % ({error.reason})" for error in stated if error is not None]
+    return list(dict.fromkeys(told))
+
+
+# ---------------------------------------------------------------------- distributions
+
+
+def cumulative(name: str, values_ms: NDArray[np.float64]) -> Series:
+    """The share of a sample that is at most so large, in %, as a curve of at most :data:`_POINTS` points."""
+    ordered = np.sort(values_ms)
+    if not len(ordered):
+        return Series(name, [], [])
+    at = np.unique(np.linspace(0, len(ordered) - 1, min(len(ordered), _POINTS)).round().astype(np.int64))
+    return Series(name, ordered[at].tolist(), ((at + 1) / len(ordered) * 100).tolist())
+
+
+def distribution_charts(results: Mapping[str, Result]) -> list[Block]:
+    """Cumulative distributions of TTFT, TPOT, ITL and latency, a curve for each of the results."""
+    samples: dict[str, Callable[[Result], NDArray[np.float64]]] = {
+        "TTFT": lambda result: result.requests["TTFT"] / MS,
+        "TPOT": lambda result: result.requests["TPOT"][result.requests["output"] > 1] / MS,
+        "ITL": _gaps_ms,
+        "latency": lambda result: result.requests["latency"] / MS,
+    }
+    return [
+        Chart(
+            f"Distribution of {name}",
+            "line",
+            f"{name} (ms)",
+            "at most so long (%)",
+            [cumulative(label, sample(result)) for label, result in results.items()],
+            x_log=name != "TPOT",
+        )
+        for name, sample in samples.items()
+    ]
+
+
+def _gaps_ms(result: Result) -> NDArray[np.float64]:
+    """Inter-token latencies in ms: all of them, or as many ranks of them as a curve has points."""
+    values, counts = result.token_gaps.histogram()
+    order = np.argsort(values, kind="stable")
+    values, last = values[order], np.cumsum(counts[order])
+    if not len(last) or not last[-1]:
+        return np.empty(0)
+    ranks = np.linspace(0, int(last[-1]) - 1, min(int(last[-1]), _POINTS)).astype(np.int64)
+    found: NDArray[np.float64] = values[np.searchsorted(last, ranks, side="right")] / MS
+    return found[found > 0]
+
+
+# ---------------------------------------------------------------------- over time
+
+
+class _Time:
+    """Equal intervals of a run."""
+
+    def __init__(self, result: Result) -> None:
+        self.end_ns = max(result.log.end_ns, 1)
+        self.edges = np.linspace(0, self.end_ns, _BINS + 1)
+        self.seconds = ((self.edges[:-1] + self.edges[1:]) / 2 / SECOND).tolist()
+        self.width_s = self.end_ns / _BINS / SECOND
+
+    def sums(self, times_ns: NDArray[np.int64], amounts: NDArray[Any] | None = None) -> NDArray[np.float64]:
+        """What falls into each interval."""
+        found: NDArray[np.float64] = np.histogram(times_ns, self.edges, weights=amounts)[0].astype(np.float64)
+        return found
+
+    def means(
+        self, starts: NDArray[np.int64], ends: NDArray[np.int64], values: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Mean over each interval of a value that holds from ``starts`` to ``ends`` and is 0 otherwise."""
+        weighted = np.concatenate(([0.0], np.cumsum((ends - starts) * values.astype(np.float64))))
+        times = np.concatenate((starts[:1], ends)) if len(ends) else np.zeros(1)
+        # the integral up to a time grows along a step and stays between two
+        knots = np.stack((starts, ends), axis=1).ravel() if len(ends) else times
+        heights = np.stack((weighted[:-1], weighted[1:]), axis=1).ravel() if len(ends) else np.zeros(1)
+        integral = np.interp(self.edges, knots, heights)
+        found: NDArray[np.float64] = np.diff(integral) / np.diff(self.edges)
+        return found
+
+
+def over_time(result: Result) -> list[Block]:
+    """Latencies, throughput, batch, queue, memory, preemptions, hits and power over the run."""
+    time, rows = _Time(result), result.requests
+    charts: list[Block] = [
+        Chart(
+            "TTFT by arrival",
+            "scatter",
+            "arrival (s)",
+            "TTFT (ms)",
+            [_dots("", rows, rows["arrival"] / SECOND, rows["TTFT"] / MS)],
+            note=_note_of_dots(rows),
+        ),
+        Chart(
+            "TPOT by arrival",
+            "scatter",
+            "arrival (s)",
+            "TPOT (ms)",
+            [_dots("", rows, rows["arrival"] / SECOND, rows["TPOT"] / MS)],
+        ),
+        Chart("Tokens per second", "line", "time (s)", "tok/s", _throughput(result, time)),
+        *_of_instances(result, time),
+        Chart("Prefix cache hits", "line", "time (s)", "% of prompt tokens", _hits(result, time)),
+        Chart("Preemptions", "step", "time (s)", "requests", _preemptions(result, time)),
+        Chart("Power", "step", "time (s)", "W", _power(result)),
+    ]
+    return [
+        chart
+        for chart in charts
+        if not isinstance(chart, Chart) or any(any(series.y) for series in chart.series)
+    ]
+
+
+def _of_instances(result: Result, time: _Time) -> list[Block]:
+    """Running and waiting requests, and KV blocks in use, a curve for each instance."""
+    columns: dict[str, list[Series]] = {"running": [], "waiting": [], "kv_blocks_used": []}
+    for name, instance in zip(_names(result), result.instances, strict=True):
+        for column, found in columns.items():
+            found.append(Series(name, time.seconds, _mean_of(instance, column, time).tolist()))
+    return _busy(columns)
+
+
+def busy_charts(results: Mapping[str, Result]) -> list[Block]:
+    """The same for several runs: requests of all instances together, and the mean share of KV blocks."""
+    columns: dict[str, list[Series]] = {"running": [], "waiting": [], "kv_blocks_used": []}
+    for name, result in results.items():
+        time = _Time(result)
+        for column, found in columns.items():
+            total = sum(_mean_of(instance, column, time) for instance in result.instances)
+            values = np.asarray(total, dtype=np.float64)
+            if column == "kv_blocks_used":
+                values = values / len(result.instances)
+            found.append(Series(name, time.seconds, values.tolist()))
+    return _busy(columns)
+
+
+def _mean_of(instance: InstanceLog, column: str, time: _Time) -> NDArray[np.float64]:
+    """A column of an instance's steps, its mean in every interval; KV blocks in % of all."""
+    steps = instance.steps
+    starts, ends = steps.column("start_ns"), steps.column("end_ns")
+    starts = np.maximum(starts, np.concatenate((starts[:1], ends[:-1])))  # stages of a pipeline overlap
+    values = time.means(starts, np.maximum(ends, starts), steps.column(column))
+    return values / max(instance.capacity.num_blocks, 1) * 100 if column == "kv_blocks_used" else values
+
+
+def _busy(columns: Mapping[str, list[Series]]) -> list[Block]:
+    return [
+        Chart("Running requests", "line", "time (s)", "requests", columns["running"]),
+        Chart("Waiting requests", "line", "time (s)", "requests", columns["waiting"]),
+        Chart("KV cache in use", "line", "time (s)", "% of blocks", columns["kv_blocks_used"]),
+    ]
+
+
+def _names(result: Result) -> list[str]:
+    if len(result.instances) == 1:
+        return [""]
+    return [
+        f"instance {instance.index}" + (f" ({instance.spec.pd_type})" if instance.spec.pd_type else "")
+        for instance in result.instances
+    ]
+
+
+def _throughput(result: Result, time: _Time) -> list[Series]:
+    """Tokens per second: generated, and computed of prompts."""
+    steps = result.steps
+    generated = sum(
+        time.sums(times, counts)
+        for times, counts in zip(result.token_gaps.tracks, _generated(result), strict=True)
+    )
+    prompts = time.sums(steps["end_ns"], steps["prefill_tokens"])
+    return [
+        Series("output", time.seconds, (np.asarray(generated) / time.width_s).tolist()),
+        Series("prompt", time.seconds, (prompts / time.width_s).tolist()),
+    ]
+
+
+def _generated(result: Result) -> list[NDArray[np.int64]]:
+    """Tokens generated at each entry of each track."""
+    changes = [np.zeros(len(times) + 1, dtype=np.int64) for times in result.token_gaps.tracks]
+    for record in result.records:
+        for track, first, last in record.token_steps:
+            changes[track][first] += 1
+            changes[track][last + 1] -= 1
+    return [np.cumsum(each)[:-1] for each in changes]
+
+
+def _hits(result: Result, time: _Time) -> list[Series]:
+    """Share of the prompt tokens looked up that were found, on the NPU and in the lower tier."""
+    steps = result.steps
+    asked = time.sums(steps["end_ns"], steps["lookup_tokens"])
+    recalled = time.sums(steps["end_ns"], steps["recalled_tokens"])
+    found = time.sums(steps["end_ns"], steps["hit_tokens"]) - recalled
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = [np.where(asked > 0, part / asked * 100, 0.0) for part in (found, recalled)]
+    series = [
+        Series("NPU", time.seconds, shares[0].tolist()),
+        Series("lower tier", time.seconds, shares[1].tolist()),
+    ]
+    return series if recalled.any() else series[:1]
+
+
+def _preemptions(result: Result, time: _Time) -> list[Series]:
+    steps = result.steps
+    return [Series("", time.seconds, time.sums(steps["end_ns"], steps["preempted"]).tolist())]
+
+
+def _power(result: Result) -> list[Series]:
+    if result.summary["energy"] is None:
+        return []
+    interval_ns = max(series_interval_ns(result), result.log.end_ns // _POINTS + 1)
+    rows = power_series(result, interval_ns)
+    return [
+        Series(
+            f"node {node}",
+            (rows["start_ns"][rows["node"] == node] / SECOND).tolist(),
+            rows["power_w"][rows["node"] == node].tolist(),
+        )
+        for node in np.unique(rows["node"]).tolist()
+    ]
+
+
+# ---------------------------------------------------------------------- requests
+
+
+def _shown(rows: NDArray[np.void]) -> NDArray[np.int64]:
+    """Which requests are shown as dots: all, or some of every length of life and the slowest."""
+    if len(rows) <= _DOTS:
+        return np.arange(len(rows))
+    order = np.argsort(rows["latency"], kind="stable")
+    slowest, others = order[-_DOTS // 10 :], order[: -_DOTS // 10]
+    some = others[np.linspace(0, len(others) - 1, _DOTS - len(slowest)).astype(np.int64)]
+    return np.sort(np.concatenate((some, slowest)))
+
+
+def _dots(name: str, rows: NDArray[np.void], x: NDArray[np.float64], y: NDArray[np.float64]) -> Series:
+    at = _shown(rows)
+    labels = [f"request {index}" for index in rows["request_id"][at].tolist()]
+    return Series(name, x[at].tolist(), y[at].tolist(), labels)
+
+
+def _note_of_dots(rows: NDArray[np.void]) -> str:
+    return f"{_DOTS:,} of {len(rows):,} requests, the slowest among them" if len(rows) > _DOTS else ""
+
+
+def _requests(result: Result) -> list[Block]:
+    rows = result.requests
+    names = _names(result)
+    of_instance = [
+        (name, rows[rows["instance_id"] == instance.index])
+        for name, instance in zip(names, result.instances, strict=True)
+    ]
+    return [
+        Chart(
+            "TTFT by prompt length",
+            "scatter",
+            "prompt (tokens)",
+            "TTFT (ms)",
+            [
+                _dots(name, part, part["input"].astype(np.float64), part["TTFT"] / MS)
+                for name, part in of_instance
+                if len(part)
+            ],
+            y_log=bool((rows["TTFT"] > 0).all()),
+        ),
+        Chart(
+            "Latency by output length",
+            "scatter",
+            "output (tokens)",
+            "latency (s)",
+            [
+                _dots(name, part, part["output"].astype(np.float64), part["latency"] / SECOND)
+                for name, part in of_instance
+                if len(part)
+            ],
+        ),
+    ]
+
+
+def _blame(result: Result) -> list[Block]:
+    """What the latency of all requests and of the slowest consists of."""
+    parts, rows = blame(result), result.requests
+    used = [name for name in PARTS if parts[name].any()]
+    slowest = np.argsort(-rows["latency"], kind="stable")[:_SLOWEST]
+    shown = [int(at) for at in slowest[:10]]
+    categories = ["mean of all", *(f"request {rows['request_id'][at]}" for at in shown)]
+    bars = [
+        Series(
+            TITLES[name], [], [float(parts[name].mean()) / MS, *(float(parts[name][at]) / MS for at in shown)]
+        )
+        for name in used
+    ]
+    first = np.argsort(-rows["TTFT"], kind="stable")[:_SLOWEST]
+    header = [
+        "request",
+        "prompt",
+        "output",
+        "latency ms",
+        "TTFT ms",
+        *(f"{TITLES[name]} ms" for name in used),
+    ]
+
+    def table(caption: str, which: Sequence[int]) -> TableBlock:
+        cells = [
+            [
+                str(rows["request_id"][at]),
+                f"{rows['input'][at]:,}",
+                f"{rows['output'][at]:,}",
+                digits(rows["latency"][at] / MS),
+                digits(rows["TTFT"][at] / MS),
+                *(digits(parts[name][at] / MS) for name in used),
+            ]
+            for at in which
+        ]
+        return TableBlock(header, cells, caption)
+
+    return [
+        "The parts of a request's latency sum to it. Steps that compute for several requests count for "
+        "each of them in full, as each waits for the whole step.",
+        Chart(
+            "Where the time of the slowest requests went",
+            "bar",
+            "",
+            "latency (ms)",
+            bars,
+            categories=categories,
+        ),
+        table("The slowest requests", slowest.tolist()),
+        table("The longest waits for a first token", first.tolist()),
+        TableBlock(
+            ["part", "meaning"], [[TITLES[name], MEANINGS[name]] for name in used], "", frozenset({1})
+        ),
+    ]
+
+
+def provenance(result: Result) -> Section:
+    """With what the run was made, and what to know about it."""
+    summary = result.summary
+    options = summary["options"] or {}
+    set_options = "\n".join(f"{name} = {value}" for name, value in options.items() if value is not None)
+    rows = [
+        [
+            str(instance.index),
+            instance.spec.model_name,
+            instance.spec.hardware,
+            f"{instance.spec.num_npus}",
+            f"{instance.capacity.tokens:,}",
+            instance.options.variant,
+            instance.bundle_source,
+        ]
+        for instance in result.instances
+    ]
+    header = ["instance", "model", "hardware", "NPUs", "KV tokens", "dtypes", "kernel times"]
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    blocks: list[Block] = [
+        f"Versions: {versions}. Run {summary['run_id']}. Workload: {result.workload.source}.",
+        TableBlock(header, rows, "Instances", frozenset({1, 2, 5, 6})),
+    ]
+    blocks += [f"Note: {note}" for note in summary["notes"]]
+    blocks += [note for instance in result.instances for note in instance.notes]
+    if set_options:
+        blocks.append(Verbatim(set_options))
+    return Section("Provenance", blocks)
