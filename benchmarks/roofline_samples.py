@@ -15,11 +15,11 @@ import numpy as np
 from servesim.errors import ServingError
 from servesim.profiler.roofline import formulas
 from servesim.profiler.roofline.formulas import Accelerator, AttentionShape, ExpertShape
-from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.silicon import attention, comm, gemm, moe, tables
 from servesim.specs import paths
 from servesim.specs.hardware import load_hardware
 from servesim.specs.model import known_models, load_model
+from servesim.specs.rank_shapes import rank_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

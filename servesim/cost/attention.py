@@ -15,7 +15,7 @@ import numpy as np
 
 from servesim.cost.attention_lookup import AttentionTensor, DecodeRow
 from servesim.cost.skew import skew_rate
-from servesim.cost.tables import describe_axis, resample
+from servesim.cost.tables import Surface, describe_axis, resample
 from servesim.cost.terms import LayerCost, Role, Term
 from servesim.errors import InputError
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from servesim.specs.hardware import EngineSpec
 
 _US = 1000.0  # ns
+FULL_LOAD = 8
+"""Decodes from which on batched attention is as far from its table as it gets."""
 
 
 class AttentionTerm(Term, Protocol):
@@ -56,6 +58,18 @@ def attention_term(kind: str, tables: RankTables, blocks: int, engine: EngineSpe
     module, _, name = KINDS[kind].partition(":")
     term: AttentionTerm = getattr(import_module(module), name)(tables, blocks, engine)
     return term
+
+
+def decodes_under_load(attention: Surface, factor: float) -> Surface:
+    """The table with the time of its decodes multiplied, by ``factor`` from eight decodes on.
+
+    A single decode stays as measured, between them the factor grows with the logarithm of their number.
+    """
+    _, decodes, _, _ = attention.axes
+    share = np.clip(np.log2(np.maximum(decodes, 1)) / np.log2(FULL_LOAD), 0.0, 1.0)
+    alone = attention.along(0, 0).along(1, 0).tensor  # (n_decode, kv_decode)
+    more = alone * (factor**share - 1.0)[:, None]
+    return Surface(attention.axes, attention.tensor + more[None, :, None, :])
 
 
 class FullAttention:

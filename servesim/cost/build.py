@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from servesim.cost.attention import decodes_under_load
 from servesim.cost.bundle import find_bundle
 from servesim.cost.cudagraph import capture_limit
 from servesim.cost.identity import wanted_for
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_cost import GroupStage, Member, StepCost
-from servesim.cost.step_terms import stage_terms
+from servesim.cost.step_terms import EIGHT_BIT, Gemms, stage_terms
 from servesim.cost.terms import pipeline_stages, whole_model
 from servesim.memory.engine_memory import priced_hardware
 from servesim.network.topology import Topology
 from servesim.specs.block_layers import architecture_of
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
+from servesim.specs.vllm_versions import runs_v2
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -114,21 +116,35 @@ class Costs:
             InputError: (MissingFileError among them) the bundle does not exist, is malformed, or lacks a
                 layer.
         """
-        engine = self._engine(instance, options)
+        engine = self._engine(instance, model, options)
         stage = stage or whole_model(model)
         where = (stage.first_block, stage.num_blocks, experts)
         limit = capture_limit(options.max_num_seqs, options.max_num_batched_tokens)
         links = (self.topology.tp, self._collectives)
         hardware = priced_hardware(instance, self._facts(instance.hardware)).name
-        key = (hardware, model, options.variant, instance.tp_size, engine, where, limit, links)
+        overlaps = options.async_scheduling or instance.pp_size > 1
+        key = (hardware, model, options.variant, instance.tp_size, engine, where, limit, links, overlaps)
         if key not in self._stages:
             tp = instance.tp_size
             bundle = self.bundle(instance, model, options)
             architecture = self._architecture(model)
             tables = self._tables(bundle, tp).for_stage(stage)
-            terms = stage_terms(architecture, stage, tables, tp, self.topology.tp, experts=experts)
+            if options.kv_dtype in EIGHT_BIT and engine.decode_attention_8bit != 1.0:
+                attention = decodes_under_load(tables.attention, engine.decode_attention_8bit)
+                tables = replace(tables, attention=attention)
+            gemms = Gemms.of(engine, model, options.dtype, tp)
+            terms = stage_terms(
+                architecture, stage, tables, tp, self.topology.tp, experts=experts, gemms=gemms
+            )
             self._stages[key] = StageCost(
-                bundle, tables, stage.num_blocks, terms, engine, limit, architecture.attention_kind
+                bundle,
+                tables,
+                stage.num_blocks,
+                terms,
+                engine,
+                limit,
+                architecture.attention_kind,
+                overlaps=overlaps,
             )
         return self._stages[key]
 
@@ -141,9 +157,18 @@ class Costs:
             self._bundles[key] = find_bundle(wanted, instance.tp_size)
         return self._bundles[key]
 
-    def host(self, instance: InstanceSpec, options: InstanceOptions) -> str:
+    def host(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> str:
         """One line: the host time of an instance's steps, and whose it is."""
-        return describe_host(self._facts(instance.hardware), self._engine(instance, options))
+        engine = self._engine(instance, model, options)
+        version = _second_runner(model, options)
+        return describe_host(self._facts(instance.hardware), engine, version)
+
+    def front_end_us(
+        self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions
+    ) -> tuple[float, float]:
+        """Between client and engine, each request: a constant, and the mean of what is drawn beside it."""
+        engine = self._engine(instance, model, options)
+        return engine.front_end_us, engine.front_end_jitter_us
 
     def _tables(self, bundle: Bundle, tp: int) -> RankTables:
         """The bundle's tables; without its measured collectives where the cluster's links decide."""
@@ -157,12 +182,15 @@ class Costs:
             self._architectures[model] = architecture_of(model)
         return self._architectures[model]
 
-    def _engine(self, instance: InstanceSpec, options: InstanceOptions) -> EngineSpec:
+    def _engine(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> EngineSpec:
         stated = instance.engine and (instance.engine, frozenset(instance.engine.model_fields_set))
-        key = (instance.hardware, stated, options.cudagraph)
+        second = _second_runner(model, options) is not None
+        key = (instance.hardware, stated, options.cudagraph, second)
         if key not in self._engines:
             hardware = self._facts(instance.hardware)
-            self._engines[key] = resolve_engine(hardware, instance.engine, cudagraph=options.cudagraph)
+            self._engines[key] = resolve_engine(
+                hardware, instance.engine, cudagraph=options.cudagraph, second_runner=second
+            )
         return self._engines[key]
 
     def _facts(self, hardware: str) -> HardwareSpec:
@@ -204,6 +232,12 @@ class Costs:
                 )
             )
         return stages
+
+
+def _second_runner(model: ModelSpec, options: InstanceOptions) -> str | None:
+    """The version that was asked for, if it runs the model with its second model runner."""
+    version = options.plan_as_vllm
+    return version if version and runs_v2(version, model.model_type, moe=model.is_moe) else None
 
 
 def build_stage_cost(

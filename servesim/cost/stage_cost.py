@@ -50,6 +50,8 @@ class StageCost:
         engine: EngineSpec,
         capture_limit: int = LARGEST_GRAPH,
         attention_kind: str = "full",
+        *,
+        overlaps: bool = True,
     ) -> None:
         self.bundle = bundle
         self.tables = tables
@@ -60,11 +62,13 @@ class StageCost:
         self.dense = CountTerm(Role.BLOCKS, terms.blocks)
         """What the transformer blocks pay beside attention, by the tokens they compute."""
         self.attention = attention_term(attention_kind, tables, blocks, engine)
-        host = HostTerm(engine.prefill_step_overhead_us, engine.decode_step_overhead_us)
+        layers = (*terms.blocks, *terms.once, *terms.sequences)
+        launches = 0 if engine.cudagraph else blocks + sum(layer.calls for layer in layers)
+        self.host = HostTerm(engine, launches, overlaps=overlaps)
         once = CountTerm(Role.ONCE, terms.once)
         heads = CountTerm(Role.HEAD, terms.sequences, by_sequences=True)
-        self.terms: tuple[Term, ...] = (self.dense, once, heads, self.attention, host)
-        self.decodes = DecodeRows(self.terms, self.attention, self.padding)
+        self.terms: tuple[Term, ...] = (self.dense, once, heads, self.attention, self.host)
+        self.decodes = DecodeRows(self.terms, self.attention, self.host, self.padding)
 
     def role_ns(self, role: Role, batch: BatchShape, tokens: int) -> float:
         """ns of the terms of one role; ``tokens``: what the dense layers compute, padding included."""
@@ -77,6 +81,8 @@ class StageCost:
             ns = 0.0
             for term in self.terms:
                 ns += term.ns(batch, tokens)
+            if self.host.has_floor:
+                ns = max(ns, self.host.floor_ns(batch) + self.host.ns(batch, tokens))
         else:
             ns = self.decodes.ns(batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max)
         whole = round(ns)
@@ -88,7 +94,9 @@ class StageCost:
         ``tokens``: what the dense layers compute; None: the batch's own, padded.
         """
         count = self.padding.of(scheduled_tokens(batch)) if tokens is None else tokens
-        return [line for term in self.terms for line in term.explain(batch, count)]
+        lines = [line for term in self.terms for line in term.explain(batch, count)]
+        gpu_ns = sum(term.ns(batch, count) for term in self.terms if term is not self.host)
+        return [*lines, *self.host.explain_wait(batch, gpu_ns / 1000.0)]
 
     def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int:
         """A step of ``n`` > 0 decodes alone; sum, least and greatest of their KV lengths in tokens."""
@@ -130,18 +138,24 @@ class Padding:
 class DecodeRows:
     """Steps of decodes alone: for each number of them, the sum of all terms as a row over KV length."""
 
-    __slots__ = ("_attention", "_padding", "_rest", "_rows")
+    __slots__ = ("_attention", "_floors", "_host", "_padding", "_rest", "_rows")
 
-    def __init__(self, terms: Sequence[Term], attention: AttentionTerm, padding: Padding) -> None:
+    def __init__(
+        self, terms: Sequence[Term], attention: AttentionTerm, host: HostTerm, padding: Padding
+    ) -> None:
         self._rest = [term for term in terms if term is not attention]
         self._attention = attention
+        self._host = host
         self._padding = padding
         self._rows: dict[int, DecodeRow] = {}
+        self._floors: dict[int, float] | None = {} if host.has_floor else None
+        """Decodes -> least ns of a step; None: there is none."""
 
     def ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> float:
         """ns of a step of ``n`` > 0 decodes."""
         row = self._rows.get(n) or self._new_row(n)
-        return row.unequal_ns(kv_sum // n, kv_min, kv_max)
+        ns = row.unequal_ns(kv_sum // n, kv_min, kv_max)
+        return ns if self._floors is None else max(ns, self._floors[n])
 
     def run_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> NDArray[np.int64]:
         """``steps`` consecutive steps of the same ``n`` decodes, every KV length growing by one a step.
@@ -166,10 +180,14 @@ class DecodeRows:
                 shortest = np.minimum(row.growing_ns(kv_min, steps), ns)
                 skewed = np.where(np.less(alpha, 0.0), np.maximum(skewed, shortest), skewed)
             ns = np.where(longest > ns, skewed, ns)
+        if self._floors is not None:
+            ns = np.maximum(ns, self._floors[n])
         return np.maximum(np.rint(ns).astype(np.int64), 1)
 
     def _new_row(self, n: int) -> DecodeRow:
         batch, tokens = Shape((), n), self._padding.of(n)
         rest = sum(term.ns(batch, tokens) for term in self._rest)
+        if self._floors is not None:
+            self._floors[n] = self._host.floor_ns(batch) + self._host.ns(batch, tokens)
         row = self._rows[n] = self._attention.decode_row(n, rest)
         return row

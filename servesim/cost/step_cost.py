@@ -66,7 +66,7 @@ class GroupStage:
         self._experts = experts
         width = len(members) // len(experts) if experts else 1
         self._teams = [range(first, first + width) for first in range(0, len(members), width)]
-        self._roles = [role for role in Role if stage.is_first or role is not Role.HOST]
+        self._roles = [role for role in Role if role is not Role.HOST]
         self._link = link
         self._send = members[0].cost.tables.collective("send", 2)
 
@@ -80,8 +80,19 @@ class GroupStage:
             if self._experts is not None:
                 theirs = tokens[team.start : team.stop]
                 ns += self._experts[number].ns(sum(theirs), max(theirs), wave)
+            if self._stage.is_first:
+                floor, host = self._host_ns(batches, tokens, team)
+                ns = max(ns, floor) + host
             longest = max(longest, ns)
         return max(round(longest), 1)
+
+    def _host_ns(
+        self, batches: Sequence[BatchShape], tokens: Sequence[int], team: range
+    ) -> tuple[float, float]:
+        """(least time of the accelerators' part, what the host adds to it) of a team, by its slowest host."""
+        hosts = [self.members[at].cost.host for at in team]
+        floor = max(host.floor_ns(batches[at]) for host, at in zip(hosts, team, strict=True))
+        return floor, max(self.members[at].role_ns(Role.HOST, batches[at], tokens[at]) for at in team)
 
     def explain(self, batches: Sequence[BatchShape], tokens: Sequence[int], wave: int) -> list[LayerCost]:
         """The lines of the slowest members of the slowest team."""
@@ -96,8 +107,22 @@ class GroupStage:
             if self._experts is not None:
                 theirs = tokens[team.start : team.stop]
                 own += self._experts[number].explain(sum(theirs), max(theirs), wave)
+            if self._stage.is_first:
+                own += self._explain_host(batches, tokens, team, sum(line.total_us for line in own))
             if sum(line.total_us for line in own) > sum(line.total_us for line in lines):
                 lines = own
+        return lines
+
+    def _explain_host(
+        self, batches: Sequence[BatchShape], tokens: Sequence[int], team: range, gpu_us: float
+    ) -> list[LayerCost]:
+        """The lines of the host that the team waits for longest, beside ``gpu_us`` of its accelerators."""
+        latest = max(team, key=lambda at: self.members[at].cost.host.floor_ns(batches[at]))
+        slowest = max(team, key=lambda at: self.members[at].role_ns(Role.HOST, batches[at], tokens[at]))
+        lines = self.members[latest].cost.host.explain_wait(batches[latest], gpu_us)
+        for term in self.members[slowest].terms:
+            if term.role is Role.HOST:
+                lines += term.explain(batches[slowest], tokens[slowest])
         return lines
 
     def hand_over_ns(self, tokens: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ Each layer knows its µs for an array of counts, how often a step pays it, and w
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,9 +17,10 @@ from servesim.cost.terms import LayerCost, Role
 from servesim.errors import InputError
 from servesim.slotted import dataclass
 from servesim.specs.block_layers import all_reduces
+from servesim.specs.rank_shapes import GEMM_LAYERS, rank_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from servesim.cost.terms import BatchShape, Stage
     from servesim.network.topology import Dimension
     from servesim.specs.architecture import Architecture
+    from servesim.specs.hardware import EngineSpec
     from servesim.specs.model import ModelSpec
 
 FIRST_TOKENS = 2048
@@ -35,6 +38,9 @@ FIRST_SEQUENCES = 256
 ACTIVATION_BYTES = 2  # hidden states travel between ranks in 16 bit, whatever the weights are
 TILE_ROWS = 16
 """Rows that a tensor core multiplies at a time; no GEMM takes fewer (NVIDIA PTX ISA, ``mma``)."""
+SMOOTH_ROWS = {"none": 0, "tile": TILE_ROWS, "all": 1 << 30}
+"""``engine.smooth_gemms`` -> rows up to which times are made to rise."""
+EIGHT_BIT = ("fp8", "int8")
 _ALL_REDUCE = "all_reduce"
 
 
@@ -70,19 +76,56 @@ class LayerTerm:
     The measured curve then has a step between two of its points; a line through them would give the first
     rows of a new tile nearly the time of the old one.
     """
+    row_us: float = 0.0
+    """µs that a row takes at the rate that GEMMs sustain; 0: the curve alone decides."""
 
     def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self.curve.at(gemm_rows(counts) if self.tiled else counts)
+        if not self.tiled:
+            return self.curve.at(counts)
+        rows = gemm_rows(counts)
+        sustained: NDArray[np.float64] = np.maximum(self.curve.at(rows), rows * self.row_us)
+        return sustained
 
     def origin(self, count: int) -> str:
         rows = int(gemm_rows(np.array([count]))[0]) if self.tiled else count
         whole = f", tiles of {TILE_ROWS} rows" if rows != count else ""
+        if rows * self.row_us > float(self.curve.at(rows)[0]):
+            return f"{rows} rows at the rate that GEMMs sustain (engine.sustained_tflops_*){whole}"
         return f"{describe_lookup(self.curve.points, rows, self.unit)} in {self.source}{whole}"
 
 
 def gemm_rows(tokens: NDArray[np.int64]) -> NDArray[np.int64]:
     """Rows that a GEMM computes for ``tokens``: whole tiles; up to a single tile, as measured."""
     return np.where(tokens > TILE_ROWS, -(-tokens // TILE_ROWS) * TILE_ROWS, tokens)
+
+
+@dataclass(slots=True, frozen=True)
+class Gemms:
+    """How the measured times of GEMMs are read."""
+
+    smooth_rows: int = 0
+    """Up to so many rows one takes at most what a larger one takes: fewer rows can be padded to more."""
+    row_us: Mapping[str, float] = field(default_factory=dict)
+    """Layer -> µs of a row at the sustained rate; none for a layer without a known one."""
+
+    @classmethod
+    def of(cls, engine: EngineSpec, model: ModelSpec, dtype: str, tp: int) -> Gemms:
+        """What the engine's constants say; ``dtype`` of the weights, ``tp`` ranks that share them."""
+        smooth_rows = SMOOTH_ROWS[engine.smooth_gemms]
+        rate = engine.sustained_tflops_8bit if dtype in EIGHT_BIT else engine.sustained_tflops_16bit
+        if rate is None:
+            return cls(smooth_rows)
+        shapes = rank_shapes(model, tp)
+        sizes = {layer: shapes.gemm(layer) for layer in GEMM_LAYERS}
+        return cls(smooth_rows, {layer: 2e-6 * n * k / rate for layer, (n, k) in sizes.items()})
+
+    def term(self, layer: str, calls: int, curve: Curve, source: str) -> LayerTerm:
+        """The layer whose GEMMs over tokens were measured as ``curve``."""
+        read = curve.rising(self.smooth_rows) if self.smooth_rows else curve
+        return LayerTerm(layer, calls, read, "tokens", source, True, self.row_us.get(layer, 0.0))
+
+
+AS_MEASURED = Gemms()
 
 
 @dataclass(slots=True, frozen=True)
@@ -214,6 +257,7 @@ def stage_terms(
     link: Dimension | None = None,
     *,
     experts: bool = True,
+    gemms: Gemms = AS_MEASURED,
 ) -> StageTerms:
     """All layers of a stage but attention; ``experts``: the expert layers among them.
 
@@ -227,7 +271,7 @@ def stage_terms(
     calls.pop(architecture.attention_layer, None)
     if not experts:
         calls = Counter({layer: n for layer, n in calls.items() if architecture.kind(layer) != "moe"})
-    in_blocks = [_token_term(layer, n, architecture, model, tables) for layer, n in calls.items()]
+    in_blocks = [_token_term(layer, n, architecture, model, tables, gemms) for layer, n in calls.items()]
     if tp > 1 and link is not None:
         reduces = sum(all_reduces(layer) for layer in stage.layers)
         in_blocks.append(all_reduce_term(tables, model, tp, link, reduces))
@@ -240,7 +284,7 @@ def stage_terms(
     source = f"{tables.folder.name}/per_sequence.csv"
     return StageTerms(
         in_blocks,
-        [_token_term(layer, n, architecture, model, tables) for layer, n in once.items()],
+        [_token_term(layer, n, architecture, model, tables, gemms) for layer, n in once.items()],
         [
             LayerTerm(layer, n, tables.layer("per_sequence", layer), "sequences", source)
             for layer, n in heads.items()
@@ -263,12 +307,19 @@ def _block_calls(architecture: Architecture, stage: Stage) -> Counter[str]:
 
 
 def _token_term(
-    layer: str, calls: int, architecture: Architecture, model: ModelSpec, tables: RankTables
+    layer: str,
+    calls: int,
+    architecture: Architecture,
+    model: ModelSpec,
+    tables: RankTables,
+    gemms: Gemms,
 ) -> CountLayer:
     if architecture.kind(layer) != "moe":
         source = f"{tables.folder.name}/dense.csv"
         curve = tables.layer("dense", layer)
-        return LayerTerm(layer, calls, curve, "tokens", source, tiled=architecture.is_gemm(layer))
+        if architecture.is_gemm(layer):
+            return gemms.term(layer, calls, curve, source)
+        return LayerTerm(layer, calls, curve, "tokens", source)
     if tables.moe is None:
         raise InputError(
             f"{tables.folder / 'moe.csv'}: no such file, nor one in tp1: layer {layer} of the architecture "

@@ -112,6 +112,13 @@ class Curve:
         """Values at an array of queries, shape (Q,)."""
         return resample(self.points, self.values, np.atleast_1d(queries))
 
+    def rising(self, end: int) -> Curve:
+        """The curve with every value up to the point ``end`` at most that of any point between them."""
+        values = self.values.copy()
+        first = int(np.searchsorted(self.points, end, side="right"))
+        values[:first] = np.minimum.accumulate(values[:first][::-1])[::-1]
+        return Curve(self.points, values)
+
 
 @dataclass(slots=True, frozen=True)
 class Surface:

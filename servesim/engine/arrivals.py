@@ -7,10 +7,60 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from servesim.engine.clock import NEVER as NEVER
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from servesim.engine.request_state import RequestState
     from servesim.workload.request import Workload
+
+_FRONT_END = 3  # what the random stream is for, the second word of its seed
+
+
+class FrontEnds:
+    """Requests on their way from the client to the engine.
+
+    Each is there for the constant of its instance and an exponential part, a function of the seed and the
+    request alone. All of it lies before the engine, though some of it is the way back of the
+    tokens: latencies are the same, and a closed loop lets the next request in at the same time.
+    """
+
+    def __init__(self, times_us: Sequence[tuple[float, float]], num_requests: int, seed: int) -> None:
+        """
+        Args:
+            times_us: of every instance the constant and the mean of the exponential part.
+            num_requests: of the workload.
+            seed: of the exponential parts.
+        """
+        self._times_us = times_us
+        self._shares: NDArray[np.float64] | None = None
+        if any(jitter for _, jitter in times_us):
+            self._shares = np.random.default_rng((seed, _FRONT_END)).standard_exponential(num_requests)
+        self._due: list[tuple[int, int, RequestState]] = []
+
+    def ns(self, instance: int, request: int) -> int:
+        """Time that a request spends before this instance's engine, in whole µs."""
+        constant, jitter = self._times_us[instance]
+        drawn = jitter * float(self._shares[request]) if self._shares is not None else 0.0
+        return round(constant + drawn) * 1000
+
+    @property
+    def next_ns(self) -> int:
+        """When the next one is through, :data:`NEVER` if none is on its way."""
+        return self._due[0][0] if self._due else NEVER
+
+    def send(self, state: RequestState, due_ns: int) -> None:
+        """Let a request through at ``due_ns``."""
+        heappush(self._due, (due_ns, state.request.index, state))
+
+    def pop(self) -> RequestState:
+        """The one that is through first."""
+        return heappop(self._due)[2]
 
 
 class Arrivals:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from servesim.engine.arrivals import Arrivals
+from servesim.engine.arrivals import Arrivals, FrontEnds
 from servesim.engine.clock import Clock, Order
 from servesim.engine.router import Router
 from servesim.engine.step_loop import Coupling, LoopPlan, StepLoop
@@ -76,6 +76,11 @@ class Simulation:
         self._workload = workload
         self._arrivals = Arrivals(workload, options.max_concurrency)
         self._arrival = self._clock.actor(Order.REQUEST, self._arrive)
+        times_us = [log.front_end_us for log in logs]
+        self._front_ends: FrontEnds | None = None
+        if any(max(pair) for pair in times_us):
+            self._front_ends = FrontEnds(times_us, len(workload), options.seed)
+            self._received = self._clock.actor(Order.REQUEST, self._receive)
         self._refresh_ns = round(options.router_refresh * 1e9)
         self._router = Router(self.instances, options.request_routing_policy, options.seed, self._refresh_ns)
         self._sticky = options.sticky_sessions
@@ -149,7 +154,26 @@ class Simulation:
             self._reject(index, instance.log.index, now, reason)
             return
         front.expect_one()
-        self._submit(instance, instance.new_state(request, now), now)
+        self._send_in(instance, instance.new_state(request, now), now)
+
+    def _send_in(self, instance: Instance, state: RequestState, now: int) -> None:
+        """Hand a request that has arrived to its instance, by way of the front end if that takes time."""
+        ends = self._front_ends
+        time_ns = ends.ns(instance.log.index, state.request.index) if ends else 0
+        if ends is None or not time_ns:
+            self._submit(instance, state, now)
+            return
+        state.record.front_end_ns = time_ns
+        ends.send(state, now + time_ns)
+        self._clock.at(ends.next_ns, self._received)
+
+    def _receive(self, now: int) -> None:
+        """The engine gets the next request from its front end."""
+        ends = self._front_ends
+        assert ends is not None
+        state = ends.pop()
+        self._clock.at(ends.next_ns, self._received)
+        self._submit(self.instances[state.record.instance], state, now)
 
     def _submit(self, instance: Instance, state: RequestState, now: int) -> None:
         self._loops[instance.log.index].submit(instance, state, now)
@@ -181,7 +205,7 @@ class Simulation:
         state = prefill.new_state(request, now, output_tokens=1)
         wake = self._loops[prefill.log.index].wake
         self._hand_over.send(state, prefill, decode, target, wake, self._arrive_at_decode)
-        self._submit(prefill, state, now)
+        self._send_in(prefill, state, now)
         return True
 
     def _arrive_at_decode(self, journey: Journey, now: int) -> None:

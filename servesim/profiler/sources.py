@@ -52,8 +52,8 @@ def check(source: str, job: ProfileJob) -> None:
         InputError: a degree does not split the model.
     """
     from servesim.cost.finding import PUBLIC_DTYPES
-    from servesim.profiler.shapes import block_windows, rank_shapes
     from servesim.specs.block_layers import beyond_files
+    from servesim.specs.rank_shapes import block_windows, rank_shapes
 
     model = job.model
     for name, dtype in (("--dtype", job.dtype), ("--kv-cache-dtype", job.kv_dtype)):

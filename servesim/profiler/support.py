@@ -12,13 +12,13 @@ from servesim.cost.identity import wanted_for
 from servesim.errors import InputError, ServingError
 from servesim.memory.sizing import weight_bytes_per_npu
 from servesim.profiler.meter import ProfileJob
-from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.sources import COMPUTING, SOURCES, capability
 from servesim.results.stated_errors import RESULTS, stated_error
 from servesim.results.units import GIB
 from servesim.slotted import dataclass
 from servesim.specs import paths
 from servesim.specs.dtypes import variant_name
+from servesim.specs.rank_shapes import rank_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

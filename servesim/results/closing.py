@@ -46,6 +46,7 @@ def closing(result: Result, wall_s: float | None = None) -> str:
         "",
         latency_table(summary).plain(width=screen_width()),
         "",
+        *_front_end(summary),
         *_memory(summary),
     ]
     near = saturation_line(summary["saturation"])
@@ -83,6 +84,17 @@ def latency_table(summary: Mapping[str, Any]) -> Table:
             [title, *(digits(summary[f"{statistic}_{name}_ms"]) for _, statistic in STATISTICS)]
         )
     return table
+
+
+def _front_end(summary: Mapping[str, Any]) -> list[str]:
+    """How much of TTFT lies outside the engine, where that is modelled."""
+    entry = summary.get("front_end")
+    if entry is None:
+        return []
+    return [
+        f"front end      {digits(entry['mean_ms'])} ms of TTFT and latency; TTFT by the engine's own stamps: "
+        f"mean {digits(entry['mean_engine_ttft_ms'])} ms, P99 {digits(entry['p99_engine_ttft_ms'])} ms"
+    ]
 
 
 def wall_line(end_ns: int, wall_s: float) -> str:

@@ -52,6 +52,8 @@ class RequestRecord:
     recomputed_tokens: int = 0
     decode_instance: int = -1
     """Instance that decoded the request; equals ``instance`` unless prefill and decode are separate."""
+    front_end_ns: int = 0
+    """What of its latency it spent between the client and the engine, before it was queued."""
     handed_over_ns: int = -1
     """When it was queued at another instance that decodes it; -1 where there is none."""
     prefill_step: tuple[int, int] | None = None
@@ -166,6 +168,8 @@ class InstanceLog:
     """The cost object of the run itself."""
     notes: tuple[str, ...] = ()
     """Lines about its memory that the user should see."""
+    front_end_us: tuple[float, float] = (0.0, 0.0)
+    """Between client and engine, each request: a constant, and the mean of what is drawn beside it."""
     kv_reads: array[int] | None = None
     """Tokens of KV that the NPUs read for the attention of each step; kept only where placement or offloading
     may have it in other memories."""

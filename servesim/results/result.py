@@ -97,8 +97,8 @@ class Result:
         - ``input``, ``output``: tokens of the prompt, tokens generated
         - ``arrival``, ``queued``, ``end_time``: ns on the simulation clock; ``queued`` is the step boundary
           at which the engine took the request in
-        - ``latency`` (arrival to end), ``queuing_delay`` (arrival to the first step that schedules it),
-          ``TTFT`` (arrival to first token): ns
+        - ``latency`` (arrival to end), ``queuing_delay`` (arrival to the first step that schedules it, front
+          end left out), ``TTFT`` (arrival to first token): ns
         - ``TPOT``: (latency - TTFT) // (output - 1) in ns, 0 for a single token
         - ``sub_request``: position in its session
         - ``prefix_hit`` = ``npu_hit`` + ``storage_hit``: prompt tokens found in the NPU's prefix cache, and
@@ -126,7 +126,8 @@ class Result:
         arrival = fill("arrival", [record.arrival_ns for record in records])
         end = fill("end_time", [record.end_ns for record in records])
         table["queuing_delay"] = (
-            np.array([record.scheduled_ns for record in records], dtype=np.int64) - arrival
+            np.array([record.scheduled_ns - record.front_end_ns for record in records], dtype=np.int64)
+            - arrival
         )
         first_token = np.array([record.first_token_ns for record in records], dtype=np.int64)
         table["latency"] = end - arrival

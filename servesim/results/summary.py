@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -81,6 +81,20 @@ def _latency_keys(result: Result) -> dict[str, float]:
         ):
             keys[f"{statistic}_{name}_ms"] = round(value / MS, 6)
     return keys
+
+
+def _front_end_entry(result: Result) -> dict[str, dict[str, float]]:
+    """Time between client and engine, and TTFT without it, as the engine's own stamps have it.
+
+    Nothing where no front end is modelled.
+    """
+    front_end = np.array([record.front_end_ns for record in result.records], dtype=np.int64)
+    if not front_end.any():
+        return {}
+    engine = describe(result.requests["TTFT"] - front_end)
+    figures = {"mean": engine.mean, "median": engine.median, "p90": engine.p90, "p99": engine.p99}
+    entry = {f"{name}_engine_ttft_ms": round(value / MS, 6) for name, value in figures.items()}
+    return {"front_end": {"mean_ms": round(describe(front_end).mean / MS, 6), **entry}}
 
 
 def kv_peak_blocks(instance: InstanceLog) -> int:
@@ -187,6 +201,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "output_throughput": _per_second(output_tokens, elapsed),
         "total_token_throughput": _per_second(input_tokens + output_tokens, elapsed),
         **_latency_keys(result),
+        **_front_end_entry(result),
         "kv_cache": _kv_cache_totals(result),
         "peak_batch": max((instance.steps.most("running") for instance in result.instances), default=0),
         "steps": sum(len(instance.steps) for instance in result.instances),
@@ -269,6 +284,7 @@ class Summary(TypedDict):
     p90_queuing_delay_ms: float
     p95_queuing_delay_ms: float
     p99_queuing_delay_ms: float
+    front_end: NotRequired[dict[str, float]]
     kv_cache: dict[str, Any]
     peak_batch: int
     steps: int

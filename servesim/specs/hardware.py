@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from servesim.errors import MissingFileError
 from servesim.specs import paths
@@ -37,10 +37,45 @@ size's logarithm, outside it stays.
 
 
 class EngineSpec(Spec):
-    """Host time that does not hide behind the accelerator, and how the engine launches its work.
+    """Host time, how the engine launches its work, and corrections of kernel times that a server shows.
 
-    The overheads belong to one machine; a hardware file that sets them says under ``calibration`` whose they
-    are. Without one they are 0, and predictions lean to the fast side.
+    Host times belong to one machine; a hardware file that sets them says under ``sources`` or
+    ``calibration`` whose they are. Without one they are 0, and predictions lean to the fast side.
+    """
+
+    front_end_us: OverheadUs = 0.0
+    """From the client to the engine and back, each request: HTTP, tokenizer, queues between processes.
+
+    Part of TTFT and latency as a client sees them, not of the engine's own stamps.
+    """
+    front_end_jitter_us: OverheadUs = 0.0
+    """Mean of what a request needs there beyond ``front_end_us``, drawn for each one (exponential)."""
+    host_step_us: OverheadUs = 0.0
+    """Work of the host for every step: scheduler, inputs, launch, output.
+
+    With asynchronous scheduling it goes on while the accelerator computes the step before, so that a step
+    takes the longer of both; with synchronous scheduling both are paid.
+    """
+    host_sequence_us: OverheadUs = 0.0
+    """The same for every sequence of the step."""
+    eager_launch_us: OverheadUs | None = None
+    """Without CUDA graphs: time of the host to launch one layer, for which the accelerator waits.
+
+    None: 100 us where an option (``--enforce-eager``) turns graphs off on a GPU with a hardware file, 0
+    elsewhere. An A100 server decodes 2.2 to 2.7 times slower so (an 8B model, some 290 layers); nobody else's
+    time is known.
+    """
+    sustained_tflops_16bit: Teraflops | None = None
+    """Rate that GEMMs of 16-bit weights hold for seconds, at the power limit; tables hold bursts."""
+    sustained_tflops_8bit: Teraflops | None = None
+    """The same of 8-bit weights."""
+    decode_attention_8bit: Annotated[float, Field(ge=0.05, le=10)] = 1.0
+    """Decode attention over 8-bit KV under load, as a multiple of the table's."""
+    smooth_gemms: Literal["none", "tile", "all"] = "none"
+    """Where a GEMM takes at most what the table says of more rows, which could stand in for it.
+
+    ``tile``: up to 16 rows, all of which a tensor core computes alike, so that differences are noise.
+    ``all``: everywhere; for a table whose noise exceeds the differences between its kernels.
     """
 
     prefill_step_overhead_us: OverheadUs = 0.0
@@ -60,7 +95,18 @@ class EngineSpec(Spec):
     """Whether every prefill chunk of a step is looked up on its own, instead of their sum."""
 
 
-NO_HOST_TIME = EngineSpec(prefill_step_overhead_us=0.0, decode_step_overhead_us=0.0)
+EAGER_LAUNCH_US = 100.0
+"""Of one A100 server; see ``eager_launch_us``."""
+HOST_CONSTANTS = (
+    "prefill_step_overhead_us",
+    "decode_step_overhead_us",
+    "host_step_us",
+    "host_sequence_us",
+    "front_end_us",
+    "front_end_jitter_us",
+)
+"""Constants of :class:`EngineSpec` that are times of a host."""
+NO_HOST_TIME = EngineSpec.model_validate(dict.fromkeys(HOST_CONSTANTS, 0.0))
 """Kernels alone, whatever a hardware file says of its host."""
 
 
@@ -154,6 +200,8 @@ class HardwareSpec(Spec):
     """Field -> where its value is from."""
     roofline: RooflineSpec = Field(default_factory=RooflineSpec)
     engine: EngineSpec = Field(default_factory=EngineSpec)
+    engine_rows: str | None = None
+    """What the engine constants were fitted to, where that is no recording: rows, models, versions."""
     calibration: CalibrationSpec | None = None
     """None: nobody fitted the engine constants to a recorded run."""
 
@@ -172,30 +220,80 @@ def load_hardware(name: str) -> HardwareSpec:
 
 
 def resolve_engine(
-    hardware: HardwareSpec, override: EngineSpec | None, *, cudagraph: bool = True
+    hardware: HardwareSpec,
+    override: EngineSpec | None,
+    *,
+    cudagraph: bool = True,
+    second_runner: bool = False,
 ) -> EngineSpec:
     """The engine constants of an instance: those it states itself, else the hardware's.
 
-    ``cudagraph=False`` (``--no-cudagraph``) turns padding off whatever the files say.
+    Args:
+        hardware: whose file has them.
+        override: what the instance states.
+        cudagraph: False (``--no-cudagraph``) turns padding off whatever the files say.
+        second_runner: whether vLLM's second model runner is in use. The hardware's time of a step with
+            prefill was measured with the first one, and there is none then.
     """
     engine = hardware.engine
+    if second_runner:
+        engine = engine.model_copy(update={"prefill_step_overhead_us": 0.0})
     if override is not None:
         stated = {name: getattr(override, name) for name in override.model_fields_set}
         engine = engine.model_copy(update=stated)
-    return engine if cudagraph else engine.model_copy(update={"cudagraph": False})
+    if cudagraph:
+        return engine
+    launch_us = engine.eager_launch_us
+    if launch_us is None and hardware.gpu is not None:
+        launch_us = EAGER_LAUNCH_US
+    return engine.model_copy(update={"cudagraph": False, "eager_launch_us": launch_us})
 
 
-def describe_host(hardware: HardwareSpec, engine: EngineSpec) -> str:
-    """One line: the host time of ``engine``, and whose it is: the hardware file's, if it says the same."""
-    prefill_us, decode_us = engine.prefill_step_overhead_us, engine.decode_step_overhead_us
-    own = hardware.engine
-    stated = (prefill_us, decode_us) != (own.prefill_step_overhead_us, own.decode_step_overhead_us)
-    if not prefill_us and not decode_us:
-        why = "the cluster config says so" if stated else "no machine is calibrated"
+def describe_host(hardware: HardwareSpec, engine: EngineSpec, second_runner: str | None = None) -> str:
+    """One line: the host time of ``engine``, and whose it is: the hardware file's, if it says the same.
+
+    ``second_runner``: the version of vLLM that was asked for, if it runs the model with its second runner.
+    """
+    own = resolve_engine(hardware, None, second_runner=second_runner is not None)
+    stated = any(getattr(engine, name) != getattr(own, name) for name in HOST_CONSTANTS)
+    without = ""
+    if second_runner and hardware.engine.prefill_step_overhead_us and not engine.prefill_step_overhead_us:
+        without = f", none per step with prefill in vLLM {second_runner} (its second model runner)"
+    times = _host_times(engine)
+    if not times:
+        why = (
+            "the cluster config says so"
+            if stated
+            else without.removeprefix(", ") or "no machine is calibrated"
+        )
         return f"no overhead ({why}), so predictions lean to the fast side"
-    times = f"+{prefill_us / 1000:g} ms per step with prefill, +{decode_us / 1000:g} ms per decode-only step"
+    told = ", ".join(times) + without
     if stated:
-        return f"{times} (from the cluster config)"
-    if hardware.calibration is None:
-        return f"{times} (from the hardware file)"
-    return f"{times} (fitted on the {hardware.calibration.machine})"
+        return f"{told} (from the cluster config)"
+    if hardware.calibration is not None:
+        return f"{told} (fitted on the {hardware.calibration.machine}, {hardware.calibration.engine})"
+    if hardware.engine_rows:
+        return f"{told} (from {hardware.engine_rows})"
+    return f"{told} (from the hardware file)"
+
+
+def _host_times(engine: EngineSpec) -> list[str]:
+    """Every host time that is not 0, in words."""
+    found = []
+    prefill_us, decode_us = engine.prefill_step_overhead_us, engine.decode_step_overhead_us
+    if prefill_us or decode_us:
+        decode = (
+            f", +{decode_us / 1000:g} ms per decode-only step" if decode_us or not engine.front_end_us else ""
+        )
+        found.append(f"+{prefill_us / 1000:g} ms per step with prefill{decode}")
+    if engine.host_step_us or engine.host_sequence_us:
+        found.append(
+            f"{engine.host_step_us:g} µs per step and {engine.host_sequence_us:g} µs per sequence of it, "
+            "beside the GPU where scheduling is asynchronous"
+        )
+    if engine.front_end_us or engine.front_end_jitter_us:
+        drawn = (
+            f" and {engine.front_end_jitter_us / 1000:g} ms at random" if engine.front_end_jitter_us else ""
+        )
+        found.append(f"front end {engine.front_end_us / 1000:g} ms a request{drawn}")
+    return found

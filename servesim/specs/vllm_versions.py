@@ -64,3 +64,21 @@ def minor_version(text: object) -> object:
     """``v0.33.1`` and ``0.33.1`` -> ``0.33``; anything else as it is."""
     match = re.fullmatch(r"v?(\d{1,3}\.\d{1,3})(\.\d{1,3})?", text) if isinstance(text, str) else None
     return match[1] if match else text
+
+
+_EARLY_V2 = ("llama", "mistral", "qwen3", "qwen2_moe", "deepseek_v2", "granitemoe")
+_V2_MOE = ("qwen2_moe", "deepseek_v2", "deepseek_v4", "granitemoe", "kimi_k3")
+
+
+def runs_v2(version: VllmVersion, model_type: str, *, moe: bool) -> bool:
+    """Whether this version runs a model with its second model runner if nobody asks for one.
+
+    That one prepares inputs on the GPU, so that a step with a prefill chunk does not wait for the host. As
+    ``VllmConfig.use_v2_model_runner`` decides in 0.24, 0.28 and 0.33; others go by the one before them.
+    """
+    position = VERSIONS.index(version)
+    if position < VERSIONS.index("0.28"):
+        return model_type in _EARLY_V2
+    if position < VERSIONS.index("0.33"):
+        return model_type in _V2_MOE or not moe
+    return True

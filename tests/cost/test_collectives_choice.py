@@ -25,9 +25,18 @@ def _all_reduce_us(root: Path, wanted: str, meta: dict[str, Any]) -> float:
     cluster = cluster_links(bw=1.0, latency=1000.0)
     cluster.collectives = wanted
     instance = SimpleNamespace(
-        hardware=HARDWARE, npu_mem=SimpleNamespace(mem_bw=None), tp_size=2, engine=EngineSpec()
+        hardware=HARDWARE, npu_mem=SimpleNamespace(mem_bw=None), tp_size=2, pp_size=1, engine=EngineSpec()
     )
-    options = SimpleNamespace(variant=VARIANT, cudagraph=True, max_num_seqs=256, max_num_batched_tokens=2048)
+    options = SimpleNamespace(
+        variant=VARIANT,
+        dtype="bfloat16",
+        kv_dtype="bfloat16",
+        cudagraph=True,
+        async_scheduling=True,
+        plan_as_vllm=None,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+    )
     timer = build_stage_cost(instance, toy_model(), options, cluster)  # type: ignore[arg-type]
     return float(timer.layers.blocks[-1].us(np.array([10]))[0])
 

@@ -140,7 +140,15 @@ def test_a_wave_of_two_members_on_measured_points_is_the_sum_of_its_rows(perf: P
     )
     spec.moe_backend = "allgather_reducescatter"
     options: Any = SimpleNamespace(
-        variant="bf16", cudagraph=True, enable_block_copy=True, max_num_seqs=128, max_num_batched_tokens=2048
+        variant="bf16",
+        dtype="bfloat16",
+        kv_dtype="bfloat16",
+        async_scheduling=True,
+        plan_as_vllm=None,
+        cudagraph=True,
+        enable_block_copy=True,
+        max_num_seqs=128,
+        max_num_batched_tokens=2048,
     )
     routing = expert_routing("BALANCED", model, 2, seed=42)
     timer = Costs(links).of([(0, spec)] * 2, model, [options] * 2, routing)

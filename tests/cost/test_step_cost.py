@@ -86,6 +86,10 @@ class Group:
     def options(self) -> Any:
         return SimpleNamespace(
             variant="bf16",
+            dtype="bfloat16",
+            kv_dtype="bfloat16",
+            async_scheduling=True,
+            plan_as_vllm=None,
             cudagraph=True,
             enable_block_copy=self.block_copy,
             max_num_seqs=self.max_num_seqs,

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from servesim.cost.bundle_csv import read_labelled, read_numbers
-from servesim.profiler.shapes import RankShapes, rank_shapes
 from servesim.specs.block_layers import expert_format
 from servesim.specs.hardware import HardwareSpec, load_hardware
 from servesim.specs.model import ModelSpec, load_model
+from servesim.specs.rank_shapes import RankShapes, rank_shapes
 from servesim.specs.reading import read_yaml_object
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from servesim.cost.bundle import load_bundle
 from servesim.errors import NotSupportedError
 from servesim.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
 from servesim.profiler.roofline.meter import BY_NAME, layer_kind
-from servesim.profiler.shapes import block_windows
 from servesim.specs.architecture import LayerEntry
 from servesim.specs.block_layers import architecture_of
 from servesim.specs.model import known_models, load_model
+from servesim.specs.rank_shapes import block_windows
 from servesim.specs.runnable import why_not_simulated
 from tests.profiler.roofline_toy import PERFECT, TOY_HARDWARE, build_bundle, job, sliding_half
 

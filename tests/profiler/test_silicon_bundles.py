@@ -254,14 +254,14 @@ def test_measured_collectives_say_what_they_were_measured_over() -> None:
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:
-    from servesim.profiler.shapes import rank_shapes
+    from servesim.specs.rank_shapes import rank_shapes
 
     with pytest.raises(InputError, match="32 attention heads cannot be split over tp 3"):
         rank_shapes(load_model(MODELS[0]), 3)
 
 
 def test_replicated_kv_heads_keep_at_least_one() -> None:
-    from servesim.profiler.shapes import rank_shapes
+    from servesim.specs.rank_shapes import rank_shapes
 
     shapes = rank_shapes(load_model(MOE), 8)
     assert (shapes.heads, shapes.kv_heads) == (4, 1)

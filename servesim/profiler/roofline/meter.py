@@ -20,9 +20,9 @@ from servesim.profiler.roofline.formulas import (
     moved_us,
 )
 from servesim.profiler.roofline.kinds import Formats, kind_us
-from servesim.profiler.shapes import rank_shapes
 from servesim.specs.block_layers import attention_groups, block_layers, expert_format, experts_of
 from servesim.specs.dtypes import dtype_bytes
+from servesim.specs.rank_shapes import rank_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from servesim.profiler.meter import AttentionBatch, ProfileJob, Provenance
     from servesim.profiler.roofline.efficiency import Efficiency
     from servesim.profiler.roofline.formulas import Accelerator
-    from servesim.profiler.shapes import RankShapes
     from servesim.specs.architecture import LayerEntry
     from servesim.specs.block_layers import AttentionGroup, DenseLayer
     from servesim.specs.formats import WeightFormat
+    from servesim.specs.rank_shapes import RankShapes
 
 LARGEST_PAYLOAD = 1 << 28
 """Bytes of the largest all-reduce in comm.csv."""

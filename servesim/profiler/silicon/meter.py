@@ -9,7 +9,6 @@ import numpy as np
 
 from servesim.errors import NotSupportedError
 from servesim.profiler import grids
-from servesim.profiler.shapes import RankShapes, rank_shapes
 from servesim.profiler.silicon import comm
 from servesim.profiler.silicon.attention import AttentionShape, AttentionTimes, attention_times
 from servesim.profiler.silicon.gemm import products
@@ -28,6 +27,7 @@ from servesim.specs.block_layers import (
     is_module,
 )
 from servesim.specs.layers import Attention, Recurrent
+from servesim.specs.rank_shapes import RankShapes, rank_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.profiler.meter import Provenance
 from servesim.profiler.provenance import attention_axes, attention_kinds
-from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.silicon import DERIVATION, comm, tables
 from servesim.profiler.silicon.attention import AttentionTimes
 from servesim.profiler.silicon.gemm import SLOW_US, smallest_us
 from servesim.profiler.silicon.skew import BUCKET_AXES, skew_summary
 from servesim.slotted import dataclass
 from servesim.specs.block_layers import attention_groups, block_layers
+from servesim.specs.rank_shapes import rank_shapes
 
 if TYPE_CHECKING:
     from servesim.profiler.bundle_writer import BundleContent

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from servesim.profiler.meter import AttentionBatch, ProfileJob
-    from servesim.profiler.shapes import RankShapes
     from servesim.profiler.torch_source.device import Device
+    from servesim.specs.rank_shapes import RankShapes
 
 PAGE = 16
 """Tokens of a page: the engine's block size."""

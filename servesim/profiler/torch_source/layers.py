@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from servesim.profiler.meter import ProfileJob
-    from servesim.profiler.shapes import RankShapes
     from servesim.profiler.torch_source.device import Device
     from servesim.specs.architecture import LayerEntry
+    from servesim.specs.rank_shapes import RankShapes
 
 _ROPE_BASE = 10000.0
 _ID_SETS = 8  # other rows of the table each time: an engine's tokens are not those of its last step

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from servesim.errors import InputError
 from servesim.profiler.measure.grid import SweepGrid
 from servesim.profiler.meter import Provenance
-from servesim.profiler.shapes import block_windows, rank_shapes
 from servesim.profiler.torch_source.experts import RankExperts
 from servesim.profiler.torch_source.flashinfer_attention import FlashInferAttention
 from servesim.profiler.torch_source.formats import check_format
 from servesim.profiler.torch_source.layers import RankLayers
 from servesim.profiler.torch_source.sdpa import SdpaAttention
 from servesim.specs.dtypes import dtype_bytes
+from servesim.specs.rank_shapes import block_windows, rank_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

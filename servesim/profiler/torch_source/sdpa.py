@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from servesim.profiler.meter import AttentionBatch, ProfileJob
-    from servesim.profiler.shapes import RankShapes
     from servesim.profiler.torch_source.device import Device
+    from servesim.specs.rank_shapes import RankShapes
 
 _MOST_PLACES = 16
 

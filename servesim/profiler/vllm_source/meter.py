@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from servesim.errors import NotSupportedError, RunError
 from servesim.profiler.measure.grid import SweepGrid
 from servesim.profiler.meter import Provenance
-from servesim.profiler.shapes import rank_shapes
 from servesim.profiler.vllm_source.modules import calls_of
 from servesim.profiler.vllm_source.steps import BLOCK_SIZE
+from servesim.specs.rank_shapes import rank_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

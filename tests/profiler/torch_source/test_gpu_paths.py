@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'servesi
 
 from servesim.errors import NotSupportedError  # noqa: E402
 from servesim.profiler.meter import AttentionBatch  # noqa: E402
-from servesim.profiler.shapes import rank_shapes  # noqa: E402
 from servesim.profiler.torch_source.device import Calls, Device, open_device  # noqa: E402
 from servesim.profiler.torch_source.flashinfer_attention import PAGE, FlashInferAttention  # noqa: E402
+from servesim.specs.rank_shapes import rank_shapes  # noqa: E402
 from tests.profiler.measure.fake_meter import job  # noqa: E402
 
 MIB = 1 << 20

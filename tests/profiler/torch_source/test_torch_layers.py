@@ -8,7 +8,6 @@ torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'servesi
 
 from servesim.errors import NotSupportedError  # noqa: E402
 from servesim.profiler.meter import AttentionBatch  # noqa: E402
-from servesim.profiler.shapes import rank_shapes  # noqa: E402
 from servesim.profiler.torch_source.device import Calls, Device, open_device, read_smi  # noqa: E402
 from servesim.profiler.torch_source.experts import RankExperts, assigned_experts  # noqa: E402
 from servesim.profiler.torch_source.flashinfer_attention import Pages, pages_needed  # noqa: E402
@@ -16,6 +15,7 @@ from servesim.profiler.torch_source.formats import check_format, gemm, random_we
 from servesim.profiler.torch_source.layers import RankLayers, rotary_table, rotate_heads  # noqa: E402
 from servesim.profiler.torch_source.meter import TorchMeter  # noqa: E402
 from servesim.profiler.torch_source.sdpa import SdpaAttention  # noqa: E402
+from servesim.specs.rank_shapes import rank_shapes  # noqa: E402
 from tests.profiler.measure.fake_meter import job  # noqa: E402
 from tests.profiler.roofline_toy import sliding_half  # noqa: E402
 

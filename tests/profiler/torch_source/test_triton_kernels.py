@@ -10,12 +10,12 @@ torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'servesi
 os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="needs Triton, which comes with PyTorch for GPUs")
 
-from servesim.profiler.shapes import rank_shapes  # noqa: E402
 from servesim.profiler.torch_source import triton_kernels as kernels  # noqa: E402
 from servesim.profiler.torch_source.device import Device  # noqa: E402
 from servesim.profiler.torch_source.experts import RankExperts, assigned_experts  # noqa: E402
 from servesim.profiler.torch_source.formats import gemm  # noqa: E402
 from servesim.profiler.torch_source.layers import RankLayers, rotary_table, rotate_heads  # noqa: E402
+from servesim.specs.rank_shapes import rank_shapes  # noqa: E402
 from tests.profiler.measure.fake_meter import job  # noqa: E402
 
 

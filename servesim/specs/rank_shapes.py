@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from servesim.specs.model import ModelSpec
 
 
+GEMM_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""Dense layers whose GEMMs run over all tokens of a step."""
+
+
 @dataclass(frozen=True, slots=True)
 class RankShapes:
     """Sizes on one of ``tp`` ranks: heads, KV heads (at least one), MLP width and vocabulary are split."""
