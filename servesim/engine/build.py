@@ -123,6 +123,7 @@ def build_simulation(
         options,
         clock=builder.clock,
         pipeline_tracks=builder.pipeline_tracks,
+        moved=builder.transfers.moved,
         hand_over=builder.hand_over,
         notes=builder.notes,
     )
@@ -202,10 +203,10 @@ class Builder:
         self._options = options
         self._tiers = LowerTiers(cluster, options, self._memories)
         self.clock = Clock()
-        self._transfers = Transfers(self.clock)
+        self.transfers = Transfers(self.clock)
         self.hand_over: HandOver | None = None
         if any(spec.pd_type for _, spec in self._placed):
-            self.hand_over = HandOver(self._transfers, self._models, Routes(self._costs.topology))
+            self.hand_over = HandOver(self.transfers, self._models, Routes(self._costs.topology))
         self.pipeline_tracks: list[array[int]] = []
         """Token times of the pipelines; see :class:`servesim.results.records.RunLog`."""
         self.warnings: dict[str, None] = {}
@@ -310,7 +311,7 @@ class Builder:
         # the hand-over is asked first: KV that has been sent here need not be read from a lower tier
         connectors: list[Connector] = [self.hand_over] if self.hand_over and spec.pd_type else []
         if tier:
-            connectors.append(LowerTierConnector(tier.view, tier.route, self._transfers))
+            connectors.append(LowerTierConnector(tier.view, tier.route, self.transfers))
         new_decodes = None
         if spec.pp_size > 1:
             new_decodes = track_maker(options.block_size, self.pipeline_tracks, len(self._placed))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from servesim.engine.connector import HandOver, Journey
     from servesim.engine.instance import Instance
     from servesim.engine.request_state import RequestState
+    from servesim.results.records import MovedBytes
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Request, Workload
@@ -53,6 +54,7 @@ class Simulation:
         *,
         clock: Clock | None = None,
         pipeline_tracks: list[array[int]] | None = None,
+        moved: list[MovedBytes] | None = None,
         hand_over: HandOver | None = None,
         notes: Sequence[str] = (),
     ) -> None:
@@ -63,6 +65,7 @@ class Simulation:
             options: those that concern the run as a whole.
             clock: the one that the transfers of the instances' connectors use.
             pipeline_tracks: where pipelines note the times of their tokens; see :class:`RunLog`.
+            moved: where transfers are noted; see :class:`RunLog`.
             hand_over: moves KV from prefill to decode instances, where there are any.
             notes: what was asked for and does not act.
         """
@@ -71,7 +74,8 @@ class Simulation:
         logs = [instance.log for instance in self.instances]
         # not a copy of the tracks: pipelines add theirs while they run
         tracks = pipeline_tracks if pipeline_tracks is not None else []
-        self.log = RunLog(logs, pipeline_tracks=tracks, notes=list(notes))
+        moved = [] if moved is None else moved
+        self.log = RunLog(logs, pipeline_tracks=tracks, notes=list(notes), moved=moved)
         self._clock = clock or Clock()
         self._workload = workload
         self._arrivals = Arrivals(workload, options.max_concurrency)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from servesim.engine.batch import Batch
 from servesim.engine.clock import NEVER, Order
 from servesim.errors import RunError
+from servesim.results.records import StageLog
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
@@ -137,6 +138,10 @@ class StepLoop:
         self._launched = 0
         self._in_flight: deque[Wave] = deque()
         self._stage_free_ns = [0] * plan.stages
+        self._piped = plan.stages > 1
+        if self._piped:
+            for member in plan.members:
+                member.log.stages += [StageLog() for _ in range(plan.stages)]
 
     def submit(self, member: Instance, state: RequestState, now_ns: int) -> None:
         """Hand a request to a member; it is taken in at the next step boundary, at once if nothing runs."""
@@ -248,6 +253,11 @@ class StepLoop:
                 compute = self._noise.step_ns(self._launched, compute)
             time = max(time, free[stage]) + compute
             free[stage] = time
+            if self._piped:
+                for member, batch in zip(self.members, wave.batches, strict=True):
+                    if batch is not None:
+                        member.log.stages[stage].start_ns.append(time - compute)
+                        member.log.stages[stage].end_ns.append(time)
             time += hand_over
         for member, batch in zip(self.members, wave.batches, strict=True):
             if batch is not None:

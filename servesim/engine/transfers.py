@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from servesim.engine.clock import NEVER, Order
 from servesim.network.links import Links, Port
+from servesim.results.records import MovedBytes
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
@@ -61,8 +62,10 @@ class Transfers:
         self._links = Links()
         self._planned: list[tuple[int, int, int, Sequence[Port], int]] = []
         """(first byte, serial, bytes, ports, earliest end)."""
-        self._waiting: dict[int, Callable[[int], None]] = {}
+        self._waiting: dict[int, tuple[Callable[[int], None], MovedBytes]] = {}
         self._serial = 0
+        self.moved: list[MovedBytes] = []
+        """What has been moved."""
 
     def plan(
         self, start_ns: int, size: int, route: Route, ended: Callable[[int], None], earliest_ns: int = 0
@@ -74,7 +77,8 @@ class Transfers:
         """
         first_byte_ns = start_ns + route.latency_ns
         heappush(self._planned, (first_byte_ns, self._serial, size, route.ports, earliest_ns))
-        self._waiting[self._serial] = ended
+        names = tuple(port.name for port in route.ports)
+        self._waiting[self._serial] = ended, MovedBytes(start_ns, -1, size, names)
         self._serial += 1
         if not self._advancing and first_byte_ns < self._clock.due_ns(self._actor):
             self._clock.at(first_byte_ns, self._actor)
@@ -85,7 +89,10 @@ class Transfers:
         # rates of all shared out, since sharing in between would round the bytes left twice.
         self._advancing = True
         for serial in self._links.advance(now_ns):
-            self._waiting.pop(serial)(now_ns)
+            ended, moved = self._waiting.pop(serial)
+            moved.end_ns = now_ns
+            self.moved.append(moved)
+            ended(now_ns)
         while self._planned and self._planned[0][0] <= now_ns:
             _, serial, size, ports, earliest_ns = heappop(self._planned)
             self._links.open(serial, size, ports, now_ns, earliest_ns)

@@ -135,6 +135,26 @@ class DummyLog:
 
 
 @dataclass(slots=True)
+class MovedBytes:
+    """A transfer of KV between instances or from a lower tier."""
+
+    start_ns: int
+    """When it was asked for."""
+    end_ns: int
+    size: int
+    ports: tuple[str, ...]
+    """The links and memories that it takes."""
+
+
+@dataclass(slots=True)
+class StageLog:
+    """When one stage of a pipeline computed, an entry a step."""
+
+    start_ns: array[int] = field(default_factory=lambda: array("q"))
+    end_ns: array[int] = field(default_factory=lambda: array("q"))
+
+
+@dataclass(slots=True)
 class GateLog:
     """Steps that had to wait for KV from elsewhere before they could compute."""
 
@@ -160,6 +180,8 @@ class InstanceLog:
     """Where its prefix cache keeps what the NPUs overwrite; None: nowhere."""
     dummies: DummyLog = field(default_factory=DummyLog)
     gates: GateLog = field(default_factory=GateLog)
+    stages: list[StageLog] = field(default_factory=list)
+    """Of a pipeline: its stages. Empty where there is one only."""
     stated_error: StatedError | None = None
     """How far its kernel times are off, as far as that was measured."""
     reach: Reach | None = None
@@ -187,6 +209,8 @@ class RunLog:
     """Step ends in ns of the groups of requests that travel together through a pipeline."""
     notes: list[str] = field(default_factory=list)
     """What was asked for and does not act, or not in full: one line each."""
+    moved: list[MovedBytes] = field(default_factory=list)
+    """Transfers in the order in which they ended."""
 
     def add_ended(self, record: RequestRecord) -> None:
         """Take in the record of a request that has left the system."""
