@@ -96,6 +96,11 @@ class Clock:
         self._watchers.append((ns, look))
         self._watch_ns = min(self._watch_ns, ns)
 
+    @property
+    def watch_ns(self) -> int:
+        """When somebody looks at the run next."""
+        return self._watch_ns
+
     def horizon_ns(self, alone: bool) -> int:
         """Until when nothing can concern the step loop that acts now.
 

@@ -18,7 +18,7 @@ from servesim.engine.custom_policy import call_custom_policy, load_custom_policy
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from servesim.engine.instance import Instance
     from servesim.workload.request import Request
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _WAITING_WEIGHT = 4
 """A waiting request counts as much as four running ones, as in vLLM's load balancer."""
+
+_COUNTING = ("LOAD", "RR", "RAND")
+"""Policies that go by the counts of waiting and running requests at most."""
 
 _load_of = attrgetter("load")
 
@@ -102,9 +105,19 @@ class Router:
         self._policy = policy
         self._seed = seed
         self._policies: dict[str, Policy] = {"": load_policy(policy, seed)}
+        self._loads = [0.0] * len(instances) if policy == "LOAD" and not refresh_ns else []
+        """Load of every instance, where LOAD goes by live counts; a stale one is that of an instance in
+        ``acted``."""
+        self.acted: set[int] = set(range(len(instances)))
+        """Instances whose counts may have changed since a request was last given to one."""
         self._refresh_ns = refresh_ns
         self.next_ns = refresh_ns or NEVER
         """When the counts are refreshed next."""
+
+    @property
+    def looks_at_counts(self) -> bool:
+        """Whether nothing of an instance matters but how many requests wait and run there."""
+        return self._policy in _COUNTING
 
     def refresh(self, now_ns: int) -> int:
         """Refresh the counts, at the last time due; returns when they are refreshed next."""
@@ -113,12 +126,22 @@ class Router:
         self.next_ns = (now_ns // self._refresh_ns + 1) * self._refresh_ns
         return self.next_ns
 
-    def choose(self, request: Request, allowed: Iterable[int], role: str = "") -> Candidate:
+    def choose(self, request: Request, allowed: Sequence[int], role: str = "") -> Candidate:
         """One of the instances ``allowed`` by index; every ``role`` has its own turn or random numbers."""
+        if self._loads and len(allowed) == len(self._loads):
+            return self._least_loaded()
         candidates = [self._candidates[index] for index in allowed]
         if role not in self._policies:
             self._policies[role] = load_policy(self._policy, self._seed + len(self._policies))
         return candidates[0] if len(candidates) == 1 else self._policies[role](request, candidates)
+
+    def _least_loaded(self) -> Candidate:
+        """What LOAD chooses of all instances, after a look at those alone that have done something."""
+        loads, candidates = self._loads, self._candidates
+        for index in self.acted:
+            loads[index] = candidates[index].load
+        self.acted.clear()
+        return candidates[loads.index(min(loads))]
 
 
 def least_loaded(request: Request, candidates: Sequence[Candidate]) -> Candidate:

@@ -103,8 +103,9 @@ class Simulation:
             coupling = Coupling.STEPS
         self._loops: dict[int, StepLoop] = {}
         """Index of an instance -> the loop that runs it."""
+        sharing = len(plans) if self._router.looks_at_counts else 1
         for plan in plans:
-            loop = StepLoop(plan, self._clock, self._end, coupling)
+            loop = StepLoop(plan, self._clock, self._end, coupling, sharing, self._router.acted)
             self._loops.update((member.log.index, loop) for member in plan.members)
 
     def run(self, observer: Observer | None = None) -> RunLog:
@@ -119,7 +120,7 @@ class Simulation:
         if self._refresh_ns:
             clock.watch(self._router.next_ns, self._router.refresh)
         if observer:
-            clock.watch(observer.next_ns + 1, partial(_show, observer, log))
+            clock.watch(observer.next_ns + 1, partial(self._show, observer))
         clock.at(self._arrivals.next_ns, self._arrival)
         clock.run()
         self._check_all_ended()
@@ -128,6 +129,13 @@ class Simulation:
         if observer:
             observer.advance(log.end_ns, log)
         return log
+
+    def _show(self, observer: Observer, now_ns: int) -> int:
+        """Let an observer see the run; returns from when on it wants to see it again."""
+        for loop in self._loops.values():
+            loop.settle(now_ns)
+        observer.advance(now_ns, self.log)
+        return observer.next_ns + 1
 
     # ------------------------------------------------------------------ requests
 
@@ -257,12 +265,6 @@ class Simulation:
                     f"the KV blocks of instance {instance.log.index} do not add up: every request has ended, "
                     f"and {pool.num_free} of {pool.usable} blocks count as free, or some are free twice"
                 )
-
-
-def _show(observer: Observer, log: RunLog, now_ns: int) -> int:
-    """Let an observer see the run; returns from when on it wants to see it again."""
-    observer.advance(now_ns, log)
-    return observer.next_ns + 1
 
 
 def why_impossible(request: Request, instance: Instance, output_tokens: int | None = None) -> str:

@@ -66,6 +66,17 @@ class Wave:
     end_ns: int
 
 
+@dataclass(slots=True)
+class Stretch:
+    """Steps of a single instance in which the same requests decode and nothing else happens."""
+
+    start_ns: int
+    """Of the first step."""
+    ends_ns: list[int]
+    known_ns: list[int]
+    """When each step is scheduled: the ends of the steps that many before it that are in flight at once."""
+
+
 class Coupling(IntEnum):
     """What of a step loop can concern others, and so how far it may run ahead."""
 
@@ -109,6 +120,8 @@ class StepLoop:
         clock: Clock,
         leave: Callable[[RequestState], None],
         coupling: Coupling = Coupling.NONE,
+        sharing: int = 1,
+        acted: set[int] | None = None,
     ) -> None:
         """
         Args:
@@ -116,6 +129,9 @@ class StepLoop:
             clock: says when to act.
             leave: called with every request that leaves the system.
             coupling: what of this loop concerns others.
+            sharing: step loops that arrivals are shared out among, this one included; 1 also where whoever
+                shares them out looks at more than how many requests wait and run.
+            acted: takes the index of every member when its counts may change.
         """
         self.members = plan.members
         self.times = plan.times
@@ -127,6 +143,10 @@ class StepLoop:
         self._connected = any(member.scheduler.connectors for member in plan.members)
         self._depth = plan.depth
         self._quiet: StepTimes | None = plan.times.alone if plan.jump else None
+        self._sharing = sharing if coupling is not Coupling.STEPS else 1
+        self._stretch: Stretch | None = None
+        self._indices = [member.log.index for member in plan.members]
+        self._acted = set() if acted is None else acted
         self._noise = plan.noise
         self._leaving: list[RequestState] = []
         """Requests that left in the present action."""
@@ -145,6 +165,8 @@ class StepLoop:
 
     def submit(self, member: Instance, state: RequestState, now_ns: int) -> None:
         """Hand a request to a member; it is taken in at the next step boundary, at once if nothing runs."""
+        self.settle(now_ns)
+        self._acted.update(self._indices)
         member.put_in(state)
         self.wake(now_ns)
 
@@ -155,6 +177,8 @@ class StepLoop:
 
     def act(self, now_ns: int) -> None:
         """Run until something else may concern this loop, or what it has done may concern others."""
+        self.settle(NEVER)
+        self._acted.update(self._indices)
         coupling = self._coupling
         horizon_ns = self._clock.horizon_ns(alone=coupling is Coupling.NONE)
         if coupling is Coupling.STEPS:
@@ -183,6 +207,8 @@ class StepLoop:
             released = one_finish and self._leaving  # what that releases may arrive within a jump
             if self._quiet and not released and not self._gated and len(in_flight) == self._depth - 1:
                 self._jump_ahead(self._quiet, now_ns, horizon_ns)
+                if self._stretch is not None:
+                    return
             while not self._gated and len(in_flight) < self._depth and self._launch(now_ns):
                 pass
             if not in_flight:
@@ -285,9 +311,9 @@ class StepLoop:
             if batch is None or batch.finishing:
                 return
         most = _MAX_JUMP
-        if horizon_ns < NEVER and len(steps):
-            last_ns = steps.end_ns[-1] - steps.start_ns[-1]
-            most = min(most, (horizon_ns - now_ns) // max(last_ns, 1) + 2)
+        if horizon_ns < NEVER and len(steps) > 1:
+            last_ns = steps.end_ns[-1] - steps.end_ns[-2]
+            most = min(most, self._sharing * (horizon_ns - now_ns) // max(last_ns, 1) + 2)
         count = scheduler.quiet_ticks(most, bool(in_flight))
         if count < _MIN_JUMP:
             return
@@ -296,17 +322,42 @@ class StepLoop:
         del ends[0]
         # A step is scheduled when the step `depth` before it has ended; that must be before the horizon.
         known = [now_ns, *(wave.end_ns for wave in in_flight), *ends]
-        count = bisect_left(known, horizon_ns, 0, count)
-        if count < self._depth:
+        near = bisect_left(known, horizon_ns, 0, count)
+        if self._sharing > 1:
+            count = bisect_left(known, self._clock.watch_ns, 0, count)
+            if near < count:  # the next arrival may be somebody else's
+                self._stretch = Stretch(start, ends[:count], known)
+                self._clock.at(known[count], self._actor)
+                return
+        if near >= self._depth:
+            self._commit(Stretch(start, ends, known), near)
+
+    def settle(self, now_ns: int) -> None:
+        """Do what is left of a quiet stretch: the steps that are scheduled before ``now_ns``.
+
+        Nobody can tell until then: through a quiet stretch the same requests wait and run.
+        """
+        stretch = self._stretch
+        if stretch is None:
             return
-        del ends[count:]
-        log_quiet_steps(member, start, ends, scheduler.run_quietly(count))
+        self._stretch = None
+        count = bisect_left(stretch.known_ns, now_ns, 0, len(stretch.ends_ns))
+        self._commit(stretch, count)
+        if count < len(stretch.ends_ns):
+            self._clock.at(stretch.known_ns[count], self._actor)
+
+    def _commit(self, stretch: Stretch, count: int) -> None:
+        """Do the first ``count`` steps of a stretch; those of them that have not ended are in flight then."""
+        member, in_flight, depth = self.members[0], self._in_flight, self._depth
+        ends = stretch.ends_ns[:count]
+        first = len(member.log.steps)
+        log_quiet_steps(member, stretch.start_ns, ends, member.scheduler.run_quietly(count))
         self._stage_free_ns[0] = ends[-1]
         self._launched += count
-        in_flight.clear()
-        for step in range(len(steps) - self._depth, len(steps)):
-            end_ns = steps.end_ns[step]
-            in_flight.append(Wave([Batch(step, end_ns)], end_ns))
+        for _ in range(min(count - 1, len(in_flight))):
+            in_flight.popleft()
+        for step in range(max(count - depth, 0), count):
+            in_flight.append(Wave([Batch(first + step, ends[step])], ends[step]))
 
     def _quiet_ns(self, times: StepTimes, decodes: DecodeSet, count: int) -> Sequence[int]:
         """Durations of the next ``count`` steps, which nothing but the present decodes takes part in."""

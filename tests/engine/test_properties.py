@@ -80,6 +80,54 @@ def test_jumping_over_quiet_steps_changes_nothing(
     assert everything(stepped) == everything(jumped)
 
 
+class Watcher:
+    """Looks at the logs every so often, and keeps what had ended by then."""
+
+    def __init__(self, interval_ns: int) -> None:
+        self.interval_ns = self.next_ns = interval_ns
+        self.seen: list[list[tuple[int, ...]]] = []
+
+    def advance(self, now_ns: int, log: RunLog) -> None:
+        while self.next_ns < now_ns:
+            steps = [instance.steps for instance in log.instances]
+            self.seen += [
+                [
+                    row
+                    for row in zip(s.start_ns, s.end_ns, s.running, s.waiting, s.kv_blocks_used, strict=True)
+                    if row[1] <= self.next_ns
+                ]
+                for s in steps
+            ]
+            self.next_ns += self.interval_ns
+
+
+@relaxed
+@given(
+    workloads(),
+    engines,
+    st.integers(2, 5),
+    st.sampled_from(["LOAD", "RR", "RAND", "PREFIX"]),
+    st.sampled_from([0.0, 3e-6]),
+    st.booleans(),
+)
+def test_instances_that_run_ahead_change_nothing(
+    workload: Workload, engine: dict[str, Any], count: int, policy: str, refresh_s: float, watched: bool
+) -> None:
+    """A quiet stretch is cut back when a request is routed to its instance, and looks the same to others."""
+    outcomes = []
+    for jump in (False, True):
+        tables = BlockTables(workload)
+        limits = {name: value for name, value in engine.items() if name != "max_concurrency"}
+        loops = [small_loop(workload, index=i, tables=tables, jump=jump, **limits) for i in range(count)]
+        options = RuntimeOptions(
+            request_routing_policy=policy, router_refresh=refresh_s, max_concurrency=engine["max_concurrency"]
+        )
+        watcher = Watcher(2500)
+        log = Simulation(loops, workload, options).run(watcher if watched else None)
+        outcomes.append((everything(log), watcher.seen))
+    assert outcomes[0] == outcomes[1]
+
+
 def check_run(log: RunLog, workload: Workload, engine: dict[str, Any]) -> None:
     """Every request ended once with all its tokens, and the steps computed what that takes and no more."""
     ended = [r.request for r in log.requests] + [r.request for r in log.rejected]

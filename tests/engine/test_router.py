@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from servesim.engine.arrivals import NEVER
-from servesim.engine.router import Router
+from servesim.engine.router import Router, least_loaded
 from servesim.errors import InputError
 from servesim.workload.request import Request
 
@@ -98,7 +100,20 @@ def test_live_counts_are_those_of_the_moment() -> None:
     assert live.next_ns == NEVER
     assert choices(live, 1, 0, 1) == [0]
     first.waiting = 1
+    live.acted.add(0)  # as its step loop says when it has done something
     assert choices(live, 1, 0, 1) == [1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 9)), max_size=30))
+def test_load_kept_up_to_date_is_load_asked_for(changes: list[tuple[int, int, int]]) -> None:
+    """The slow twin asks every instance each time."""
+    instances = [Busy(index, 0, 0, npus=1 + index % 2) for index in range(5)]
+    kept, asked = router("LOAD", *instances), router("LOAD", *instances)
+    for index, waiting, running in changes:
+        instances[index].waiting, instances[index].running = waiting, running
+        kept.acted.add(index)
+        candidates = asked._candidates
+        assert kept.choose(REQUEST, range(5)).index == least_loaded(REQUEST, candidates).index
 
 
 def test_stale_counts_know_what_was_sent_since_and_nothing_else() -> None:
