@@ -61,6 +61,7 @@ def instance_options(**changes: Any) -> InstanceOptions:
         "enable_chunked_prefill": True,
         "reserve_full_isl": True,
         "enable_prefix_caching": True,
+        "disable_hybrid_kv_cache_manager": False,
         "async_scheduling": True,
         "enable_local_offloading": False,
         "enable_attn_offloading": False,

@@ -21,8 +21,9 @@ from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan
 from servesim.engine.transfers import Routes, Transfers
 from servesim.errors import BrokenRunError, InputError, RunError
-from servesim.memory.kv_cache import KvCache
+from servesim.memory.group_cache import kv_cache_of
 from servesim.memory.memory_map import MemoryMap
+from servesim.memory.plan import group_rules
 from servesim.memory.start_up import start_up
 from servesim.results.records import InstanceLog
 from servesim.results.stated_errors import reach_of, stated_error
@@ -317,7 +318,13 @@ class Builder:
             new_decodes = track_maker(options.block_size, self.pipeline_tracks, len(self._placed))
         scheduler = Scheduler(
             limits_of(options, self._options.skip_prefill),
-            KvCache(capacity.num_blocks, options.block_size, options.enable_prefix_caching),
+            kv_cache_of(
+                capacity.plan.groups if capacity.plan else (),
+                capacity.num_blocks,
+                capacity.block_size,
+                options.enable_prefix_caching,
+                group_rules(options),
+            ),
             policy=queue_policy(options.scheduling_policy),
             connectors=connectors,
             new_decodes=new_decodes,
@@ -349,8 +356,8 @@ def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -
     if model.num_sliding_layers:
         found.append(
             f"{model.name}: {model.num_sliding_layers} of {model.num_hidden_layers} layers attend to a "
-            f"window of {model.sliding_window} tokens; they are simulated as if they kept and read the whole "
-            "context"
+            f"window of {model.sliding_window} tokens; they keep what vLLM keeps, and are timed as if they "
+            "read the whole context"
         )
     return found
 

@@ -285,7 +285,7 @@ def why_impossible(request: Request, instance: Instance, output_tokens: int | No
             f"the prompt of {prompt} tokens exceeds max_num_batched_tokens {options.max_num_batched_tokens}, "
             "and chunked prefill is off"
         )
-    needed = -(-(total - 1) // capacity.block_size)
+    needed = capacity.admitted_blocks(total - 1, options)
     if needed > capacity.usable_blocks:
         return f"its KV cache takes {needed} blocks, and there are {capacity.usable_blocks}"
     return ""

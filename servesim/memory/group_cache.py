@@ -12,6 +12,7 @@ what its versions do differently is said where it is done (:class:`GroupRules`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import gcd, lcm
 from typing import TYPE_CHECKING
 
@@ -164,6 +165,8 @@ class GroupedKvCache:
         self.several = True
         self.caching = caching
         self.rules = rules
+        if not caching:  # one state a sequence, however long it grows
+            groups = [replace(g, block_size=rules.longest) if g.kind == "state" else g for g in groups]
         self._groups = [_Group(index, group, rules) for index, group in enumerate(groups)]
         self.block_sizes = tuple(group.block_size for group in groups)
         growing = [group.block_size for group in groups if group.kind != "state"] or [1]

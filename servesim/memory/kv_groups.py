@@ -23,7 +23,9 @@ from servesim.specs.kv_formats import head_bytes, latent_bytes
 from servesim.specs.layers import CompressedAttention, LatentAttention, Recurrent
 
 if TYPE_CHECKING:
-    from servesim.specs.layers import AnyAttention, ModelLayers
+    from collections.abc import Sequence
+
+    from servesim.specs.layers import AnyAttention, Layer, ModelLayers
 
 Kind = Literal["full", "sliding", "chunked", "mla", "state"]
 _INDEX_BYTES_PER_SCALE = 4
@@ -74,6 +76,19 @@ class KvPlan:
     """The groups of a model on one rank."""
 
     groups: tuple[KvGroup, ...]
+    states_held: int = 1
+    """States of one sequence in each layer that has them: 2 where they are cached at block boundaries."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all is one group that keeps every token."""
+        return len(self.groups) == 1 and self.groups[0].kind in ("full", "mla")
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block of the layers that keep every token; without any, of the smallest block."""
+        growing = [group.block_size for group in self.groups if group.kind in ("full", "mla")]
+        return min(growing or [group.block_size for group in self.groups])
 
     @property
     def bytes_per_block(self) -> int:
@@ -90,10 +105,36 @@ class KvPlan:
         growing = [group for group in self.groups if group.kind in ("full", "mla")]
         return sum(self.bytes_per_block / group.block_size for group in growing)
 
+    @property
+    def words(self) -> str:
+        """``2 groups: 18 layers full, 18 sliding 128``: what the layers keep."""
+        layers: dict[str, int] = {}
+        for group in self.groups:
+            name = f"{group.kind} {group.reach}" if group.reach else group.kind
+            layers[name] = layers.get(name, 0) + len(group.pages)
+        parts = [
+            f"{count}{'' if index else ' layers'} {name}"
+            for index, (name, count) in enumerate(layers.items())
+        ]
+        return f"{len(self.groups)} group{'s' if len(self.groups) > 1 else ''}: {', '.join(parts)}"
+
     def request_blocks(self, tokens: int, step_tokens: int) -> int:
         """Blocks that vLLM counts for one request of ``tokens`` tokens, at most ``step_tokens`` of them
         computed in one step: windows and chunks hold what they reach and a step, a state one block."""
-        return sum(_held(group, tokens, step_tokens) for group in self.groups)
+        return sum(
+            self.states_held if group.kind == "state" else _held(group, tokens, step_tokens)
+            for group in self.groups
+        )
+
+    def admitted_blocks(self, tokens: int, step_tokens: int) -> int:
+        """Free blocks that it takes to admit a request with ``tokens`` tokens to compute: no more than those
+        tokens fill."""
+        return sum(
+            min(-(-tokens // group.block_size), _held(group, tokens, step_tokens))
+            if group.kind != "state"
+            else 1
+            for group in self.groups
+        )
 
     def requests(self, num_blocks: int, tokens: int, step_tokens: int) -> int:
         """Requests of ``tokens`` tokens that ``num_blocks`` blocks hold at once, beside the null block."""
@@ -121,8 +162,6 @@ def _held(group: KvGroup, tokens: int, step_tokens: int) -> int:
     """Blocks of one group that a request holds."""
     size = group.block_size
     whole = -(-tokens // size)
-    if group.kind == "state":
-        return 1
     if group.reach is None or group.kind in ("full", "mla"):  # a single manager keeps windows whole
         return whole
     if group.kind == "chunked":
@@ -142,14 +181,22 @@ def state_bytes(r: Recurrent, tp: int, activation_bytes: int = 2) -> int:
     return convolution + r.heads // tp * r.state_rows * r.state_columns * r.memory_itemsize
 
 
-def kv_layers(model: ModelLayers, kv_format: str, tp: int = 1, block_size: int = 16) -> list[KvLayer]:
+def kv_layers(
+    model: ModelLayers,
+    kv_format: str,
+    tp: int = 1,
+    block_size: int = 16,
+    part: Sequence[Layer] | None = None,
+) -> list[KvLayer]:
     """What every layer keeps, in the order of the stack; ``kv_format``: see :mod:`servesim.specs.kv_formats`.
+
+    ``part``: layers of a pipeline stage; None: all.
 
     Raises:
         NotSupportedError: a layer keeps something that is not modelled here.
     """
     found: list[KvLayer] = []
-    for layer in model.layers:
+    for layer in model.layers if part is None else part:
         found += _kept(layer.attention, kv_format, tp, block_size)
     return _with_states(model, found)
 
@@ -174,9 +221,12 @@ def _kept(a: AnyAttention | None, kv_format: str, tp: int, block_size: int) -> l
 
 def _index(dim: int, block_size: int) -> list[KvLayer]:
     """The keys of an indexer."""
-    if not dim:
-        return []
-    return [KvLayer("mla", block_size, dim + dim // _INDEX_BLOCK * _INDEX_BYTES_PER_SCALE)]
+    return [KvLayer("mla", block_size, index_bytes(dim))] if dim else []
+
+
+def index_bytes(dim: int) -> int:
+    """Bytes of one token's key of an indexer."""
+    return dim + dim // _INDEX_BLOCK * _INDEX_BYTES_PER_SCALE
 
 
 def _with_states(model: ModelLayers, layers: list[KvLayer]) -> list[KvLayer]:

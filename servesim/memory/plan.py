@@ -7,9 +7,10 @@ gives the rest of ``utilization x total`` to the KV cache. What it would measure
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from servesim.errors import InputError
+from servesim.errors import InputError, NotSupportedError
 from servesim.memory.engine_memory import (
     Estimate,
     activations,
@@ -20,10 +21,12 @@ from servesim.memory.engine_memory import (
     outside_torch,
     total,
 )
+from servesim.memory.group_cache import GroupRules
+from servesim.memory.kv_groups import KvPlan, kv_layers, plan_groups
 from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
 from servesim.slotted import dataclass
 from servesim.specs.hardware import load_hardware
-from servesim.specs.weights import MXFP4_TILE, MXFP4_TILE_MARLIN, rank_bytes
+from servesim.specs.weights import MXFP4_TILE, MXFP4_TILE_MARLIN, rank_bytes, stage_layers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,6 +65,10 @@ class KvCapacity:
     outside: tuple[Share, ...] = ()
     """What lies elsewhere; ``weight_bytes`` and ``kv_bytes`` are without it, bytes per token and block with
     it."""
+    plan: KvPlan | None = None
+    """The groups of layers that do not all keep every token; None: all is one group, and does."""
+    tokens_per_block: float = 0.0
+    """With such groups, of requests of the longest context; how vLLM counts the size of its KV cache."""
 
     @property
     def npu_bytes_per_block(self) -> int:
@@ -70,19 +77,74 @@ class KvCapacity:
 
     @property
     def tokens(self) -> int:
-        """Tokens the pool holds."""
-        return self.num_blocks * self.block_size
+        """Tokens the pool holds; of requests of the longest context, where that makes a difference."""
+        return self._tokens(self.num_blocks)
 
     @property
     def band_tokens(self) -> tuple[int, int]:
         """Tokens at the ends of :attr:`band_blocks`."""
         low, high = self.band_blocks
-        return low * self.block_size, high * self.block_size
+        return self._tokens(low), self._tokens(high)
+
+    def _tokens(self, blocks: int) -> int:
+        return blocks * self.block_size if self.plan is None else int(blocks * self.tokens_per_block)
+
+    def request_blocks(self, tokens: int, options: InstanceOptions) -> int:
+        """Blocks that one request of ``tokens`` tokens takes, as vLLM counts before it starts."""
+        if self.plan is None:
+            return -(-tokens // self.block_size)
+        return self.plan.request_blocks(tokens, tokens_in_flight(options))
+
+    def admitted_blocks(self, tokens: int, options: InstanceOptions) -> int:
+        """Free blocks that it takes to admit a request that has ``tokens`` tokens to compute, at most."""
+        if self.plan is None:
+            return -(-tokens // self.block_size)
+        return self.plan.admitted_blocks(tokens, tokens_in_flight(options))
 
     @property
     def usable_blocks(self) -> int:
         """Blocks that requests can hold."""
         return self.num_blocks - 1
+
+
+def tokens_in_flight(options: InstanceOptions) -> int:
+    """Tokens, at most, of the steps that may still read a block behind a window when it is given back."""
+    return group_rules(options).admitted_tokens
+
+
+def group_rules(options: InstanceOptions) -> GroupRules:
+    """What decides how groups of layers keep blocks, for an instance."""
+    return GroupRules(
+        options.vllm_version,
+        options.max_num_batched_tokens,
+        2 if options.async_scheduling else 1,
+        options.max_model_len,
+    )
+
+
+def kv_plan(model: ModelSpec, options: InstanceOptions, tp: int = 1, pp: int = 1) -> KvPlan:
+    """The groups of an instance's layers on the rank that keeps most.
+
+    Raises:
+        NotSupportedError: a layer keeps something that is not modelled, or layers of several kinds are split
+            over pipeline stages.
+    """
+    layers = model.layers.layers
+    plans, first = [], 0
+    for count in stage_layers(len(layers), pp):
+        part = layers[first : first + count]
+        first += count
+        kept = kv_layers(model.layers, options.kv_dtype, tp, options.block_size, part)
+        if not kept:
+            continue
+        plan = plan_groups(kept, hybrid=not options.disable_hybrid_kv_cache_manager)
+        plans.append(replace(plan, states_held=2 if options.enable_prefix_caching else 1))
+    if pp > 1 and not all(plan.is_plain for plan in plans):
+        raise NotSupportedError(
+            f"pp_size: {pp} is not modelled for {model.name}, whose layers do not all keep every token (its "
+            "KV groups would span pipeline stages); use pp_size 1"
+        )
+    return max(plans, key=lambda plan: plan.bytes_per_block)
 
 
 _HOPPER = 9.0
@@ -165,7 +227,8 @@ def kv_cache_capacity(
     ``num_gpu_blocks`` sets the number of blocks outright.
 
     ``on_npus``: (weight bytes, KV bytes per token) of a rank of each pipeline stage, where some of them lie
-    ``outside``; None: everything is on the NPUs. The memory that is full first bounds the blocks.
+    ``outside``, and all layers keep every token; None: everything is on the NPUs. The memory that is full
+    first bounds the blocks.
     ``hardware``: what its file says; None: it is read.
 
     Raises:
@@ -176,15 +239,26 @@ def kv_cache_capacity(
     version = options.plan_as_vllm or hardware.plan_as_vllm
     whole = npu_bytes(instance, hardware)
     budget = int(whole * options.npu_memory_utilization)
-    per_token = kv_bytes_per_token(model, options.kv_dtype, tp, pp)
+    size, plan = options.block_size, None
     if on_npus is None:
-        on_npus = [(weight_bytes_per_npu(model, options.dtype, tp, pp, ep), per_token)]
+        plan = kv_plan(model, options, tp, pp)
+        size, per_token = plan.block_size, round(plan.bytes_per_token)
+        on_npus = [(weight_bytes_per_npu(model, options.dtype, tp, pp, ep), plan.bytes_per_block)]
+    else:
+        if not kv_plan(model, options, tp, pp).is_plain:
+            raise NotSupportedError(
+                f"{where}: placement and attention in memory are not modelled for {model.name}, whose layers "
+                "do not all keep every token; leave them out, or choose a model of full attention"
+            )
+        per_token = kv_bytes_per_token(model, options.kv_dtype, tp, pp)
+        on_npus = [(own, each * size) for own, each in on_npus]
+    block_bytes = plan.bytes_per_block if plan else per_token * size
     weights = max(stage for stage, _ in on_npus)
     reserve = _reserve(model, instance, options, version)
 
     def blocks_beside(reserved_bytes: int) -> int:
         room = budget - reserved_bytes
-        fits = [(room - own) // (size * options.block_size) for own, size in on_npus if size]
+        fits = [(room - own) // each for own, each in on_npus if each]
         return min(
             fits + [memory.blocks(options.block_size) for memory in outside if memory.kv_bytes_per_token]
         )
@@ -206,19 +280,21 @@ def kv_cache_capacity(
         raise InputError(
             f"{where}: no room for the KV cache: of {budget / GIB:.2f} GiB, weights take {weights / GIB:.2f} "
             f"GiB and activations and libraries {reserve.sum.likely / GIB:.2f} GiB, which leaves "
-            f"{left} bytes for blocks of {per_token * options.block_size} bytes (2 are needed at least); "
+            f"{left} bytes for blocks of {block_bytes} bytes (2 are needed at least); "
             "lower --max-num-batched-tokens or --max-num-seqs, raise --npu-memory-utilization or tp_size"
         )
     band = num_blocks, num_blocks
     if given is None and instance.npu_mem.reserve is None:
         slack = int(weights * _WEIGHT_ERROR)
         band = max(blocks_beside(reserve.sum.high + slack), 2), blocks_beside(reserve.sum.low - slack)
+    grouped = None if plan is None or plan.is_plain else plan
+    longest = options.max_model_len
     return KvCapacity(
         num_blocks=num_blocks,
-        block_size=options.block_size,
+        block_size=size,
         bytes_per_token=per_token,
-        bytes_per_block=per_token * options.block_size,
-        kv_bytes=num_blocks * options.block_size * max(size for _, size in on_npus),
+        bytes_per_block=block_bytes,
+        kv_bytes=num_blocks * max(each for _, each in on_npus),
         weight_bytes=weights,
         activation_bytes=reserve.activations.likely,
         non_torch_bytes=reserve.non_torch.likely,
@@ -229,4 +305,8 @@ def kv_cache_capacity(
         band_blocks=band,
         engine=engine_memory(version).versions,
         outside=outside,
+        plan=grouped,
+        tokens_per_block=longest / grouped.request_blocks(longest, tokens_in_flight(options))
+        if grouped
+        else 0,
     )

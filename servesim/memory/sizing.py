@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.memory.kv_groups import index_bytes
 from servesim.specs import weights
 from servesim.specs.dtypes import dtype_bytes
 from servesim.specs.layers import Attention, LatentAttention
@@ -37,12 +38,15 @@ def kv_bytes_per_token(model: ModelSpec, kv_dtype: str, tp: int = 1, pp: int = 1
     Keys and values of every local KV head; for multi-head latent attention the one compressed vector, which
     is not sharded by ``tp``. Layers with a window count as if they kept the whole context.
     """
-    widths = [_kv_width(layer.attention, tp) for layer in model.layers.layers]
+    itemsize = dtype_bytes(kv_dtype)
+    sizes = [
+        _kv_width(layer.attention, tp) * itemsize + _index(layer.attention) for layer in model.layers.layers
+    ]
     first, most = 0, 0
-    for count in stage_layers(len(widths), pp):
-        most = max(most, sum(widths[first : first + count]))
+    for count in stage_layers(len(sizes), pp):
+        most = max(most, sum(sizes[first : first + count]))
         first += count
-    return most * dtype_bytes(kv_dtype)
+    return most
 
 
 def _kv_width(attention: AnyAttention | None, tp: int) -> int:
@@ -51,4 +55,11 @@ def _kv_width(attention: AnyAttention | None, tp: int) -> int:
         return attention.kv_rank + attention.rope_dim
     if isinstance(attention, Attention) and not attention.shared:
         return max(attention.kv_heads // tp, 1) * (attention.head_dim + attention.value_dim)
+    return 0
+
+
+def _index(attention: AnyAttention | None) -> int:
+    """Bytes that the indexer of a sparse layer keeps of a token: a key in 8 bit, and its scales."""
+    if isinstance(attention, LatentAttention) and attention.index_dim:
+        return index_bytes(attention.index_dim)
     return 0

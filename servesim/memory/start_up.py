@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from servesim.errors import InputError
+from servesim.errors import InputError, NotSupportedError
 from servesim.memory.sizing import GIB
 from servesim.slotted import dataclass
 from servesim.specs.hardware import load_hardware
@@ -54,9 +54,10 @@ def start_up(
     check_quantised_shards(instance, model, options, where)
     check_kv_format(instance, model, options, where)
     capacity = memories.capacity(index)
+    check_groups(instance, model, capacity, memories.tier_words[index], where)
     notes = memories.notes(index)
     if wants_auto_model_len(asked, instance):
-        fitting = _fitting(model, options, capacity.num_blocks)
+        fitting = _fitting(options, capacity, capacity.num_blocks)
         if not fitting:
             raise InputError(
                 f"{where}: --max-model-len auto: the KV cache of {capacity.num_blocks} blocks holds not even "
@@ -65,9 +66,9 @@ def start_up(
         notes.append(_auto_line(options.max_model_len, fitting, capacity))
         options = replace(options, max_model_len=fitting)
     elif capacity.overridden:
-        notes += _too_few_blocks(model, options, capacity)
+        notes += _too_few_blocks(options, capacity)
     else:
-        notes += check_full_context(model, options, capacity, where)
+        notes += check_full_context(options, capacity, where)
     return StartUp(options, capacity, tuple(notes))
 
 
@@ -86,9 +87,29 @@ def check_budget(options: InstanceOptions, where: str) -> None:
         )
 
 
-def check_full_context(
-    model: ModelSpec, options: InstanceOptions, capacity: KvCapacity, where: str
-) -> list[str]:
+def check_groups(
+    instance: InstanceSpec, model: ModelSpec, capacity: KvCapacity, tier: str | None, where: str
+) -> None:
+    """Refuse what moves KV elsewhere where layers do not all keep every token.
+
+    Raises:
+        NotSupportedError: the instance moves KV and its model has such layers.
+    """
+    if capacity.plan is None:
+        return
+    moves = []
+    if instance.pd_type is not None:
+        moves.append(f"pd_type '{instance.pd_type}' (KV handed over from prefill to decode instances)")
+    if tier is not None:
+        moves.append(f"a lower tier of the prefix cache ({tier})")
+    if moves:
+        raise NotSupportedError(
+            f"{where}: {' and '.join(moves)} is not modelled for {model.name}, whose layers do not all keep "
+            f"every token ({capacity.plan.words}); leave it out, or choose a model of full attention"
+        )
+
+
+def check_full_context(options: InstanceOptions, capacity: KvCapacity, where: str) -> list[str]:
     """One request of the longest context must fit the KV cache, beside vLLM's null block.
 
     Returns:
@@ -98,63 +119,44 @@ def check_full_context(
         InputError: it does not fit.
     """
     longest = options.max_model_len
-    needed = _layer_blocks(model, options, longest)
+    needed = capacity.request_blocks(longest, options)
     low, high = capacity.band_blocks
-    if needed <= _layer_blocks_left(model, capacity.num_blocks):
-        if needed <= _layer_blocks_left(model, low):
+    if needed < capacity.num_blocks:
+        if needed < low:
             return []
-        fitting = _fitting(model, options, low)
+        fitting = _fitting(options, capacity, low)
         return [
             f"the longest context of {longest} tokens fits by the estimate, but not at the low end of the "
             f"band, where vLLM would not start; --max-model-len {fitting} fits there too"
         ]
-    fitting = _fitting(model, options, capacity.num_blocks)
-    per_layer_block = capacity.bytes_per_block / model.num_hidden_layers
+    fitting = _fitting(options, capacity, capacity.num_blocks)
     there = capacity.usable_blocks * capacity.bytes_per_block
+    holds = f"{capacity.usable_blocks} blocks"
+    if capacity.plan is None:
+        holds = f"{capacity.usable_blocks * capacity.block_size} tokens"
     perhaps = ""
-    if needed <= _layer_blocks_left(model, high):
+    if needed < high:
         perhaps = f" (by the estimate; at the high end of its band it would, with num_gpu_blocks {high})"
     way_out = f"give --max-model-len {fitting} (or auto), " if fitting else ""
     raise InputError(
         f"{where}: one request of the longest context, {longest} tokens, takes "
-        f"{needed * per_layer_block / GIB:.2f} GiB of KV cache per NPU, and there are {there / GIB:.2f} GiB "
-        f"({capacity.usable_blocks * capacity.block_size} tokens) beside {capacity.weight_bytes / GIB:.2f} "
+        f"{needed * capacity.bytes_per_block / GIB:.2f} GiB of KV cache per NPU, and there are "
+        f"{there / GIB:.2f} GiB ({holds}) beside {capacity.weight_bytes / GIB:.2f} "
         f"GiB of weights; vLLM does not start so{perhaps}; {way_out}raise --npu-memory-utilization or "
         "tp_size, or halve the cache with --kv-cache-dtype fp8"
     )
 
 
-def _fitting(model: ModelSpec, options: InstanceOptions, num_blocks: int) -> int:
+def _fitting(options: InstanceOptions, capacity: KvCapacity, num_blocks: int) -> int:
     """The most tokens, up to ``options.max_model_len``, of one request that the blocks hold; 0: none."""
-    left = _layer_blocks_left(model, num_blocks)
     low, high = 0, options.max_model_len
     while low < high:
         middle = (low + high + 1) // 2
-        if _layer_blocks(model, options, middle) <= left:
+        if capacity.request_blocks(middle, options) < num_blocks:
             low = middle
         else:
             high = middle - 1
     return low
-
-
-def _layer_blocks(model: ModelSpec, options: InstanceOptions, tokens: int) -> int:
-    """Blocks of one request, counted in every layer by itself.
-
-    A layer with a window keeps the window and what one step adds, in blocks that need not begin with it.
-    """
-    size = options.block_size
-    sliding = model.num_sliding_layers
-    whole = -(-tokens // size)
-    kept = whole
-    if sliding and model.sliding_window is not None:
-        reach = model.sliding_window - 1 + options.max_num_batched_tokens
-        kept = min(whole, -(-min(reach, tokens) // size) + 1)
-    return (model.num_hidden_layers - sliding) * whole + sliding * kept
-
-
-def _layer_blocks_left(model: ModelSpec, num_blocks: int) -> int:
-    """Blocks of a pool that requests can hold, counted in every layer by itself."""
-    return (num_blocks - 1) * model.num_hidden_layers
 
 
 def _auto_line(longest: int, fitting: int, capacity: KvCapacity) -> str:
@@ -165,9 +167,9 @@ def _auto_line(longest: int, fitting: int, capacity: KvCapacity) -> str:
     return f"Auto-fit max_model_len: reduced from {longest} to {fitting} to fit in {memory}"
 
 
-def _too_few_blocks(model: ModelSpec, options: InstanceOptions, capacity: KvCapacity) -> list[str]:
+def _too_few_blocks(options: InstanceOptions, capacity: KvCapacity) -> list[str]:
     """Blocks that the user gives are taken as they are, for small caches are worth a look."""
-    if _layer_blocks(model, options, options.max_model_len) <= _layer_blocks_left(model, capacity.num_blocks):
+    if capacity.request_blocks(options.max_model_len, options) < capacity.num_blocks:
         return []
     return [
         f"num_gpu_blocks holds {capacity.tokens} tokens, less than the longest context of "

@@ -37,6 +37,7 @@ _SHOWN_WHEN_CHANGED = frozenset(
         *(
             "cudagraph",
             "scheduling_policy",
+            "disable_hybrid_kv_cache_manager",
             "num_reqs",
             "max_concurrency",
             "request_rate",
@@ -103,10 +104,11 @@ def kv_cache_line(instance: InstanceLog) -> str:
     """The documented line about one instance's KV cache."""
     capacity = instance.capacity
     overridden = ", set by num_gpu_blocks" if capacity.overridden else ""
+    groups = f"in {capacity.plan.words} " if capacity.plan else ""
     return (
         f"KV cache: {capacity.tokens} tokens / {capacity.num_blocks} blocks of {capacity.block_size} "
-        f"({gib(capacity.kv_bytes)} GiB per NPU at utilization {capacity.utilization:.2f}{overridden}), "
-        f"{capacity.bytes_per_token} bytes/token (kv {short_dtype(instance.options.kv_dtype)})"
+        f"{groups}({gib(capacity.kv_bytes)} GiB per NPU at utilization {capacity.utilization:.2f}"
+        f"{overridden}), {capacity.bytes_per_token} bytes/token (kv {short_dtype(instance.options.kv_dtype)})"
     )
 
 

@@ -105,6 +105,12 @@ def kv_peak_blocks(instance: InstanceLog) -> int:
 def _kv_cache(instance: InstanceLog) -> dict[str, Any]:
     capacity = instance.capacity
     peak = kv_peak_blocks(instance)
+    groups: dict[str, Any] = {}
+    if capacity.plan is not None:
+        groups["groups"] = [
+            {"kind": g.kind, "layers": len(g.pages), "block_size": g.block_size, "reach": g.reach}
+            for g in capacity.plan.groups
+        ]
     return {
         "tokens": capacity.tokens,
         "tokens_band": list(capacity.band_tokens),
@@ -113,6 +119,7 @@ def _kv_cache(instance: InstanceLog) -> dict[str, Any]:
         "block_size": capacity.block_size,
         "bytes_per_token": capacity.bytes_per_token,
         "bytes_per_block": capacity.bytes_per_block,
+        **groups,
         "peak_blocks": peak,
         "peak": round(peak / capacity.usable_blocks, 6),
     }

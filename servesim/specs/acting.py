@@ -295,6 +295,18 @@ def no_pipelines(scene: Scene) -> str:
     return ""
 
 
+def windows_or_chunks(scene: Scene) -> str:
+    """One manager for all layers makes a difference where some do not keep every token."""
+    kinds = {
+        getattr(layer.attention, "kind", None)
+        for instance in scene.instances
+        for layer in scene.models[instance.model_name].layers.layers
+    }
+    if kinds.isdisjoint({"sliding", "chunked"}):
+        return "no layer of the model attends to a window or a chunk"
+    return ""
+
+
 def only_slow_memory(scene: Scene) -> str:
     """Reading weights beside the kernels shows where it takes longer than they do."""
     if not any(options.enable_local_offloading for options in scene.resolved):

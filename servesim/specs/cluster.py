@@ -17,6 +17,7 @@ from servesim.specs.options import (
     AsyncScheduling,
     BlockSize,
     Cudagraph,
+    DisableHybridKvCacheManager,
     EnableAttnOffloading,
     EnableBlockCopy,
     EnableChunkedPrefill,
@@ -160,6 +161,7 @@ class InstanceSpec(Spec):
     enable_chunked_prefill: EnableChunkedPrefill | None = None
     reserve_full_isl: ReserveFullIsl | None = None
     enable_prefix_caching: EnablePrefixCaching | None = None
+    disable_hybrid_kv_cache_manager: DisableHybridKvCacheManager | None = None
     async_scheduling: AsyncScheduling | None = None
     scheduling_policy: SchedulingPolicy | None = None
     enable_local_offloading: EnableLocalOffloading | None = None

@@ -23,10 +23,11 @@ from servesim.specs.dtypes import (
 )
 from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
 from servesim.specs.hardware import load_hardware
+from servesim.specs.layers import Recurrent
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.presets import Preset, serve_defaults
 from servesim.specs.validation import Spec, Unit
-from servesim.specs.vllm_versions import NEWEST, VllmVersion, minor_version
+from servesim.specs.vllm_versions import NEWEST, STATE_STOPS, VllmVersion, minor_version
 
 if TYPE_CHECKING:
     import argparse
@@ -214,6 +215,15 @@ EnablePrefixCaching = Annotated[
         per_instance=True,
         acts=acting.prompts_with_ids,
         noted=True,
+    ),
+]
+DisableHybridKvCacheManager = Annotated[
+    bool,
+    Flag(
+        "keep the KV of layers with windows or chunks as if they saw the whole context",
+        _ENGINE,
+        per_instance=True,
+        acts=acting.windows_or_chunks,
     ),
 ]
 AsyncScheduling = Annotated[
@@ -424,6 +434,7 @@ class RuntimeOptions(Spec):
     num_gpu_blocks: NumGpuBlocks = None
     reserve_full_isl: ReserveFullIsl = True
     enable_prefix_caching: EnablePrefixCaching = True
+    disable_hybrid_kv_cache_manager: DisableHybridKvCacheManager = False
     async_scheduling: AsyncScheduling = True
     scheduling_policy: SchedulingPolicy = "fcfs"
     enable_local_offloading: EnableLocalOffloading = False
@@ -730,6 +741,7 @@ class InstanceOptions:
     num_gpu_blocks: int | None = None
     """KV blocks as given; None: what fits."""
     scheduling_policy: str = "fcfs"
+    disable_hybrid_kv_cache_manager: bool = False
 
 
 def add_arguments(
@@ -804,6 +816,9 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
             raise InputError(
                 f"--enable-sub-batch-interleaving: pp_size {instance.pp_size} is not allowed; must be 1"
             )
+    if "enable_prefix_caching" not in stated and not STATE_STOPS.holds(options.vllm_version):
+        keeps_states = any(isinstance(layer.attention, Recurrent) for layer in model.layers.layers)
+        chosen["enable_prefix_caching"] &= not keeps_states  # the default of these versions
     dtype = chosen.pop("dtype") or model.torch_dtype
     if chosen["kv_cache_dtype"] == "auto" and model.layers.kv_format is not None:
         chosen["kv_cache_dtype"] = model.layers.kv_format  # the checkpoint asks for it

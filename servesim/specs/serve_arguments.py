@@ -33,6 +33,7 @@ OWN_SWITCHES = {
     "--enable-prefix-caching": ("enable_prefix_caching", True),
     "--scheduler-reserve-full-isl": ("reserve_full_isl", True),
     "--async-scheduling": ("async_scheduling", True),
+    "--disable-hybrid-kv-cache-manager": ("disable_hybrid_kv_cache_manager", True),
     "--enforce-eager": ("cudagraph", False),
     "--enable-expert-parallel": ("enable_expert_parallel", True),
     "-ep": ("enable_expert_parallel", True),
@@ -104,8 +105,6 @@ NOT_SIMULATED = {
     "--stream-interval": "several tokens in one message",
     "--performance-mode": "modes that change limits and kernels",
     "--disable-sliding-window": "a model whose windows are switched off",
-    "--disable-hybrid-kv-cache-manager": "KV groups of windows and states; servesim kv "
-    "tells what fits both ways",
     "--kv-sharing-fast-prefill": "prompts that skip layers",
     "--kv-cache-dtype-skip-layers": "layers whose cache has a format of its own",
     "--runner": "anything but generation",
@@ -173,7 +172,7 @@ REFUSED_SWITCHES = frozenset(
         *("--enable-lora", "--enable-dbo", "--enable-eplb", "--enable-elastic-ep", "--headless"),
         *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
         *("--data-parallel-multi-port-external-lb", "-dpm", "--long-prefill-token-threshold-adaptive"),
-        *("--disable-sliding-window", "--disable-hybrid-kv-cache-manager", "--kv-sharing-fast-prefill"),
+        *("--disable-sliding-window", "--kv-sharing-fast-prefill"),
         *("--enable-mamba-cache-stochastic-rounding", "--enable-mamba-shared-prefix-checkpoint"),
     }
 )

@@ -17,7 +17,7 @@ import pytest
 from servesim.__main__ import main
 from servesim.specs.flags import flag_name
 from servesim.specs.options import RuntimeOptions
-from tests.engine.toy_world import DENSE, HARDWARE, MOE, toy_cluster, toy_instance, toy_world
+from tests.engine.toy_world import DENSE, HARDWARE, MOE, WINDOWS, toy_cluster, toy_instance, toy_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +45,7 @@ CLUSTERS: dict[str, dict[str, Any]] = {
     "two": toy_cluster([roomy(), roomy()]),
     "two_tight": toy_cluster([toy_instance(num_gpu_blocks=81), toy_instance(num_gpu_blocks=81)]),
     "stages": toy_cluster([roomy(pp_size=2)]),
+    "windows": toy_cluster([roomy(WINDOWS)]),
     "experts": toy_cluster([roomy(MOE, tp_size=2, ep_size=2)]),
     "one_rank": toy_cluster([roomy(MOE)]),
     "slow": toy_cluster(
@@ -162,6 +163,10 @@ OPTIONS: dict[str, Option] = {
     ),
     "enable_prefix_caching": Option(
         Case("--no-enable-prefix-caching", workload="chats"), [Case("--no-enable-prefix-caching", told=NOTED)]
+    ),
+    "disable_hybrid_kv_cache_manager": Option(
+        Case("--disable-hybrid-kv-cache-manager", "windows"),
+        [Case("--disable-hybrid-kv-cache-manager", told=REFUSED)],
     ),
     "async_scheduling": Option(
         Case("--no-async-scheduling"), [Case("--no-async-scheduling", "stages", told=NOTED)]

@@ -239,6 +239,7 @@ EVERY_OPTION: dict[str, tuple[Any, Any]] = {
     "enable_chunked_prefill": (False, False),
     "reserve_full_isl": (False, False),
     "enable_prefix_caching": (False, False),
+    "disable_hybrid_kv_cache_manager": (True, True),
     "async_scheduling": (False, False),
     "scheduling_policy": ("priority", "priority"),
     "enable_block_copy": (False, False),

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-DENSE, MOE = MODEL, "org/toy-moe"
+DENSE, MOE, WINDOWS = MODEL, "org/toy-moe", "org/toy-windows"
 LAYERS, EXPERTS = 5, 4
+WINDOW = 100
+"""Tokens that every second layer of the third model sees."""
 KV_BYTES_PER_TOKEN = 2 * LAYERS * 2 * 4 * 2
 """Both sides, layers, KV heads, their size, bytes."""
 
@@ -27,7 +29,8 @@ def toy_world(root: Path) -> Iterator[Path]:
         folder = Toy(tp=tp, moe=experts, meta={"source": "roofline", "gpu": f"{HARDWARE} GPU"}).write(root)
     for variant in ("bf16-kvfp8", "fp8", "fp8-kvfp8"):
         shutil.copytree(folder, folder.parent / variant)
-    shutil.copytree(folder.parent, root / "profiler" / "perf" / HARDWARE / MOE)
+    for name in (MOE, WINDOWS):
+        shutil.copytree(folder.parent, root / "profiler" / "perf" / HARDWARE / name)
     toy_architecture(root)
     config: dict[str, Any] = {
         "model_type": "toy",
@@ -41,7 +44,9 @@ def toy_world(root: Path) -> Iterator[Path]:
         "torch_dtype": "bfloat16",
     }
     experts_too = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
-    for name, more in ((DENSE, {}), (MOE, experts_too)):
+    sliding = ["sliding_attention" if index % 2 else "full_attention" for index in range(LAYERS)]
+    windows = {"layer_types": sliding, "sliding_window": WINDOW}
+    for name, more in ((DENSE, {}), (MOE, experts_too), (WINDOWS, windows)):
         path = root / "configs" / "model" / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**config, **more}), encoding="utf-8")
@@ -86,6 +91,8 @@ __all__ = [
     "LAYERS",
     "MOE",
     "VARIANT",
+    "WINDOW",
+    "WINDOWS",
     "toy_cluster",
     "toy_instance",
     "toy_world",

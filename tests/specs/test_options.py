@@ -38,6 +38,7 @@ DOCUMENTED_DEFAULTS = {
     "npu_memory_utilization": 0.9,
     "reserve_full_isl": True,
     "enable_prefix_caching": True,
+    "disable_hybrid_kv_cache_manager": False,
     "enable_prefix_sharing": False,
     "prefix_storage": None,
     "request_routing_policy": "LOAD",
