@@ -161,7 +161,7 @@ class StepLoop:
         self._piped = plan.stages > 1
         if self._piped:
             for member in plan.members:
-                member.log.stages += [StageLog() for _ in range(plan.stages)]
+                member.log.stages.extend(StageLog() for _ in range(plan.stages))
 
     def submit(self, member: Instance, state: RequestState, now_ns: int) -> None:
         """Hand a request to a member; it is taken in at the next step boundary, at once if nothing runs."""
