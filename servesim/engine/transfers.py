@@ -62,7 +62,8 @@ class Transfers:
         self._links = Links()
         self._planned: list[tuple[int, int, int, Sequence[Port], int]] = []
         """(first byte, serial, bytes, ports, earliest end)."""
-        self._waiting: dict[int, tuple[Callable[[int], None], MovedBytes]] = {}
+        self._waiting: dict[int, tuple[Callable[[int], None], int, int, tuple[str, ...]]] = {}
+        """Whom to tell of the end, start, bytes, names of the ports."""
         self._serial = 0
         self.moved: list[MovedBytes] = []
         """What has been moved."""
@@ -78,7 +79,7 @@ class Transfers:
         first_byte_ns = start_ns + route.latency_ns
         heappush(self._planned, (first_byte_ns, self._serial, size, route.ports, earliest_ns))
         names = tuple(port.name for port in route.ports)
-        self._waiting[self._serial] = ended, MovedBytes(start_ns, -1, size, names)
+        self._waiting[self._serial] = ended, start_ns, size, names
         self._serial += 1
         if not self._advancing and first_byte_ns < self._clock.due_ns(self._actor):
             self._clock.at(first_byte_ns, self._actor)
@@ -89,9 +90,8 @@ class Transfers:
         # rates of all shared out, since sharing in between would round the bytes left twice.
         self._advancing = True
         for serial in self._links.advance(now_ns):
-            ended, moved = self._waiting.pop(serial)
-            moved.end_ns = now_ns
-            self.moved.append(moved)
+            ended, start_ns, size, names = self._waiting.pop(serial)
+            self.moved.append(MovedBytes(start_ns, now_ns, size, names))
             ended(now_ns)
         while self._planned and self._planned[0][0] <= now_ns:
             _, serial, size, ports, earliest_ns = heappop(self._planned)
