@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from servesim.errors import InputError
+
 if TYPE_CHECKING:
     import argparse
 
@@ -29,18 +31,31 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     parser.description = f"Make a workload. LENGTHS and SECONDS are written {FORMS}."
     add = parser.add_argument
     add(
+        "--like",
+        metavar="FILE",
+        help="learn lengths, burstiness, shared prefixes and sessions from a workload; beside it only "
+        "--num-reqs, --duration, --rate and --seed",
+    )
+    add(
         "--num-reqs",
         type=int,
-        default=300,
+        default=None,
         metavar="N",
-        help="requests, or sessions with --sessions (default: 300)",
+        help="requests, or sessions with --sessions (default: 300; with --like as many as the file has)",
+    )
+    add(
+        "--duration",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="with --like, in place of --num-reqs: how long entries arrive",
     )
     add(
         "--rate",
         type=float,
-        default=10.0,
+        default=None,
         metavar="R",
-        help="arrivals per second, inf: all at once (default: 10)",
+        help="arrivals per second, inf: all at once (default: 10; with --like the file's own)",
     )
     add(
         "--arrival",
@@ -141,6 +156,12 @@ def _synth(args: argparse.Namespace) -> int:
     from servesim.workload.generators import SynthSpec, check_output, synthesise, write_jsonl
 
     check_output(args.output)
+    if args.like is not None:
+        return _synth_like(args)
+    if args.duration is not None:
+        raise InputError(f"--duration {args.duration}: has no effect without --like")
+    args.num_reqs = _NUM_REQS if args.num_reqs is None else args.num_reqs
+    args.rate = _RATE if args.rate is None else args.rate
     refuse_unused(args)
     spec = SynthSpec(**{field.name: getattr(args, field.name) for field in fields(SynthSpec)})
     workload = synthesise(spec)
@@ -149,13 +170,37 @@ def _synth(args: argparse.Namespace) -> int:
     return 0
 
 
+_NUM_REQS, _RATE = 300, 10.0
+_BESIDE_LIKE = ("action", "command", "like", "num_reqs", "duration", "rate", "seed", "output", "usual")
+
+
+def _synth_like(args: argparse.Namespace) -> int:
+    """Make a workload that is like another.
+
+    Raises:
+        InputError: a flag was given that describes what is learnt from the file.
+    """
+    from servesim.workload.alike import synthesise_like
+    from servesim.workload.formats import load_workload
+    from servesim.workload.generators import write_jsonl
+
+    for name, value in args.usual.items():
+        if name not in _BESIDE_LIKE and getattr(args, name, value) != value:
+            raise InputError(f"--{name.replace('_', '-')}: is learnt from the file of --like; leave it out")
+    model = load_workload(args.like)
+    workload = synthesise_like(
+        model, num_reqs=args.num_reqs, rate=args.rate, duration_s=args.duration, seed=args.seed
+    )
+    write_jsonl(workload, args.output)
+    print(f"{args.output}: {len(workload)} requests like {args.like}, seed {args.seed}")
+    return 0
+
+
 def refuse_unused(args: argparse.Namespace) -> None:
     """
     Raises:
         InputError: a flag was given that the others leave nothing to do.
     """
-    from servesim.errors import InputError
-
     no_gaps = args.rate == float("inf")
     needs = {
         "arrival": ("a finite --rate", not no_gaps),
