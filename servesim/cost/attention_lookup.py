@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from servesim.cost.tables import bracket
-from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from servesim.cost.tables import Surface
 
 
-@dataclass(slots=True, frozen=True)
 class DecodeRow:
     """Steps of one number of decodes and nothing else: ns over KV length, everything but skew included.
 
@@ -29,14 +27,26 @@ class DecodeRow:
     through (``anchors[i]``, ``values[i]``); segment 0 lies below the grid and is flat, the last one is open.
     """
 
-    points: list[int]
-    anchors: list[int]
-    values: list[float]
-    slopes: list[float]
-    rate_bounds: list[float]
-    length_bounds: list[float]
-    alpha: list[list[float]] | None
-    """α by (skew rate, greatest KV length) bucket; None: lengths make no difference."""
+    __slots__ = ("alpha", "anchors", "length_bounds", "points", "rate_bounds", "slopes", "values")
+
+    def __init__(
+        self,
+        points: list[int],
+        anchors: list[int],
+        values: list[float],
+        slopes: list[float],
+        rate_bounds: list[float],
+        length_bounds: list[float],
+        alpha: list[list[float]] | None,
+    ) -> None:
+        self.points = points
+        self.anchors = anchors
+        self.values = values
+        self.slopes = slopes
+        self.rate_bounds = rate_bounds
+        self.length_bounds = length_bounds
+        self.alpha = alpha
+        """α by (skew rate, greatest KV length) bucket; None: lengths make no difference."""
 
     @classmethod
     def through(
@@ -93,14 +103,21 @@ class DecodeRow:
         return result
 
 
-@dataclass(slots=True)
 class DecodeCorners:
     """The four (n_decode, kv_decode) corners around the decodes of a step, with weights."""
 
-    offsets: tuple[int, int, int, int]
-    weights: tuple[float, float, float, float]
-    edge: DecodeCorners | None
-    """The same at the grid's edge when the decodes lie beyond it, else None."""
+    __slots__ = ("edge", "offsets", "weights")
+
+    def __init__(
+        self,
+        offsets: tuple[int, int, int, int],
+        weights: tuple[float, float, float, float],
+        edge: DecodeCorners | None,
+    ) -> None:
+        self.offsets = offsets
+        self.weights = weights
+        self.edge = edge
+        """The same at the grid's edge when the decodes lie beyond it, else None."""
 
 
 class AttentionTensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servesim.slotted import dataclass
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -13,42 +11,63 @@ if TYPE_CHECKING:
     from servesim.engine.request_state import RequestState
 
 
-@dataclass(slots=True)
 class Batch:
     """What one step computes and which requests it finishes. KV lengths are counted before the step, in
     tokens."""
 
-    step: int
-    """Index of the step in its instance's step log."""
-    end_ns: int = 0
-    travelling: DecodeSet | None = None
-    """In a pipeline: the decoding requests that travel with this batch."""
-    awaited_by: Sequence[RequestState] = ()
-    """Requests preempted while this batch, with a token of theirs, was in flight."""
-    chunks: Sequence[tuple[int, int]] = ()
-    """(tokens, history) of every request with more than one scheduled token."""
-    num_decodes: int = 0
-    """Requests with exactly one scheduled token."""
-    kv_sum: int = 0
-    kv_min: int = 0
-    kv_max: int = 0
-    kv_lengths: list[int] | None = None
-    """KV length of every decode, kept only where each matters on its own."""
-    finishing: Sequence[RequestState] = ()
-    """Requests whose last token this step produces."""
-    preempted: Sequence[RequestState] = ()
-    """Requests preempted while the step was scheduled."""
-    hit_tokens: int = 0
-    lookup_tokens: int = 0
-    """Like ``hit_tokens`` of requests that were never admitted before, as vLLM counts its hit rate."""
-    recomputed_tokens: int = 0
-    """Computed once more, after a preemption."""
-    recalled_tokens: int = 0
-    """Those of ``hit_tokens`` that come from the lower tier."""
-    recalls: Sequence[int] = ()
-    """Bytes that each request admitted in this step needs from the lower tier before the step can run."""
-    entries: list[tuple[int, int]] | None = None
-    """(request, tokens) of everything in the step, kept only where somebody asks for it."""
+    __slots__ = (
+        "awaited_by",
+        "chunks",
+        "end_ns",
+        "entries",
+        "finishing",
+        "hit_tokens",
+        "kv_lengths",
+        "kv_max",
+        "kv_min",
+        "kv_sum",
+        "lookup_tokens",
+        "num_decodes",
+        "preempted",
+        "recalled_tokens",
+        "recalls",
+        "recomputed_tokens",
+        "step",
+        "travelling",
+    )
+
+    def __init__(self, step: int, end_ns: int = 0, kv_lengths: list[int] | None = None) -> None:
+        self.step: int = step
+        """Index of the step in its instance's step log."""
+        self.end_ns: int = end_ns
+        self.travelling: DecodeSet | None = None
+        """In a pipeline: the decoding requests that travel with this batch."""
+        self.awaited_by: Sequence[RequestState] = ()
+        """Requests preempted while this batch, with a token of theirs, was in flight."""
+        self.chunks: Sequence[tuple[int, int]] = ()
+        """(tokens, history) of every request with more than one scheduled token."""
+        self.num_decodes: int = 0
+        """Requests with exactly one scheduled token."""
+        self.kv_sum: int = 0
+        self.kv_min: int = 0
+        self.kv_max: int = 0
+        self.kv_lengths: list[int] | None = kv_lengths
+        """KV length of every decode, kept only where each matters on its own."""
+        self.finishing: Sequence[RequestState] = ()
+        """Requests whose last token this step produces."""
+        self.preempted: Sequence[RequestState] = ()
+        """Requests preempted while the step was scheduled."""
+        self.hit_tokens: int = 0
+        self.lookup_tokens: int = 0
+        """Like ``hit_tokens`` of requests that were never admitted before, as vLLM counts its hit rate."""
+        self.recomputed_tokens: int = 0
+        """Computed once more, after a preemption."""
+        self.recalled_tokens: int = 0
+        """Those of ``hit_tokens`` that come from the lower tier."""
+        self.recalls: Sequence[int] = ()
+        """Bytes that each request admitted in this step needs from the lower tier before the step can run."""
+        self.entries: list[tuple[int, int]] | None = None
+        """(request, tokens) of everything in the step, kept only where somebody asks for it."""
 
     @property
     def is_empty(self) -> bool:

@@ -58,23 +58,28 @@ class WaveTimes(Protocol):
         member."""
 
 
-@dataclass(slots=True)
 class Wave:
     """One batch (or None) of every member, on its way through the stages."""
 
-    batches: Sequence[Batch | None]
-    end_ns: int
+    __slots__ = ("batches", "end_ns")
+
+    def __init__(self, batches: Sequence[Batch | None], end_ns: int) -> None:
+        self.batches = batches
+        self.end_ns = end_ns
 
 
-@dataclass(slots=True)
 class Stretch:
     """Steps of a single instance in which the same requests decode and nothing else happens."""
 
-    start_ns: int
-    """Of the first step."""
-    ends_ns: list[int]
-    known_ns: list[int]
-    """When each step is scheduled: the ends of the steps that many before it that are in flight at once."""
+    __slots__ = ("ends_ns", "known_ns", "start_ns")
+
+    def __init__(self, start_ns: int, ends_ns: list[int], known_ns: list[int]) -> None:
+        self.start_ns = start_ns
+        """Of the first step."""
+        self.ends_ns = ends_ns
+        self.known_ns = known_ns
+        """When each step is scheduled: the ends of the steps that many before it that are in flight at
+        once."""
 
 
 class Coupling(IntEnum):

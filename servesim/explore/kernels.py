@@ -106,15 +106,11 @@ def _typical(base: Result, group: Sequence[InstanceLog]) -> list[tuple[str, Batc
 def _batch(chunks: Sequence[tuple[int, int]], decodes: int, kv_length: int) -> Batch:
     """A step of equal decodes beside chunks."""
     length = kv_length if decodes else 0
-    return Batch(
-        step=0,
-        chunks=chunks,
-        num_decodes=decodes,
-        kv_sum=decodes * length,
-        kv_min=length,
-        kv_max=length,
-        kv_lengths=[length] * decodes,
-    )
+    batch = Batch(0, kv_lengths=[length] * decodes)
+    for tokens, history in chunks:
+        batch.add_request(tokens, history)
+    batch.add_decodes(decodes, decodes * length, length, length)
+    return batch
 
 
 def _sequences(number: int, kv_length: int) -> str:
