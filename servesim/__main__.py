@@ -34,6 +34,7 @@ COMMANDS = {
     "sweep": ("servesim.cli.sweep", "many configurations of a run, one row of figures each"),
     "plan": ("servesim.cli.plan", "the cheapest fleet that keeps latency bounds for a workload"),
     "serve": ("servesim.cli.serve", "an emulated vLLM server: OpenAI's interface with simulated timing"),
+    "twin": ("servesim.cli.twin", "follow a running vLLM by its metrics, and try changes on its traffic"),
     "profile": ("servesim.cli.profile", "make a profile bundle: kernel times of a model on a hardware"),
     "profile inspect": ("servesim.cli.profile_inspect", "what a bundle holds, as text and as plots"),
     "profile diff": ("servesim.cli.profile_diff", "how far two bundles are apart, table by table"),

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _FRONT_END = 3  # what the random stream is for, the second word of its seed
 
 
+_LEAST_DRAWN = 4096
+
+
 class FrontEnds:
     """Requests on their way from the client to the engine.
 
@@ -40,13 +43,15 @@ class FrontEnds:
         self._times_us = times_us
         self._shares: NDArray[np.float64] | None = None
         if any(jitter for _, jitter in times_us):
-            self._shares = np.random.default_rng((seed, _FRONT_END)).standard_exponential(num_requests)
+            drawn = max(num_requests, _LEAST_DRAWN)  # a server does not know how many will come
+            self._shares = np.random.default_rng((seed, _FRONT_END)).standard_exponential(drawn)
         self._due: list[tuple[int, int, RequestState]] = []
 
     def ns(self, instance: int, request: int) -> int:
         """Time that a request spends before this instance's engine, in whole µs."""
         constant, jitter = self._times_us[instance]
-        drawn = jitter * float(self._shares[request]) if self._shares is not None else 0.0
+        shares = self._shares
+        drawn = jitter * float(shares[request % len(shares)]) if shares is not None else 0.0
         return round(constant + drawn) * 1000
 
     @property
