@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from servesim.errors import InputError, NotSupportedError
+from servesim.errors import InputError
 
 if TYPE_CHECKING:
     from servesim.explore.space import Space
@@ -73,7 +73,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="processes; more than 1 needs joblib (default: 1)"
     )
-    parser.add_argument("--ray", nargs="?", const="auto", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="run on a Ray cluster; no ADDRESS: the one that runs here, else one that is started; --jobs N: "
+        "that many workers (default: one for each CPU)",
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=("optuna:tpe", "optuna:nsga2"),
+        help="let Optuna choose --trials configurations, for spaces that are too large to go through",
+    )
+    parser.add_argument("--trials", type=int, default=64, metavar="N", help="of the optimizer (default: 64)")
+    parser.add_argument(
+        "--goal",
+        nargs="+",
+        default=[],
+        metavar="FIGURE:max|min",
+        help="of the optimizer (default: output_throughput_per_gpu:max, with nsga2 p99_ttft_ms:min too)",
+    )
     add_report_arguments(parser)
     add_arguments(parser, exclude=NOT_SEARCHED)
 
@@ -89,8 +109,9 @@ def run(args: argparse.Namespace) -> int:
     from servesim.results.csv import TABLE_SUFFIXES, require_parquet
     from servesim.specs.options import from_namespace
 
-    if args.ray is not None:
-        raise NotSupportedError("--ray: is not built yet; --jobs N spreads a sweep over processes")
+    for flag in ("trials", "goal"):
+        if args.optimizer is None and getattr(args, flag) not in (64, []):
+            raise InputError(f"--{flag}: has no effect without --optimizer; leave it out")
     options = from_namespace(args)
     set_up_messages(options.log_level)
     check_suffix(args.table, TABLE_SUFFIXES, "--output")
@@ -108,6 +129,10 @@ def run(args: argparse.Namespace) -> int:
                 slo=" ".join(args.slo) if args.slo else None,
                 journal=journal,
                 jobs=args.jobs,
+                ray=args.ray,
+                optimizer=args.optimizer,
+                trials=args.trials,
+                goals=args.goal,
                 progress=progress,
             )
     finally:

@@ -56,24 +56,39 @@ class Space:
     constraints: list[str] = field(default_factory=list)
     slo: str | None = None
 
+    @property
+    def size(self) -> int:
+        """Configurations, those that the constraints rule out among them."""
+        return math.prod(map(len, self.grid.values())) * max(len(self.listed), 1)
+
+    def test(self) -> Callable[[Mapping[str, Any]], bool]:
+        """Whether the constraints allow a configuration.
+
+        Raises:
+            InputError: a constraint is none.
+        """
+        names = {name: RuntimeOptions.model_fields[name].default for name in SWEPT}
+        tests = [Constraint(text, names) for text in self.constraints]
+        return lambda each: all(test.holds({**names, **self.options, **each}) for test in tests)
+
     def configurations(self) -> tuple[list[dict[str, Any]], int]:
         """Every configuration once, in order, and how many the constraints ruled out.
 
         Raises:
             InputError: there are none, too many, or a constraint cannot be worked out.
         """
-        names = {name: RuntimeOptions.model_fields[name].default for name in SWEPT}
-        tests = [Constraint(text, names) for text in self.constraints]
-        size = math.prod(map(len, self.grid.values())) * max(len(self.listed), 1)
-        if size > MOST:
-            raise InputError(f"a sweep of {size:,} configurations is too large; at most {MOST:,} are run")
+        allowed = self.test()
+        if self.size > MOST:
+            raise InputError(
+                f"a sweep of {self.size:,} configurations is too large; at most {MOST:,} are run; "
+                "--optimizer chooses some of them"
+            )
         found: dict[str, dict[str, Any]] = {}
         ruled_out = 0
         for own in self.listed or [{}]:
             for values in product(*self.grid.values()):
                 each = {**own, **dict(zip(self.grid, values, strict=True))}
-                known = {**names, **self.options, **each}
-                if all(test.holds(known) for test in tests):
+                if allowed(each):
                     found.setdefault(json.dumps(each, sort_keys=True, default=str), each)
                 else:
                     ruled_out += 1

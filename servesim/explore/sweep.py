@@ -6,7 +6,10 @@ import hashlib
 import json
 import logging
 import os
+import socket
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,7 @@ from servesim.api import check_used, read_workload, simulate_loaded
 from servesim.engine.build import Kept
 from servesim.engine.request_state import BlockTables
 from servesim.errors import InputError, ServingError
-from servesim.explore.executors import check_jobs, run_parts
+from servesim.explore.executors import RayPool, check_jobs, check_ray, run_parts
 from servesim.explore.journal import Journal
 from servesim.explore.slo import num_gpus, parse_slo
 from servesim.explore.space import Space, cluster_with, file_digest, read_space, space_of, split
@@ -28,7 +31,7 @@ from servesim.specs.validation import validated
 from servesim.workload.files import resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from servesim.cost.build import Costs
     from servesim.results.result import Result
@@ -69,13 +72,18 @@ def sweep(
     slo: str | None = None,
     journal: str | os.PathLike[str] | None = None,
     jobs: int = 1,
+    ray: str | None = None,
+    optimizer: str | None = None,
+    trials: int = 64,
+    goals: str | Sequence[str] = (),
     progress: Callable[[int, int, int], None] | None = None,
     **flags: Any,
 ) -> Sweep:
     """Run every configuration of ``space``.
 
     Args:
-        space: a :class:`Space`, what a sweep file holds (``{"grid": {"tp": [1, 2]}}``), or the file's path.
+        space: a :class:`Space`, what a sweep file holds (``{"grid": {"tp": [1, 2]}}``), the file's path, or a
+            DataFrame whose rows are configurations.
         options: what holds for every configuration unless it says otherwise.
         cluster: path or content of a cluster config; None: the options name it.
         workload: path of a workload file; None: the options name it.
@@ -83,97 +91,172 @@ def sweep(
         journal: a file of finished rows: those whose configuration and inputs are the same are not run
             again, new ones are added as soon as they are finished.
         jobs: processes; more than 1 needs joblib (extra ``sweep``).
+        ray: run on Ray (extra ``ray``): the address of a cluster, ``auto`` or ``local``; ``jobs`` are its
+            workers then, 1: one for each CPU.
+        optimizer: ``optuna:tpe`` or ``optuna:nsga2`` (extra ``optuna``): run ``trials`` configurations that
+            it chooses, for a space that is too large to go through.
+        trials: of the optimizer.
+        goals: of the optimizer: figures with ``:max`` or ``:min``; None given: output throughput per GPU,
+            and for nsga2 P99 TTFT too.
         progress: called with (done, all, failed) as rows are finished.
         **flags: single options for every configuration.
 
     Raises:
         InputError: the space or an option of it is wrong. What is wrong with one configuration is the reason
             in its row.
-        RunError: worker processes keep dying, or the journal cannot be written.
+        RunError: worker processes of joblib keep dying, or the journal cannot be written.
     """
     chosen = _space(space)
     check_jobs(jobs)
+    if ray is not None:
+        check_ray()
     given = {} if options is None else options.model_dump(exclude_unset=True)
     common = {**chosen.options, **given, **flags}
     if workload is not None:
         common["dataset"] = os.fspath(workload)
-    check_used(validated(RuntimeOptions, common, "options"), "sweep", None, cluster)
+    read = validated(RuntimeOptions, common, "options")
+    check_used(read, "sweep", None, cluster)
     bounds = slo or chosen.slo
     if bounds is not None:
         parse_slo(bounds)
-    configurations, ruled_out = chosen.configurations()
     where = os.fspath(cluster) if isinstance(cluster, os.PathLike) else cluster
     setting = Setting(common, where, bounds, None if journal is None else os.fspath(journal))
-    digests: dict[str, str] = {}
-    keyed = {_key(setting, each, digests): each for each in configurations}
-    rows = _run(setting, keyed, jobs, progress)
+    runner = Runner(setting, jobs, ray, progress)
+    try:
+        if optimizer is not None:
+            from servesim.explore.optimizer import optimised
+
+            found = optimised(chosen, runner, optimizer, trials, goals, read.seed)
+            return replace(found, notes=[*runner.notes, *found.notes])
+        configurations, ruled_out = chosen.configurations()
+        rows = runner.run(configurations)
+    finally:
+        runner.close()
     names = list(dict.fromkeys(name for each in configurations for name in each))
-    return Sweep(names, [rows[key] for key in keyed], ruled_out)
+    return Sweep(names, list({row["key"]: row for row in rows}.values()), ruled_out, runner.notes)
 
 
 def _space(space: Space | Mapping[str, Any] | str | os.PathLike[str]) -> Space:
     if isinstance(space, Space):
         return space
+    if hasattr(space, "to_dict") and hasattr(space, "columns"):  # a DataFrame: a row is a configuration
+        return space_of({"list": [_given(row) for row in space.to_dict("records")]})
     return read_space(os.fspath(space)) if isinstance(space, str | os.PathLike) else space_of(space)
 
 
-def _run(
-    setting: Setting,
-    keyed: Mapping[str, dict[str, Any]],
-    jobs: int,
-    progress: Callable[[int, int, int], None] | None,
-) -> dict[str, dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
-    journal = None if setting.journal is None else Journal(setting.journal)
-    old_failures: set[str] = set()
-    if journal is not None:
-        journal.begin()
-        old_failures = {key for key, row in journal.rows().items() if row["status"] == "failed"}
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of a DataFrame sets: empty cells are left out, and whole numbers are no fractions."""
+    filled = {str(name): value for name, value in row.items() if value is not None and value == value}
+    return {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in filled.items()
+    }
 
-    def look() -> None:
-        if journal is not None:
-            found = journal.rows()
-            rows.update({key: found[key] for key in keyed if key in found and key not in old_failures})
 
-    def left() -> list[Part]:
-        look()  # rows of workers that have died are in the journal
-        waiting = [(key, each) for key, each in keyed.items() if key not in rows]
-        size = max(-(-len(waiting) // (jobs * _PARTS_PER_JOB)), 1) if jobs > 1 else 1
-        if jobs == 1:  # one part keeps all that was read
-            return [Part(setting, waiting)] if waiting else []
-        return [Part(setting, waiting[at : at + size]) for at in range(0, len(waiting), size)]
+class Runner:
+    """Runs configurations that have a setting in common, wherever they are to run."""
 
-    def tell() -> None:
-        if progress is not None:
-            failed = sum(row["status"] == "failed" for row in rows.values())
-            progress(len(rows), len(keyed), failed)
+    def __init__(
+        self,
+        setting: Setting,
+        jobs: int,
+        ray: str | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
+    ) -> None:
+        self._setting, self._jobs, self._progress = setting, jobs, progress
+        self.rows: dict[str, dict[str, Any]] = {}
+        """Key -> row of everything that has been run or was in the journal."""
+        self._digests: dict[str, str] = {}
+        self._bench: Bench | None = None
+        self._journal = None if setting.journal is None else Journal(setting.journal)
+        self._old_failures: set[str] = set()
+        if self._journal is not None:
+            self._journal.begin()
+            self._old_failures = {
+                key for key, row in self._journal.rows().items() if row["status"] == "failed"
+            }
+        self.notes: list[str] = []
+        """Where the rows were made, if not in processes of this machine."""
+        self._pool = None if ray is None else RayPool(ray, jobs, self.notes.append)
 
-    if jobs == 1:
-        for part in left():
-            for row in rows_of(part):
-                rows[row["key"]] = row
-                tell()
-        return rows
-    for finished in run_parts(run_part, left, jobs):
-        rows.update({row["key"]: row for row in finished})
-        tell()
-    return rows
+    def close(self) -> None:
+        """Let go of what was needed for running."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def run(self, configurations: Sequence[dict[str, Any]], total: int | None = None) -> list[dict[str, Any]]:
+        """The rows of ``configurations``, in their order; ``total``: of all to come, for progress."""
+        keys = [key_of(self._setting, each, self._digests) for each in configurations]
+        keyed = dict(zip(keys, configurations, strict=True))
+        self._look(keyed)
+
+        def tell() -> None:
+            if self._progress is not None:
+                failed = sum(row["status"] == "failed" for row in self.rows.values())
+                self._progress(len(self.rows), total or len(keyed), failed)
+
+        for row in self._new_rows(keyed):
+            self.rows[row["key"]] = row
+            tell()
+        return [self.rows[key] for key in keys]
+
+    def _look(self, keyed: Mapping[str, dict[str, Any]]) -> None:
+        """Take what is in the journal, rows of workers that have died among them."""
+        if self._journal is not None:
+            found = self._journal.rows()
+            new = keyed.keys() & found.keys() - self._old_failures - self.rows.keys()
+            self.rows.update({key: found[key] for key in keyed if key in new})
+
+    def _new_rows(self, keyed: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows that are not there, in any order, each noted in the journal."""
+        waiting = {key: each for key, each in keyed.items() if key not in self.rows}
+        if self._pool is not None and waiting:
+            items = {key: (key, each) for key, each in waiting.items()}
+            make = partial(_ray_worker, replace(self._setting, journal=None))
+            for row in self._pool.run(make, items, _lost):
+                if self._journal is not None:  # here, for another node may not see it
+                    self._journal.append(row)
+                yield row
+        elif self._jobs == 1:
+            self._bench = self._bench or Bench(self._setting)
+            yield from self._bench.rows(waiting.items())
+        else:
+
+            def left() -> list[Part]:
+                self._look(keyed)
+                still = [(key, each) for key, each in waiting.items() if key not in self.rows]
+                size = max(-(-len(still) // (self._jobs * _PARTS_PER_JOB)), 1)
+                return [Part(self._setting, still[at : at + size]) for at in range(0, len(still), size)]
+
+            for finished in run_parts(run_part, left, self._jobs):
+                yield from finished
+
+
+def _ray_worker(setting: Setting) -> Callable[[tuple[str, dict[str, Any]]], dict[str, Any]]:
+    """What a worker of Ray does with (key, configuration)."""
+    bench, digests = Bench(setting), dict[str, str]()
+
+    def row(item: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+        key, configuration = item
+        if key_of(setting, configuration, digests) != key:
+            reason = (
+                f"the worker on {socket.gethostname()} sees another version of servesim, or other cluster "
+                "config or workload files; every node needs the same under the same paths"
+            )
+            return {"key": key, "status": "failed", "reason": reason, **configuration}
+        return bench.row(key, configuration)
+
+    return row
+
+
+def _lost(key: str, item: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    reason = "its worker died three times; there may be too little memory"
+    return {"key": key, "status": "failed", "reason": reason, **item[1]}
 
 
 def run_part(part: Part) -> list[dict[str, Any]]:
     """The rows of a part; what a worker process does."""
-    return list(rows_of(part))
-
-
-def rows_of(part: Part) -> Iterator[dict[str, Any]]:
-    """The rows of a part, each noted in the journal before it is yielded."""
-    bench = Bench(part.setting)
-    journal = None if part.setting.journal is None else Journal(part.setting.journal)
-    for key, configuration in part.configurations:
-        row = bench.row(key, configuration)
-        if journal is not None:
-            journal.append(row)
-        yield row
+    return list(Bench(part.setting).rows(part.configurations))
 
 
 class Bench:
@@ -187,6 +270,15 @@ class Bench:
         self._costs: Costs | None = None
         self._told: dict[str, None] = {}
         """Every warning so far: those about a bundle come when it is read, and hold for all its rows."""
+
+    def rows(self, configurations: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        """The rows of (key, configuration), each noted in the journal before it is yielded."""
+        journal = None if self._setting.journal is None else Journal(self._setting.journal)
+        for key, configuration in configurations:
+            row = self.row(key, configuration)
+            if journal is not None:
+                journal.append(row)
+            yield row
 
     def row(self, key: str, configuration: Mapping[str, Any]) -> dict[str, Any]:
         """The row of one configuration; what goes wrong is in it."""
@@ -274,7 +366,7 @@ def _provenance(result: Result) -> dict[str, Any]:
     }
 
 
-def _key(setting: Setting, configuration: Mapping[str, Any], digests: dict[str, str]) -> str:
+def key_of(setting: Setting, configuration: Mapping[str, Any], digests: dict[str, str]) -> str:
     """What a row is known by: a digest of all options, of the content of its files, and of our version."""
     changes, keys = split(configuration)
     options = {**setting.options, **changes}

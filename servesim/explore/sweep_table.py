@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from servesim.results.atomic import atomic_write
@@ -43,6 +43,8 @@ class Sweep:
     figures of the summary, where they come from."""
     ruled_out: int = 0
     """Combinations that the constraints ruled out."""
+    notes: list[str] = field(default_factory=list)
+    """What should be known of the sweep as a whole."""
 
     @property
     def failed(self) -> list[dict[str, Any]]:
@@ -138,6 +140,7 @@ class Sweep:
         if self.ruled_out:
             counted += f", {self.ruled_out:,} ruled out by constraints"
         lines.append(counted)
+        lines += [wrapped(note, screen_width()) for note in self.notes]
         reasons: dict[str, int] = {}
         for row in self.failed:
             reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1

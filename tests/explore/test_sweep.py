@@ -316,7 +316,6 @@ def test_the_command_writes_prints_and_counts(capsys: pytest.CaptureFixture[str]
     [
         ([], "nothing to go through"),
         (["--grid", "--tp 1,2", "--grid", "--tp 4"], "--tp is there twice"),
-        (["--grid", "--tp 1", "--ray"], "--ray: is not built yet"),
         (["--grid", "--tp 1", "--jobs", "0"], "--jobs: 0 is not allowed"),
         (["--grid", "--tp 1", "--output", "a.txt"], "--output a.txt: .txt is not a format"),
         (["--grid", "--tp 1,2", "--constraint", "tp > 2"], "the constraints rule out all 2"),
@@ -337,6 +336,13 @@ def test_rows_as_parquet_and_as_a_frame() -> None:
     assert list(frame.columns) == found.columns
     assert frame["max_model_len"].tolist()[:2] == ["auto", "512"]
     assert found.to_pandas()["status"].tolist() == ["ok", "ok", "failed"]
+
+
+def test_a_frame_of_configurations_is_a_list() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([{"max_num_seqs": 4, "block_size": None}, {"max_num_seqs": 8, "block_size": 32}])
+    listed = sweep({"list": [{"max_num_seqs": 4}, {"max_num_seqs": 8, "block_size": 32}]})
+    assert sweep(frame).rows == listed.rows
 
 
 def test_options_for_all_and_options_of_one() -> None:
