@@ -30,7 +30,7 @@ from servesim.results.stated_errors import reach_of, stated_error
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 from servesim.specs.acting import Scene, notes_of
-from servesim.specs.block_layers import architecture_of
+from servesim.specs.block_layers import ATTENTION_KINDS, architecture_of, attention_groups
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.options import resolve
 from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
@@ -353,11 +353,10 @@ def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -
     found = bundle.unstated()
     found += range_warnings(bundle, options.max_num_batched_tokens, options.max_num_seqs)
     found += weight_warnings(model)
-    if model.num_sliding_layers:
+    if len(attention_groups(model.layers)) > 1 and ATTENTION_KINDS not in bundle.meta:
         found.append(
-            f"{model.name}: {model.num_sliding_layers} of {model.num_hidden_layers} layers attend to a "
-            f"window of {model.sliding_window} tokens; they keep what vLLM keeps, and are timed as if they "
-            "read the whole context"
+            f"{model.name}: its layers attend in several ways, and the bundle has one table of attention for "
+            "all (it was made by an older version); make it again with servesim profile --force"
         )
     return found
 

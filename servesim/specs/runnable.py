@@ -1,8 +1,7 @@
-"""Which models can be simulated: those whose every kind of layer the engine and its kernel times know.
+"""Which models can be simulated: those whose every kind of layer has a cache that the engine keeps and steps
+that have kernel times.
 
-Weights and caches of the other kinds are known (:mod:`servesim.specs.layers`), but not yet how the engine
-frees their caches or what their steps cost. They are refused by name: a state is
-not counted as a cache that grows.
+The others are refused by name before anything runs; `servesim kv` tells what their caches hold.
 """
 
 from __future__ import annotations
@@ -11,19 +10,10 @@ from typing import TYPE_CHECKING
 
 from servesim.errors import MissingFileError, NotSupportedError, ServingError
 from servesim.specs.block_layers import architecture_of, experts_of
-from servesim.specs.layers import (
-    Attention,
-    CompressedAttention,
-    Experts,
-    LatentAttention,
-    Mlp,
-    Recurrent,
-)
+from servesim.specs.layers import CompressedAttention
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from servesim.specs.layers import AnyAttention, AnyMlp, ModelLayers
+    from servesim.specs.layers import ModelLayers
     from servesim.specs.model import ModelSpec
 
 
@@ -60,54 +50,12 @@ def not_simulated(model: ModelSpec, missing: list[str]) -> str:
     """That a model cannot be simulated for the layers ``missing``, with what is possible."""
     return (
         f"{model.name} ({model.model_type}) cannot be simulated yet; not modelled in the engine: "
-        f"{', '.join(missing)}; what fits in its KV cache: servesim kv {model.path or model.name} "
-        "--hardware NAME"
+        f"{', '.join(missing)}; the sizes of its weights: servesim kv --matrix"
     )
 
 
 def missing_kinds(model: ModelLayers) -> list[str]:
-    """What cannot be simulated yet, each with how many layers have it; empty: nothing."""
-    counts: dict[str, int] = {}
-    for layer in model.layers:
-        for kind in (*_of_attention(layer.attention), *_of_mlp(layer.mlp)):
-            counts[kind] = counts.get(kind, 0) + 1
-    shapes = {
-        (a.heads, a.kv_heads, a.head_dim)
-        for layer in model.layers
-        if isinstance(a := layer.attention, Attention)
-    }
-    if len(shapes) > 1:
-        counts["attention of another shape than in other layers"] = len(model.layers)
-    return [f"{kind} ({count} of {len(model.layers)} layers)" for kind, count in counts.items()]
-
-
-def _of_attention(a: AnyAttention | None) -> Iterator[str]:
-    if a is None:
-        yield "no attention"
-    elif isinstance(a, Recurrent):
-        yield f"a state in place of a KV cache ({a.kind})"
-    elif isinstance(a, LatentAttention):
-        yield "latent attention with an indexer (sparse MLA)" if a.index_top_k else "latent attention (MLA)"
-    elif isinstance(a, CompressedAttention):
-        yield "attention over a window and compressed tokens"
-    else:
-        if a.kind == "chunked":
-            yield f"attention in chunks of {a.reach} tokens"
-        if a.shared:
-            yield "attention that reads another layer's KV cache"
-        if a.index_dim:
-            yield "attention with an indexer"
-
-
-def _of_mlp(m: AnyMlp | None) -> Iterator[str]:
-    if m is None:
-        yield "no MLP"
-    elif isinstance(m, Experts):
-        if m.shared_width:
-            yield "a shared expert"
-        if m.latent:
-            yield "experts on a latent vector"
-        if m.dense_width:
-            yield "a dense network beside the experts"
-    if isinstance(m, Mlp | Experts) and not m.gated:
-        yield "an MLP without a gate"
+    """Kinds of layers whose cache is not modelled, each with how many layers have it; empty: none."""
+    count = sum(isinstance(layer.attention, CompressedAttention) for layer in model.layers)
+    kind = "attention over a window and compressed tokens, with pages of several sizes"
+    return [f"{kind} ({count} of {len(model.layers)} layers)"] if count else []

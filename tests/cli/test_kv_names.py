@@ -48,10 +48,9 @@ def test_a_word_that_is_no_format_is_an_invalid_choice(capsys: pytest.CaptureFix
     assert "invalid choice" in refused(["run", "--kv-cache-dtype", "fp7"], capsys)
 
 
-def test_one_manager_is_a_flag_of_kv_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_manager_is_a_flag_of_models_with_windows(capsys: pytest.CaptureFixture[str]) -> None:
     error = refused(["run", "--disable-hybrid-kv-cache-manager"], capsys)
-    assert "not simulated" in error
-    assert "servesim kv" in error
+    assert "no layer of the model attends to a window or a chunk" in error
 
 
 def test_a_gpu_refuses_a_format_that_it_cannot_run() -> None:

@@ -145,7 +145,7 @@ def test_a_missing_fact_of_the_hardware_file_ends_in_one_message(
 def test_a_model_without_steps_is_told_what_is_possible(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["support", "deepseek-ai/DeepSeek-V3.2", "--hardware", "Mine", *words]) == 2
+    assert main(["support", "deepseek-ai/DeepSeek-V4-Flash", "--hardware", "Mine", *words]) == 2
     error = capsys.readouterr().err
-    assert "sparse MLA" in error
-    assert "servesim kv deepseek-ai/DeepSeek-V3.2" in error
+    assert "attention over a window and compressed tokens" in error
+    assert "servesim kv --matrix" in error
