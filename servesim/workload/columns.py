@@ -9,6 +9,7 @@ each stands for.
 
 from __future__ import annotations
 
+import csv
 import json
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,7 @@ def load_columns(source: str, lines: Iterator[tuple[int, bytes]], loading: Loadi
     first = next(lines)
     header: list[str] | None = None
     if not first[1].lstrip().startswith((b"{", b"[")):
-        header = [name.strip() for name in csv_row(first[1], first[1].count(b",") + 1)]
+        header = _header(source, first)
         missing = [name for name, _ in named.values() if name not in header]
         if missing:
             raise InputError(
@@ -61,6 +62,14 @@ def load_columns(source: str, lines: Iterator[tuple[int, bytes]], loading: Loadi
     else:
         lines = chain([first], lines)
     return load_with_sessions(source, lines, _Reader(named, header), loading)
+
+
+def _header(source: str, line: tuple[int, bytes]) -> list[str]:
+    try:
+        names = next(csv.reader([line[1].decode()]))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{source}:{line[0]}: {error}; --columns needs a CSV header in UTF-8") from None
+    return [name.strip() for name in names]
 
 
 def parse_columns(words: str) -> dict[str, tuple[str, str]]:

@@ -181,6 +181,8 @@ def set_hashes(request: Request, hash_ids: object, per_hash: int, *, answers: bo
     `answers`: where the last hash id reaches beyond the prompt, it names the beginning of the answer too: a
     later prompt that has it repeats both.
     """
+    if hash_ids == []:
+        return
     covered = request.input_tokens + (request.output_tokens if answers else 0)
     most = -(-covered // per_hash)
     count = len(hash_ids) if isinstance(hash_ids, list) else 0

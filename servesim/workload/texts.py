@@ -195,7 +195,8 @@ def load_genai_perf(source: str, lines: Iterator[tuple[int, bytes]], loading: Lo
 
     encode = encoder_of(source, loading)
     experiments = whole_document(source, lines)["experiments"]
-    sent = experiments[0].get("requests") if experiments and isinstance(experiments[0], dict) else None
+    first = experiments[0] if isinstance(experiments, list) and experiments else None
+    sent = first.get("requests") if isinstance(first, dict) else None
     if not isinstance(sent, list):
         raise InputError(f"{source}: experiments[0].requests: is missing; must be a list of requests")
     if len(experiments) > 1:
@@ -208,8 +209,8 @@ def load_genai_perf(source: str, lines: Iterator[tuple[int, bytes]], loading: Lo
             payload = json.loads(entry["request_inputs"].get("payload", "{}"))
         except (TypeError, ValueError):
             raise EntryError("request_inputs.payload: is no JSON; must be the body of a call") from None
-        outputs = entry.get("response_outputs") or []
-        answered = sum(_has_content(output) for output in outputs)
+        outputs = entry.get("response_outputs")
+        answered = sum(map(_has_content, outputs)) if isinstance(outputs, list) else 0
         if not answered:
             return []
         stamp = whole_number(entry.get("timestamp"), "timestamp", 0, 2**63 - 1)

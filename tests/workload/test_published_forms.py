@@ -477,6 +477,20 @@ def test_a_column_that_is_not_there_is_told(tmp_path: Path) -> None:
         loaded(tmp_path, "a,b\n1,2\n", columns="input=a,output=b", estimate_tokens=4.0)
 
 
+def test_what_is_malformed_elsewhere_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"a,b\x801,x\n")
+    with pytest.raises(InputError, match="needs a CSV header in UTF-8"):
+        load_workload(tmp_path / "x", columns="input=a,output=b")
+    for experiments in (1.5, {"a": 1}, [], [3]):
+        with pytest.raises(InputError, match=r"experiments\[0\].requests: is missing"):
+            loaded(tmp_path, {"experiments": experiments}, estimate_tokens=4.0)
+    request = {"request_inputs": {"payload": "{}"}, "response_outputs": True}
+    with pytest.raises(InputError, match="all 1 entries are left out"):
+        loaded(tmp_path, {"experiments": [{"requests": [request]}]}, estimate_tokens=4.0)
+    (request_without,) = loaded(tmp_path, 'a,b,c\n1,2,"[]"\n', columns="input=a,output=b,hashes=c")
+    assert not request_without.has_ids
+
+
 def test_a_workload_comes_through_a_pipe(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
