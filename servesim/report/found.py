@@ -41,7 +41,7 @@ def compare_page(comparison: Comparison) -> Page:
         f"{comparison.results[0].workload.source}, servesim {__version__}",
         [
             Section("Verdict", [*failures, *comparison.verdict.splitlines(), *comparison.trust]),
-            Section("Figures", [_figures(comparison), *_trade(ran)]),
+            Section("Figures", [_figures(comparison), *_bands(comparison), *_trade(ran)]),
             Section("Latencies", distribution_charts(ran)),
             Section("Over time", busy_charts(ran)),
             *(Section(f"Provenance: {name}", provenance(result).blocks) for name, result in named.items()),
@@ -55,8 +55,31 @@ def _figures(comparison: Comparison) -> TableBlock:
         changes = ["" if change is None else f"{change:+.1f} %" for change in row.changes()[1:]]
         rows.append([row.title, row.unit, *(digits(value) for value in row.values), *changes])
     header = ["", "", *names, *(f"{name} change" for name in names[1:])]
-    caption = "Bands: see the verdict" if any(comparison.bands) else ""
-    return TableBlock(header, rows, caption, frozenset({1}))
+    return TableBlock(header, rows, "", frozenset({1}))
+
+
+def _bands(comparison: Comparison) -> list[Block]:
+    """The figures that decide at both ends of the capacity's band, and how noise spreads the differences."""
+    rows = []
+    for name, result, ends in zip(comparison.names, comparison.results, comparison.bands, strict=False):
+        if ends is None:
+            continue
+        for title, key in _DECIDING:
+            figures = [each.figure(key) for each in (ends.low, result, ends.high)]
+            rows.append([name, title, *map(digits, figures)])
+    header = ["set", "", "least KV", "as planned", "most KV"]
+    blocks: list[Block] = [TableBlock(header, rows, "At the ends of the KV capacity's band", frozenset({1}))]
+    if comparison.differences is not None:
+        blocks.append(Verbatim(comparison.differences.text()))
+    return blocks
+
+
+_DECIDING = (
+    ("output tok/s", "output_throughput"),
+    ("mean TTFT ms", "mean_ttft_ms"),
+    ("P99 TTFT ms", "p99_ttft_ms"),
+    ("P99 TPOT ms", "p99_tpot_ms"),
+)
 
 
 def _trade(results: Mapping[str, Any]) -> list[Block]:

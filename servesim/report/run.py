@@ -12,6 +12,7 @@ from servesim.results.closing import LATENCY_ROWS, STATISTICS
 from servesim.results.energy import power_series, series_interval_ns
 from servesim.results.reach import extrapolation_line
 from servesim.results.saturation import saturation_line
+from servesim.results.stats import weighted_percentiles
 from servesim.results.units import MS, SECOND, digits
 
 if TYPE_CHECKING:
@@ -223,6 +224,7 @@ def over_time(result: Result) -> list[Block]:
             "TPOT (ms)",
             [_dots("", rows, rows["arrival"] / SECOND, rows["TPOT"] / MS)],
         ),
+        Chart("ITL over time", "line", "time (s)", "ITL (ms)", _gaps(result, time), y_log=True),
         Chart("Tokens per second", "line", "time (s)", "tok/s", _throughput(result, time)),
         *_of_instances(result, time),
         Chart("Prefix cache hits", "line", "time (s)", "% of prompt tokens", _hits(result, time)),
@@ -299,14 +301,35 @@ def _throughput(result: Result, time: _Time) -> list[Series]:
     ]
 
 
-def _generated(result: Result) -> list[NDArray[np.int64]]:
-    """Tokens generated at each entry of each track."""
+def _generated(result: Result, first: int = 0) -> list[NDArray[np.int64]]:
+    """Tokens generated at each entry of each track, without the ``first`` ones of every run of entries."""
     changes = [np.zeros(len(times) + 1, dtype=np.int64) for times in result.token_gaps.tracks]
     for record in result.records:
-        for track, first, last in record.token_steps:
-            changes[track][first] += 1
+        for track, begin, last in record.token_steps:
+            changes[track][begin + first] += 1
             changes[track][last + 1] -= 1
     return [np.cumsum(each)[:-1] for each in changes]
+
+
+def _gaps(result: Result, time: _Time) -> list[Series]:
+    """Median and P99 of the inter-token latencies that end in each interval."""
+    values, counts, ends = [], [], []
+    for times, made in zip(result.token_gaps.tracks, _generated(result, first=1), strict=True):
+        values.append(np.diff(times, prepend=times[:1]))
+        counts.append(made)
+        ends.append(times)
+    gaps, weights, at = (
+        np.concatenate(each) if each else np.zeros(0, np.int64) for each in (values, counts, ends)
+    )
+    bins = np.minimum(np.searchsorted(time.edges, at, side="right") - 1, _BINS - 1)
+    series = {50: Series("P50", [], []), 99: Series("P99", [], [])}
+    for number in np.unique(bins[weights > 0]).tolist():
+        here = (bins == number) & (weights > 0)
+        found = weighted_percentiles(gaps[here], weights[here], tuple(series))
+        for each, value in zip(series.values(), found, strict=True):
+            each.x.append(time.seconds[number])
+            each.y.append(value / MS)
+    return list(series.values())
 
 
 def _hits(result: Result, time: _Time) -> list[Series]:

@@ -6,6 +6,7 @@ import json
 import re
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 import servesim
@@ -91,6 +92,14 @@ def test_tokens_per_second_count_every_token(tight: Result) -> None:
     assert sum(chart.series[0].y) * width_s == pytest.approx(tight.summary["total_output_tokens"])
 
 
+def test_itl_over_time_is_within_all_of_them(tight: Result) -> None:
+    chart = next(each for each in run_page(tight).charts() if each.title == "ITL over time")
+    median, p99 = (series.y for series in chart.series)
+    gaps = np.concatenate([tight.inter_token_latencies(row) for row in tight.requests["request_id"].tolist()])
+    assert gaps.min() / MS <= min(median) <= np.median(gaps) / MS <= max(median)
+    assert all(one <= other for one, other in zip(median, p99, strict=True))
+
+
 def test_load_over_time_is_the_mean_of_the_steps(tight: Result) -> None:
     chart = next(each for each in run_page(tight).charts() if each.title == "Running requests")
     steps = tight.steps
@@ -123,6 +132,9 @@ def test_comparisons_searches_and_sweeps_have_pages() -> None:
     compared = servesim.compare(sets={"a": {}, "b": {"max_num_seqs": 4}}, **small)  # type: ignore[arg-type]
     titles = {chart.title for chart in compare_page(compared).charts()}
     assert {"Throughput against TPOT", "Distribution of TTFT", "Running requests"} <= titles
+    tight = {"workload": "workloads/long_context.jsonl", "num_reqs": 60}
+    pages = compare_page(servesim.compare(**tight))  # type: ignore[arg-type]
+    assert "At the ends of the KV capacity's band" in pages.html().replace("&#x27;", "'")
     limit = servesim.slo(bounds="tpot:25", patterns=1, kernel_error=False, num_reqs=150)
     names = [series.name for series in slo_page(limit).charts()[1].series]
     assert names == ["P50", "P99", "TPOT P99 bound"]
