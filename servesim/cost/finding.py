@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from servesim.errors import InputError, MissingFileError, ServingError
 from servesim.specs import paths
-from servesim.specs.dtypes import WEIGHT_DTYPES, short_dtype
+from servesim.specs.dtypes import KV_CACHE_SIZED, WEIGHT_DTYPES, short_dtype
 from servesim.specs.hardware import load_hardware
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     """(folder, wanted): looks at a bundle before it is read, and may replace it."""
 
 PUBLIC_DTYPES = ("bfloat16", "float16", "fp8")
-"""Formats of weights and KV that the public kernel measurements cover."""
+"""Formats of weights and KV that the public kernel measurements cover; those of KV that are derived from them
+are :data:`servesim.specs.dtypes.KV_CACHE_SIZED`."""
 _LISTED = 12  # bundles named in a message before "and N more"
 
 
@@ -114,7 +115,7 @@ def variant_dtypes(variant: str) -> tuple[str, str]:
 def has_public_format(variant: str) -> bool:
     """Whether kernels of a variant's formats are among the public measurements."""
     dtype, kv_cache_dtype = variant_dtypes(variant)
-    return dtype in PUBLIC_DTYPES and kv_cache_dtype in (*PUBLIC_DTYPES, "auto")
+    return dtype in PUBLIC_DTYPES and kv_cache_dtype in (*PUBLIC_DTYPES, *KV_CACHE_SIZED, "auto")
 
 
 def available_variants(hardware: str, model: str) -> list[str]:

@@ -20,7 +20,7 @@ import numpy as np
 from servesim.memory.placement import NPU
 from servesim.memory.traffic import expected_distinct_experts
 from servesim.slotted import dataclass
-from servesim.specs.dtypes import dtype_bytes
+from servesim.specs.kv_formats import head_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -215,8 +215,8 @@ class PimAttention:
     ) -> PimAttention:
         """Of an instance's model on a device; ``channels`` are those of all its ``ranks``."""
         gqa = model.num_attention_heads * model.head_dim / _REFERENCE_HEADS
-        width = model.num_key_value_heads * model.head_dim
-        kv_scale = width * dtype_bytes(kv_dtype) / _REFERENCE_KV_BYTES
+        key_bytes = head_bytes(kv_dtype, model.head_dim, model.head_dim) / 2
+        kv_scale = model.num_key_value_heads * key_bytes / _REFERENCE_KV_BYTES
         return cls(cost.slope * gqa / ranks, cost.intercept * kv_scale / ranks, channels // ranks)
 
     def request_ns(self, kv_length: int) -> float:

@@ -16,7 +16,6 @@ from servesim.errors import MissingFileError
 from servesim.explore.kv_dial import Figure
 from servesim.specs.block_layers import attentions_of
 from servesim.specs.cluster import cluster_of
-from servesim.specs.hardware import load_hardware
 from servesim.specs.kv_formats import head_bytes, latent_bytes
 from servesim.specs.layers import Attention, LatentAttention
 from servesim.specs.options import resolve
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import RuntimeOptions
 
-_ADA = 8.9
-"""Compute capability from which on fp8 is converted by the hardware."""
 _SHORTEST = 16
 """Least context of the search for a break-even."""
+_TIMED = ("fp8", "fp8_ds_mla")
+"""Formats that the fp8 kernels' times are of; those of sparse latent attention read DeepSeek's own slots."""
 _NEVER = "at no context that the model has"
 
 
@@ -44,8 +43,6 @@ class KvSteps:
         self._cluster = cluster_of(options)
         self._costs = Costs(self._cluster)
         self._instance = next(spec for _, spec in self._cluster.instances)
-        capability = load_hardware(self._instance.hardware).compute_capability
-        self._before_ada = capability is not None and float(capability) < _ADA
         self._missing: dict[str, str] = {}
         self._stages: dict[str, StageCost | None] = {}
 
@@ -57,10 +54,11 @@ class KvSteps:
         Derived: ``rest + A0 + (A8 - A0) x bytes / bytes of fp8``, A8 the fp8 kernel at this context, A0 at
         none, both of all layers; at most the step with a 16-bit cache, which is the band's other end.
         """
-        if kv_format in (self._base, "fp8"):
-            stage = self._stage(kv_format)
+        if kv_format in (self._base, *_TIMED):
+            own = kv_format if kv_format == self._base else "fp8"
+            stage = self._stage(own)
             if stage is None:
-                return Figure("unknown", reason=self._missing[kv_format])
+                return Figure("unknown", reason=self._missing[own])
             return Figure("tables", self._decode_ns(stage, self._context) / 1e6)
         wide, narrow = self._stage(self._base), self._stage("fp8")
         if wide is None or narrow is None:
@@ -76,7 +74,7 @@ class KvSteps:
         """Least context from which on the decode step of the batch is no longer than with 16 bit."""
         if kv_format == self._base:
             return Figure("unknown", reason="it is what the others are compared with")
-        if kv_format != "fp8":
+        if kv_format not in _TIMED:
             return Figure("unknown", reason="what unpacking costs is measured nowhere")
         wide, narrow = self._stage(self._base), self._stage("fp8")
         if wide is None or narrow is None:
@@ -100,7 +98,7 @@ class KvSteps:
         """Change of the time of one prompt against 16 bit, computed alone and chunk by chunk."""
         if kv_format == self._base:
             return Figure("tables", 0.0)
-        if kv_format != "fp8":
+        if kv_format not in _TIMED:
             return Figure("unknown", reason="no prefill with such a cache is measured")
         wide, narrow = self._stage(self._base), self._stage("fp8")
         if wide is None or narrow is None:
@@ -163,11 +161,6 @@ class KvSteps:
 
     def _stage(self, kv_format: str) -> StageCost | None:
         """The cost of the whole model with its cache in 16 bit or fp8; None: there are no kernel times."""
-        if kv_format == "fp8" and self._before_ada:
-            self._missing[kv_format] = (
-                "before Ada the kernel converts fp8 itself, and what that costs is measured nowhere here"
-            )
-            return None
         if kv_format not in self._stages:
             options = self._options.model_copy(update={"kv_cache_dtype": kv_format})
             resolved = resolve(options, self._instance, self._model)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from servesim.memory.kv_groups import index_bytes
 from servesim.specs import weights
-from servesim.specs.dtypes import dtype_bytes
+from servesim.specs.kv_formats import head_bytes, latent_bytes
 from servesim.specs.layers import Attention, LatentAttention
 from servesim.specs.weights import stage_layers
 
@@ -38,10 +38,7 @@ def kv_bytes_per_token(model: ModelSpec, kv_dtype: str, tp: int = 1, pp: int = 1
     Keys and values of every local KV head; for multi-head latent attention the one compressed vector, which
     is not sharded by ``tp``. Layers with a window count as if they kept the whole context.
     """
-    itemsize = dtype_bytes(kv_dtype)
-    sizes = [
-        _kv_width(layer.attention, tp) * itemsize + _index(layer.attention) for layer in model.layers.layers
-    ]
+    sizes = [_kept_bytes(layer.attention, kv_dtype, tp) for layer in model.layers.layers]
     first, most = 0, 0
     for count in stage_layers(len(sizes), pp):
         most = max(most, sum(sizes[first : first + count]))
@@ -49,17 +46,12 @@ def kv_bytes_per_token(model: ModelSpec, kv_dtype: str, tp: int = 1, pp: int = 1
     return most
 
 
-def _kv_width(attention: AnyAttention | None, tp: int) -> int:
-    """Elements that one layer keeps of a token on one rank."""
+def _kept_bytes(attention: AnyAttention | None, kv_dtype: str, tp: int) -> int:
+    """Bytes that one layer keeps of a token on one rank."""
     if isinstance(attention, LatentAttention):
-        return attention.kv_rank + attention.rope_dim
+        own = latent_bytes(kv_dtype, attention.kv_rank + attention.rope_dim)
+        return own + (index_bytes(attention.index_dim) if attention.index_dim else 0)
     if isinstance(attention, Attention) and not attention.shared:
-        return max(attention.kv_heads // tp, 1) * (attention.head_dim + attention.value_dim)
-    return 0
-
-
-def _index(attention: AnyAttention | None) -> int:
-    """Bytes that the indexer of a sparse layer keeps of a token: a key in 8 bit, and its scales."""
-    if isinstance(attention, LatentAttention) and attention.index_dim:
-        return index_bytes(attention.index_dim)
+        heads = max(attention.kv_heads // tp, 1)
+        return heads * head_bytes(kv_dtype, attention.head_dim, attention.value_dim)
     return 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from servesim.errors import InputError, NotSupportedError
 from servesim.memory.sizing import GIB
 from servesim.slotted import dataclass
+from servesim.specs.dtypes import KV_CACHE_SIZED
 from servesim.specs.hardware import load_hardware
 from servesim.specs.kv_support import why_not
 from servesim.specs.options import wants_auto_model_len
@@ -184,10 +185,11 @@ def check_kv_format(instance: InstanceSpec, model: ModelSpec, options: InstanceO
     Raises:
         InputError: so it is; the message says where the format runs.
     """
-    if options.kv_dtype != "fp8":
+    wanted = options.kv_dtype
+    if wanted != "fp8" and wanted not in KV_CACHE_SIZED:
         return
-    if reason := why_not("fp8", model.layers, load_hardware(instance.hardware)):
-        raise InputError(f"{where}: kv_cache_dtype: 'fp8' is not allowed for {model.name}: {reason}")
+    if reason := why_not(wanted, model.layers, load_hardware(instance.hardware)):
+        raise InputError(f"{where}: kv_cache_dtype: {wanted!r} is not allowed for {model.name}: {reason}")
 
 
 def check_quantised_shards(

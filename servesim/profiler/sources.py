@@ -53,14 +53,21 @@ def check(source: str, job: ProfileJob) -> None:
     """
     from servesim.cost.finding import PUBLIC_DTYPES
     from servesim.specs.block_layers import beyond_files
+    from servesim.specs.dtypes import KV_CACHE_SIZED
     from servesim.specs.rank_shapes import block_windows, rank_shapes
 
     model = job.model
     for name, dtype in (("--dtype", job.dtype), ("--kv-cache-dtype", job.kv_dtype)):
-        if source == "silicon" and dtype not in PUBLIC_DTYPES:
+        derived = KV_CACHE_SIZED if name == "--kv-cache-dtype" else ()
+        if source == "silicon" and dtype not in (*PUBLIC_DTYPES, *derived):
             raise NotSupportedError(
                 f"{name} {dtype} is not supported by the {source} source: the public measurements cover "
                 "bfloat16 (float16 runs alike) and fp8"
+            )
+        if dtype in derived and not SOURCES[source].computes:
+            raise NotSupportedError(
+                f"--kv-cache-dtype {dtype}: --source {source} measures 16 bit and fp8; use --source "
+                f"{' or '.join(COMPUTING)}, which derive it from them"
             )
         if source == "vllm" and dtype == "int8":
             raise NotSupportedError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from servesim.slotted import dataclass
+from servesim.specs.dtypes import KV_CACHE_SIZED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,6 +56,9 @@ MEASURED = 3.8
 """%: error of the mean TPOT of recorded runs with measured bundles and no host time, the worst run."""
 UNSTATED = 10.0
 """%: assumed of a bundle that says nothing about its origin."""
+DERIVED = 30.0
+"""%: assumed where kernels of a KV or weight format were derived from those of another: nobody published what
+unpacking costs, and it may cost what the smaller bytes save."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -114,7 +118,11 @@ def stated_error(meta: Mapping[str, Any], hardware: str, kv_dtype: str) -> State
     """The error of a bundle with this ``meta.yaml``, for KV of ``kv_dtype``."""
     source = meta.get("source") or ("vllm" if meta.get("vllm_version") else "")
     if source == "silicon":
-        return _of_silicon(hardware, 1 if "fp8" in kv_dtype else 0)
+        error = _of_silicon(hardware, 1 if "fp8" in kv_dtype else 0)
+        derived = derived_formats(meta, kv_dtype)
+        if derived and error.percent < DERIVED:
+            return StatedError(DERIVED, f"silicon: {derived} derived from other formats, not measured")
+        return error
     if source == "roofline":
         if hardware in ROOFLINE_STEPS:
             median, p95 = ROOFLINE_STEPS[hardware]
@@ -124,6 +132,17 @@ def stated_error(meta: Mapping[str, Any], hardware: str, kv_dtype: str) -> State
     if source in ("vllm", "torch"):
         return StatedError(MEASURED, "measured kernels: mean TPOT of recorded runs without host time")
     return StatedError(UNSTATED, "assumed: the bundle does not say where it is from")
+
+
+def derived_formats(meta: Mapping[str, Any], kv_dtype: str) -> str:
+    """What of a silicon bundle comes from kernels of another format, in a few words; empty: nothing."""
+    tables = meta.get("tables")
+    told = tables if isinstance(tables, dict) else {}
+    found = [f"{kv_dtype} KV"] if kv_dtype in KV_CACHE_SIZED else []
+    for name, claim in (("products", "products"), ("experts", "moe")):
+        if "derived from 16-bit" in str(told.get(claim, "")):
+            found.append(name)
+    return " and ".join(found)
 
 
 def _of_silicon(hardware: str, column: int) -> StatedError:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from servesim.errors import NotSupportedError
+from servesim.errors import InputError, NotSupportedError
 from servesim.profiler import grids
 from servesim.profiler.silicon import comm
 from servesim.profiler.silicon.attention import AttentionShape, AttentionTimes, attention_times
 from servesim.profiler.silicon.gemm import products
+from servesim.profiler.silicon.kv_narrow import ADA, ConvertedTimes, ScaledTimes, format_bytes
 from servesim.profiler.silicon.modules import module_times
 from servesim.profiler.silicon.moe import ExpertSizes, moe_times
 from servesim.profiler.silicon.provenance import Sources, provenance
@@ -30,7 +31,7 @@ from servesim.specs.layers import Attention, Recurrent
 from servesim.specs.rank_shapes import RankShapes, rank_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -196,11 +197,49 @@ class SiliconMeter:
             self._sources.experts.append(times)
 
     def _kernels_of(self, group: AttentionGroup) -> AttentionKernels:
-        """The times of a group of layers on one rank."""
-        job, gpu, tp, a = self._job, self._gpu, self._shapes.tp, group.attention
-        kv_dtype = "fp8" if job.kv_dtype == "fp8" else "bfloat16"
+        """The times of a group of layers on one rank, with the KV format of the job."""
+        job, a, wanted = self._job, group.attention, self._job.kv_dtype
         if isinstance(a, Recurrent):
-            return state_times(gpu, a, tp, job.model.hidden_size)
+            return state_times(self._gpu, a, self._shapes.tp, job.model.hidden_size)
+        if wanted in ("bfloat16", "float16"):
+            return self._measured(group, "bfloat16")
+        near: AttentionKernels
+        near_format = "fp8"
+        try:
+            near = self._measured(group, "fp8")
+        except InputError:
+            wide = self._measured(group, "bfloat16")
+            if float(job.hardware.compute_capability or ADA) < ADA:
+                near = ConvertedTimes(wide, self._block_us(group))
+            else:
+                near, near_format = wide, "bfloat16"
+        bytes_of = {name: format_bytes(name, a) for name in (wanted, near_format)}
+        is_it = wanted == near_format or (wanted == "fp8_ds_mla" and near_format == "fp8")
+        if is_it or not bytes_of[near_format]:
+            return near
+        return ScaledTimes(near, bytes_of[wanted] / bytes_of[near_format], wanted, near_format)
+
+    def _block_us(self, group: AttentionGroup) -> Callable[[int], float]:
+        """us of the other layers of a block of the group, for so many tokens; experts are left out."""
+        architecture = self._job.architecture
+        moe = self._job.model.has_experts(group.blocks[0])
+        names = [name for name in architecture.layers_of(group.blocks[0], moe)
+                 if name in architecture.catalog.dense]  # fmt: skip
+
+        @cache
+        def block_us(tokens: int) -> float:
+            at = np.array([max(tokens, 1)])
+            return sum(float(self._layer_us(name, at)[0]) for name in names)
+
+        return block_us
+
+    def _measured(self, group: AttentionGroup, kv_dtype: str) -> AttentionKernels:
+        """Times with a KV format of the tables.
+
+        Raises:
+            InputError: they do not have it.
+        """
+        job, gpu, tp, a = self._job, self._gpu, self._shapes.tp, group.attention
         if is_module(a):
             matrices = [t for t in group.tensors if t.matrix]
             stored = self._stored.of(group.prefix + matrices[0].name)
@@ -280,6 +319,7 @@ class SiliconMeter:
 
     def skew_rows(self) -> list[Row]:
         first = self._kernels[0][1]
+        first = first.wide if isinstance(first, ConvertedTimes) else first
         if not isinstance(first, AttentionTimes):
             return []
         return list(_skew_rows(self._gpu, first.shape, self._limits))

@@ -10,9 +10,11 @@ from servesim.profiler.provenance import attention_axes, attention_kinds
 from servesim.profiler.silicon import DERIVATION, comm, tables
 from servesim.profiler.silicon.attention import AttentionTimes
 from servesim.profiler.silicon.gemm import SLOW_US, smallest_us
+from servesim.profiler.silicon.kv_narrow import ScaledTimes
 from servesim.profiler.silicon.skew import BUCKET_AXES, skew_summary
 from servesim.slotted import dataclass
 from servesim.specs.block_layers import attention_groups, block_layers
+from servesim.specs.dtypes import KV_CACHE_SIZED
 from servesim.specs.rank_shapes import rank_shapes
 
 if TYPE_CHECKING:
@@ -207,6 +209,8 @@ def _of_attention(job: ProfileJob, gpu: Gpu, sources: Sources) -> str:
     decode = "derived from other head counts" if _derived_heads(sources) else "measured"
     if not isinstance(sources.first, AttentionTimes) and _derived_heads(sources):
         decode = "derived"
+        if job.kv_dtype in KV_CACHE_SIZED and isinstance(sources.first, ScaledTimes):
+            decode = f"with {job.kv_dtype} KV derived (30 % off or more)"
     longest = min(times.longest_decode for times in sources.all_kernels)
     if job.max_kv > longest:
         decode += f" up to {longest:,} tokens"
