@@ -13,12 +13,14 @@ from servesim.errors import InputError
 from servesim.explore.kv_dial import KvDial, KvRow
 from servesim.memory.kv_groups import KvGroup, KvPlan, kv_layers, plan_groups
 from servesim.memory.plan import kv_cache_capacity, kv_room
+from servesim.profiler.on_demand import bundles_on_demand
 from servesim.specs.cluster import cluster_of
 from servesim.specs.hardware import load_hardware
 from servesim.specs.kv_support import why_not
 from servesim.specs.model import known_models, load_model
 from servesim.specs.options import RuntimeOptions, resolve
 from servesim.specs.weights import MXFP4_TILE_MARLIN
+from tests.profiler.silicon_data import needs_silicon
 
 LLAMA = "meta-llama/Llama-3.1-8B"
 GPT_OSS = "openai/gpt-oss-120b"
@@ -29,6 +31,13 @@ SHOWN = {
     "Qwen/Qwen3-Next-80B-A3B": ("H100", 4),
     "google/gemma-3-27b": ("H100", 1),
 }
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bundles made on demand go where they vanish."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("SERVESIM_AUTO_PROFILE", raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +118,35 @@ class TestSteps:
             steps = [row(dial, name).step_ms.value or 0.0 for name in ("fp8", "bfloat16")]
             assert (steps[0] > steps[1]) == slower
 
-    def test_fp8_before_ada_has_no_times(self) -> None:
-        found = row(kv_dial(LLAMA, "A100"), "fp8")
-        assert found.refused is None
-        assert found.step_ms.origin == "unknown"
-        assert "converts" in found.step_ms.reason
+    @needs_silicon
+    @pytest.mark.usefixtures("own_home")
+    def test_fp8_before_ada_gains_next_to_nothing(self) -> None:
+        with bundles_on_demand(True):
+            dial = kv_dial(LLAMA, "A100")
+        wide, narrow = row(dial, "bfloat16").step_ms.value, row(dial, "fp8").step_ms.value
+        assert wide is not None
+        assert narrow == pytest.approx(0.997 * wide, rel=0.002)
+        assert 2.5 < (row(dial, "fp8").prefill_percent.value or 0.0) < 3.5
+
+    @needs_silicon
+    @pytest.mark.usefixtures("own_home")
+    def test_a_state_is_priced_beside_full_attention(self) -> None:
+        with bundles_on_demand(True):
+            dial = kv_dial("Qwen/Qwen3-Next-80B-A3B", "H100", tp=4)
+        assert row(dial, "bfloat16").step_ms.origin == "tables"
+        assert row(dial, "nvfp4").step_ms.origin == "derived" or row(dial, "nvfp4").refused
 
     def test_without_a_bundle_there_is_memory_only(self) -> None:
         dial = kv_dial("Qwen/Qwen3-Next-80B-A3B", "H100", tp=4)
         assert {each.step_ms.origin for each in dial.rows if not each.refused} == {"unknown"}
         assert row(dial, "fp8").tokens
+
+    def test_what_has_no_time_has_its_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("servesim.explore.kv_dial.why_not_priced", lambda _: "no kernels of it")
+        dial = kv_dial("Qwen/Qwen3-Next-80B-A3B", "H100", tp=4)
+        assert {each.step_ms.origin for each in dial.rows if not each.refused} == {"not simulated"}
+        assert row(dial, "fp8").tokens
+        assert "not simulated" in dial.text()
 
 
 class TestGroups:

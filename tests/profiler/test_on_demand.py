@@ -22,6 +22,7 @@ from servesim.specs.model import load_model
 from tests.profiler.silicon_data import needs_silicon
 
 LLAMA, MOE = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B-Instruct-2507"
+HEADS_OF_ITS_OWN = "google/gemma-4-26B-A4B"
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 512,
@@ -278,20 +279,19 @@ def test_what_measurements_do_not_cover_comes_from_peak_rates() -> None:
     for again in (False, True):
         told: list[str] = []
         with bundles_on_demand(True, told.append):
-            bundle = find_bundle(asked("A100", LLAMA, "bf16-kvfp8"), 1)
+            bundle = find_bundle(asked("B200", HEADS_OF_ITS_OWN, "bf16"), 1)
         assert bundle.meta["source"] == "roofline"
         if again:
             assert told == []
         else:
-            assert "do not cover it: fp8 KV cache: was not measured on a100_sxm" in told[0]
+            assert "do not cover it: attention with 16 heads, 8 KV heads of size 256" in told[0]
 
 
 @needs_silicon
 def test_a_refusal_of_the_measurements_names_another_source(
     work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["profile", LLAMA, "--hardware", "A100", "--kv-cache-dtype", "fp8", "--output-root", str(work)]
-    assert main(words) == 2
+    assert main(["profile", HEADS_OF_ITS_OWN, "--hardware", "B200", "--output-root", str(work)]) == 2
     assert "--source roofline computes such a bundle from peak rates" in capsys.readouterr().err
 
 
