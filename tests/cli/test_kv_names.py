@@ -1,4 +1,4 @@
-"""Formats of the KV cache that vLLM knows are refused by name, with what is possible."""
+"""Formats of the KV cache that vLLM knows: run where bytes are known, refused by name where they are not."""
 
 from __future__ import annotations
 
@@ -27,14 +27,19 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_format_without_kernel_times_is_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    error = refused([*COMMANDS[command], "--kv-cache-dtype", "nvfp4"], capsys)
-    assert "no kernel times exist for it" in error
-    assert "servesim kv MODEL" in error
+def test_a_format_without_bytes_is_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused([*COMMANDS[command], "--kv-cache-dtype", "octave_k3v4"], capsys)
+    assert "neither its bytes nor its kernel times are known" in error
+    assert "nvfp4" in error
     assert "invalid choice" not in error
 
 
-@pytest.mark.parametrize("name", [*KV_CACHE_SIZED, *KV_CACHE_NAMED])
+@pytest.mark.parametrize("name", KV_CACHE_SIZED)
+def test_options_take_every_format_with_bytes(name: str) -> None:
+    assert RuntimeOptions(kv_cache_dtype=name).kv_cache_dtype == name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", KV_CACHE_NAMED)
 def test_options_refuse_it_as_flags_do(name: str) -> None:
     with pytest.raises(InputError, match=f"'{name}' cannot be simulated"):
         RuntimeOptions(kv_cache_dtype=name)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import pytest
 
 from servesim.errors import InputError, NotSupportedError
 from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.cluster import load_cluster
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.model import load_model, model_from_config
@@ -40,6 +41,15 @@ def test_a_cache_that_is_not_modelled_is_named():
 def test_models_that_can_be_simulated(name):
     config = json.loads((MODELS / f"{name}.json").read_text())
     assert why_not_simulated(model_from_config(config, name, name)) is None
+
+
+def test_a_file_that_leaves_out_what_a_model_has_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[2] / "profiler/models/qwen3_moe.yaml").read_text()
+    (tmp_path / "profiler/models").mkdir(parents=True)
+    (tmp_path / "profiler/models/qwen3_next.yaml").write_text(text.replace("qwen3_moe", "qwen3_next"))
+    with pytest.raises(InputError, match=r"qwen3_next.yaml: cannot describe .*shared experts"):
+        architecture_of(load_model("Qwen/Qwen3-Next-80B-A3B-Instruct"))
 
 
 def written(tmp_path, config, sidecar=None):
