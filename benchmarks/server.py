@@ -1,0 +1,163 @@
+"""``python benchmarks/server.py [late|speed|abort|soak MINUTES]``: what the emulated server holds.
+
+late: 256 streams at speed 1, how long after their time tokens go out. speed: 1,000 requests at speed 100.
+abort: 10,000 streams that clients leave. soak: 64 streams for so many minutes, and the memory of the server
+at the end against that after the first tenth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+SERVE = [
+    sys.executable,
+    "-m",
+    "servesim",
+    "serve",
+    "--hardware",
+    "H100",
+    "--model",
+    "meta-llama/Llama-3.1-8B",
+]
+SERVE += ["--tp", "1", "--port", "0"]
+
+
+class Server:
+    """A server in a process of its own."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
+        self.process, self.url = process, url
+        self.port = int(url.rsplit(":", 1)[1])
+
+    def status(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.url}/servesim") as answer:
+            told: dict[str, Any] = json.load(answer)
+        return told
+
+    def resident_mib(self) -> float:
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
+
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / 100
+
+
+@contextmanager
+def server(*words: str) -> Iterator[Server]:
+    process = subprocess.Popen([*SERVE, *words], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    while "http://" not in line:
+        line = process.stdout.readline()
+    try:
+        yield Server(process, re.findall(r"http://\S+", line)[0])
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+async def stream(
+    port: int, prompt: int, tokens: int, leave_after: int | None = None, *, parts: bool = True
+) -> int:
+    """One call, in ``parts`` or whole; returns the bytes that came. It may leave after so many reads."""
+    body = json.dumps({"prompt": [prompt % 1000] * prompt, "max_tokens": tokens, "stream": parts}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    lines = ["POST /v1/completions HTTP/1.1", "Host: a", "Connection: close", f"Content-Length: {len(body)}"]
+    writer.write("\r\n".join([*lines, "", ""]).encode() + body)
+    got = reads = 0
+    while part := await reader.read(1 << 16):
+        got += len(part)
+        reads += 1
+        if reads == leave_after:
+            break
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+    return got
+
+
+async def late(port: int) -> None:
+    async def one(number: int) -> None:
+        await asyncio.sleep(number * 0.01)
+        await stream(port, 200, 400)
+
+    await asyncio.gather(*(one(number) for number in range(256)))
+
+
+async def paced(port: int) -> None:
+    async def one(number: int) -> None:
+        await asyncio.sleep(number * 0.005)  # 2 simulated requests a second at speed 100
+        await stream(port, 300, 60, parts=False)
+
+    await asyncio.gather(*(one(number) for number in range(1000)))
+
+
+async def aborted(port: int, count: int) -> None:
+    gate = asyncio.Semaphore(64)
+
+    async def one(number: int) -> None:
+        async with gate:
+            await stream(port, 50 + number % 500, 2000, leave_after=1 + number % 3)
+
+    await asyncio.gather(*(one(number) for number in range(count)))
+
+
+async def soak(port: int, minutes: float) -> None:
+    until = time.monotonic() + 60 * minutes
+
+    async def one(number: int) -> None:
+        turn = 0
+        while time.monotonic() < until:
+            turn += 1
+            await stream(port, 100 + (number * 7 + turn * 13) % 700, 150 + (number + turn) % 200)
+
+    await asyncio.gather(*(one(number) for number in range(64)))
+
+
+def main(words: list[str]) -> None:
+    what = words[0] if words else "late"
+    if what == "late":
+        with server() as run:
+            asyncio.run(late(run.port))
+            print(run.status()["late_ms"], f"{run.cpu_s():.1f} CPU s for 102,400 tokens")
+    elif what == "speed":
+        with server("--speed", "100") as run:
+            start = time.monotonic()
+            asyncio.run(paced(run.port))
+            took = time.monotonic() - start
+            print(
+                f"1,000 requests at 200/s: {took:.2f} s, {100 * took:.0f} simulated s, {run.cpu_s():.1f} CPU s"
+            )
+    elif what == "abort":
+        with server("--speed", "0.1") as run:
+            asyncio.run(aborted(run.port, 10_000))
+            while (told := run.status())["open"]:
+                time.sleep(0.1)
+            print({key: told[key] for key in ("open", "free_blocks", "usable_blocks", "whole")})
+            print(f"{run.resident_mib():.0f} MiB")
+    elif what == "soak":
+        minutes = float(words[1]) if len(words) > 1 else 30.0
+        with server() as run:
+            asyncio.run(soak(run.port, minutes / 10))
+            first = run.resident_mib()
+            asyncio.run(soak(run.port, minutes * 0.9))
+            last, told = run.resident_mib(), run.status()
+            print(f"{minutes:g} min, 64 streams: {first:.1f} -> {last:.1f} MiB ({last / first - 1:+.1%})")
+            print({key: told[key] for key in ("late_ms", "free_blocks", "usable_blocks", "whole")})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
