@@ -138,9 +138,8 @@ def main(words: list[str]) -> None:
             start = time.monotonic()
             asyncio.run(paced(run.port))
             took = time.monotonic() - start
-            print(
-                f"1,000 requests at 200/s: {took:.2f} s, {100 * took:.0f} simulated s, {run.cpu_s():.1f} CPU s"
-            )
+            cpu_s = run.cpu_s()
+            print(f"1,000 requests at 200/s: {took:.2f} s for {100 * took:.0f} simulated, {cpu_s:.1f} CPU s")
     elif what == "abort":
         with server("--speed", "0.1") as run:
             asyncio.run(aborted(run.port, 10_000))
