@@ -24,7 +24,8 @@ class OneInstance:
     def stages_ns(self, batches: Any) -> list[tuple[int, int]]:
         (batch,) = batches
         lengths = batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max
-        return [(self.alone.mixed_ns(batch.chunks, *lengths), 0)]
+        drafts = getattr(self.alone, "per_token_ns", 0) * batch.draft_tokens
+        return [(self.alone.mixed_ns(batch.chunks, *lengths) + drafts, 0)]
 
 
 def capacity(num_blocks: int = 101, **changes: Any) -> KvCapacity:

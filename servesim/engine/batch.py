@@ -11,6 +11,20 @@ if TYPE_CHECKING:
     from servesim.engine.request_state import RequestState
 
 
+class Outputs:
+    """With speculative decoding: whom a batch gives tokens, and whom it serves."""
+
+    __slots__ = ("sampled", "served", "serves_prefill")
+
+    def __init__(self) -> None:
+        self.sampled: list[tuple[RequestState, int, bool]] = []
+        """(request, its drafts, whether they are padding) of everything that the batch gives output for."""
+        self.served = False
+        """Whether a request takes part that ran before."""
+        self.serves_prefill = False
+        """Whether one takes part that ran before without its prompt being computed."""
+
+
 class Batch:
     """What one step computes and which requests it finishes. KV lengths are counted before the step, in
     tokens."""
@@ -18,6 +32,7 @@ class Batch:
     __slots__ = (
         "awaited_by",
         "chunks",
+        "draft_tokens",
         "end_ns",
         "entries",
         "finishing",
@@ -28,6 +43,7 @@ class Batch:
         "kv_sum",
         "lookup_tokens",
         "num_decodes",
+        "outputs",
         "preempted",
         "recalled_tokens",
         "recalls",
@@ -47,7 +63,11 @@ class Batch:
         self.chunks: Sequence[tuple[int, int]] = ()
         """(tokens, history) of every request with more than one scheduled token."""
         self.num_decodes: int = 0
-        """Requests with exactly one scheduled token."""
+        """Requests that compute one token, and perhaps drafts behind it."""
+        self.draft_tokens: int = 0
+        """Those drafts, of all requests together."""
+        self.outputs: Outputs | None = None
+        """With speculative decoding: what a later look at the batch needs."""
         self.kv_sum: int = 0
         self.kv_min: int = 0
         self.kv_max: int = 0
@@ -82,6 +102,11 @@ class Batch:
             self.add_decodes(1, history, history, history)
             if self.kv_lengths is not None:
                 self.kv_lengths.append(history)
+
+    def add_verification(self, tokens: int, history: int) -> None:
+        """Add the newest token of a request with ``history`` computed ones, and drafts: ``tokens`` in all."""
+        self.add_decodes(1, history, history, history)
+        self.draft_tokens += tokens - 1
 
     def note_again(self, lost: int, done: int, reach: int) -> None:
         """Count what of a request's tokens ``done`` to ``reach`` - 1 had been computed before: the first

@@ -116,7 +116,7 @@ class Instance:
         step = steps.append(
             start_ns,
             batch.end_ns,
-            batch.num_decodes,
+            batch.num_decodes + batch.draft_tokens,
             len(scheduler.running),
             len(scheduler.waiting),
             scheduler.kv.pool.num_used,

@@ -29,6 +29,8 @@ class Phase(IntEnum):
     DRAINING = 3
     """Its last token is in flight: it still runs and holds its blocks, but is not scheduled again."""
     FINISHED = 4
+    VERIFY = 5
+    """Running with speculative decoding: a step computes one new token and drafts behind it."""
 
 
 class RequestState:
@@ -38,13 +40,16 @@ class RequestState:
         "awaits_token",
         "computed",
         "decode_base",
+        "drafts",
         "home",
         "keeps_blocks",
         "known",
         "kv_arrived",
         "last_tick",
         "lost",
+        "noted",
         "order",
+        "pending",
         "phase",
         "prompt_tokens",
         "rank",
@@ -90,6 +95,12 @@ class RequestState:
         the number follows from ``decode_base`` instead."""
         self.lost = 0
         """Leading tokens whose KV was computed before a preemption."""
+        self.drafts = 0
+        """With speculative decoding: drafts that the next step can verify."""
+        self.pending = 0
+        """With speculative decoding: tokens in flight, drafts among them, that count as computed."""
+        self.noted = 0
+        """With speculative decoding: leading tokens of which the prefix cache has taken note."""
         self.decode_base = 0
         """Computed tokens minus the decode clock; constant while decoding."""
         self.last_tick = 0
@@ -124,24 +135,27 @@ class RequestState:
 class BlockTables:
     """Makes the empty block tables of a workload's requests."""
 
-    def __init__(self, workload: Workload, like: BlockTables | None = None) -> None:
+    def __init__(self, workload: Workload, like: BlockTables | None = None, lookahead: int = 0) -> None:
         """
         Args:
             workload: whose requests.
             like: tables of another run of the same requests, at whatever times they arrived.
+            lookahead: tokens behind a block that its identity covers.
         """
         self._workload = workload
-        self._found: dict[int, BlockIds] = like._found if like else {}
+        self._lookahead = lookahead
+        self._found: dict[tuple[int, int], BlockIds] = like._found if like else {}
         self._next_unique: dict[int, int] = {}
 
     def shared_ids(self, request: Request, block_size: int) -> Sequence[int]:
         """Identities of the request's leading blocks of ``block_size`` tokens that other requests have as
         well."""
+        kind = block_size, self._lookahead
         if block_size not in self._next_unique:
-            if block_size not in self._found:
-                self._found[block_size] = block_ids(self._workload, block_size)
-            self._next_unique[block_size] = self._found[block_size].num_ids
-        return self._found[block_size].of(request.index)
+            if kind not in self._found:
+                self._found[kind] = block_ids(self._workload, *kind)
+            self._next_unique[block_size] = self._found[kind].num_ids
+        return self._found[kind].of(request.index)
 
     def new_table(self, request: Request, kv: AnyKvCache, *, lasting: bool = True) -> Any:
         """An empty table for ``request``, with identities of its own for the blocks it shares with nobody.

@@ -6,7 +6,8 @@ If none was, waiting requests are admitted from the head of the queue. There is 
 phase: whatever has computed all its known tokens samples one more.
 
 Decoding requests are not visited one by one: they live in a :class:`~servesim.engine.decode_set.DecodeSet`,
-which names the few that need a block or end at the present step.
+which names the few that need a block or end at the present step. With speculative decoding, which gives
+requests an unequal number of tokens, they are (:class:`~servesim.engine.speculation.Speculation`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import deque
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
-from servesim.engine.batch import Batch
+from servesim.engine.batch import Batch, Outputs
 from servesim.engine.decode_set import DecodeSet, by_order
 from servesim.engine.group_changes import GroupChanges
 from servesim.engine.queue_policy import FirstComeFirstServed
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from servesim.engine.connector import Connector
     from servesim.engine.queue_policy import QueuePolicy
     from servesim.engine.request_state import RequestState
+    from servesim.engine.speculation import Speculation
     from servesim.memory.group_cache import GroupedKvCache
     from servesim.memory.kv_cache import AnyKvCache
 
@@ -76,6 +78,7 @@ class Scheduler:
         "new_decodes",
         "prefilling",
         "running",
+        "speculation",
         "waiting",
     )
 
@@ -87,6 +90,7 @@ class Scheduler:
         policy: QueuePolicy | None = None,
         connectors: Sequence[Connector] = (),
         new_decodes: Callable[[], DecodeSet] | None = None,
+        speculation: Speculation | None = None,
         list_requests: bool = False,
         list_lengths: bool = False,
     ) -> None:
@@ -99,6 +103,7 @@ class Scheduler:
             new_decodes: makes a decode set with a track of its own; given where a request is in one batch at
                 a time, as in a pipeline. Then every batch takes its decoding requests along, and they come
                 back when it has ended.
+            speculation: how drafts are scheduled and verified; None: one token a step.
             list_requests: whether batches list their requests one by one (:attr:`Batch.entries`).
             list_lengths: whether batches list the KV lengths of their decodes (:attr:`Batch.kv_lengths`).
         """
@@ -114,6 +119,7 @@ class Scheduler:
         self.new_decodes = new_decodes
         self.decodes = new_decodes() if new_decodes else DecodeSet(kv.period)
         """Decoding requests that can be scheduled."""
+        self.speculation = speculation
         self._travelling: list[Batch] = []
         """Batches in flight in a pipeline."""
         self._spare_sets: list[DecodeSet] = []
@@ -133,7 +139,8 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step could compute something."""
-        return bool(self.decodes.count or self.prefilling or self.waiting)
+        busy = self.decodes.count or self.prefilling or self.waiting
+        return bool(busy or (self.speculation and self.running))
 
     # ------------------------------------------------------------------ a step
 
@@ -147,6 +154,8 @@ class Scheduler:
             batch.entries = []
         if self._list_lengths:
             batch.kv_lengths = []
+        if self.speculation:
+            batch.outputs = Outputs()
         decodes = self.decodes
         if self._grouped:
             self._grouped.new_step(in_flight)
@@ -168,6 +177,9 @@ class Scheduler:
             self._admit(batch, left, now_ns, completed)
         finishing = list(decodes.advance())
         for state in completed:
+            if self.speculation:
+                self.speculation.sample(batch, state, state.computed - state.known)
+                continue
             if self.new_decodes:
                 state.track, state.run_start = decodes.track, len(decodes.token_times)
             else:
@@ -204,6 +216,8 @@ class Scheduler:
         Usually the budget covers every decode, and only those at a block boundary and the prefilling requests
         need a look. Otherwise the running requests are walked in order.
         """
+        if self.speculation:
+            return self._serve_in_turn(batch, in_flight)
         decodes, prefilling, budget = self.decodes, self.prefilling, self.limits.max_num_batched_tokens
         left = budget - decodes.count
         if not prefilling and left >= 0 and not self._grouped:
@@ -314,10 +328,14 @@ class Scheduler:
     def _serve_in_turn(
         self, batch: Batch, in_flight: bool
     ) -> tuple[int, list[RequestState], list[RequestState]]:
-        """As :meth:`_serve_running`, one by one, where any running request may be preempted: those that wait
-        for their turn, and those that had it, which give back the tokens they were to compute."""
+        """As :meth:`_serve_running`, one by one: with speculative decoding, and where any running request may
+        be preempted, those that wait for their turn, and those that had it, which give back the tokens they
+        were to compute."""
         decodes, kv, running, limits = self.decodes, self.kv, self.running, self.limits
-        left, turn = limits.max_num_batched_tokens, 0
+        speculation = self.speculation
+        left, turn, beside = limits.max_num_batched_tokens, 0, 0
+        if speculation:
+            left, beside = left - speculation.reserve, speculation.slots
         served: dict[RequestState, int] = {}
         while turn < len(running) and left > 0:
             state = running[turn]
@@ -328,7 +346,7 @@ class Scheduler:
                 at = self._policy.victim(running, turn)
                 victim = running.pop(at)
                 taken_back = served.pop(victim, 0)
-                left += taken_back
+                left += taken_back + beside if taken_back else 0
                 if at < turn and (taken_back or limits.counts_all_victims):
                     turn -= 1
                 self._preempt(victim, batch, in_flight, taken_back)
@@ -342,14 +360,18 @@ class Scheduler:
             if not tokens:
                 continue
             kv.grow(state.table, reach)
-            if state.phase is Phase.PREFILL:
+            if speculation:
+                self._computed(state.table, speculation.note(state, state.computed + tokens))
+            elif state.phase is Phase.PREFILL:
                 self._computed(state.table, reach)
             elif state in decodes.sharing:
                 self._publish(state, reach if self._knows_tokens(in_flight) else reach - tokens)
             served[state] = tokens
-            left -= tokens
+            left -= tokens + beside
         completed = []
         for state, tokens in served.items():
+            if speculation:
+                speculation.serve(batch, state, tokens)
             if state.phase is Phase.PREFILL and self._note_chunk(state, tokens, batch):
                 completed.append(state)
         self.prefilling = [state for state in self.prefilling if state.computed < state.known]
@@ -368,8 +390,12 @@ class Scheduler:
             return 1, self.decodes.length(state) + 1
         if state.phase is Phase.PREFILL:
             tokens = self._chunk(state, left)
-            return tokens, state.computed + tokens
-        return 0, 0  # its token is in flight
+        elif self.speculation and state.phase is Phase.VERIFY:
+            tokens = max(min(self._capped(self.speculation.wanted(state)), left), 0)
+        else:
+            return 0, 0  # its token is in flight
+        reach = state.computed + tokens
+        return tokens, self.speculation.reach(reach) if self.speculation else reach
 
     def _note_chunk(self, state: RequestState, tokens: int, batch: Batch) -> bool:
         """Put the next ``tokens`` tokens of a prefilling request into the batch; True if they are its last
@@ -454,7 +480,9 @@ class Scheduler:
             self.prefilling.remove(victim)
             computed = victim.computed
             cached = computed + taken_back
-        else:
+        if self.speculation:
+            computed, cached = self.speculation.preempt(victim)
+        elif victim.phase is not Phase.PREFILL:
             home = victim.home
             if victim.phase is Phase.DRAINING or home is None:
                 computed, token_in_flight = victim.total_tokens - 1, True
@@ -500,7 +528,7 @@ class Scheduler:
 
         The first that cannot be admitted ends it: nobody behind the head of the queue overtakes it.
         """
-        limits, kv, waiting = self.limits, self.kv, self.waiting
+        limits, kv, waiting, speculation = self.limits, self.kv, self.waiting, self.speculation
         while waiting and left > 0 and len(self.running) < limits.max_num_seqs:
             cache_state = (self._frees, kv.registrations)
             if cache_state == self._blocked_at:
@@ -510,11 +538,18 @@ class Scheduler:
                 return
             known, table, record = state.known, state.table, state.record
             hits = kv.no_hits() if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
+            if speculation and speculation.drops_last_hit and hits:
+                hits.pop()
             hit_tokens = kv.hit_tokens(hits)
             done, read_bytes = (known - 1 if limits.skip_prefill else hit_tokens), 0
             if self.connectors and not limits.skip_prefill:
                 done, read_bytes = self._lookup(state, hit_tokens)
-            tokens = self._capped(known - done)
+            tokens = known - done
+            if speculation and tokens == 1:
+                tokens = speculation.padded(batch, done, left)
+                if not tokens:
+                    return
+            tokens = self._capped(tokens)
             if tokens > left and not limits.chunked_prefill:
                 return
             tokens = min(tokens, left)
@@ -526,11 +561,15 @@ class Scheduler:
             if whole and kv.missing_blocks(hits, done, known, whole=True) > kv.pool.num_free:
                 self._blocked_at = cache_state
                 return
-            if (not whole or kv.several) and kv.missing_blocks(hits, done, done + tokens) > kv.pool.num_free:
-                return
+            reach = slots = done + tokens
+            if speculation:
+                slots = speculation.reach(reach)
+            if not whole or kv.several or speculation:
+                if kv.missing_blocks(hits, done, slots) > kv.pool.num_free:
+                    return
             waiting.popleft()
-            kv.admit(table, hits, done, done + tokens)
-            self._computed(table, done + tokens)
+            kv.admit(table, hits, done, slots)
+            self._computed(table, speculation.note(state, reach) if speculation else reach)
             state.order = self._admissions
             self._admissions += 1
             self.running.append(state)
@@ -545,17 +584,20 @@ class Scheduler:
                 record.note_back(now_ns)
                 record.recomputed_tokens += state.computed - done
                 state.lost = max(state.lost, state.computed)
-                batch.note_again(state.lost, done, done + tokens)
+                batch.note_again(state.lost, done, reach)
             for connector in self.connectors:
                 connector.admitted(batch, read_bytes)
-            batch.add_request(tokens, done)
+            if reach > known:
+                batch.add_verification(tokens, done)
+            else:
+                batch.add_request(tokens, done)
             if self._grouped:
                 self._grouped.note_chunk(state, tokens)
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))
-            left -= tokens
-            state.computed = done + tokens
-            if state.computed == known:
+            left -= tokens + (speculation.slots if speculation else 0)
+            state.computed = reach
+            if reach >= known:
                 completed.append(state)
             else:
                 state.phase = Phase.PREFILL
@@ -577,21 +619,24 @@ class Scheduler:
         Returns:
             Those that leave the system, which is all of them unless a connector takes some on.
         """
+        if self.speculation:
+            batch.finishing = self.speculation.commit(batch, self._computed)
         leaving = batch.finishing
         for state in batch.finishing:
+            whole = state.noted if self.speculation else state.total_tokens - 1
             if state.phase is Phase.WAITING:  # preempted while its last token was in flight
                 self.waiting.remove(state)  # its blocks went then
                 if self._taken_on(state):
                     leaving = [other for other in leaving if other is not state]
             else:
                 self.running.remove(state)
-                self._computed(state.table, state.total_tokens - 1)
+                self._computed(state.table, whole)
                 if self._taken_on(state):
                     leaving = [other for other in leaving if other is not state]
                     state.keeps_blocks = True
                     self.held += 1
                 else:
-                    self.kv.free(state.table, state.total_tokens - 1)
+                    self.kv.free(state.table, whole)
             state.phase = Phase.FINISHED
             state.end_run(batch.step if batch.travelling is None else len(batch.travelling.token_times) - 1)
             state.record.end_ns = batch.end_ns
@@ -632,7 +677,9 @@ class Scheduler:
             computed = state.computed
             if phase is Phase.PREFILL:
                 self.prefilling.remove(state)
-            else:
+            if self.speculation:
+                computed = state.noted
+            elif phase is not Phase.PREFILL:
                 assert state.home is not None
                 computed = state.home.length(state)
                 state.home.remove(state)

@@ -121,7 +121,7 @@ class Watch:
 
     @staticmethod
     def _tokens(record: RequestRecord) -> int:
-        return sum(last - first + 1 for _, first, last in record.token_steps)
+        return sum(last - first + 1 for _, first, last in record.token_steps) + record.extra_tokens
 
     def _count(self, record: RequestRecord, tokens: int) -> None:
         good = True

@@ -43,7 +43,9 @@ class RequestRecord:
     token_steps: list[tuple[int, int, int]] = field(default_factory=list)
     """(track, first, last): runs of consecutive entries, ``last`` included, of a track of :class:`RunLog`;
     each is
-    the time of one token."""
+    the time of one token, or of several that came together (:attr:`extra_tokens`)."""
+    extra_tokens: int = 0
+    """Tokens that came together with another one: accepted drafts."""
     npu_hit: int = 0
     """Prompt tokens found in the NPU's prefix cache at first admission."""
     storage_hit: int = 0
@@ -71,6 +73,15 @@ class RequestRecord:
         """It is admitted again."""
         if self.away:
             self.away[-1] = (*self.away[-1][:2], now_ns)
+
+    def add_output(self, track: int, step: int, tokens: int) -> None:
+        """Note ``tokens`` tokens that came together with the entry ``step`` of ``track``."""
+        runs = self.token_steps
+        if runs and runs[-1][2] == step - 1:
+            runs[-1] = (track, runs[-1][1], step)
+        else:
+            runs.append((track, step, step))
+        self.extra_tokens += tokens - 1
 
     def hand_over(self, instance: int, now_ns: int) -> None:
         """Go on at ``instance``, which gives the user the first token once more."""

@@ -54,9 +54,19 @@ SPARSE_WINDOWS = Difference(
     "0.33",
     "of windows and states, the prefix cache keeps those at the end of a prompt (0.29 to 0.32: unknown)",
 )
+SLOTS_BY_REQUEST = Difference(
+    "0.28",
+    "with speculative decoding, a draft model's slots are taken from the budget by the requests of the step, "
+    "and a request admitted with one token to compute is padded to the others' drafts (0.25 to 0.27: unknown)",
+)
+LOOKAHEAD_HASHES = Difference(
+    "0.33",
+    "with speculative decoding, the identity of a block covers the token behind it, where before the last "
+    "cached block was computed again; accepted tokens are cached at once (0.29 to 0.32: unknown)",
+)
 DIFFERENCES = (
     *(LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON),
-    *(SETTLED_FREES, STATE_STOPS, SPARSE_WINDOWS),
+    *(SETTLED_FREES, STATE_STOPS, SPARSE_WINDOWS, SLOTS_BY_REQUEST, LOOKAHEAD_HASHES),
 )
 
 

@@ -53,8 +53,10 @@ class BlockIds:
         return [self.of(index) for index in range(len(self.runs))]
 
 
-def block_ids(workload: Workload, block_size: int) -> BlockIds:
+def block_ids(workload: Workload, block_size: int, lookahead: int = 0) -> BlockIds:
     """The shared blocks of every request, of `block_size` tokens each.
+
+    `lookahead`: tokens behind a block that have to be known and equal as well.
 
     A block counts when it is full and all its tokens are known: prompt and output where the output ids are
     given, else the prompt alone. A request without prompt ids has none.
@@ -62,7 +64,7 @@ def block_ids(workload: Workload, block_size: int) -> BlockIds:
     runs: list[tuple[range, ...]] = [()] * len(workload.requests)
     num_ids = 0
     for group in _same_first_block(workload.requests, block_size):
-        num_ids = _number_group(group, block_size, runs, num_ids)
+        num_ids = _number_group(group, (block_size, lookahead), runs, num_ids)
     return BlockIds(runs, num_ids, block_size)
 
 
@@ -139,13 +141,16 @@ def _known_hashes(request: Request) -> NDArray[np.int64]:
     return symbols
 
 
-def _number_group(group: list[Request], block_size: int, runs: list[tuple[range, ...]], num_ids: int) -> int:
+def _number_group(
+    group: list[Request], size: tuple[int, int], runs: list[tuple[range, ...]], num_ids: int
+) -> int:
     """Fill `runs` for the requests of one group with numbers from `num_ids` on; returns the next free number.
 
     In sorted order a request's longest match among all before it is with the one just before it. So it takes
     over that one's numbers for the blocks the two have in common, and blocks it shares only with later ones
     get new numbers.
     """
+    block_size, lookahead = size
     per_hash = group[0].tokens_per_hash
     if group[0].hashes is None:
         # any total order of the bytes will do, as long as equal beginnings come to lie together
@@ -158,7 +163,7 @@ def _number_group(group: list[Request], block_size: int, runs: list[tuple[range,
     for (a, _), (b, _) in pairwise(keys):
         one, other = np.frombuffer(a, dtype=dtype), np.frombuffer(b, dtype=dtype)
         tokens = _common_tokens(one, other, per_hash) if per_hash else _common_length(one, other)
-        common.append(tokens // block_size)
+        common.append(max(tokens - lookahead, 0) // block_size)
     common.append(0)
     before: tuple[range, ...] = ()
     for place, (_, index) in enumerate(keys):
