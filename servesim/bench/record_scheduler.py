@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings, build_scheduler
+from servesim.engine.speculation import DrawnAcceptance
 from servesim.errors import InputError, MissingFileError, RunError
 from servesim.memory.kv_groups import KvGroup, KvPlan
 from servesim.slotted import dataclass
@@ -46,6 +47,8 @@ class _Batch:
     step: LoggedStep
     sampled: set[str]
     """Requests that get a token from this batch."""
+    drafts: dict[str, int]
+    """Request -> drafts that it verifies, without those that only fill it up."""
 
 
 @dataclass(slots=True)
@@ -77,6 +80,8 @@ class Recorder:
     """Follow-ups of requests that ended at this boundary. They are not handed over before the next one, even
     without any tool time: a client has to read the answer first."""
     last_end: int = 0
+    acceptance: DrawnAcceptance | None = None
+    """How drafts fare, None without."""
 
     @property
     def depth(self) -> int:
@@ -157,7 +162,11 @@ class Recorder:
                 self.records[index].hit = hit
         # The scheduler marks a request whose step leaves tokens to compute; all others are sampled from.
         sampled = {name for name, request in requests.items() if not request.is_prefill_chunk}
-        return _Batch(output, step, sampled)
+        drafts = {
+            name: 0 if name in admitted else len(ids)
+            for name, ids in output.scheduled_spec_decode_tokens.items()
+        }
+        return _Batch(output, step, sampled, drafts)
 
     def _newly_preempted(self, output: Any) -> list[int]:
         """Requests preempted by this schedule, in the order in which it happened."""
@@ -174,7 +183,10 @@ class Recorder:
         batch = self.in_flight.popleft()
         self.now = batch.step.end
         names = list(batch.output.num_scheduled_tokens)
-        sampled = [[self._next_token(int(name))] if name in batch.sampled else [] for name in names]
+        sampled = [
+            self._next_tokens(int(name), batch.drafts.get(name, 0)) if name in batch.sampled else []
+            for name in names
+        ]
         outputs = self.scheduler.update_from_output(
             batch.output,
             self.runner_output(
@@ -185,19 +197,40 @@ class Recorder:
         )
         for client in outputs.values():
             for output in client.outputs:
-                self._note_token(int(output.request_id), output.finish_reason is not None, batch.step)
+                tokens, finished = len(output.new_token_ids), output.finish_reason is not None
+                self._note_tokens(int(output.request_id), tokens, finished, batch.step)
+        if self.acceptance and not self.settings.async_scheduling:
+            self._propose(names)
         batch.step.free_after = self._free_blocks()
         self.log.steps.append(batch.step)
 
-    def _next_token(self, index: int) -> int:
+    def _next_tokens(self, index: int, drafts: int) -> list[int]:
+        """A request's next token, and behind it as many more as drafts are accepted."""
+        request, done = self.workload.requests[index], self.produced[index]
+        tokens = 1
+        if drafts and self.acceptance:
+            tokens += min(self.acceptance.accepted(index, request.input_tokens + done), drafts)
         if index not in self.answers:
-            self.answers[index] = answer_ids(self.workload.requests[index])
-        known = self.answers[index]
-        return PRIVATE_TOKEN + index if known is None else int(known[self.produced[index]])
+            self.answers[index] = answer_ids(request)
+        known, own = self.answers[index], PRIVATE_TOKEN + index
+        ids: list[int] = [] if known is None else known[done : done + tokens].tolist()
+        return ids + [own] * (tokens - len(ids))  # what is accepted beyond the end of an answer is cut off
 
-    def _note_token(self, index: int, finished: bool, step: LoggedStep) -> None:
-        """Bookkeeping of one token that came with ``step``; releases follow-ups of a request that ended."""
-        self.produced[index] += 1
+    def _propose(self, names: list[str]) -> None:
+        """Give the scheduler drafts of a step's requests, as the engine does in synchronous scheduling."""
+        from vllm.v1.outputs import DraftTokenIds
+
+        assert self.acceptance
+        proposed = []
+        for name in names:
+            request = self.workload.requests[int(name)]
+            known = request.input_tokens + self.produced[int(name)]
+            proposed.append([0] * self.acceptance.drafts(int(name), known))
+        self.scheduler.update_draft_token_ids(DraftTokenIds(names, proposed))
+
+    def _note_tokens(self, index: int, tokens: int, finished: bool, step: LoggedStep) -> None:
+        """Bookkeeping of tokens that came with ``step``; releases follow-ups of a request that ended."""
+        self.produced[index] += tokens
         record = self.records[index]
         if record.first < 0:
             record.first = step.end
@@ -285,7 +318,8 @@ def _build_recorder(
     if settings.enable_prefix_caching:
         init_none_hash(sha256)
         sizes = [group.block_size for group in settings.groups] or [settings.block_size]
-        hasher = get_request_block_hasher(gcd(*sizes), sha256)
+        ahead = getattr(scheduler, "num_hash_lookahead_tokens", 0)
+        hasher = get_request_block_hasher(gcd(*sizes), sha256, *([ahead] if ahead else []))
 
     def new_request(request: Request, prompt_ids: list[int], arrival_ns: int) -> Any:
         return VllmRequest(
@@ -300,4 +334,6 @@ def _build_recorder(
         )
 
     recorder = recorder_class(workload, settings, formula, scheduler, new_request, ModelRunnerOutput)
+    if settings.speculative:
+        recorder.acceptance = DrawnAcceptance(settings.speculative.rates)
     return recorder, str(vllm.__version__)

@@ -11,6 +11,7 @@ from typing import Any
 from servesim.errors import InputError, RunError
 from servesim.memory.kv_groups import KvGroup
 from servesim.slotted import dataclass
+from servesim.specs.speculative import SpeculativeSpec, speculative_spec
 
 _KINDS = ("full", "sliding", "chunked", "state")
 _PLACES = {
@@ -21,6 +22,12 @@ _PLACES = {
     "cache_config": ("num_gpu_blocks", "block_size", "enable_prefix_caching"),
 }
 """Part of vLLM's configuration -> the settings that are in it."""
+_DRAFTERS = {
+    "draft_model": "LlamaForCausalLM",
+    "eagle": "EagleLlamaForCausalLM",
+    "eagle3": "LlamaForCausalLMEagle3",
+}
+"""Method -> architecture of its drafter."""
 _VLLM_NAMES = {"reserve_full_isl": "scheduler_reserve_full_isl", "scheduling_policy": "policy"}
 
 
@@ -43,11 +50,18 @@ class SchedulerSettings:
     scheduling_policy: str = "fcfs"
     kv_groups: str = ""
     """Groups of layers, ``full,sliding:128``; empty: one that keeps every token. See :func:`parse_groups`."""
+    speculative_config: str = ""
+    """vLLM's JSON, with the rates of acceptance; names of drafters stand for a tiny one. Empty: none."""
 
     @property
     def groups(self) -> tuple[KvGroup, ...]:
         """The groups; none: one that keeps every token."""
         return parse_groups(self) if self.kv_groups else ()
+
+    @property
+    def speculative(self) -> SpeculativeSpec | None:
+        """What to speculate with, None if with nothing."""
+        return speculative_spec(self.speculative_config or None)
 
 
 def parse_groups(settings: SchedulerSettings) -> tuple[KvGroup, ...]:
@@ -137,6 +151,7 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         model = ModelConfig(
             model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=settings.max_model_len
         )
+        speculative = _speculative_config(Path(folder), settings, model)
     scheduling = SchedulerConfig(
         max_model_len=settings.max_model_len,
         is_encoder_decoder=False,
@@ -154,6 +169,7 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         scheduler_config=scheduling,
         cache_config=cache,
         device_config=DeviceConfig(device="cpu"),
+        speculative_config=speculative,
     )
     cache.num_gpu_blocks = settings.num_gpu_blocks
     if settings.enable_prefix_caching and any(group.kind == "state" for group in settings.groups):
@@ -170,6 +186,29 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
     )
     check_scheduler(scheduler, settings)
     return scheduler
+
+
+def _speculative_config(folder: Path, settings: SchedulerSettings, model: Any) -> Any:
+    """vLLM's configuration of speculative decoding, with a tiny drafter; None without."""
+    spec = settings.speculative
+    if spec is None:
+        return None
+    from vllm.config import ParallelConfig, SpeculativeConfig
+
+    entries: dict[str, Any] = {"method": spec.method, "num_speculative_tokens": spec.num_tokens}
+    if spec.method == "ngram":
+        entries |= {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    elif spec.method in _DRAFTERS:
+        drafter = folder / "drafter"
+        drafter.mkdir()
+        _write_tiny_model(drafter, settings.max_model_len, _DRAFTERS[spec.method])
+        entries["model"] = str(drafter)
+    else:
+        raise InputError(
+            f"method {spec.method} cannot be recorded, since it needs a target of its own; to the scheduler "
+            "it is the same as eagle"
+        )
+    return SpeculativeConfig(target_model_config=model, target_parallel_config=ParallelConfig(), **entries)
 
 
 def _scheduler_class(asynchronous: bool) -> Any:
@@ -225,10 +264,10 @@ def check_scheduler(scheduler: Any, settings: SchedulerSettings) -> None:
                 )
 
 
-def _write_tiny_model(folder: Path, max_model_len: int) -> None:
+def _write_tiny_model(folder: Path, max_model_len: int, architecture: str = "LlamaForCausalLM") -> None:
     """A config.json that vLLM accepts; no weights are ever read."""
     config = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [architecture],
         "model_type": "llama",
         "hidden_size": 64,
         "intermediate_size": 128,

@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fcfs",
         help="order of waiting requests (default: fcfs)",
     )
+    scheduling.add_argument(
+        "--speculative-config",
+        default="",
+        metavar="JSON",
+        help="speculative decoding as vLLM takes it, with synthetic_acceptance_rates (default: none)",
+    )
     formula = parser.add_argument_group("step time, in microseconds")
     for name, default, text in (
         ("base", 9000.0, "of every step"),

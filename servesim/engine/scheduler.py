@@ -564,9 +564,9 @@ class Scheduler:
             reach = slots = done + tokens
             if speculation:
                 slots = speculation.reach(reach)
-            if not whole or kv.several or speculation:
-                if kv.missing_blocks(hits, done, slots) > kv.pool.num_free:
-                    return
+            tight = not whole or kv.several or speculation
+            if tight and kv.missing_blocks(hits, done, slots) > kv.pool.num_free:
+                return
             waiting.popleft()
             kv.admit(table, hits, done, slots)
             self._computed(table, speculation.note(state, reach) if speculation else reach)

@@ -69,11 +69,6 @@ class DrawnAcceptance:
     rates: tuple[float, ...]
     seed: int = 0
 
-    @classmethod
-    def of(cls, spec: SpeculativeSpec, seed: int) -> DrawnAcceptance:
-        """As a user describes it."""
-        return cls(spec.rates, seed)
-
     def drafts(self, request: int, known: int) -> int:
         """See :class:`Acceptance`: as many as there are positions."""
         del request, known
@@ -266,7 +261,7 @@ def speculation_of(
     hashed_ahead = LOOKAHEAD_HASHES.holds(version)
     return Speculation(
         spec.num_tokens,
-        DrawnAcceptance.of(spec, seed),
+        DrawnAcceptance(spec.rates, seed),
         asynchronous=options.async_scheduling,
         lookahead=spec.num_tokens if spec.has_layers else 0,
         reserve=slots if by_request else slots * options.max_num_seqs,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from servesim.errors import InputError
-from servesim.specs.reading import parse_json_object, read_json_object
 from servesim.slotted import dataclass
+from servesim.specs.reading import parse_json_object, read_json_object
 
 OPTION = "--speculative-config"
 ACCEPTANCE_OPTION = "--speculative-acceptance"

@@ -57,7 +57,7 @@ SPARSE_WINDOWS = Difference(
 SLOTS_BY_REQUEST = Difference(
     "0.28",
     "with speculative decoding, a draft model's slots are taken from the budget by the requests of the step, "
-    "and a request admitted with one token to compute is padded to the others' drafts (0.25 to 0.27: unknown)",
+    "and a request admitted with one token to compute is padded to the others' drafts (0.25-0.27: unknown)",
 )
 LOOKAHEAD_HASHES = Difference(
     "0.33",

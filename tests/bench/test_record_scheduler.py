@@ -13,6 +13,7 @@ import pytest
 from servesim.bench.record_scheduler import PRIVATE_TOKEN, Recorder, record_scheduler
 from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings, _undo_platform, check_scheduler
+from servesim.engine.speculation import DrawnAcceptance
 from servesim.errors import InputError, MissingFileError, RunError
 from servesim.workload.request import Request, Workload
 
@@ -54,6 +55,7 @@ class EasyScheduler:
                 request.scheduled += 1
         return SimpleNamespace(
             num_scheduled_tokens=scheduled,
+            scheduled_spec_decode_tokens={},
             preempted_req_ids=set(),
             scheduled_new_reqs=[SimpleNamespace(req_id=request.request_id) for request in admitted],
             scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=set()),
@@ -64,11 +66,13 @@ class EasyScheduler:
         for name in output.num_scheduled_tokens:
             request = self.requests[name]
             received = self.tokens.setdefault(name, [])
-            received += sampled.sampled_token_ids[sampled.req_id_to_index[name]]
+            tokens = sampled.sampled_token_ids[sampled.req_id_to_index[name]]
+            received += tokens
             finished = len(received) == request.output
             if finished:
                 self.running.remove(request)
-            outputs.append(SimpleNamespace(request_id=name, finish_reason="length" if finished else None))
+            reason = "length" if finished else None
+            outputs.append(SimpleNamespace(request_id=name, finish_reason=reason, new_token_ids=tokens))
         return {0: SimpleNamespace(outputs=outputs)}
 
 
@@ -148,6 +152,18 @@ def test_tokens_are_those_of_the_workload_and_private_without() -> None:
     assert recorder.scheduler.tokens["0"] == [8, 9]
     assert recorder.scheduler.requests["1"].ids == [PRIVATE_TOKEN + 1] * 2
     assert recorder.scheduler.tokens["1"] == [PRIVATE_TOKEN + 1]
+
+
+def test_tokens_come_with_the_drafts_that_are_accepted() -> None:
+    request = Request(0, 2, 4, 0, input_ids=np.array([3, 4]), output_ids=np.array([8, 9, 7, 5]))
+    recorder = easy_recorder([request], asynchronous=False)
+    recorder.acceptance = DrawnAcceptance((1.0, 1.0, 0.0))
+    recorder.produced[0] = 1
+    assert recorder._next_tokens(0, 0) == [9]
+    assert recorder._next_tokens(0, 3) == [9, 7, 5]
+    assert recorder._next_tokens(0, 1) == [9, 7]
+    recorder.produced[0] = 3
+    assert recorder._next_tokens(0, 3) == [5, PRIVATE_TOKEN, PRIVATE_TOKEN]
 
 
 def test_a_request_that_never_fits_is_refused_before_anything_runs() -> None:

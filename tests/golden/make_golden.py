@@ -13,6 +13,7 @@ second recording with the same vLLM gives the same bytes.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,6 +85,13 @@ NO_CACHE = {"enable_prefix_caching": False}
 PRIORITY = {"scheduling_policy": "priority"}
 
 PIPELINE = {"max_num_seqs": 16, "max_num_batched_tokens": 16, "long_prefill_token_threshold": 12, **SYNC}
+
+
+def drafts(method: str, *rates: float) -> dict[str, Any]:
+    """Settings for drafts of a method that are accepted at these rates, by position."""
+    drafter = {} if method == "ngram" else {"model": "a drafter"}
+    tokens = {"num_speculative_tokens": len(rates), "synthetic_acceptance_rates": rates}
+    return {"speculative_config": json.dumps({"method": method, **drafter, **tokens})}
 
 
 class PipelineRecorder(Recorder):
@@ -438,6 +446,35 @@ RECIPES: dict[str, Recipe] = {
         lambda r: shared_prefixes(r, 34, 20, prefix=(200, 600)),
         settings(260, long_prefill_token_threshold=48, kv_groups="full,sliding:64"),
     ),
+    "sync_ngram": Recipe(
+        "n-gram drafts: rejected tokens, shared prefixes, preemptions",
+        lambda r: shared_prefixes(r, 40, 8, output=(5, 90)),
+        settings(48, **SYNC, **drafts("ngram", 0.7, 0.5, 0.3, 0.3)),
+    ),
+    "async_eagle3": Recipe(
+        "EAGLE-3 drafts, shared prefixes: the last cached block is computed again",
+        lambda r: shared_prefixes(r, 45, 12, output=(5, 60)),
+        settings(200, **drafts("eagle3", 0.73, 0.52, 0.35)),
+    ),
+    "async_eagle_tight": Recipe(
+        "EAGLE drafts: preemptions with drafts in flight",
+        lambda r: unrelated(r, 40, 6, (5, 120), (20, 160)),
+        settings(40, max_num_seqs=12, **drafts("eagle", 0.8, 0.6)),
+    ),
+    "sync_eagle_sessions": Recipe(
+        "EAGLE drafts in synchronous scheduling, conversations",
+        lambda r: conversations(r, 10, 40, output=(5, 60)),
+        settings(70, **SYNC, **drafts("eagle", 0.76, 0.52, 0.35, 0.24, 0.16)),
+    ),
+    "async_draft_model": Recipe(
+        "a draft model takes a slot of the budget for every request; most drafts are accepted",
+        lambda r: long_and_short(r, 50),
+        settings(60, max_num_seqs=8, max_num_batched_tokens=48, **drafts("draft_model", 0.95, 0.9, 0.85)),
+    ),
+    "async_draft_echoes": Recipe(
+        "requests that find all but a token cached are filled up to the others' drafts",
+        lambda r: echoes(r, 60, 6), settings(40, max_num_seqs=16, **drafts("draft_model", 0.6, 0.4)),
+    ),
 }  # fmt: skip
 
 
@@ -446,6 +483,7 @@ ACROSS = (
     *(name for name in RECIPES if "priority" in name),
     *("async_two_seats_tight", "sync_prefix_tight", "async_last_token_victims_cached", "async_echoes"),
     *("async_sessions_tight", "sync_sessions_long_answers", "async_no_full_gate", "async_block_edges"),
+    *(name for name, recipe in RECIPES.items() if recipe.settings.speculative_config),
 )
 """Recipes that are recorded with later versions of vLLM too: those of what versions differ in, and some."""
 

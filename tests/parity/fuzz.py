@@ -9,6 +9,7 @@ Needs vLLM importable (no GPU). Prints the first difference of every seed that h
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import replace
 from typing import Any
@@ -122,19 +123,49 @@ def random_groups(rng: np.random.Generator, settings: SchedulerSettings) -> Sche
     return replace(settings, kv_groups=groups, num_gpu_blocks=least + 1 + more)
 
 
+def random_speculation(rng: np.random.Generator, settings: SchedulerSettings) -> SchedulerSettings:
+    """The same with speculative decoding, and what has to be larger for it."""
+    longest, block_size = settings.max_model_len, settings.block_size
+    least, chunked = -(-longest // block_size) + 3, settings.enable_chunked_prefill
+    drafts = int(rng.integers(1, 8))
+    method = str(rng.choice(["ngram", "eagle", "eagle3", "draft_model"]))
+    rates = sorted((round(float(rate), 2) for rate in rng.random(drafts)), reverse=True)
+    config = {
+        "method": method,
+        "num_speculative_tokens": drafts,
+        "synthetic_acceptance_rates": rates,
+        **({} if method == "ngram" else {"model": "a drafter"}),
+    }
+    room = int(rng.choice([0, 0, 1, 3, 50]))
+    slots = int(rng.choice([1, 2, 3, 8, 32]))
+    budget = max(2 * slots, int(rng.choice([8, 32, 64, 128, 512])), 0 if chunked else longest + room + slots)
+    spare = -(-3 * drafts // block_size)
+    return replace(
+        settings,
+        num_gpu_blocks=least + spare + int(rng.choice([0, 1, least // 4, least, 3 * least, 50 * least])),
+        max_num_seqs=slots,
+        max_num_batched_tokens=budget,
+        max_model_len=longest + room,
+        long_prefill_token_threshold=min(int(rng.choice([0, 0, 0, 20, 64])), longest),
+        async_scheduling=settings.async_scheduling and method != "ngram",
+        speculative_config=json.dumps(config),
+    )
+
+
 def random_formula(rng: np.random.Generator) -> StepFormula:
     return [ODD, ROUND, CONTEXT][int(rng.integers(3))]
 
 
-def compare(seed: int, grouped: bool = False) -> Outcome:
+def compare(seed: int, grouped: bool = False, speculative: bool = False) -> Outcome:
     """Run one seed through vLLM and through the engine, stepped and jumping; ``grouped``: with several groups
-    of layers."""
+    of layers; ``speculative``: with speculative decoding."""
     rng = np.random.default_rng(seed)
     entries = random_entries(rng)
     entries, settings = with_extras(rng, entries, random_settings(rng, entries))
-    if grouped:
+    if grouped or speculative:
         longest = max(r.input_tokens + r.output_tokens for r in build_workload(entries, "random"))
-        settings = random_groups(rng, replace(settings, max_model_len=longest))
+        settings = replace(settings, max_model_len=longest)
+        settings = (random_groups if grouped else random_speculation)(rng, settings)
     try:
         log = record_scheduler(build_workload(entries, "random"), settings, random_formula(rng))
     except RunError:  # vLLM comes to a halt: a step holds less than the block of a state (0.24)
@@ -152,12 +183,14 @@ def compare(seed: int, grouped: bool = False) -> Outcome:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Compare the engine with vLLM's scheduler at random.")
     parser.add_argument("seeds", type=int, help="number of seeds")
-    parser.add_argument("--groups", action="store_true", help="with several groups of layers")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--groups", action="store_true", help="with several groups of layers")
+    kinds.add_argument("--speculative", action="store_true", help="with speculative decoding")
     parser.add_argument("--first", type=int, default=0, help="first seed (default: 0)")
     options = parser.parse_args(arguments)
     failures = steps = preemptions = halted = 0
     for seed in range(options.first, options.first + options.seeds):
-        settings, log, found = compare(seed, options.groups)
+        settings, log, found = compare(seed, options.groups, options.speculative)
         steps += len(log.steps)
         halted += not log.steps
         preemptions += sum(request.preemptions for request in log.requests)

@@ -20,6 +20,7 @@ from servesim.engine.queue_policy import queue_policy
 from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
+from servesim.engine.speculation import hash_lookahead, speculation_of
 from servesim.engine.step_loop import LoopPlan
 from servesim.memory.group_cache import GroupRules, kv_cache_of
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from servesim.engine.batch import Batch
     from servesim.engine.decode_set import DecodeSet
+    from servesim.engine.speculation import Speculation
     from servesim.memory.kv_cache import AnyKvCache
     from servesim.specs.vllm_versions import VllmVersion
     from servesim.workload.request import Workload
@@ -51,8 +53,16 @@ class NotingScheduler(Scheduler):
         kv: AnyKvCache,
         policy: str = "fcfs",
         new_decodes: Callable[[], DecodeSet] | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        super().__init__(limits, kv, policy=queue_policy(policy), new_decodes=new_decodes, list_requests=True)
+        super().__init__(
+            limits,
+            kv,
+            policy=queue_policy(policy),
+            new_decodes=new_decodes,
+            speculation=speculation,
+            list_requests=True,
+        )
         self.notes: dict[int, LoggedStep] = {}
         self.pending: list[int] = []
         """Preempted by schedules that came out empty; they count with the next step."""
@@ -87,7 +97,11 @@ def replay(golden: Golden) -> SchedulerLog:
     new_decodes = track_maker(settings.block_size, tracks, 1) if is_pipeline(golden.name) else None
     version = version_of(golden)
     scheduler = NotingScheduler(
-        limits(settings, version), kv_cache(settings, version), settings.scheduling_policy, new_decodes
+        limits(settings, version),
+        kv_cache(settings, version),
+        settings.scheduling_policy,
+        new_decodes,
+        speculation(settings, version),
     )
     workload = golden.workload()
 
@@ -96,7 +110,8 @@ def replay(golden: Golden) -> SchedulerLog:
         note.start, note.end, note.free_after = start_ns, batch.end_ns, free
         note.finished = [state.request.index for state in batch.finishing]
 
-    loop = build_loop(scheduler, settings, formula, workload, jump=False, trace=note_completion)
+    tables = block_tables(golden, workload)
+    loop = build_loop(scheduler, settings, formula, tables, jump=False, trace=note_completion)
     run = simulate(loop, workload, tracks)
     scheduler.kv.pool.check_integrity()
     steps = [scheduler.notes[step] for step in sorted(scheduler.notes)]
@@ -150,6 +165,18 @@ def limits(settings: SchedulerSettings, version: VllmVersion) -> SchedulerLimits
     )
 
 
+def speculation(settings: SchedulerSettings, version: VllmVersion) -> Speculation | None:
+    """What the scheduler speculates with."""
+    spec = settings.speculative
+    return spec and speculation_of(spec, settings, version)
+
+
+def block_tables(golden: Golden, workload: Workload) -> BlockTables:
+    """The identities of the workload's blocks, as the golden's version of vLLM tells them apart."""
+    spec = golden_settings(golden)[0].speculative
+    return BlockTables(workload, lookahead=hash_lookahead(spec, version_of(golden)))
+
+
 def kv_cache(settings: SchedulerSettings, version: VllmVersion) -> AnyKvCache:
     blocks, caching = settings.num_gpu_blocks, settings.enable_prefix_caching
     rules = GroupRules(
@@ -165,7 +192,7 @@ def build_loop(
     scheduler: Scheduler,
     settings: SchedulerSettings,
     formula: StepFormula,
-    workload: Workload,
+    tables: BlockTables,
     jump: bool,
     trace: Callable[[Batch, int, int], None] | None = None,
 ) -> LoopPlan:
@@ -182,10 +209,10 @@ def build_loop(
         host="in the formula",
     )
     if scheduler.new_decodes is not None:
-        drained = DrainedInstance(log, scheduler, BlockTables(workload), trace)
+        drained = DrainedInstance(log, scheduler, tables, trace)
         return LoopPlan([drained], FormulaStages(formula), depth=STAGES, stages=STAGES, jump=False)
     depth = 2 if settings.async_scheduling else 1
-    member = Instance(log, scheduler, BlockTables(workload), trace)
+    member = Instance(log, scheduler, tables, trace)
     return LoopPlan([member], OneInstance(formula), depth=depth, jump=jump)
 
 
@@ -212,5 +239,7 @@ def replay_in_jumps(golden: Golden) -> RunLog:
         limits(settings, version),
         kv_cache(settings, version),
         policy=queue_policy(settings.scheduling_policy),
+        speculation=speculation(settings, version),
     )
-    return simulate(build_loop(scheduler, settings, formula, workload, jump=True), workload)
+    tables = block_tables(golden, workload)
+    return simulate(build_loop(scheduler, settings, formula, tables, jump=True), workload)

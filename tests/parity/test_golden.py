@@ -6,11 +6,13 @@ them.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 
 from servesim.bench.scheduler_log import SchedulerLog, differences
@@ -44,15 +46,22 @@ def test_jumping_over_quiet_stretches_changes_nothing(name: str) -> None:
     run = replay_in_jumps(golden(name))
     steps, num_blocks = run.instances[0].steps, reference.header["settings"]["num_gpu_blocks"]
     counts = [list(step.sched.values()) for step in reference.steps]
+    if reference.header["settings"].get("speculative_config"):
+        # several tokens may be of a chunk, or the one of a decode and drafts
+        both = steps.column("decode_tokens") + steps.column("prefill_tokens")
+        assert both.tolist() == [sum(tokens) for tokens in counts]
+        assert (np.array(run.instances[0].steps.prefill_tokens) > 1).any()
+        counts = []
     columns = {
         "start_ns": [step.start for step in reference.steps],
         "end_ns": [step.end for step in reference.steps],
-        "decode_tokens": [sum(tokens == 1 for tokens in step) for step in counts],
-        "prefill_tokens": [sum(tokens for tokens in step if tokens > 1) for step in counts],
         "kv_blocks_used": [num_blocks - 1 - step.free for step in reference.steps],
         "preempted": [len(step.preempted) for step in reference.steps],
         "hit_tokens": [sum(hits.values()) for hits in first_hits(reference)],
     }
+    if counts:
+        columns["decode_tokens"] = [sum(tokens == 1 for tokens in step) for step in counts]
+        columns["prefill_tokens"] = [sum(tokens for tokens in step if tokens > 1) for step in counts]
     for column, expected in columns.items():
         assert steps.column(column).tolist() == expected, column
     requests = SchedulerLog(requests=[logged(record) for record in run.requests])
@@ -108,7 +117,22 @@ def test_the_goldens_cover_what_they_are_meant_to() -> None:
         assert {header["settings"][option] for header in headers} >= values, option
 
 
-@pytest.mark.parametrize("recipe", ["async_alone", "sync_alone_sessions", "pipeline_alone"])
+def test_goldens_speculate_in_every_version() -> None:
+    speculating = [golden(name) for name in NAMES if settings_of(name).get("speculative_config")]
+    assert Counter(version_of(one) for one in speculating) == dict.fromkeys(("0.24", "0.28", "0.33"), 6)
+    methods = {json.loads(settings_of(one.name)["speculative_config"])["method"] for one in speculating}
+    assert methods == {"ngram", "eagle", "eagle3", "draft_model"}
+    assert sum(bool(step.preempted) for one in speculating for step in one.log.steps) > 30
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    settings: dict[str, Any] = golden(name).log.header["settings"]
+    return settings
+
+
+@pytest.mark.parametrize(
+    "recipe", ["async_alone", "sync_alone_sessions", "pipeline_alone", "async_eagle3", "async_eagle_tight"]
+)
 def test_a_version_is_not_taken_for_another(recipe: str) -> None:
     old, new = golden(golden_name(recipe, "0.28")), golden(golden_name(recipe, "0.33"))
     assert differences(old.log, new.log)
