@@ -72,7 +72,7 @@ def test_what_is_in_flight_of_a_victim_still_counts() -> None:
     state.computed, state.known, state.drafts, state.phase = 4, 5, 1, Phase.VERIFY
     batch = Batch(0, sampled=[])
     own.serve(batch, state, own.wanted(state))
-    own.preempt(state)
+    state.computed, _ = own.preempt(state)
     state.phase = Phase.WAITING
     own.commit(batch, lambda *_: None)
     assert (state.known, state.computed, state.pending, state.drafts) == (7, 5, 0, 0)
