@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from servesim.engine.batch import Batch
+from servesim.engine.batch import Batch, Outputs
 from servesim.engine.request_state import Phase, RequestState
 from servesim.engine.speculation import DrawnAcceptance, Speculation, uniform
 from servesim.memory.kv_cache import BlockTable
@@ -17,6 +17,12 @@ from servesim.workload.request import Request
 
 def new_state(prompt: int, output: int) -> RequestState:
     return RequestState(Request(0, prompt, output, 0), 0, 0, BlockTable([], 0))
+
+
+def batch_of_step(step: int) -> Batch:
+    batch = Batch(step)
+    batch.outputs = Outputs()
+    return batch
 
 
 def speculation(*rates: float, asynchronous: bool = False) -> Speculation:
@@ -41,7 +47,7 @@ def test_rejected_drafts_are_computed_again(asynchronous: bool) -> None:
     """Three drafts, two of them right: four tokens are computed, three stay."""
     own = speculation(1.0, 1.0, 0.0, asynchronous=asynchronous)
     state = new_state(prompt=10, output=20)
-    first, second = Batch(0, sampled=[]), Batch(1, sampled=[])
+    first, second = batch_of_step(0), batch_of_step(1)
     state.computed = 10
     own.sample(first, state, 0)
     own.commit(first, lambda *_: None)
@@ -60,7 +66,7 @@ def test_an_answer_is_cut_off_behind_its_last_token() -> None:
     own = speculation(1.0, 1.0)
     state = new_state(prompt=4, output=2)
     state.computed, state.known, state.drafts, state.phase = 4, 5, 2, Phase.VERIFY
-    batch = Batch(0, sampled=[])
+    batch = batch_of_step(0)
     own.serve(batch, state, own.wanted(state))
     assert own.commit(batch, lambda *_: None) == [state]
     assert (state.known, state.record.extra_tokens) == (6, 0)
@@ -70,7 +76,7 @@ def test_what_is_in_flight_of_a_victim_still_counts() -> None:
     own = speculation(1.0, asynchronous=True)
     state = new_state(prompt=4, output=9)
     state.computed, state.known, state.drafts, state.phase = 4, 5, 1, Phase.VERIFY
-    batch = Batch(0, sampled=[])
+    batch = batch_of_step(0)
     own.serve(batch, state, own.wanted(state))
     state.computed, _ = own.preempt(state)
     state.phase = Phase.WAITING

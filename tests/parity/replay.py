@@ -198,7 +198,11 @@ def build_loop(
 ) -> LoopPlan:
     """The loop of one instance of a model that has no properties but a name: nothing else takes part in
     scheduling."""
-    capacity = SimpleNamespace(block_size=settings.block_size, usable_blocks=settings.num_gpu_blocks - 1)
+    capacity = SimpleNamespace(
+        block_size=settings.block_size,
+        usable_blocks=settings.num_gpu_blocks - 1,
+        admitted_blocks=lambda *_: 0,  # the recorder has refused what would not fit
+    )
     log = InstanceLog(
         index=0,
         node=0,
