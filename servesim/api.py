@@ -25,6 +25,8 @@ LOADING = ("num_reqs", "lenient", "request_rate", "dataset", "tokenizer", "estim
 """Options that act while a workload file is read."""
 _SCREEN = ("itl", "log_interval", "log_level")
 """Options of what the command line prints and writes, beside its files."""
+_READ_AGAIN = ("sweep", "plan")
+"""Functions that read a workload more than once, or look at its content to know rows again."""
 NOISE = ("ensemble", "step_noise", "run_noise", "arrival_jitter")
 """Options of the runs of an ensemble, as opposed to one run."""
 
@@ -66,6 +68,10 @@ def check_used(options: RuntimeOptions, who: str, workload: object = None, clust
             raise InputError(f"cluster_config: {who} was given a cluster beside it; leave one of them out")
         if name in _SCREEN or name in output_fields():
             raise InputError(f"{name}: {who} prints nothing and writes no file; save what it returns")
+    if options.dataset == "-" and who in _READ_AGAIN:
+        raise InputError(
+            f"--dataset -: {who} reads the workload more than once, and a pipe can be read once; give a file"
+        )
     check_beside(without(options, "run_id"))  # what is returned carries it, files or not
 
 
@@ -78,6 +84,11 @@ def without(options: RuntimeOptions, *names: str) -> RuntimeOptions:
     """The options with some as if they had never been set."""
     chosen = options.model_dump(exclude_unset=True)
     return type(options)(**{name: value for name, value in chosen.items() if name not in names})
+
+
+def loading_key(options: RuntimeOptions) -> tuple[object, ...]:
+    """What two options must have in common for :func:`read_workload` to give the same workload."""
+    return tuple(getattr(options, name) for name in (*LOADING, "seed"))
 
 
 def read_workload(options: RuntimeOptions, path: str | PathLike[str] | None = None) -> Workload:

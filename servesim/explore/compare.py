@@ -8,7 +8,16 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from servesim.api import NOISE, check_used, read_cluster, read_workload, simulate_loaded, single, with_flags
+from servesim.api import (
+    NOISE,
+    check_used,
+    loading_key,
+    read_cluster,
+    read_workload,
+    simulate_loaded,
+    single,
+    with_flags,
+)
 from servesim.errors import InputError, MissingFileError
 from servesim.explore.capacity_band import band_runs, capacity_matters
 from servesim.explore.differences import differences, trust_lines
@@ -216,7 +225,7 @@ def compare(
     for name, each in own.items():
         with _told_with_set(name):
             spec = read_cluster(each, cluster)
-        key = (each.dataset, each.num_reqs, each.lenient, each.request_rate, each.seed)
+        key = loading_key(each)
         if not isinstance(workload, Workload) and key not in loaded:
             loaded[key] = read_workload(each, workload)
         if before_run is not None:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from servesim.api import NOISE, check_used, making_bundles
+from servesim.api import LOADING, NOISE, check_used, making_bundles
 from servesim.engine.build import Kept
 from servesim.errors import InputError, ServingError
 from servesim.explore.capacity_band import band, with_blocks
@@ -34,6 +34,8 @@ NOT_HERE = (
     "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "max_concurrency", "num_gpu_blocks",
 )  # fmt: skip
 """Run options that a plan chooses, or that say something of one cluster."""
+_OF_FILES = set(LOADING) - {"request_rate", "dataset"}
+"""Run options about a workload file, which a workload that the plan describes is not."""
 SHORT_SHARE, SHORT_LEAST = 1 / 6, 48
 """Entries of the first, short run of a candidate."""
 SLACK = 1.25
@@ -78,7 +80,7 @@ def plan(
     for name in (*NOT_HERE, *NOISE):
         if name in chosen.model_fields_set:
             raise InputError(f"{name}: has no effect on a plan, which chooses fleets itself; see its choices")
-    if isinstance(asked.workload, dict) and (unread := {"num_reqs", "lenient"} & chosen.model_fields_set):
+    if isinstance(asked.workload, dict) and (unread := _OF_FILES & chosen.model_fields_set):
         raise InputError(f"{min(unread)}: has no effect on a workload that the plan describes; leave it out")
     if asked.rates and "request_rate" in chosen.model_fields_set:
         raise InputError("request_rate: has no effect beside rates, which say how fast requests come")

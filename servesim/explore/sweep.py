@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim._version import __version__
-from servesim.api import check_used, read_workload, simulate_loaded
+from servesim.api import check_used, loading_key, read_workload, simulate_loaded
 from servesim.engine.build import Kept
 from servesim.engine.request_state import BlockTables
 from servesim.errors import InputError, ServingError
@@ -314,7 +314,7 @@ class Bench:
         options = validated(RuntimeOptions, {**self._setting.options, **changes}, "options")
         check_used(options, "sweep", None, self._setting.cluster)
         cluster = with_options(self._cluster(options, keys), options)
-        asked = (options.dataset, options.num_reqs, options.lenient, options.request_rate, options.seed)
+        asked = loading_key(options)
         if asked not in self._workloads:
             self._workloads[asked] = read_workload(options)
             self._tables[asked] = BlockTables(self._workloads[asked])

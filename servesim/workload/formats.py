@@ -166,7 +166,8 @@ def load_workload(
     try:
         first = next(lines)
     except StopIteration:
-        raise InputError(f"{source}: is empty; a workload needs at least one request") from None
+        again = ", or was read before" if piped else ""
+        raise InputError(f"{source}: is empty{again}; a workload needs at least one request") from None
     workload = _load(source, first, lines, loading)
     if request_rate is not None:
         from servesim.workload.arrivals import change_rate

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import servesim
 from servesim.__main__ import main
 from servesim.errors import InputError
 from servesim.workload.columns import parse_columns
@@ -504,6 +505,22 @@ def test_a_workload_comes_through_a_pipe(
     assert main(["workload", "describe", "-", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["source"], figures["requests"]) == ("standard input", 2)
+
+
+@pytest.mark.parametrize("words", [["sweep", "--grid", "--seed 1,2"], ["plan", "--slo", "tpot:60"]])
+def test_a_pipe_is_read_once(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*words, "--dataset", "-"]) == 2
+    assert "reads the workload more than once" in capsys.readouterr().err
+
+
+def test_option_sets_may_read_a_file_in_two_ways(tmp_path: Path) -> None:
+    path = tmp_path / "w.csv"
+    path.write_text("a,b\n50,6\n70,8\n", encoding="utf-8")
+    sets = {"one": {"columns": "input=a,output=b"}, "other": {"columns": "input=b,output=a"}}
+    compared = servesim.compare(workload=path, sets=sets)
+    assert [result.summary["total_input_tokens"] for result in compared.results] == [120, 14]
+    swept = servesim.sweep({"list": list(sets.values())}, workload=path)
+    assert [row["total_input_tokens"] for row in swept.rows] == [120, 14]
 
 
 def test_a_run_takes_the_flags_of_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
