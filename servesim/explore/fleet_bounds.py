@@ -88,9 +88,8 @@ class ShapeBounds:
 
     def _floors(self, log: InstanceLog, pricing: Pricing, workload: Workload, target: Target) -> None:
         prompts = sorted(request.input_tokens for request in workload)
-        shares = any(request.input_ids is not None for request in workload) or any(
-            request.predecessor >= 0 for request in workload
-        )  # prompts that the prefix cache may make shorter
+        # prompts that the prefix cache may make shorter
+        shares = any(request.has_ids or request.predecessor >= 0 for request in workload)
         budget = log.options.max_num_batched_tokens
         context = prompts[0]
         for bound in target.slo.bounds:

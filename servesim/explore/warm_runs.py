@@ -27,6 +27,8 @@ _LOOKS = 50
 """How often a run that may be given up is looked at."""
 _UNKNOWN_NS = 100 * SECOND
 """Length of a run that is taken for this where none has been run to its end."""
+_USUAL_BATCH = 8
+"""Sequences of a step, for a guess of the number of steps."""
 _STEP_MS, _REQUEST_MS, _BLOCK_MS = 0.016, 0.1, 0.0012
 """Processor time of a step in which requests come, go or are prefilled, of a request, and of a block of its
 prompt: as measured on one core of 2.1 GHz with the pure Python engine; within a factor of two on the shipped
@@ -190,6 +192,9 @@ def work_ms(log: RunLog, workload: Workload) -> float:
     """What a run took of the processor, estimated from its counts: see :data:`_STEP_MS`."""
     steps = 0
     for instance in log.instances:
+        if _answers_are_shared(workload):
+            steps += len(instance.steps)
+            continue
         running = instance.steps.column("running")
         prefill = instance.steps.column("prefill_tokens") > 0
         steps += int(np.count_nonzero(prefill[1:] | (np.diff(running) != 0))) if len(running) else 0
@@ -197,10 +202,18 @@ def work_ms(log: RunLog, workload: Workload) -> float:
     return steps * _STEP_MS + len(log.requests) * _REQUEST_MS + tokens / 16 * _BLOCK_MS
 
 
+def _answers_are_shared(workload: Workload) -> bool:
+    """Whether later prompts may hold the answers, so that steps that only decode are simulated one by one."""
+    return any(each.output_ids is not None or each.hashed_tokens > each.input_tokens for each in workload)
+
+
 def least_work_ms(workload: Workload) -> float:
     """What a whole run of ``workload`` takes of the processor, estimated before any: see :data:`_STEP_MS`."""
     tokens = sum(request.input_tokens for request in workload)
-    return len(workload) * (_REQUEST_MS + 2 * _STEP_MS) + tokens / 16 * _BLOCK_MS
+    steps = 2 * len(workload)
+    if _answers_are_shared(workload):
+        steps = max(steps, sum(request.output_tokens for request in workload) // _USUAL_BATCH)
+    return len(workload) * _REQUEST_MS + steps * _STEP_MS + tokens / 16 * _BLOCK_MS
 
 
 class WarmRuns:
