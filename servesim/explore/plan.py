@@ -15,6 +15,7 @@ from servesim.explore.fleet import read_prices
 from servesim.explore.fleet_bounds import CANNOT_START, NO_TIMES, ShapeBounds
 from servesim.explore.fleet_space import Question, question_of
 from servesim.explore.load_point import load_point
+from servesim.explore.notebook import line
 from servesim.explore.plan_result import Change, Finalist, Plan, Trial
 from servesim.explore.slo import Slo, worst_error
 from servesim.explore.warm_runs import Target, Watch, one_run
@@ -86,7 +87,7 @@ def plan(
         raise InputError("request_rate: has no effect beside rates, which say how fast requests come")
     check_used(chosen, "plan", asked.workload)
     with making_bundles(chosen.auto_profile and asked.named_hardware):
-        return _Search(asked, chosen, prune, progress or (lambda _: None)).result()
+        return _Search(asked, chosen, prune, progress or line() or (lambda _: None)).result()
 
 
 class _Search:
@@ -131,6 +132,7 @@ class _Search:
             self._halve(able)
         found.trials = sorted((t for t in self._done.values() if t.part == _WHOLE), key=self._rank)
         self._conclude()
+        self._tell("")
         return found
 
     def _part(self, share: float) -> str:

@@ -265,6 +265,12 @@ class Plan:
 
         return plan_text(self)
 
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        from servesim.explore.show_plan import plan_html
+
+        return plan_html(self)
+
     def __repr__(self) -> str:
         best = "no fleet keeps the bounds" if self.best is None else self.best.words()
         return f"<Plan: {best}; {self.candidates:,} candidates, {self.runs:,} runs>"

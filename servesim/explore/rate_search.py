@@ -12,6 +12,7 @@ from servesim.api import NOISE, check_used, making_bundles, read_cluster, read_w
 from servesim.errors import InputError, RunError
 from servesim.explore.bisection import Range, largest
 from servesim.explore.load_point import LoadPoint, load_point
+from servesim.explore.notebook import line
 from servesim.explore.slo import parse_slo, per_request_slo
 from servesim.explore.warm_runs import Target, WarmRuns, least_work_ms
 from servesim.results.atomic import atomic_write
@@ -22,6 +23,8 @@ from servesim.workload.request import Workload
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
+
+    import pandas as pd
 
     from servesim.explore.bisection import Edge
     from servesim.results.result import Result
@@ -132,6 +135,27 @@ class LoadLimit:
         """:meth:`to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
+    def to_pandas(self) -> pd.DataFrame:
+        """The curve as a DataFrame, a row for each load that was tried.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        rows = [{**point.to_dict(), "load": point.load} for point in self.curve]
+        for row in rows:
+            row |= {f"waits_{name}": share for name, share in row.pop("waits").items()}
+            titles = [bound.title for bound in self.target.slo.bounds]
+            row |= dict(zip(titles, row.pop("bounds_ms"), strict=True))
+        return pandas.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        from servesim.explore.show_limit import limit_html
+
+        return limit_html(self)
+
     def save_plot(self, path: str | PathLike[str]) -> None:
         """Draw the curve as PNG or SVG, by the ending of ``path``.
 
@@ -203,7 +227,7 @@ def slo(
     spec = read_cluster(chosen, cluster)
     runs = WarmRuns(spec, _loaded(chosen, workload, by), chosen, by_rate=by == "rate")
     allowed_ms = QUICK_MS if effort == "quick" else math.inf
-    search = _Search(runs, target, by, precision, before_run or (lambda _: None), allowed_ms)
+    search = _Search(runs, target, by, precision, before_run or line() or (lambda _: None), allowed_ms)
     with making_bundles(chosen.auto_profile):
         return search.result(patterns, kernel_error)
 

@@ -30,6 +30,20 @@ def limit_text(limit: LoadLimit) -> str:
     return "\n".join(lines)
 
 
+def limit_html(limit: LoadLimit) -> str:
+    """The same in a notebook, with a chart."""
+    from servesim.explore.notebook import chart_svg, page_html, table_html
+
+    points = [point for point in limit.curve if not math.isinf(point.load) and point.complete]
+    series = {
+        name: [(point.load, point.figures[key]) for point in points]
+        for name, key in (("TTFT P99", "p99_ttft_ms"), ("TPOT P99", "p99_tpot_ms"))
+    }
+    marks = [] if limit.load is None else [("largest", limit.load)]
+    chart = chart_svg(series, limit.unit, "ms", marks)
+    return page_html("\n".join(_answer(limit)), chart, table_html(_curve(limit)))
+
+
 def _answer(limit: LoadLimit) -> list[str]:
     target = limit.target.words()
     if limit.load is None:

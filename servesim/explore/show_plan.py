@@ -30,6 +30,17 @@ def plan_text(plan: Plan) -> str:
     return "\n".join([*lines, "", *_search(plan)])
 
 
+def plan_html(plan: Plan) -> str:
+    """The same in a notebook, with a chart of cost against latency."""
+    from servesim.explore.notebook import chart_svg, page_html, table_html
+
+    front = [(trial.figures["cost_per_hour"], trial.figures[LATENCY]) for trial in plan.front]
+    parts = [table_html(_finalists(plan))] if plan.finalists else []
+    chart = chart_svg({"latency P99": front}, f"{plan.prices.currency} an hour", "ms")
+    below = [*_conditions(plan), *_changes(plan)] if plan.finalists else []
+    return page_html("\n".join(_answer(plan)), *parts, chart, page_html("\n".join([*below, *_search(plan)])))
+
+
 def _answer(plan: Plan) -> list[str]:
     target = plan.question.target.words()
     if plan.best is None:

@@ -20,6 +20,7 @@ from servesim.engine.request_state import BlockTables
 from servesim.errors import InputError, ServingError
 from servesim.explore.executors import RayPool, check_jobs, check_ray, run_parts
 from servesim.explore.journal import Journal
+from servesim.explore.notebook import rows_line
 from servesim.explore.slo import num_gpus, parse_slo
 from servesim.explore.space import Space, cluster_with, file_digest, read_space, space_of, split
 from servesim.explore.sweep_table import Sweep
@@ -121,7 +122,7 @@ def sweep(
         parse_slo(bounds)
     where = os.fspath(cluster) if isinstance(cluster, os.PathLike) else cluster
     setting = Setting(common, where, bounds, None if journal is None else os.fspath(journal))
-    runner = Runner(setting, jobs, ray, progress)
+    runner = Runner(setting, jobs, ray, progress or rows_line())
     try:
         if optimizer is not None:
             from servesim.explore.optimizer import optimised

@@ -120,8 +120,14 @@ class Sweep:
         short = [name.rpartition(".")[2] for name in self.names]
         return [one if short.count(one) == 1 else name for one, name in zip(short, self.names, strict=True)]
 
-    def text(self, file: str | None = None) -> str:
-        """The first rows as a table, and what stands out; ``file``: where all of them are."""
+    def _repr_html_(self) -> str:
+        """In a notebook."""
+        from servesim.explore.notebook import page_html, table_html
+
+        return page_html("\n".join(self._summary(None)), table_html(self._table()))
+
+    def _table(self) -> Table:
+        """The first rows."""
         slo = any("slo_met" in row for row in self.rows)
         table = Table([*self._titles(), *(title for _, title in _FIGURES), *(["SLO"] if slo else []), ""])
         table.kept = max(len(self.names), 1)
@@ -132,7 +138,15 @@ class Sweep:
                 cells.append({True: "kept", False: "missed"}.get(row.get("slo_met", ""), ""))
             mark = "best per GPU" if row is self.best else "" if row["status"] == "ok" else row["status"]
             table.rows.append([*cells, mark])
-        lines = [table.plain(width=screen_width()), ""]
+        return table
+
+    def text(self, file: str | None = None) -> str:
+        """The first rows as a table, and what stands out; ``file``: where all of them are."""
+        return "\n".join([self._table().plain(width=screen_width()), "", *self._summary(file)])
+
+    def _summary(self, file: str | None) -> list[str]:
+        """How many rows there are, and why some have no figures."""
+        lines = []
         more = len(self.rows) - _SHOWN
         if more > 0:
             lines.append(f"{more:,} more rows" + (f" in {file}" if file else ""))
@@ -148,7 +162,7 @@ class Sweep:
             lines.append(wrapped(f"{count} x {reason}", screen_width(), indent="    "))
         if len(reasons) > 5:
             lines.append(f"and {len(reasons) - 5} more reasons" + (f" in {file}" if file else ""))
-        return "\n".join(lines)
+        return lines
 
 
 def _cell(value: Any) -> str:

@@ -241,10 +241,12 @@ def test_the_peak_of_a_day_sizes_the_fleet() -> None:
 
 def test_the_front_has_nothing_that_is_beaten_in_both() -> None:
     write_workload(3000, tokens=12)
-    front = servesim.plan(asked("ttft:p95:9 tpot:9", fleet={"max_num_seqs": [8]}), prune=False).front
+    found = servesim.plan(asked("ttft:p95:9 tpot:9", fleet={"max_num_seqs": [8]}), prune=False)
+    front = found.front
     costs = [trial.figures["cost_per_hour"] for trial in front]
     latencies = [trial.figures["p99_e2el_ms"] for trial in front]
     assert len(front) > 1
+    assert found._repr_html_().count("<svg") == 1
     assert costs == sorted(set(costs))
     assert latencies == sorted(set(latencies), reverse=True)
 
