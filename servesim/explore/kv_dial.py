@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from servesim.errors import InputError, NotSupportedError
 from servesim.memory.kv_groups import kv_layers, plan_groups
-from servesim.memory.plan import kv_room
+from servesim.memory.plan import kv_room, mxfp4_tiles
 from servesim.memory.sizing import GIB, weight_bytes_per_npu
 from servesim.slotted import dataclass
 from servesim.specs.cluster import cluster_of
@@ -195,7 +195,7 @@ def kv_dial(
     left = (room.low / GIB, room.likely / GIB, room.high / GIB)
     return KvDial(
         *(spec.name, hardware, tp, context, batch, base, auto),
-        weight_gib=weight_bytes_per_npu(spec, resolved.dtype, tp) / GIB,
+        weight_gib=weight_bytes_per_npu(spec, resolved.dtype, tp, tile=mxfp4_tiles(facts)[0]) / GIB,
         room_gib=left,
         rows=tuple(rows),
         notes=tuple(_notes(asked, rows, steps, reason)),

@@ -82,11 +82,20 @@ def engine_memory(version: str | None) -> EngineMemory:
     Raises:
         InputError: it is no version number.
     """
+    wanted = engine_version(version)
+    return next(each for each in reversed(_VERSIONS) if each.since <= wanted)
+
+
+def engine_version(version: str | None) -> tuple[int, int]:
+    """(major, minor) of a version such as ``0.19.1``; None: of vLLM 0.19.
+
+    Raises:
+        InputError: it is no version number.
+    """
     numbers = (version or _DEFAULT_VERSION).split(".")
     if len(numbers) < 2 or not all(number.isdecimal() for number in numbers[:2]):
         raise InputError(f"'{version}' is not a version of vLLM; must be numbers such as 0.19 or 0.19.1")
-    wanted = int(numbers[0]), int(numbers[1])
-    return next(each for each in reversed(_VERSIONS) if each.since <= wanted)
+    return int(numbers[0]), int(numbers[1])
 
 
 def activations(

@@ -16,6 +16,7 @@ from servesim.memory.engine_memory import (
     activations,
     cuda_graphs,
     engine_memory,
+    engine_version,
     exactly,
     npu_bytes,
     outside_torch,
@@ -26,6 +27,7 @@ from servesim.memory.kv_groups import KvPlan, kv_layers, plan_groups
 from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
 from servesim.slotted import dataclass
 from servesim.specs.hardware import load_hardware
+from servesim.specs.vllm_versions import SETTLED_FREES
 from servesim.specs.weights import MXFP4_TILE, MXFP4_TILE_MARLIN, rank_bytes, stage_layers
 
 if TYPE_CHECKING:
@@ -67,8 +69,10 @@ class KvCapacity:
     it."""
     plan: KvPlan | None = None
     """The groups of layers that do not all keep every token; None: all is one group, and does."""
-    tokens_per_block: float = 0.0
-    """With such groups, of requests of the longest context; how vLLM counts the size of its KV cache."""
+    step_tokens: int = 0
+    """Tokens in flight that vLLM reckons with as it starts, for layers with windows."""
+    longest: int = 0
+    """Tokens of the longest context; of requests so long vLLM counts the size of its KV cache."""
 
     @property
     def npu_bytes_per_block(self) -> int:
@@ -87,13 +91,15 @@ class KvCapacity:
         return self._tokens(low), self._tokens(high)
 
     def _tokens(self, blocks: int) -> int:
-        return blocks * self.block_size if self.plan is None else int(blocks * self.tokens_per_block)
+        if self.plan is None:
+            return blocks * self.block_size
+        return int(blocks / self.request_blocks(self.longest) * self.longest)
 
-    def request_blocks(self, tokens: int, options: InstanceOptions) -> int:
+    def request_blocks(self, tokens: int) -> int:
         """Blocks that one request of ``tokens`` tokens takes, as vLLM counts before it starts."""
         if self.plan is None:
             return -(-tokens // self.block_size)
-        return self.plan.request_blocks(tokens, tokens_in_flight(options))
+        return self.plan.request_blocks(tokens, self.step_tokens)
 
     def admitted_blocks(self, tokens: int, options: InstanceOptions) -> int:
         """Free blocks that it takes to admit a request that has ``tokens`` tokens to compute, at most."""
@@ -147,8 +153,10 @@ def kv_plan(model: ModelSpec, options: InstanceOptions, tp: int = 1, pp: int = 1
     return max(plans, key=lambda plan: plan.bytes_per_block)
 
 
-_HOPPER = 9.0
-"""Compute capability."""
+_HOPPER = range(9, 10)
+"""Major compute capability."""
+_STEPS_COUNTED_SINCE = engine_version(SETTLED_FREES.since)
+"""From this version on, what a window keeps is reckoned with all steps in flight."""
 _WEIGHT_ERROR = 0.001
 """Weights as start-up logs give them are within this share of the parameters' bytes (21 checkpoints)."""
 
@@ -181,6 +189,19 @@ def _reserve(
     )
 
 
+def mxfp4_tiles(hardware: HardwareSpec) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What MXFP4 experts are padded to, as vLLM 0.24 to 0.33 choose kernels: likely, and at most.
+
+    Hopper: the Triton kernels that come with vLLM, which pad least; Marlin's where an older vLLM was
+    installed without them. Before Hopper and on compute capability 12: Marlin's. 10: FlashInfer's, which pad
+    as much (vllm/model_executor/layers/fused_moe/oracle/mxfp4.py).
+    """
+    capability = hardware.compute_capability
+    if capability is None or int(float(capability)) in _HOPPER:
+        return MXFP4_TILE, MXFP4_TILE_MARLIN
+    return MXFP4_TILE_MARLIN, MXFP4_TILE_MARLIN
+
+
 def kv_room(
     model: ModelSpec,
     instance: InstanceSpec,
@@ -190,18 +211,15 @@ def kv_room(
 ) -> Estimate:
     """Bytes that are left for the KV cache on one NPU that keeps everything; negative: the rest does not fit.
 
-    ``tile``: what MXFP4 experts are padded to. None: 128 before Hopper; from Hopper on 64, and 128 at the low
-    end, for it depends on the kernels that are installed.
+    ``tile``: what MXFP4 experts are padded to; None: as :func:`mxfp4_tiles` says.
     """
     hardware = hardware or load_hardware(instance.hardware)
     budget = int(npu_bytes(instance, hardware) * options.npu_memory_utilization)
     reserve = _reserve(model, instance, options, hardware.plan_as_vllm)
     stored = model.stored_as(options.dtype)
-    old = hardware.compute_capability is not None and float(hardware.compute_capability) < _HOPPER
-    likely_tile = tile or (MXFP4_TILE_MARLIN if old else MXFP4_TILE)
+    tiles = (tile, tile) if tile else mxfp4_tiles(hardware)
     degrees = instance.tp_size, instance.pp_size, instance.ep_size
-    likely = rank_bytes(stored, *degrees, tile=likely_tile)
-    most = max(likely, rank_bytes(stored, *degrees, tile=tile or MXFP4_TILE_MARLIN))
+    likely, most = (rank_bytes(stored, *degrees, tile=each) for each in tiles)
     if instance.npu_mem.reserve is not None:
         return exactly(budget - likely - reserve.sum.likely)
     slack = int(likely * _WEIGHT_ERROR)
@@ -240,10 +258,14 @@ def kv_cache_capacity(
     whole = npu_bytes(instance, hardware)
     budget = int(whole * options.npu_memory_utilization)
     size, plan = options.block_size, None
+    padding = 0
     if on_npus is None:
         plan = kv_plan(model, options, tp, pp)
         size, per_token = plan.block_size, round(plan.bytes_per_token)
-        on_npus = [(weight_bytes_per_npu(model, options.dtype, tp, pp, ep), plan.bytes_per_block)]
+        likely, most = (
+            weight_bytes_per_npu(model, options.dtype, tp, pp, ep, tile) for tile in mxfp4_tiles(hardware)
+        )
+        on_npus, padding = [(likely, plan.bytes_per_block)], most - likely
     else:
         if not kv_plan(model, options, tp, pp).is_plain:
             raise NotSupportedError(
@@ -286,9 +308,10 @@ def kv_cache_capacity(
     band = num_blocks, num_blocks
     if given is None and instance.npu_mem.reserve is None:
         slack = int(weights * _WEIGHT_ERROR)
-        band = max(blocks_beside(reserve.sum.high + slack), 2), blocks_beside(reserve.sum.low - slack)
+        most_reserved = reserve.sum.high + slack + padding
+        band = max(blocks_beside(most_reserved), 2), blocks_beside(reserve.sum.low - slack)
     grouped = None if plan is None or plan.is_plain else plan
-    longest = options.max_model_len
+    steps = 2 if options.async_scheduling and engine_version(version) >= _STEPS_COUNTED_SINCE else 1
     return KvCapacity(
         num_blocks=num_blocks,
         block_size=size,
@@ -306,7 +329,6 @@ def kv_cache_capacity(
         engine=engine_memory(version).versions,
         outside=outside,
         plan=grouped,
-        tokens_per_block=longest / grouped.request_blocks(longest, tokens_in_flight(options))
-        if grouped
-        else 0,
+        step_tokens=steps * options.max_num_batched_tokens,
+        longest=options.max_model_len,
     )

@@ -23,13 +23,20 @@ def block_weight_bytes(model: ModelSpec, dtype: str, tp: int, ep: int) -> int:
     return weights.layer_bytes(stored.layers[-1], stored.formats, tp, ep)
 
 
-def weight_bytes_per_npu(model: ModelSpec, dtype: str, tp: int = 1, pp: int = 1, ep: int = 1) -> int:
+def weight_bytes_per_npu(
+    model: ModelSpec,
+    dtype: str,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    tile: tuple[int, int] = weights.MXFP4_TILE,
+) -> int:
     """Bytes of weights on the NPU that holds most of them, from the model's list of layers.
 
     Blocks are sharded by ``tp`` (experts by ``ep``) and split over ``pp`` stages; embedding and output head
     are vocabulary-sharded, counted once when tied, and stay in 16 bit when the rest is in 8.
     """
-    return weights.rank_bytes(model.stored_as(dtype), tp, pp, ep)
+    return weights.rank_bytes(model.stored_as(dtype), tp, pp, ep, tile)
 
 
 def kv_bytes_per_token(model: ModelSpec, kv_dtype: str, tp: int = 1, pp: int = 1) -> int:

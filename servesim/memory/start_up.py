@@ -120,7 +120,7 @@ def check_full_context(options: InstanceOptions, capacity: KvCapacity, where: st
         InputError: it does not fit.
     """
     longest = options.max_model_len
-    needed = capacity.request_blocks(longest, options)
+    needed = capacity.request_blocks(longest)
     low, high = capacity.band_blocks
     if needed < capacity.num_blocks:
         if needed < low:
@@ -153,7 +153,7 @@ def _fitting(options: InstanceOptions, capacity: KvCapacity, num_blocks: int) ->
     low, high = 0, options.max_model_len
     while low < high:
         middle = (low + high + 1) // 2
-        if capacity.request_blocks(middle, options) < num_blocks:
+        if capacity.request_blocks(middle) < num_blocks:
             low = middle
         else:
             high = middle - 1
@@ -170,7 +170,7 @@ def _auto_line(longest: int, fitting: int, capacity: KvCapacity) -> str:
 
 def _too_few_blocks(options: InstanceOptions, capacity: KvCapacity) -> list[str]:
     """Blocks that the user gives are taken as they are, for small caches are worth a look."""
-    if capacity.request_blocks(options.max_model_len, options) < capacity.num_blocks:
+    if capacity.request_blocks(options.max_model_len) < capacity.num_blocks:
         return []
     return [
         f"num_gpu_blocks holds {capacity.tokens} tokens, less than the longest context of "

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from servesim.specs.layers import Layer, ModelLayers, Tensor
 
 MXFP4_TILE = (64, 256)
-"""What a rank's width of an MXFP4 expert and the hidden size are padded to when the kernels of Hopper and
-later take over the weights (gpt-oss-20b on one H100: 13.45 GiB so, 13.47 in a published start-up, 12.82
+"""What a rank's width of an MXFP4 expert and the hidden size are padded to when the Triton kernels of Hopper
+take over the weights (gpt-oss-20b on one H100: 13.45 GiB so, 13.47 in a published start-up, 12.82
 unpadded)."""
 MXFP4_TILE_MARLIN = (128, 256)
-"""The same before Hopper (gpt-oss-120b on four A100: 17.17 GiB a GPU, 17.22 in a published start-up)."""
+"""The same of Marlin's kernels, and FlashInfer's on Blackwell (gpt-oss-120b on four A100: 17.17 GiB a GPU,
+17.22 in a published start-up)."""
 VOCABULARY_PADDING = 64
 """Rows of embedding and output matrix are padded to a multiple of this before they are split."""
 

@@ -179,6 +179,19 @@ class TestGroups:
         plan = plan_groups(kv_layers(layers, "bfloat16", 4))
         assert plan.requests(plan.num_blocks(room.likely), 16384, 2048) == pytest.approx(284, rel=0.04)
 
+    def test_a_start_up_is_planned_as_it_was(self) -> None:
+        """Four A100, weights padded as there; tokens are counted as the version of the start-up counted."""
+        _, capacity = room_of(
+            GPT_OSS, hardware="A100", tp=4, npu_memory_utilization=0.8, max_num_seqs=256, max_model_len=16384
+        )
+        assert capacity.tokens / 16384 == pytest.approx(284, rel=0.04)
+        assert capacity.weight_bytes / 2**30 == pytest.approx(17.22, rel=0.005)
+
+    @pytest.mark.parametrize(("hardware", "gib"), [("H100", 64.55), ("B200", 65.89), ("RTXPRO6000", 65.89)])
+    def test_kernels_of_mxfp4_are_those_of_the_gpu(self, hardware: str, gib: float) -> None:
+        _, capacity = room_of(GPT_OSS, hardware=hardware, max_num_seqs=64, max_model_len=16384)
+        assert capacity.weight_bytes / 2**30 == pytest.approx(gib, abs=0.01)
+
     def test_the_band_holds_both_kernels_of_mxfp4(self) -> None:
         dial = kv_dial(GPT_OSS, "H100", max_num_batched_tokens=8192)
         low, _, high = dial.room_gib
