@@ -104,6 +104,16 @@ def _bracket(value: int, grid: NDArray[np.int64]) -> list[tuple[int, float]]:
     return [(above - 1, 1.0 - weight), (above, float(weight))]
 
 
+def _whole_grid(n: NDArray[np.int64], k: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The n and k that were measured in every combination; the largest of both fits no memory."""
+    measured = np.unique(np.column_stack([n, k]), axis=0)
+    depths, counts = np.unique(measured[:, 1], return_counts=True)
+    depths = depths[counts * 2 >= counts.max()]
+    inside = measured[np.isin(measured[:, 1], depths)]
+    widths, counts = np.unique(inside[:, 0], return_counts=True)
+    return widths[counts >= len(depths) - 1], depths
+
+
 @dataclass(slots=True)
 class GemmTimes:
     """Times of ``[m, k] x [k, n]`` GEMMs in one dtype on one GPU."""
@@ -112,9 +122,9 @@ class GemmTimes:
     dtype: str
     table: KernelTable
     widths: NDArray[np.int64] = field(init=False)
-    """Every measured n, rising."""
+    """Every n that was measured with all of ``depths``, rising."""
     depths: NDArray[np.int64] = field(init=False)
-    """Every measured k, rising."""
+    """The k of the grid, rising; newer tables hold single sizes of models beside it."""
     columns: dict[tuple[int, int], tuple[NDArray[np.float64], NDArray[np.float64]]] = field(init=False)
     """(n, k) to the tile edges it was measured at and the times there, weights from DRAM."""
     stream_start_us: float = field(init=False)
@@ -132,7 +142,12 @@ class GemmTimes:
                 f"{self.table.version}; measured: {', '.join(self.table.values('gemm_dtype'))}"
             )
         m, n, k = rows.integers("m"), rows.integers("n"), rows.integers("k")
-        self.widths, self.depths = np.unique(n), np.unique(k)
+        self.widths, self.depths = _whole_grid(n, k)
+        if not len(self.widths):
+            raise InputError(
+                f"{self.dtype} GEMMs of {self.gpu.folder} with vLLM {self.table.version}: no sizes were "
+                "measured in every combination, so that others cannot be told from them"
+            )
         order = np.lexsort((m, k, n))
         m, n, k, time = m[order], n[order], k[order], rows.latency_us[order]
         starts = np.flatnonzero(np.r_[True, (np.diff(n) != 0) | (np.diff(k) != 0)])
@@ -199,6 +214,13 @@ class GemmTimes:
         beyond = np.maximum(at / edges[-1], 1.0)
         return np.asarray(np.interp(at, edges, times) * beyond)
 
+    def _grid_us(self, tokens: NDArray[np.int64], n: int, k: int) -> NDArray[np.float64]:
+        """At a point of the grid; the one that may be missing is in proportion to the next smaller depth."""
+        if (n, k) in self.columns:
+            return self._column_us(tokens, n, k)
+        near = max(depth for depth in self.depths.tolist() if (n, depth) in self.columns and depth < k)
+        return np.asarray(self._column_us(tokens, n, near) * (k / near))
+
     def measured(self, n: int, k: int) -> bool:
         """Whether (n, k) itself was measured, so that only m is interpolated."""
         return (n, k) in self.columns
@@ -212,6 +234,8 @@ class GemmTimes:
 
         Along n, what is interpolated is the time of a wave of thread blocks where the kernel has them.
         """
+        if (n, k) in self.columns:
+            return np.asarray(LAUNCH_US + self._column_us(tokens, n, k))
         total = np.zeros(len(tokens), dtype=np.float64)
         tiles, sms = TILES.get((self.gpu.folder, self.dtype), ()), self.gpu.sm_count
         edges = tile_edge(tokens).astype(np.float64)
@@ -222,7 +246,7 @@ class GemmTimes:
             if tiles and row_weight > 1.0:  # beyond the table the waves alone say how much more there is
                 full = np.where(edges >= WAVES_FROM, full / row_weight, 1.0)
             for column, column_weight in _bracket(k, self.depths):
-                measured_us = self._column_us(tokens, width, int(self.depths[column]))
+                measured_us = self._grid_us(tokens, width, int(self.depths[column]))
                 total += row_weight * column_weight * full * measured_us
         return LAUNCH_US + total
 

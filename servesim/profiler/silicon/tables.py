@@ -157,7 +157,7 @@ def table_versions(
     found = sorted((path.parent.name for path in folder.glob(f"*/{table}.parquet")), key=_version_key)
     if not like:
         return found
-    return [name for name in found if len(_read(gpu, family, table, framework, name).where(**like))]
+    return [name for name in found if len(_read(folder / name / f"{table}.parquet").where(**like))]
 
 
 def read_table(
@@ -170,12 +170,13 @@ def read_table(
         MissingFileError: there is none.
     """
     versions = table_versions(gpu, family, table, framework)
+    folder = data_root() / "data" / gpu / family / framework
     for version in reversed(versions):
-        found = _read(gpu, family, table, framework, version)
+        found = _read(folder / version / f"{table}.parquet")
         if not like or len(found.where(**like)):
             return found
     if versions:
-        return _read(gpu, family, table, framework, versions[-1])
+        return _read(folder / versions[-1] / f"{table}.parquet")
     package, installed = package_name(), package_version()
     raise MissingFileError(
         f"{package} {installed} has no {framework} table {table} for GPU {gpu!r}; "
@@ -184,18 +185,17 @@ def read_table(
 
 
 @lru_cache(maxsize=64)
-def _read(gpu: str, family: str, table: str, framework: str, version: str) -> KernelTable:
+def _read(path: Path) -> KernelTable:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
         raise InputError(f"reading the kernel tables needs pyarrow; {INSTALL_HINT}") from None
-    path = data_root() / "data" / gpu / family / framework / version / f"{table}.parquet"
     data = parquet.ParquetFile(path).read()  # read_table would import pandas
     columns = {name: _column(data.column(name)) for name in data.column_names}
     latency = columns.pop("latency", None)
     if latency is None:
         raise InputError(f"{path.name} of {package_name()} {package_version()} has no column 'latency'")
-    return KernelTable(table, version, latency.astype(np.float64) * 1e3, columns)
+    return KernelTable(path.stem, path.parent.name, latency.astype(np.float64) * 1e3, columns)
 
 
 def _column(values: Any) -> NDArray[Any]:
