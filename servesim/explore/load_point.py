@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from servesim.explore.warm_runs import Outcome, Target
+    from servesim.results.result import Result
 
 _FIGURES = (
     "median_ttft_ms",
@@ -44,7 +45,8 @@ class LoadPoint:
     bounds_ms: list[float] = field(default_factory=list)
     """What each bound of the SLO is held against, in its order."""
     waits: dict[str, float] = field(default_factory=dict)
-    """Shares of the busy time in which requests waited for ``blocks``, ``slots``, ``budget``."""
+    """Shares of the busy time in which requests waited for ``blocks``, ``slots``, ``budget``; ``link``: share
+    of the time to the first token in which KV was on its way from other instances or a lower tier."""
     complete: bool = True
     """False: the run was given up as the target was certain to be missed; figures are those of the requests
     that had finished."""
@@ -67,6 +69,8 @@ class LoadPoint:
         name, share = max(self.waits.items(), key=lambda each: each[1], default=("", 0.0))
         if share < _NOTABLE:
             return "hardly a request waits: the steps themselves take as long as they do at this load"
+        if name == "link":
+            return f"KV on its way over links takes {percent(share)} of the time to the first token"
         what = {
             "blocks": "KV blocks",
             "slots": "a place among the running requests (--max-num-seqs)",
@@ -131,9 +135,20 @@ def load_point(load: float, outcome: Outcome, target: Target) -> LoadPoint:
             "good_per_s": good / duration if duration else 0.0,
         },
         bounds_ms=[bound.value_ms(result) for bound in target.slo.bounds],
-        waits={"blocks": held.blocks, "slots": held.slots, "budget": held.budget},
+        waits={"blocks": held.blocks, "slots": held.slots, "budget": held.budget, **_links(result)},
         growing=any("queue grew" in reason for reason in _reasons(summary["saturation"])),
     )
+
+
+def _links(result: Result) -> dict[str, float]:
+    """The share of links, where there are transfers to wait for."""
+    if not any(log.tier is not None or log.spec.pd_type for log in result.instances):
+        return {}
+    from servesim.results.blame import blame
+
+    parts, first_ns = blame(result), int(result.requests["TTFT"].sum())
+    waited_ns = int(parts["transfer"].sum()) + int(parts["recall"].sum())
+    return {"link": min(waited_ns / first_ns, 1.0) if first_ns else 0.0}
 
 
 def _reasons(saturation: dict[str, Any]) -> list[str]:

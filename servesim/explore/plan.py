@@ -325,7 +325,11 @@ class _Search:
             finalist = Finalist(trial)
             percent = trial.error_percent
             if percent and percent < 100:
-                finalist.if_slower = self._run(trial.fleet, slower=1 + percent / 100).meets
+                shorter, longer = (
+                    self._run(trial.fleet, slower=1 + sign * percent / 100) for sign in (-1, 1)
+                )
+                finalist.if_slower = longer.meets
+                finalist.band = _kept_score(shorter), _kept_score(longer)
             if trial.blocks:
                 low = [ends[0] for ends in trial.blocks]
                 finalist.if_less_kv = self._run(trial.fleet, blocks=low).meets
@@ -403,6 +407,10 @@ class _Search:
                 count -= 1
             need[rate] = count
         self._plan.hours = [(rate, need[rate]) for rate in rates]
+
+
+def _kept_score(trial: Trial) -> float | None:
+    return trial.score if trial.meets else None
 
 
 def _missed(part: str) -> str:

@@ -103,6 +103,9 @@ class Finalist:
     trial: Trial
     if_slower: bool | None = None
     """Kernel times longer by their stated error."""
+    band: tuple[float | None, float | None] | None = None
+    """Worst figure as a share of its bound with kernel times shorter, and longer, by their stated error; None
+    for an end that misses."""
     if_less_kv: bool | None = None
     """KV caches at the low end of their band."""
     if_more_load: bool | None = None
@@ -127,6 +130,7 @@ class Finalist:
             **self.trial.row(),
             "binding": self.binding(question),
             "kernel_error_percent": self.trial.error_percent,
+            "score_band": self.band and [end and round(end, 6) for end in self.band],
             "keeps_if_slower": self.if_slower,
             "keeps_if_less_kv": self.if_less_kv,
             "keeps_if_more_load": self.if_more_load,

@@ -92,11 +92,20 @@ def _finalists(plan: Plan) -> Table:
                 digits(trial.figures["p99_ttft_ms"]),
                 digits(trial.figures["p99_tpot_ms"]),
                 digits(trial.figures["j_per_output_token"]),
-                f"{trial.score * 100:.0f} %",
+                _of_bound(finalist),
                 _keeps(finalist),
             ]
         )
     return table
+
+
+def _of_bound(finalist: Finalist) -> str:
+    """Worst figure as a share of its bound, and from where to where kernel times may move it."""
+    share = f"{finalist.trial.score * 100:.0f} %"
+    if finalist.band is None:
+        return share
+    low, high = ("over 100" if end is None else f"{end * 100:.0f}" for end in finalist.band)
+    return f"{share} ({low} to {high})"
 
 
 def _keeps(finalist: Finalist) -> str:
@@ -110,8 +119,9 @@ def _conditions(plan: Plan) -> list[str]:
     return [
         _line(
             "keeps",
-            f"k: with kernel times longer by their stated error ({error:g} % for the first); c: with KV "
-            "caches as small as their band says; r: with 20 % more load; -: not",
+            f"k: with kernel times longer by their stated error ({error:g} % for the first; in brackets the "
+            "worst figure with times shorter and longer by it); c: with KV caches as small as their band "
+            "says; r: with 20 % more load; -: not",
         )
     ]
 

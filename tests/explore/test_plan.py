@@ -227,6 +227,19 @@ def test_more_load_and_prices_name_another_fleet() -> None:
     assert found.finalists[-1].trial.fleet.hardware == FAST
 
 
+def test_finalists_have_a_band_of_their_worst_figure() -> None:
+    write_workload(1000, tokens=12)
+    found = servesim.plan(asked("ttft:9 tpot:9", fleet={"max_num_seqs": [8]}))
+    best = found.finalists[0]
+    assert best.band is not None
+    low, high = best.band
+    assert low is not None
+    assert low < best.trial.score
+    assert high is None or high > best.trial.score
+    assert (high is not None) == best.if_slower
+    assert found.to_dict()["finalists"][0]["score_band"][0] == round(low, 6)
+
+
 def test_the_peak_of_a_day_sizes_the_fleet() -> None:
     one_ms = service_ms(HARDWARE)
     rates = [500 / one_ms, 2500 / one_ms, 1500 / one_ms]

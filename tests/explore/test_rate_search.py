@@ -128,6 +128,16 @@ def test_goodput_counts_requests_that_keep_every_bound() -> None:
     assert found.curve[-1].goodput < 0.9
 
 
+def test_slow_links_are_what_binds() -> None:
+    """A prompt of 40 to 99 tokens has 160 bytes of KV a token: 1e-5 GB/s moves it in about a second."""
+    sides = [toy_instance(pd_type="prefill"), toy_instance(pd_type="decode")]
+    Path(CLUSTER).write_text(json.dumps(toy_cluster(sides, link_bw=1e-5)), encoding="utf-8")
+    found = search("ttft:6000", patterns=1, kernel_error=False)
+    assert found.load is not None
+    assert "KV on its way over links takes" in found.binding
+    assert found.curve[0].waits["link"] > 0.5
+
+
 def test_bounds_that_no_load_keeps_are_told_with_the_figure(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["slo", "--cluster-config", CLUSTER, "--dataset", WORKLOAD, "--slo", "ttft:0.001"]
     assert main(words) == 1
