@@ -77,6 +77,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "(default: on)",
     )
     add_report_arguments(parser)
+    parser.add_argument(
+        "--error-band",
+        action=BooleanOptionalAction,
+        default=True,
+        help="run every set again with kernel times at both ends of their 80 %% interval, for the band of "
+        "every figure (default: on)",
+    )
     add_arguments(parser, exclude=(*_NOT_COMPARED, *output_fields()))
     for action in parser._actions:
         if action.dest == "dataset":
@@ -110,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
             options=without(options, "log_level"),
             slo=args.slo,
             capacity_band=args.capacity_band,
+            error_band=args.error_band,
             before_run=_tell if sys.stderr.isatty() else None,
         )
     for name, reason in comparison.failures.items():

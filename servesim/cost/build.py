@@ -163,6 +163,11 @@ class Costs:
         version = _second_runner(model, options)
         return describe_host(self._facts(instance.hardware), engine, version)
 
+    def is_calibrated(self, instance: InstanceSpec) -> bool:
+        """Whether the hardware file has constants of a recorded machine or of public rows."""
+        facts = self._facts(instance.hardware)
+        return facts.calibration is not None or facts.engine_rows is not None
+
     def front_end_us(
         self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions
     ) -> tuple[float, float]:

@@ -26,7 +26,7 @@ from servesim.memory.memory_map import MemoryMap
 from servesim.memory.plan import group_rules
 from servesim.memory.start_up import start_up
 from servesim.results.records import InstanceLog
-from servesim.results.stated_errors import reach_of, stated_error
+from servesim.results.stated_errors import reach_of, stated_error, uncertainty
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 from servesim.specs.acting import Scene, notes_of
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from servesim.cost.bundle import Bundle
     from servesim.cost.offload import Offload
     from servesim.cost.step_cost import StepCost
-    from servesim.engine.noise import StepNoise
+    from servesim.engine.noise import StepNoise, StepShift
     from servesim.engine.simulation import Observer
     from servesim.results.records import RunLog
     from servesim.specs.cluster import ClusterSpec
@@ -104,7 +104,7 @@ def build_simulation(
     workload: Workload,
     options: RuntimeOptions,
     kept: Kept | None = None,
-    noise: Callable[[int], StepNoise] | None = None,
+    noise: Callable[[int], StepNoise | StepShift] | None = None,
 ) -> Simulation:
     """The instances of a cluster, with their kernel times loaded and their memory planned.
 
@@ -149,7 +149,14 @@ def scene(
         has_ids=any(request.has_ids for request in workload),
         names_models=all(request.model is not None for request in workload),
         drawn_arrivals=workload.drawn_arrivals,
+        equal_lengths=_equal_lengths(workload),
     )
+
+
+def _equal_lengths(workload: Workload) -> bool:
+    """Whether all prompts, and all answers, are of one length; a single request says nothing."""
+    lengths = {(request.input_tokens, request.output_tokens) for request in workload}
+    return len(workload) > 1 and len(lengths) == 1
 
 
 def step_pricing(cluster: ClusterSpec, options: RuntimeOptions, index: int) -> StepPricing:
@@ -225,7 +232,7 @@ class Builder:
             groups.setdefault(f"group {spec.dp_group}" if tied else index, []).append(index)
         return list(groups.values())
 
-    def plan(self, group: list[int], noise: Callable[[int], StepNoise] | None = None) -> LoopPlan:
+    def plan(self, group: list[int], noise: Callable[[int], StepNoise | StepShift] | None = None) -> LoopPlan:
         """The loop that runs the instances of ``group``; ``noise`` as in :func:`build_simulation`."""
         pricing = self.pricing(group)
         members = [self._instance(index, pricing) for index in group]
@@ -302,6 +309,12 @@ class Builder:
             self._costs.host(spec, model, options),
             self._new_steps(),
             front_end_us=self._costs.front_end_us(spec, model, options),
+            uncertainty=uncertainty(
+                bundle.meta,
+                spec.hardware,
+                calibrated=self._costs.is_calibrated(spec),
+                version=options.vllm_version if options.plan_as_vllm else None,
+            ),
             tier=tier.memory if tier else None,
             stated_error=stated_error(bundle.meta, spec.hardware, options.kv_dtype),
             reach=reach_of(bundle.meta, bundle.measured_reach(spec.tp_size)),

@@ -54,7 +54,7 @@ class StepNoise:
             self._factors = np.concatenate((self._factors, units))
         return self._factors[first : first + count]
 
-    def step_ns(self, step: int, duration_ns: int) -> int:
+    def step_ns(self, step: int, duration_ns: int, mixed: bool = False) -> int:  # noqa: ARG002 - as StepShift
         """The duration of one step with its noise."""
         return (duration_ns * int(self.factors(step, 1)[0]) + _HALF) >> _SHIFT
 
@@ -64,3 +64,24 @@ class StepNoise:
         # in two parts, since the product with a duration of some hours does not fit 64 bits
         units, rest = durations_ns >> _SHIFT, durations_ns & _REST
         return units * factors + ((rest * factors + _HALF) >> _SHIFT)
+
+
+class StepShift:
+    """Every step a little longer, or shorter, than its kernel times say: what a run would be if they err."""
+
+    def __init__(self, prefill: float, decode: float) -> None:
+        """
+        Args:
+            prefill: factor of steps with a prefill chunk.
+            decode: factor of steps that only decode.
+        """
+        self._prefill, self._decode = prefill, decode
+
+    def step_ns(self, step: int, duration_ns: int, mixed: bool = False) -> int:  # noqa: ARG002 - as StepNoise
+        """The duration of one step; ``mixed``: it has a prefill chunk."""
+        return max(round(duration_ns * (self._prefill if mixed else self._decode)), 1)
+
+    def run_ns(self, first: int, durations_ns: NDArray[np.int64]) -> NDArray[np.int64]:  # noqa: ARG002 - likewise
+        """The durations of consecutive steps that only decode."""
+        shifted: NDArray[np.int64] = np.rint(durations_ns * self._decode).astype(np.int64)
+        return np.maximum(shifted, 1)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from servesim.engine.clock import Clock
     from servesim.engine.decode_set import DecodeSet
     from servesim.engine.instance import Instance
-    from servesim.engine.noise import StepNoise
+    from servesim.engine.noise import StepNoise, StepShift
     from servesim.engine.request_state import RequestState
 
 _MIN_JUMP = 2  # steps; below this, there is nothing to gain
@@ -106,7 +106,7 @@ class LoopPlan:
     """Pipeline stages."""
     jump: bool = True
     """Whether quiet stretches are jumped over."""
-    noise: StepNoise | None = None
+    noise: StepNoise | StepShift | None = None
     """Makes every step a little faster or slower."""
 
 
@@ -281,7 +281,8 @@ class StepLoop:
         free, time = self._stage_free_ns, compute_ns
         for stage, (compute, hand_over) in enumerate(self.times.stages_ns(wave.batches)):
             if self._noise:
-                compute = self._noise.step_ns(self._launched, compute)
+                mixed = any(batch is not None and batch.chunks for batch in wave.batches)
+                compute = self._noise.step_ns(self._launched, compute, mixed)
             time = max(time, free[stage]) + compute
             free[stage] = time
             if self._piped:

@@ -18,9 +18,11 @@ from servesim.api import (
     single,
     with_flags,
 )
+from servesim.engine.build import Kept
 from servesim.errors import InputError, MissingFileError
 from servesim.explore.capacity_band import band_runs, capacity_matters
 from servesim.explore.differences import differences, trust_lines
+from servesim.explore.error_band import error_bands, survivals
 from servesim.explore.rows import figures
 from servesim.explore.slo import judge, parse_slo
 from servesim.explore.verdict import verdict
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
     from servesim.explore.capacity_band import BandRuns
     from servesim.explore.differences import Differences
+    from servesim.explore.error_band import ErrorBands
     from servesim.explore.rows import Row
     from servesim.explore.slo import Slo
     from servesim.results.result import Result
@@ -61,6 +64,8 @@ class Comparison:
     """How the differences spread under noise, where that was asked for."""
     bands: list[BandRuns | None] = field(default_factory=list)
     """Every set at both ends of its capacity band, where the capacity has a part in the results."""
+    error_bands: dict[str, ErrorBands] = field(default_factory=dict)
+    """Label -> 80 % intervals of its figures by the errors of kernel times, where they were asked for."""
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -72,7 +77,8 @@ class Comparison:
         """What each change did and why, in a few sentences derived from the results."""
         bands = self.bands or [None] * len(self.names)
         noise = self.differences.sets if self.differences else {}
-        return "\n".join(
+        surviving = survivals(self.names, self.results, self.error_bands)
+        told = [
             verdict(
                 self.names[0],
                 self.results[0],
@@ -83,7 +89,8 @@ class Comparison:
                 bands=(bands[0], band),
             )
             for name, result, band in zip(self.names[1:], self.results[1:], bands[1:], strict=True)
-        )
+        ]
+        return "\n".join(" ".join(filter(None, both)) for both in zip(told, surviving, strict=True))
 
     @cached_property
     def trust(self) -> list[str]:
@@ -134,6 +141,7 @@ class Comparison:
             "rows": rows,
             **({"slo": [asdict(bound) for bound in self.slo.bounds]} if self.slo else {}),
             **({"ensemble": self.differences.to_dict()} if self.differences else {}),
+            "error_bands": {name: bands.to_dict() for name, bands in self.error_bands.items()},
             "conclusions": self.conclusions,
             "verdict": self.verdict,
             "trust": self.trust,
@@ -186,6 +194,7 @@ def compare(
     *,
     slo: str | Sequence[str] | Mapping[str, float] | None = None,
     capacity_band: bool = True,
+    error_band: bool = True,
     before_run: Callable[[str], None] | None = None,
     **flags: Any,
 ) -> Comparison:
@@ -202,6 +211,7 @@ def compare(
             (milliseconds, P99 unless said: ``ttft:p95:1000``).
         capacity_band: False: do not run again at both ends of the KV capacity's band, which is done where
             requests waited for KV blocks.
+        error_band: False: do not run again at both ends of the kernel times' 80 % interval.
         before_run: called with the label of each set before it runs.
         **flags: single options for every set.
 
@@ -221,7 +231,9 @@ def compare(
         with _told_with_set(name):
             check_used(each, "compare", workload, cluster)
     results = []
+    found: dict[str, ErrorBands] = {}
     loaded: dict[tuple[object, ...], Workload] = {}
+    kept: dict[tuple[object, ...], Kept] = {}
     for name, each in own.items():
         with _told_with_set(name):
             spec = read_cluster(each, cluster)
@@ -232,8 +244,12 @@ def compare(
             before_run(name)
         requests = workload if isinstance(workload, Workload) else loaded[key]
         with _told_with_set(name):
-            results.append(simulate_loaded(spec, requests, single(each)))
-    comparison = Comparison(list(own), results, level)
+            own_kept = kept.setdefault(key, Kept())
+            result = simulate_loaded(spec, requests, single(each), kept=own_kept)
+            results.append(result)
+            if error_band and (bands := error_bands(result, own_kept)) is not None:
+                found[name] = bands
+    comparison = Comparison(list(own), results, level, error_bands=found)
     if comparison.failures:
         return comparison
     if common.ensemble:

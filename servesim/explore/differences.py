@@ -175,10 +175,13 @@ def _left_out(results: Sequence[Result]) -> str:
         for log in result.instances:
             by_words.setdefault(log.host, {})[log.spec.hardware] = None
     hosts = [f"{', '.join(hardware)}: {words}" for words, hardware in by_words.items()]
-    return (
+    logs = [log for result in results for log in result.instances]
+    front_ends = [log.front_end_us[0] > 0 for log in logs]
+    left_out = (
         "not in the figures: client and API server (6 to 12 ms of TTFT between public vLLM results and "
-        f"kernel times). Host of {'; '.join(hosts)}"
+        "kernel times). "
     )
+    return f"{'' if all(front_ends) else left_out}Host of {'; '.join(hosts)}"
 
 
 def _capacity(names: Sequence[str], results: Sequence[Result]) -> str:

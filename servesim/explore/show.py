@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.explore.error_band import bands_text
 from servesim.explore.slo import num_gpus, ttft_error, worst_error
 from servesim.results.banner import workload_line
 from servesim.results.table import Table
@@ -32,6 +33,8 @@ _NEITHER = frozenset({"peak_batch", "mean_power_w", "num_gpus"})
 def comparison_text(comparison: Comparison) -> str:
     """Heading, table, verdict, what does not act, and trust."""
     parts = ["\n".join(heading(comparison)), _table(comparison), wrapped_verdict(comparison)]
+    if comparison.error_bands:
+        parts.append(bands_text(comparison.names, comparison.error_bands))
     if comparison.differences is not None:
         parts.append(comparison.differences.text())
     parts.append("\n".join(wrapped(f"note: {note}", indent="  ") for note in notes(comparison)))

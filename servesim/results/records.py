@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.memory.plan import KvCapacity
-    from servesim.results.stated_errors import Reach, StatedError
+    from servesim.results.stated_errors import Reach, StatedError, Uncertainty
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.options import InstanceOptions
 
@@ -195,6 +195,8 @@ class InstanceLog:
     """Of a pipeline: its stages. Empty where there is one only."""
     stated_error: StatedError | None = None
     """How far its kernel times are off, as far as that was measured."""
+    uncertainty: Uncertainty | None = None
+    """80 % interval of its step times; None: not known."""
     reach: Reach | None = None
     """Where the measurements under its kernel times end."""
     pricing: Pricing | None = None

@@ -7,6 +7,7 @@ are added up.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from servesim.slotted import dataclass
@@ -32,9 +33,9 @@ CHUNKED_PROMPTS: dict[str, tuple[int, int | None]] = {
     "RTXPRO6000": (14, 6),
 }
 """%: a long prompt in chunks against the same in one piece, silicon; with 16-bit and with fp8 KV."""
-PUBLIC_RUNS = {"B200": (18.1, 21.0), "H100": (5.3, 12.4), "H200": (7.3, 15.7)}
-"""%: median absolute error of the mean TPOT and the mean TTFT of public serving runs, silicon, the worst
-setting (the measured TTFT holds a client's time, which no figure here does)."""
+PUBLIC_RUNS = {"B200": (8.0, 8.9), "H100": (5.1, 6.3), "H200": (4.5, 4.7)}
+"""%: median absolute error of the mean TPOT and the mean TTFT of public serving runs of Llama-3.1-70B,
+silicon with the constants of the hardware file, the worst degree."""
 ROOFLINE_STEPS: dict[str, tuple[int, int]] = {
     "A100": (17, 60),
     "B200": (4, 36),
@@ -76,6 +77,51 @@ class StatedError:
     def ttft_percent(self) -> float:
         """What counts for TTFT."""
         return self.percent if self.ttft is None else max(self.ttft, self.percent)
+
+
+@dataclass(slots=True, frozen=True)
+class Uncertainty:
+    """How far the step times of an instance may be off: half of an 80 % interval, as shares."""
+
+    prefill: float
+    """Of steps with a prefill chunk."""
+    decode: float
+    """Of steps that only decode."""
+    front_end_ms: tuple[float, float]
+    """What a client's TTFT may hold less, and more, than the modelled front end."""
+    reason: str
+
+    def beyond_range(self) -> Uncertainty:
+        """The same where contexts are longer than any that was measured."""
+        return Uncertainty(
+            math.hypot(self.prefill, BEYOND_RANGE),
+            math.hypot(self.decode, BEYOND_RANGE),
+            self.front_end_ms,
+            self.reason,
+        )
+
+
+SERVED: dict[str, tuple[float, float]] = {
+    "H100": (0.10, 0.07),
+    "H200": (0.09, 0.07),
+    "B200": (0.16, 0.10),
+    "A100": (0.10, 0.10),
+}
+"""GPU -> (prefill, decode) of silicon bundles with the constants of its hardware file: P80 of the absolute
+errors of mean TTFT and mean TPOT over its public rows, from H100 for A100, which has two rows."""
+NOT_SERVED = (0.27, 0.15)
+"""The same without such constants: P80 of the errors of H100, H200 and B200 before they had any."""
+RECORDED_HOST = {"silicon": (0.03, 0.02), "measured": (0.02, 0.01)}
+"""The same on the recorded machine with its host constants: the worst recording that was not fitted."""
+NO_RECORDED_HOST = (0.20, 0.04)
+"""Measured bundles without host constants: the worst recording."""
+PER_VERSION = 0.003
+"""For every minor version of vLLM between the tables and the one asked for: 0.19 to 0.28 moved the mean TPOT
+of one model by 3 %."""
+BEYOND_RANGE = 0.12
+"""Contexts beyond the measured ones: 9 to 14 % off where longer ones are known."""
+FRONT_END_KNOWN, FRONT_END_UNKNOWN = (3.0, 3.0), (0.0, 12.0)
+"""ms: the spread over H100 servers; what public servers show on top of kernel times."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -161,3 +207,49 @@ def _of_silicon(hardware: str, column: int) -> StatedError:
     if tpot > percent:
         return StatedError(tpot, "silicon: mean TPOT of public serving runs on this GPU", ttft)
     return StatedError(percent, reason, ttft)
+
+
+def uncertainty(
+    meta: Mapping[str, Any], hardware: str, *, calibrated: bool, version: str | None = None
+) -> Uncertainty:
+    """How far step times may be off with this bundle, by kind of table, GPU and distance of versions.
+
+    Args:
+        meta: the bundle's.
+        hardware: of the instance.
+        calibrated: whether its hardware file has constants of a server.
+        version: of vLLM as asked for; None: not said.
+    """
+    source = meta.get("source") or ("vllm" if meta.get("vllm_version") else "")
+    front_end = FRONT_END_KNOWN if calibrated and hardware in SERVED else FRONT_END_UNKNOWN
+    if source == "silicon":
+        prefill, decode = NOT_SERVED
+        reason = "public tables, no server of this GPU is known"
+        if hardware == CHECKED_GPU and calibrated:
+            (prefill, decode), reason = RECORDED_HOST["silicon"], "public tables, recorded runs on this GPU"
+            front_end = (0.0, 0.0)
+        elif hardware in SERVED and calibrated:
+            (prefill, decode), reason = SERVED[hardware], "public tables, public serving runs on this GPU"
+    elif source in ("vllm", "torch"):
+        (prefill, decode), reason = NO_RECORDED_HOST, "measured kernels, no host constants"
+        if calibrated:
+            (prefill, decode), reason = RECORDED_HOST["measured"], "measured kernels, recorded runs"
+            front_end = (0.0, 0.0)
+    elif source == "roofline":
+        median, p95 = ROOFLINE_STEPS.get(hardware, ROOFLINE_OTHERS)
+        prefill = decode = (median + 0.6 * (p95 - median)) / 100  # P80 of a bell through median and P95
+        reason = "roofline"
+    else:
+        (prefill, decode), reason = NOT_SERVED, "a bundle that does not say where it is from"
+    apart = _minor(version) - _minor(meta.get("vllm_version")) if version and meta.get("vllm_version") else 0
+    if apart:
+        drift = abs(apart) * PER_VERSION
+        prefill, decode = math.hypot(prefill, drift), math.hypot(decode, drift)
+        reason += f", {abs(apart)} minor versions of vLLM apart"
+    return Uncertainty(prefill, decode, front_end, reason)
+
+
+def _minor(version: object) -> int:
+    """The second number of a version, 0 where there is none."""
+    parts = str(version).split(".")
+    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0

@@ -60,6 +60,8 @@ class Scene:
     """Whether every request says which model it wants."""
     drawn_arrivals: bool
     """Whether the arrivals are random numbers of the seed."""
+    equal_lengths: bool = False
+    """Whether all prompts, and all answers, are of one length."""
 
     @property
     def instances(self) -> list[InstanceSpec]:
@@ -120,6 +122,12 @@ def _notes_of_workload(scene: Scene) -> Iterator[str]:
     """What requests ask for and no instance heeds."""
     if scene.priorities > 1 and all(options.scheduling_policy == "fcfs" for options in scene.resolved):
         yield "the priorities of the requests have no effect here: --scheduling-policy is fcfs"
+    if scene.options.max_concurrency > 1 and scene.equal_lengths:
+        yield (
+            "all requests are of the same length in a closed loop, so they march in lock step: prompts are "
+            "computed together and come back together, and TTFT may read twice what clients see, whose "
+            "lengths vary by some per cent (workload synth --input-len uniform:980:1020)"
+        )
 
 
 def _twins(scene: Scene) -> Iterator[str]:

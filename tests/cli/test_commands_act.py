@@ -116,7 +116,7 @@ CANNOT = {
 ELSEWHERE = {
     "support": {"--matrix"},
     "kv": {"--matrix", "--disable-hybrid-kv-cache-manager", "--auto-profile"},
-    "compare": {"--capacity-band"},
+    "compare": {"--capacity-band", "--error-band"},
     "bench replay": {"--engine", "--url", "--max-duration", "--timeout"},
 }
 """Flags with tests of their own: another table, models of several KV groups, servers that hang."""

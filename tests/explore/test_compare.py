@@ -112,7 +112,7 @@ def test_something_out_of_nothing_has_no_percentage() -> None:
 
 
 def test_the_table_fits_and_is_aligned() -> None:
-    lines = comparison_text(fp8_against_auto()).splitlines()
+    lines = comparison_text(fp8_against_auto()).partition("80 % bands")[0].splitlines()
     table = [
         line for line in lines if line.startswith(("KV cache", "KV size", "TTFT", "peak batch", "makespan"))
     ]

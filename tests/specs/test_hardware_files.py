@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from servesim.errors import InputError
@@ -31,16 +33,21 @@ def test_the_uncalibrated_engine_has_no_host_time() -> None:
     assert engine.cudagraph
 
 
-def test_only_a_machine_that_was_recorded_ships_with_host_time() -> None:
+def test_constants_of_a_server_name_their_rows() -> None:
     timed = {
         path.stem: load_hardware(path.stem)
         for path in paths.find_all("configs/hardware/*.yaml")
         if load_hardware(path.stem).engine != EngineSpec()
     }
-    assert set(timed) == {"RTXPRO6000"}
-    calibration = timed["RTXPRO6000"].calibration
-    assert calibration is not None
-    assert calibration.machine in describe_host(timed["RTXPRO6000"], timed["RTXPRO6000"].engine)
+    assert set(timed) == {"A100", "B200", "H100", "H200", "RTXPRO6000"}
+    for name, hardware in timed.items():
+        told = describe_host(hardware, hardware.engine)
+        if hardware.calibration is not None:
+            assert hardware.calibration.machine in told
+            continue
+        assert hardware.engine_rows is not None, name
+        assert hardware.engine_rows in told
+        assert re.search(r"rows? of|stages of", hardware.sources["engine"]), name
 
 
 @pytest.mark.parametrize(
@@ -61,8 +68,18 @@ def test_the_line_about_the_host_tells_whose_time_it_is(engine: EngineSpec, told
 
 
 def test_hardware_that_nobody_calibrated_says_so() -> None:
-    gpu = load_hardware("H100")
+    gpu = load_hardware("L40S")
     assert "no machine is calibrated" in describe_host(gpu, gpu.engine)
+
+
+def test_the_second_runner_has_no_time_per_step_with_prefill() -> None:
+    gpu = load_hardware("RTXPRO6000")
+    engine = resolve_engine(gpu, None, second_runner=True)
+    assert engine.prefill_step_overhead_us == 0.0
+    assert engine.decode_step_overhead_us == gpu.engine.decode_step_overhead_us
+    assert "none per step with prefill in vLLM 0.28" in describe_host(gpu, engine, "0.28")
+    stated = resolve_engine(gpu, EngineSpec(prefill_step_overhead_us=5.0), second_runner=True)
+    assert stated.prefill_step_overhead_us == 5.0
 
 
 def test_the_shipped_gpu_names_its_sources() -> None:
