@@ -23,7 +23,7 @@ import make_model_fields  # noqa: E402
 from servesim.errors import InputError  # noqa: E402
 from servesim.specs.model import _ALIASES, ModelSpec, model_from_config  # noqa: E402
 
-LONGEST = 13_000
+LONGEST = 31_000
 READ = {*ModelSpec.model_fields, *_ALIASES} - {"name", "path", "layers"} | {
     "use_sliding_window",
     "max_window_layers",

@@ -10,8 +10,10 @@ from servesim.cost.bundle import load_bundle
 from servesim.errors import NotSupportedError
 from servesim.profiler.bundle_writer import BundleContent, bundle_files, write_bundle
 from servesim.profiler.roofline.meter import BY_NAME, layer_kind
+from servesim.specs import paths
 from servesim.specs.architecture import LayerEntry
-from servesim.specs.block_layers import architecture_of
+from servesim.specs.block_layers import architecture_of, attention_groups
+from servesim.specs.hardware import load_hardware
 from servesim.specs.model import known_models, load_model
 from servesim.specs.rank_shapes import block_windows
 from servesim.specs.runnable import why_not_simulated
@@ -138,3 +140,35 @@ def test_latent_attention_of_few_heads_costs_less() -> None:
     one, eight = (attention(build_bundle(job(deepseek, tp_degrees=(tp,))), tp) for tp in (1, 8))
     assert all(eight[point] < one[point] for point in one)
     assert one[0, 0, 16, 1024] > one[0, 0, 16, 16]
+
+
+KINDS = (
+    "openai/gpt-oss-20b",  # windows and sinks, MXFP4
+    "deepseek-ai/DeepSeek-R1",  # latents, fp8 in blocks
+    "deepseek-ai/DeepSeek-V3.2",  # an indexer
+    "Qwen/Qwen3-Next-80B-A3B-Instruct",  # a gated delta net, shared experts
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",  # Mamba-2, experts without a gate
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct",  # chunks
+    "moonshotai/Kimi-K2.5",  # int4
+    "nvidia/Gemma-4-31B-IT-NVFP4",  # heads of two sizes, NVFP4
+    "deepseek-ai/DeepSeek-V4-Flash",  # compressed tokens
+)
+HARDWARE = sorted(path.stem for path in paths.find_all("configs/hardware/*.yaml"))
+
+
+@pytest.mark.parametrize("hardware", HARDWARE)
+def test_every_kind_of_layer_has_a_time_on_every_hardware(hardware: str) -> None:
+    facts = load_hardware(hardware)
+    for name in KINDS:
+        model = load_model(name)
+        asked = job(model, hardware=facts, dtype=model.torch_dtype, tp_degrees=(4,))
+        if facts.memory_bandwidth_gbs is None or not facts.peak_tflops:
+            continue
+        content = build_bundle(asked)
+        assert all(row[-1] > 0 for rows in content.tables.values() for row in rows)
+        labels = {group.label for group in attention_groups(model.layers)}
+        assert {name[:-4] for _, name in content.tables if name.startswith("attention")} == labels
+
+
+def test_at_least_sixty_models_are_shipped() -> None:
+    assert len([name for name in known_models() if not name.startswith("servesim/")]) >= 60

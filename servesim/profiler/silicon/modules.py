@@ -9,6 +9,7 @@ the measured model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -227,7 +228,7 @@ def module_times(
             )
         if not attention.index_top_k:
             expand = (heads * (attention.nope_dim + attention.value_dim), attention.kv_rank)
-            upper = lambda tokens: product_us(tokens, expand, "bfloat16")  # noqa: E731
+            upper = lru_cache(maxsize=None)(lambda tokens: product_us(tokens, expand, "bfloat16"))
         elif not attention.index_dim:
             notes.append("another layer's index is used: timed with an indexer, an upper bound")
     kept = attention.window if isinstance(attention, CompressedAttention) and not attention.ratio else 0
@@ -292,6 +293,7 @@ def _own_products(group: AttentionGroup, tp: int) -> list[Product]:
 def _difference(
     own: list[Product], element: str, measured: list[Product], used: str, product_us: ProductUs
 ) -> Callable[[int], float]:
+    @cache
     def more(rows: int) -> float:
         mine = sum(product_us(rows, product, element) for product in own)
         return mine - sum(product_us(rows, product, used) for product in measured)
