@@ -103,7 +103,7 @@ class Agreement:
         self.simulated = RunTimes(
             table[anchor] + shift,
             table["queued"] + shift,
-            table["arrival"] + table["queuing_delay"] + shift,
+            np.array([record.scheduled_ns for record in result.records], dtype=np.int64) + shift,
             table["arrival"] + table["TTFT"] + shift,
             table["end_time"] + shift,
             table["output"],

@@ -28,9 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="hardware file whose engine constants are used, as written by `servesim bench calibrate`",
     )
+    add(
+        "--margin",
+        type=_margin,
+        default=5.0,
+        metavar="PERCENT",
+        help="means that differ by less count as equal (default: 5)",
+    )
     add("--json", metavar="FILE", help="every figure as JSON")
     add("--plots", metavar="DIR", help="PNG plots: CDFs, running and waiting over time, throughput")
     add_report_arguments(parser, plots=False)
+
+
+def _margin(text: str) -> float:
+    import argparse
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; must be a number above 0, up to 100")
+    return value
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,11 +118,15 @@ def run(args: argparse.Namespace) -> int:
         recorded = replace(recorded, cluster=with_calibration(recorded.cluster, hardware, args.calibration))
     with bundles_from(args.bundles):
         agreement = recorded.simulate(args.anchor or recorded.recording.anchors[0])
-    from servesim.bench.validate import comparison_text
+        from servesim.bench.fit import fit_tests, fit_text, moves
+        from servesim.bench.validate import comparison_text
 
+        fit = {"tests": fit_tests(agreement, args.margin), "moves": moves(agreement)}
     print(comparison_text(recorded, agreement))
+    print()
+    print(fit_text(fit["tests"], fit["moves"]))
     if args.json:
-        write_json(args.json, recorded, agreement, hardware)
+        write_json(args.json, recorded, agreement, hardware, fit)
         print(f"{args.json}: every figure")
     if args.plots:
         from servesim.bench.agreement import save_plots
@@ -155,9 +178,13 @@ def read_calibration(path: str) -> HardwareSpec:
 
 
 def write_json(
-    path: str | Path, recorded: RecordedRun, agreement: Agreement, hardware: HardwareSpec | None
+    path: str | Path,
+    recorded: RecordedRun,
+    agreement: Agreement,
+    hardware: HardwareSpec | None,
+    fit: dict[str, Any],
 ) -> None:
-    """Every figure of the comparison, and what it was made with."""
+    """Every figure of the comparison, its tests, and what it was made with."""
     import json
 
     from servesim.results.atomic import atomic_write
@@ -180,6 +207,7 @@ def write_json(
         "kv_blocks": recorded.kv_blocks,
         "not_simulated": recorded.not_simulated,
         **agreement.report(),
+        **fit,
     }
     with atomic_write(path, "w") as handle:
         handle.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
