@@ -102,6 +102,21 @@ class FullAttention:
     def ns(self, batch: BatchShape, tokens: int) -> float:  # noqa: ARG002 - attention is never padded
         """See :class:`servesim.cost.terms.Term`."""
         n = batch.num_decodes
+        if batch.draft_tokens:
+            return self._decodes_and_chunks_ns(batch, n) + self._ns_per_us * self.drafts_us(batch)
+        return self._decodes_and_chunks_ns(batch, n)
+
+    def drafts_us(self, batch: BatchShape) -> float:
+        """µs that one block takes longer since decodes verify drafts: where computing takes longer than
+        reading the KV."""
+        from servesim.cost.drafting import verification_us
+
+        n = batch.num_decodes
+        mean = batch.kv_sum // n
+        computing = verification_us(self.tensor, n + batch.draft_tokens, mean)
+        return max(computing - self._block_row(n).ns(mean), 0.0)
+
+    def _decodes_and_chunks_ns(self, batch: BatchShape, n: int) -> float:
         if batch.chunks:
             us = self._mixed_us(batch.chunks, n, batch.kv_sum, batch.kv_min, batch.kv_max)
             return self._ns_per_us * us
@@ -203,6 +218,9 @@ class FullAttention:
             unequal_us, origin = self._unequal_decodes(line, n, mean, kv_min, kv_max)
         else:
             return []
+        if batch.draft_tokens and (drafts_us := self.drafts_us(batch)):
+            origin = "derived: computing at the rate of the largest prompt chunk takes longer than reading"
+            lines.append(LayerCost("attention: drafts", self.blocks, drafts_us, origin))
         if unequal_us:
             tail = bool(batch.chunks) and self._mixed_skew is None
             name = "attention: longest decode" if tail else "attention: unequal lengths"

@@ -147,6 +147,11 @@ class AttentionTensor:
         """The smallest profiled prefill chunk."""
         return int(self._chunks[bisect_right(self._chunks, 0)])
 
+    def largest(self) -> tuple[int, int, float]:
+        """The largest profiled chunk, the longest history, and the µs of one block for both."""
+        chunk, history = int(self._chunks[-1]), int(self._histories[-1])
+        return chunk, history, self.us(chunk, history, self.corners(0, 0))
+
     def corners(self, decodes: int, kv_length: int) -> DecodeCorners:
         """Where ``decodes`` decodes of ``kv_length`` lie in the tensor."""
         n_low, n_high, n = bracket(self._ns, decodes)

@@ -12,11 +12,12 @@ from servesim.cost.identity import wanted_for
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_cost import GroupStage, Member, StepCost
 from servesim.cost.step_terms import EIGHT_BIT, Gemms, stage_terms
-from servesim.cost.terms import pipeline_stages, whole_model
+from servesim.cost.terms import Stage, pipeline_stages, whole_model
 from servesim.memory.engine_memory import priced_hardware
 from servesim.network.topology import Topology
 from servesim.specs.block_layers import architecture_of
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
+from servesim.specs.model import load_model
 from servesim.specs.vllm_versions import runs_v2
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ if TYPE_CHECKING:
     from servesim.cost.bundle import Bundle, RankTables
     from servesim.cost.expert_stage import ExpertRouting, ExpertStage
     from servesim.cost.offload import Offload
-    from servesim.cost.terms import Stage
+    from servesim.cost.terms import Term
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
     from servesim.specs.hardware import EngineSpec, HardwareSpec
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions
+    from servesim.specs.speculative import SpeculativeSpec
 
 
 class Costs:
@@ -119,11 +121,16 @@ class Costs:
         engine = self._engine(instance, model, options)
         stage = stage or whole_model(model)
         where = (stage.first_block, stage.num_blocks, experts)
-        limit = capture_limit(options.max_num_seqs, options.max_num_batched_tokens)
+        spec = options.speculative
+        per_request = 1 + spec.num_tokens if spec else 1
+        limit = capture_limit(options.max_num_seqs, options.max_num_batched_tokens, per_request)
         links = (self.topology.tp, self._collectives)
         hardware = priced_hardware(instance, self._facts(instance.hardware)).name
         overlaps = options.async_scheduling or instance.pp_size > 1
-        key = (hardware, model, options.variant, instance.tp_size, engine, where, limit, links, overlaps)
+        key = (
+            *(hardware, model, options.variant, instance.tp_size, engine),
+            *(where, limit, links, overlaps, spec),
+        )
         if key not in self._stages:
             tp = instance.tp_size
             bundle = self.bundle(instance, model, options)
@@ -145,8 +152,25 @@ class Costs:
                 limit,
                 architecture.attention_kind,
                 overlaps=overlaps,
+                drafting=self._drafting(instance, model, options, spec) if spec else None,
+                per_request=per_request,
             )
         return self._stages[key]
+
+    def _drafting(
+        self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, spec: SpeculativeSpec
+    ) -> Term:
+        """What speculative decoding adds to a step of an instance."""
+        from servesim.cost.drafting import DraftTerm, NgramTerm
+
+        if not spec.has_layers:
+            return NgramTerm()
+        plain = replace(options, speculative=None)
+        if spec.method == "draft_model":
+            assert spec.model is not None
+            return DraftTerm(self.stage(instance, load_model(spec.model), plain), spec)
+        last = Stage(model, model.num_hidden_layers - 1, 1)
+        return DraftTerm(self.stage(instance, model, plain, last), spec)
 
     def bundle(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Bundle:
         """The profile bundle of an instance."""

@@ -38,7 +38,8 @@ class StageCost:
 
     ``tables`` are those of the instance's tensor-parallel degree; ``blocks`` the number of transformer
     blocks, all of the model's or those of a pipeline stage; ``terms`` everything but attention;
-    ``capture_limit`` the tokens of the largest step that runs as a CUDA graph.
+    ``capture_limit`` the tokens of the largest step that runs as a CUDA graph; ``drafting`` what speculative
+    decoding adds, with ``per_request`` tokens a decode.
     """
 
     def __init__(
@@ -52,13 +53,16 @@ class StageCost:
         attention_kind: str = "full",
         *,
         overlaps: bool = True,
+        drafting: Term | None = None,
+        per_request: int = 1,
     ) -> None:
         self.bundle = bundle
         self.tables = tables
         self.blocks = blocks
         self.layers = terms
         self.engine = engine
-        self.padding = Padding(capture_limit if engine.cudagraph else 0)
+        self.padding = Padding(capture_limit if engine.cudagraph else 0, per_request)
+        self._drafting = drafting
         self.dense = CountTerm(Role.BLOCKS, terms.blocks)
         """What the transformer blocks pay beside attention, by the tokens they compute."""
         self.attention = attention_term(attention_kind, tables, blocks, engine)
@@ -68,6 +72,8 @@ class StageCost:
         once = CountTerm(Role.ONCE, terms.once)
         heads = CountTerm(Role.HEAD, terms.sequences, by_sequences=True)
         self.terms: tuple[Term, ...] = (self.dense, once, heads, self.attention, self.host)
+        if drafting is not None:
+            self.terms = (*self.terms, drafting)
         self.decodes = DecodeRows(self.terms, self.attention, self.host, self.padding)
 
     def role_ns(self, role: Role, batch: BatchShape, tokens: int) -> float:
@@ -76,7 +82,7 @@ class StageCost:
 
     def step_ns(self, batch: BatchShape) -> int:
         """A step that this stage runs by itself; decodes alone come from the cache."""
-        if batch.chunks:
+        if batch.chunks or self._drafting is not None:
             tokens = self.padding.of(scheduled_tokens(batch))
             ns = 0.0
             for term in self.terms:
@@ -119,12 +125,13 @@ class Padding:
 
     __slots__ = ("_padded",)
 
-    def __init__(self, capture_limit: int) -> None:
-        """``capture_limit``: tokens of the largest step that runs as a graph; 0: no graphs."""
+    def __init__(self, capture_limit: int, per_request: int = 1) -> None:
+        """``capture_limit``: tokens of the largest step that runs as a graph; 0: no graphs. ``per_request``:
+        tokens of a decode, drafts among them."""
         self._padded = [0]
         if capture_limit:
-            largest = int(capture_sizes(capture_limit)[-1])
-            self._padded += padded_tokens(np.arange(1, largest + 1), capture_limit).tolist()
+            largest = int(capture_sizes(capture_limit, per_request)[-1])
+            self._padded += padded_tokens(np.arange(1, largest + 1), capture_limit, per_request).tolist()
 
     def __len__(self) -> int:
         """One more than the tokens of the largest graph."""

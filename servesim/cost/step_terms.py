@@ -216,7 +216,9 @@ class CountTerm:
 
     def ns(self, batch: BatchShape, tokens: int) -> float:
         """See :class:`servesim.cost.terms.Term`."""
-        return self.of(batch.num_decodes + len(batch.chunks) if self._by_sequences else tokens)
+        if self._by_sequences:  # drafts need logits of their own
+            tokens = batch.num_decodes + batch.draft_tokens + len(batch.chunks)
+        return self.of(tokens)
 
     def of(self, count: int) -> float:
         """ns that a step of ``count`` tokens (or sequences) pays; 0 for none."""
@@ -227,7 +229,9 @@ class CountTerm:
 
     def explain(self, batch: BatchShape, tokens: int) -> list[LayerCost]:
         """See :class:`servesim.cost.terms.Term`."""
-        count = batch.num_decodes + len(batch.chunks) if self._by_sequences else tokens
+        count = tokens
+        if self._by_sequences:
+            count = batch.num_decodes + batch.draft_tokens + len(batch.chunks)
         if not count:
             return []
         one = np.array([count])

@@ -35,6 +35,8 @@ class BatchShape(Protocol):
     @property
     def num_decodes(self) -> int: ...
     @property
+    def draft_tokens(self) -> int: ...
+    @property
     def kv_sum(self) -> int: ...
     @property
     def kv_min(self) -> int: ...
@@ -59,6 +61,8 @@ class Shape:
     kv_max: int = 0
     kv_lengths: Sequence[int] | None = None
     step: int = 0
+    draft_tokens: int = 0
+    """Drafts that the decodes verify beside their one token, all together."""
 
 
 IDLE = Shape()
@@ -111,7 +115,7 @@ class LayerCost:
 
 def scheduled_tokens(batch: BatchShape) -> int:
     """Tokens that a batch computes, without padding."""
-    tokens = batch.num_decodes
+    tokens = batch.num_decodes + batch.draft_tokens
     for chunk, _ in batch.chunks:
         tokens += chunk
     return tokens

@@ -18,6 +18,7 @@ from servesim.engine.queue_policy import queue_policy
 from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
+from servesim.engine.speculation import Speculation, hash_lookahead, speculation_of
 from servesim.engine.step_loop import LoopPlan
 from servesim.engine.transfers import Routes, Transfers
 from servesim.errors import BrokenRunError, InputError, RunError
@@ -25,7 +26,7 @@ from servesim.memory.group_cache import kv_cache_of
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.plan import group_rules
 from servesim.memory.start_up import start_up
-from servesim.results.records import InstanceLog
+from servesim.results.records import InstanceLog, SpeculationLog
 from servesim.results.stated_errors import reach_of, stated_error, uncertainty
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
@@ -33,6 +34,7 @@ from servesim.specs.acting import Scene, notes_of
 from servesim.specs.block_layers import ATTENTION_KINDS, architecture_of, attention_groups
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.options import resolve
+from servesim.specs.speculative import OPTION
 from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
 from servesim.workload.request import Workload
 
@@ -207,7 +209,9 @@ class Builder:
         ]
         kept = kept or Kept()
         self._costs = kept.costs = Costs(cluster, kept.costs)
-        self._tables = kept.tables = tables or BlockTables(workload, kept.tables)
+        speculative = next((one.speculative for one in self._resolved if one.speculative), None)
+        ahead = hash_lookahead(speculative, options.vllm_version)
+        self._tables = kept.tables = tables or BlockTables(workload, kept.tables, ahead)
         self._options = options
         self._tiers = LowerTiers(cluster, options, self._memories)
         self.clock = Clock()
@@ -321,7 +325,13 @@ class Builder:
             pricing=pricing,
             notes=started.notes,
             kv_reads=array("q") if self._memories.resident(index) else None,
+            speculation=SpeculationLog() if options.speculative else None,
         )
+        if options.speculative and capacity.plan is not None:
+            raise InputError(
+                f"{OPTION}: speculative decoding is not simulated with {model.name}, whose layers do not all "
+                "keep every token; leave it out, or choose a model of full attention"
+            )
         # the hand-over is asked first: KV that has been sent here need not be read from a lower tier
         connectors: list[Connector] = [self.hand_over] if self.hand_over and spec.pd_type else []
         if tier:
@@ -341,10 +351,18 @@ class Builder:
             policy=queue_policy(options.scheduling_policy),
             connectors=connectors,
             new_decodes=new_decodes,
+            speculation=self._speculation(options, log),
             list_requests=spec.pd_type == "prefill",
             list_lengths=options.enable_attn_offloading,
         )
         return Instance(log, scheduler, self._tables)
+
+    def _speculation(self, options: InstanceOptions, log: InstanceLog) -> Speculation | None:
+        """What the scheduler of an instance goes by while it speculates, None if it does not."""
+        spec, seed = options.speculative, self._options.seed
+        if spec is None:
+            return None
+        return speculation_of(spec, options, options.vllm_version, seed, log.speculation)
 
     def _check_agreement(self, group: list[int]) -> None:
         """Raise InputError if instances that go in lock-step want to be run in different ways."""

@@ -285,7 +285,9 @@ def why_impossible(request: Request, instance: Instance, output_tokens: int | No
             f"the prompt of {prompt} tokens exceeds max_num_batched_tokens {options.max_num_batched_tokens}, "
             "and chunked prefill is off"
         )
-    needed = capacity.admitted_blocks(total - 1, options)
+    speculation = instance.scheduler.speculation
+    reach = total - 1 if speculation is None else speculation.most_reach(total)
+    needed = capacity.admitted_blocks(reach, options)
     if needed > capacity.usable_blocks:
         return f"its KV cache takes {needed} blocks, and there are {capacity.usable_blocks}"
     return ""

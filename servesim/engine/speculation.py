@@ -13,11 +13,11 @@ number of tokens known of it, so that neither batching nor preemption changes th
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import field
 from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.request_state import Phase
+from servesim.results.records import SpeculationLog
 from servesim.slotted import dataclass
 from servesim.specs.vllm_versions import LOOKAHEAD_HASHES, SLOTS_BY_REQUEST
 
@@ -93,19 +93,6 @@ def uniform(seed: int, request: int, known: int) -> float:
 
 
 @dataclass(slots=True)
-class SpeculationLog:
-    """What became of the drafts of an instance, counted as vLLM counts it."""
-
-    num_drafts: int = 0
-    """Verifications."""
-    accepted_per_position: list[int] = field(default_factory=list)
-    draft_tokens: array[int] = field(default_factory=lambda: array("q"))
-    """Drafts verified by each step."""
-    accepted_tokens: array[int] = field(default_factory=lambda: array("q"))
-    """Those of them that the step's output accepted."""
-
-
-@dataclass(slots=True)
 class Speculation:
     """What one instance's scheduler goes by while it speculates."""
 
@@ -135,9 +122,6 @@ class Speculation:
     max_model_len: int = (1 << 31) - 1
     log: SpeculationLog = field(default_factory=SpeculationLog)
 
-    def __post_init__(self) -> None:
-        self.log.accepted_per_position = [0] * self.num_tokens
-
     # ------------------------------------------------------------------ scheduling
 
     def wanted(self, state: RequestState) -> int:
@@ -151,6 +135,10 @@ class Speculation:
     def reach(self, tokens: int) -> int:
         """KV slots for the first ``tokens`` tokens of a request and what the drafter writes behind them."""
         return min(tokens + self.lookahead, self.max_model_len)
+
+    def most_reach(self, total: int) -> int:
+        """KV slots that a request of ``total`` tokens may need at its end, drafts in flight among them."""
+        return min(total - 1 + 2 * self.num_tokens + self.lookahead, self.max_model_len)
 
     def note(self, state: RequestState, tokens: int) -> int:
         """The leading tokens that the prefix cache may know by once the first ``tokens`` are scheduled."""
@@ -227,8 +215,7 @@ class Speculation:
                 log.num_drafts += 1
                 drafted += drafts
                 right += accepted
-                for position in range(accepted):
-                    log.accepted_per_position[position] += 1
+                log.note_accepted(accepted, self.num_tokens)
             new = min(accepted + 1, state.total_tokens - state.known)
             state.known += new
             state.record.add_output(state.track, batch.step, new)
@@ -253,7 +240,11 @@ class Speculation:
 
 
 def speculation_of(
-    spec: SpeculativeSpec, options: EngineLimits, version: VllmVersion, seed: int = 0
+    spec: SpeculativeSpec,
+    options: EngineLimits,
+    version: VllmVersion,
+    seed: int = 0,
+    log: SpeculationLog | None = None,
 ) -> Speculation:
     """What a scheduler of this version of vLLM goes by, with drafts that fare as ``spec`` says."""
     slots = int(spec.method == "draft_model")  # its input keeps one token more than the target's
@@ -272,6 +263,7 @@ def speculation_of(
         pads_admitted=by_request,
         pads_cached=hashed_ahead,
         max_model_len=options.max_model_len,
+        log=log or SpeculationLog(),
     )
 
 

@@ -24,7 +24,7 @@ from servesim.memory.engine_memory import (
 )
 from servesim.memory.group_cache import GroupRules
 from servesim.memory.kv_groups import KvPlan, kv_layers, plan_groups
-from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
+from servesim.memory.sizing import GIB, drafter_bytes, kv_bytes_per_token, weight_bytes_per_npu
 from servesim.slotted import dataclass
 from servesim.specs.hardware import load_hardware
 from servesim.specs.vllm_versions import SETTLED_FREES
@@ -266,6 +266,10 @@ def kv_cache_capacity(
             weight_bytes_per_npu(model, options.dtype, tp, pp, ep, tile) for tile in mxfp4_tiles(hardware)
         )
         on_npus, padding = [(likely, plan.bytes_per_block)], most - likely
+        if options.speculative:
+            own, more = drafter_bytes(options.speculative, model, options.dtype, options.kv_dtype, tp)
+            per_token += more
+            on_npus = [(likely + own, plan.bytes_per_block + more * size)]
     else:
         if not kv_plan(model, options, tp, pp).is_plain:
             raise NotSupportedError(
@@ -274,7 +278,7 @@ def kv_cache_capacity(
             )
         per_token = kv_bytes_per_token(model, options.kv_dtype, tp, pp)
         on_npus = [(own, each * size) for own, each in on_npus]
-    block_bytes = plan.bytes_per_block if plan else per_token * size
+    block_bytes = plan.bytes_per_block if plan and not options.speculative else per_token * size
     weights = max(stage for stage, _ in on_npus)
     reserve = _reserve(model, instance, options, version)
 

@@ -8,11 +8,13 @@ from servesim.memory.kv_groups import index_bytes
 from servesim.specs import weights
 from servesim.specs.kv_formats import head_bytes, latent_bytes
 from servesim.specs.layers import Attention, LatentAttention
+from servesim.specs.model import load_model
 from servesim.specs.weights import stage_layers
 
 if TYPE_CHECKING:
     from servesim.specs.layers import AnyAttention
     from servesim.specs.model import ModelSpec
+    from servesim.specs.speculative import SpeculativeSpec
 
 GIB = 1 << 30
 
@@ -51,6 +53,34 @@ def kv_bytes_per_token(model: ModelSpec, kv_dtype: str, tp: int = 1, pp: int = 1
         most = max(most, sum(sizes[first : first + count]))
         first += count
     return most
+
+
+EAGLE3_VOCABULARY = 32_000
+"""Tokens that a published EAGLE-3 drafter chooses among (SafeAILab's and RedHatAI's)."""
+
+
+def drafter_bytes(
+    spec: SpeculativeSpec, model: ModelSpec, dtype: str, kv_dtype: str, tp: int = 1
+) -> tuple[int, int]:
+    """(weight bytes, KV bytes a token) on one rank of what drafts for ``model``; zeros for n-gram drafts.
+
+    A draft model has its own. EAGLE, EAGLE-3 and MTP are the last block of the target, and the projection
+    that merges what they are given: 2 or, EAGLE-3, 3 hidden states into one, in 16 bit. EAGLE-3 also has an
+    output head over :data:`EAGLE3_VOCABULARY` tokens; the others use the target's.
+    """
+    if not spec.has_layers:
+        return 0, 0
+    if spec.method == "draft_model":
+        assert spec.model is not None
+        drafter = load_model(spec.model)
+        ranks = spec.draft_tp or tp
+        return weight_bytes_per_npu(drafter, dtype, ranks), kv_bytes_per_token(drafter, kv_dtype, ranks)
+    block, layers = block_weight_bytes(model, dtype, tp, 1), model.num_hidden_layers
+    merged = 2 * model.hidden_size**2 * (3 if spec.method == "eagle3" else 2)
+    head = 0
+    if spec.method == "eagle3":
+        head = 2 * model.hidden_size * min(EAGLE3_VOCABULARY, model.vocab_size)
+    return block + (merged + head) // tp, kv_bytes_per_token(model, kv_dtype, tp) // layers
 
 
 def _kept_bytes(attention: AnyAttention | None, kv_dtype: str, tp: int) -> int:

@@ -174,6 +174,27 @@ class GateLog:
 
 
 @dataclass(slots=True)
+class SpeculationLog:
+    """What became of the drafts of an instance, counted as vLLM counts it."""
+
+    num_drafts: int = 0
+    """Verifications."""
+    accepted_per_position: list[int] = field(default_factory=list)
+    """Verifications that accepted at least 1, 2, … drafts."""
+    draft_tokens: array[int] = field(default_factory=lambda: array("q"))
+    """Drafts verified by each step."""
+    accepted_tokens: array[int] = field(default_factory=lambda: array("q"))
+    """Those of them that the step's output accepted."""
+
+    def note_accepted(self, tokens: int, positions: int) -> None:
+        """A verification has accepted ``tokens`` drafts, of up to ``positions``."""
+        if not self.accepted_per_position:
+            self.accepted_per_position = [0] * positions
+        for position in range(tokens):
+            self.accepted_per_position[position] += 1
+
+
+@dataclass(slots=True)
 class InstanceLog:
     """Everything recorded about one instance."""
 
@@ -205,6 +226,8 @@ class InstanceLog:
     """Lines about its memory that the user should see."""
     front_end_us: tuple[float, float] = (0.0, 0.0)
     """Between client and engine, each request: a constant, and the mean of what is drawn beside it."""
+    speculation: SpeculationLog | None = None
+    """What became of its drafts; None: it does not speculate."""
     kv_reads: array[int] | None = None
     """Tokens of KV that the NPUs read for the attention of each step; kept only where placement or offloading
     may have it in other memories."""

@@ -12,7 +12,7 @@ from servesim._version import __version__
 from servesim.results.csv import COLUMNS, NUMERIC_COLUMNS, save_requests, text_columns
 from servesim.results.energy import power_series, series_interval_ns
 from servesim.results.stats import TokenGaps
-from servesim.results.steps import save_steps, steps_array
+from servesim.results.steps import draft_columns, save_steps, steps_array
 from servesim.results.summary import save_summary, summarise
 from servesim.results.units import SECOND
 from servesim.specs.vllm_versions import NEWEST
@@ -220,7 +220,7 @@ class Result:
 
     def save_steps(self, path: str | Path) -> None:
         """Write the step log: Parquet for a path ending in ``.parquet``, CSV otherwise."""
-        save_steps(self.steps, path, self.metadata)
+        save_steps(self.steps, path, self.metadata, draft_columns(self.instances))
 
     def save_timeline(self, path: str | Path) -> None:
         """Write the run as a Chrome trace, for ui.perfetto.dev."""

@@ -46,30 +46,60 @@ def steps_array(instances: Sequence[InstanceLog]) -> NDArray[np.void]:
     return rows
 
 
-def save_steps(steps: NDArray[Any], path: str | Path, metadata: Mapping[str, str]) -> None:
+def draft_columns(instances: Sequence[InstanceLog]) -> dict[str, NDArray[np.int64]]:
+    """Columns of the step file that only speculative decoding brings: drafts that a step verified, and those
+    of them that it accepted; as many rows as :func:`steps_array` has."""
+    if not any(instance.speculation for instance in instances):
+        return {}
+    counts: dict[str, list[int]] = {"num_draft_tokens": [], "num_accepted_tokens": []}
+    for instance in instances:
+        log, steps = instance.speculation, len(instance.steps)
+        own = (log.draft_tokens, log.accepted_tokens) if log else ([0] * steps, [0] * steps)
+        for column, values in zip(counts.values(), own, strict=True):
+            column += values
+    return {name: np.array(values, dtype=np.int64) for name, values in counts.items()}
+
+
+def save_steps(
+    steps: NDArray[Any],
+    path: str | Path,
+    metadata: Mapping[str, str],
+    more: Mapping[str, NDArray[np.int64]] | None = None,
+) -> None:
     """Write the step log as Parquet when ``path`` ends in ``.parquet``, as CSV otherwise.
 
-    ``metadata``: see :attr:`servesim.results.result.Result.metadata`.
+    ``metadata``: see :attr:`servesim.results.result.Result.metadata`; ``more``: further columns.
     """
     check_suffix(path, TABLE_SUFFIXES, "steps")
     if is_parquet(path):
         require_parquet(path, "steps")
         with atomic_write(path, "wb") as handle:
-            _write_parquet(steps, handle, metadata)
+            _write_parquet(steps, handle, metadata, more or {})
         return
-    line = ",".join(["%d"] * len(FILE_COLUMNS)) + "\n"
+    names = [*FILE_COLUMNS, *(more or {})]
+    line = ",".join(["%d"] * len(names)) + "\n"
     with atomic_write(path, "w") as handle:
-        handle.write(",".join(FILE_COLUMNS) + "\n")
+        handle.write(",".join(names) + "\n")
         for start in range(0, len(steps), _ROWS_AT_ONCE):
             rows = steps[list(FILE_COLUMNS)][start : start + _ROWS_AT_ONCE].tolist()
+            if more:
+                beside = zip(
+                    *(column[start : start + _ROWS_AT_ONCE] for column in more.values()), strict=True
+                )
+                rows = [(*row, *rest) for row, rest in zip(rows, beside, strict=True)]
             handle.write("".join([line % row for row in rows]))
 
 
-def _write_parquet(steps: NDArray[Any], handle: IO[bytes], metadata: Mapping[str, str]) -> None:
+def _write_parquet(
+    steps: NDArray[Any],
+    handle: IO[bytes],
+    metadata: Mapping[str, str],
+    more: Mapping[str, NDArray[np.int64]],
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table({name: np.ascontiguousarray(steps[name]) for name in FILE_COLUMNS})
+    table = pa.table({**{name: np.ascontiguousarray(steps[name]) for name in FILE_COLUMNS}, **more})
     table = table.replace_schema_metadata(parquet_metadata(metadata))
     pq.write_table(table, handle, compression="zstd")
 

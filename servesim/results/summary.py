@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, is_dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import numpy as np
@@ -20,12 +21,12 @@ from servesim.results.units import MS, SECOND
 from servesim.specs.options import output_fields
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from servesim.results.records import InstanceLog
+    from servesim.results.records import InstanceLog, SpeculationLog
     from servesim.results.result import Result
     from servesim.specs.options import RuntimeOptions
 
@@ -134,6 +135,8 @@ def _portable(bundle_source: str) -> str:
 def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, Any]:
     steps = instance.steps
     options = asdict(instance.options) if is_dataclass(instance.options) else {}
+    if options.get("speculative", ...) is None:
+        del options["speculative"]
     return {
         "instance": instance.index,
         "node": instance.node,
@@ -158,6 +161,28 @@ def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, 
         "peak_batch": steps.most("running"),
         "preemptions": steps.preempted.total(),
         "busy_s": round(exact_sum(steps.column("end_ns") - steps.column("start_ns")) / SECOND, 9),
+    }
+
+
+def speculation_keys(logs: Sequence[SpeculationLog]) -> dict[str, Any]:
+    """What became of drafts, under the names of ``vllm bench serve``; nothing where nothing was drafted.
+
+    The acceptance rate is in percent, of drafted tokens; the acceptance length counts the token that is no
+    draft; the rates by position are of verifications.
+    """
+    if not logs:
+        return {}
+    drafts = sum(log.num_drafts for log in logs)
+    drafted = sum(sum(log.draft_tokens) for log in logs)
+    accepted = sum(sum(log.accepted_tokens) for log in logs)
+    counts = [sum(per) for per in zip_longest(*(log.accepted_per_position for log in logs), fillvalue=0)]
+    return {
+        "spec_decode_acceptance_rate": round(100 * accepted / drafted, 6) if drafted else 0.0,
+        "spec_decode_acceptance_length": round(1 + accepted / drafts, 6) if drafts else 0.0,
+        "spec_decode_num_drafts": drafts,
+        "spec_decode_draft_tokens": drafted,
+        "spec_decode_accepted_tokens": accepted,
+        "spec_decode_per_position_acceptance_rates": [round(count / max(drafts, 1), 6) for count in counts],
     }
 
 
@@ -186,6 +211,7 @@ def _options(result: Result) -> dict[str, Any] | None:
         name: "inf" if value == math.inf else value
         for name, value in chosen.items()
         if name not in _NOT_IN_SUMMARY and name not in output_fields()
+        if value is not None or not name.startswith("speculative_")
     }
 
 
@@ -212,6 +238,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "kv_cache": _kv_cache_totals(result),
         "peak_batch": max((instance.steps.most("running") for instance in result.instances), default=0),
         "steps": sum(len(instance.steps) for instance in result.instances),
+        **speculation_keys([instance.speculation for instance in result.instances if instance.speculation]),
         "preemptions": int(rows["preemptions"].sum()),
         "recomputed_tokens": sum(record.recomputed_tokens for record in result.records),
         "prefix_cache": prefix_cache_entry(result.instances, rows),

@@ -101,6 +101,7 @@ def notes_of(scene: Scene) -> list[str]:
     return [
         *_twins(scene),
         *_notes_of_serve_line(scene.options),
+        *_notes_of_speculation(scene),
         *_notes_of_workload(scene),
         *_notes_of_flags(scene),
         *_notes_of_instances(scene),
@@ -128,6 +129,22 @@ def _notes_of_workload(scene: Scene) -> Iterator[str]:
             "computed together and come back together, and TTFT may read twice what clients see, whose "
             "lengths vary by some per cent (workload synth --input-len uniform:980:1020)"
         )
+
+
+def _notes_of_speculation(scene: Scene) -> list[str]:
+    """How drafts fare and where that is known from, and what was switched off for them."""
+    spec = next((options.speculative for options in scene.resolved if options.speculative), None)
+    if spec is None:
+        return []
+    rates = ", ".join(f"{rate:.3g}" for rate in spec.rates)
+    found = [
+        f"speculative decoding: {spec.method}, {spec.num_tokens} drafts, accepted by position {rates} (mean "
+        f"{spec.acceptance_length:.2f} tokens a verification); source: {spec.source}",
+        *spec.notes,
+    ]
+    if not spec.on_gpu and scene.options.async_scheduling and not scene.resolved[0].async_scheduling:
+        found.append("async_scheduling is off: vLLM before 0.33 has none with n-gram drafts on the CPU")
+    return found
 
 
 def _twins(scene: Scene) -> Iterator[str]:
@@ -206,6 +223,11 @@ def _notes_of_instances(scene: Scene) -> Iterator[str]:
 def with_ensemble(options: RuntimeOptions) -> str:
     """Noise is for the runs of an ensemble."""
     return "" if options.ensemble else "without --ensemble; add --ensemble 20, say"
+
+
+def with_speculation(options: RuntimeOptions) -> str:
+    """Drafts can only be accepted where there are any."""
+    return "" if options.speculative_config else "without --speculative-config, whose drafts it is about"
 
 
 def with_output(options: RuntimeOptions) -> str:

@@ -26,8 +26,9 @@ from servesim.specs.hardware import load_hardware
 from servesim.specs.layers import Recurrent
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.presets import Preset, serve_defaults
+from servesim.specs.speculative import OPTION, SpeculativeSpec, speculative_spec
 from servesim.specs.validation import Spec, Unit
-from servesim.specs.vllm_versions import NEWEST, STATE_STOPS, VllmVersion, minor_version
+from servesim.specs.vllm_versions import NEWEST, STATE_STOPS, V2_NGRAM, VllmVersion, minor_version
 
 if TYPE_CHECKING:
     import argparse
@@ -135,6 +136,11 @@ def _policy(known: tuple[str, ...], variable: str) -> BeforeValidator:
         )
 
     return BeforeValidator(check)
+
+
+def _json_text(value: object) -> object:
+    """A mapping as the JSON text that it stands for."""
+    return json.dumps(value) if isinstance(value, dict) else value
 
 
 FilePath = Annotated[str, BeforeValidator(_text_path), Field(min_length=1)]
@@ -453,6 +459,29 @@ class RuntimeOptions(Spec):
             text=True,
         ),
     ] = NEWEST
+    speculative_config: Annotated[
+        Annotated[str, Field(min_length=2, max_length=20_000)] | None,
+        BeforeValidator(_json_text),
+        Flag(
+            'speculative decoding, vLLM\'s JSON: \'{"method": "ngram", "num_speculative_tokens": 3}\', say; '
+            "methods ngram, eagle, eagle3, mtp, draft_model",
+            _ENGINE_OF_ALL,
+            "JSON",
+            aliases=("-sc",),
+            default_text="none",
+        ),
+    ] = None
+    speculative_acceptance: Annotated[
+        Annotated[str, Field(min_length=1, max_length=4096)] | None,
+        Flag(
+            "shares of verifications that accept at least 1, 2, ... drafts: 0.7,0.5,0.3; or decay=0.7; or a "
+            "JSON file with rates, decay, source",
+            _ENGINE_OF_ALL,
+            "RATES|PATH",
+            default_text="a published measurement for the method, named in the banner",
+            beside=acting.with_speculation,
+        ),
+    ] = None
     preset: Annotated[
         Preset | None,
         Flag(
@@ -740,6 +769,8 @@ class InstanceOptions:
     cudagraph: bool = True
     num_gpu_blocks: int | None = None
     """KV blocks as given; None: what fits."""
+    speculative: SpeculativeSpec | None = None
+    """What to speculate with; None: nothing."""
     scheduling_policy: str = "fcfs"
     disable_hybrid_kv_cache_manager: bool = False
 
@@ -773,6 +804,39 @@ def per_instance_fields() -> list[str]:
     """Names of the options an ``instances[i]`` object may set."""
     fields = RuntimeOptions.model_fields.items()
     return [name for name, field in fields if (flag := flag_of(field)) is not None and flag.per_instance]
+
+
+def _speculative(
+    options: RuntimeOptions, instance: InstanceSpec, chosen: dict[str, Any]
+) -> SpeculativeSpec | None:
+    """What an instance speculates with; asynchronous scheduling is switched off where vLLM has to.
+
+    Raises:
+        InputError: the options are not allowed, or speculation is not simulated together with another thing.
+    """
+    spec = speculative_spec(options.speculative_config, options.speculative_acceptance)
+    if spec is None:
+        return None
+    threshold = chosen["long_prefill_token_threshold"]
+    beside = {
+        f"pp_size {instance.pp_size}": instance.pp_size > 1,
+        "prefill and decode instances (pd_type)": instance.pd_type is not None,
+        "a lower tier of the prefix cache (--prefix-storage)": options.prefix_storage is not None,
+        "--enable-attn-offloading": chosen["enable_attn_offloading"],
+        "--enable-local-offloading": chosen["enable_local_offloading"],
+        "placement": instance.placement is not None,
+        "--skip-prefill": options.skip_prefill,
+        "ep_size above 1, or a dp_group": instance.ep_size > 1 or instance.dp_group is not None,
+        f"--long-prefill-token-threshold {threshold}, which would cut verifications": (
+            0 < threshold <= spec.num_tokens
+        ),
+    }
+    for name, there in beside.items():
+        if there:
+            raise InputError(f"{OPTION}: speculative decoding is not simulated with {name}; leave one out")
+    if not spec.on_gpu and not V2_NGRAM.holds(options.vllm_version):
+        chosen["async_scheduling"] = False
+    return spec
 
 
 def wants_auto_model_len(options: RuntimeOptions, instance: InstanceSpec) -> bool:
@@ -827,6 +891,7 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         hardware = load_hardware(instance.hardware)
         size_gib = instance.npu_mem.mem_size or hardware.memory_gib or 0.0
         chosen |= serve_defaults(hardware, size_gib, options.vllm_version, longest, stated)
+    speculative = _speculative(options, instance, chosen)
     utilization = chosen.pop("npu_memory_utilization")
     if instance.npu_mem.mem_util is not None:
         utilization = instance.npu_mem.mem_util
@@ -844,4 +909,5 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         max_model_len=longest,
         vllm_version=options.vllm_version,
         plan_as_vllm=options.vllm_version if "vllm_version" in options.model_fields_set else None,
+        speculative=speculative,
     )

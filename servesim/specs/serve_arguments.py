@@ -25,6 +25,8 @@ OWN = {
     "--gpu-memory-utilization": "npu_memory_utilization",
     "--device-memory-utilization": "npu_memory_utilization",
     "--num-gpu-blocks-override": "num_gpu_blocks",
+    "--speculative-config": "speculative_config",
+    "-sc": "speculative_config",
     "--scheduling-policy": "scheduling_policy",
 }
 """Argument with a value -> the option that it sets."""
@@ -66,10 +68,8 @@ _BALANCERS = "another balancer than vLLM's own before the copies of an engine"
 _CONTEXT_PARALLEL = "context parallelism"
 _QUEUE_LIMITS = "a server that turns requests away when its queue is long"
 _STATES = "the state cache of layers without attention"
-_SPECULATIVE = "speculative decoding"
+_SPECULATIVE = "speculative decoding that is not given as --speculative-config"
 NOT_SIMULATED = {
-    "--speculative-config": _SPECULATIVE,
-    "-sc": _SPECULATIVE,
     "--spec-method": _SPECULATIVE,
     "--spec-model": _SPECULATIVE,
     "--spec-tokens": _SPECULATIVE,

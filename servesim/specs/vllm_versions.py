@@ -64,9 +64,13 @@ LOOKAHEAD_HASHES = Difference(
     "with speculative decoding, the identity of a block covers the token behind it, where before the last "
     "cached block was computed again; accepted tokens are cached at once (0.29 to 0.32: unknown)",
 )
+V2_NGRAM = Difference(
+    "0.33", "n-gram drafts go with asynchronous scheduling, which they switch off before (0.29-0.32: unknown)"
+)
 DIFFERENCES = (
     *(LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON),
     *(SETTLED_FREES, STATE_STOPS, SPARSE_WINDOWS, SLOTS_BY_REQUEST, LOOKAHEAD_HASHES),
+    V2_NGRAM,
 )
 
 

@@ -33,7 +33,7 @@ def refusal(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("--kv-transfer-config", "pd_type is set in the cluster config"),
         ("--moe-backend", "a choice of kernels"),
         ("--quantization", "--dtype fp8 sets 8-bit weights"),
-        ("--speculative-config", "not simulated: speculative decoding"),
+        ("--spec-method", "not simulated: speculative decoding"),
         ("--trust-remote-code", "nothing in a simulation depends on it"),
         ("--max-num-seq", "did you mean '--max-num-seqs'?"),
         ("--outptu", "did you mean '--output'?"),

@@ -106,6 +106,7 @@ class Option:
     cannot: list[Case] = field(default_factory=list)
 
 
+DRAFTS = '{"method":"ngram","num_speculative_tokens":2}'
 OPTIONS: dict[str, Option] = {
     "vllm_version": Option(
         Case("--vllm-version 0.28", beside="--long-prefill-token-threshold 64 --num-reqs 1")
@@ -123,6 +124,19 @@ OPTIONS: dict[str, Option] = {
             Case("--enable-expert-parallel", "one_rank", told=NOTED),
             Case("--enable-expert-parallel", beside="--tp 2", told=REFUSED),
         ],
+    ),
+    "speculative_config": Option(
+        Case(f"--speculative-config {DRAFTS}"),
+        [
+            Case(f"--speculative-config {DRAFTS}", "stages", told=REFUSED),
+            Case(f"--speculative-config {DRAFTS}", "sides", told=REFUSED),
+            Case(f"--speculative-config {DRAFTS}", "windows", told=REFUSED),
+            Case(f"--speculative-config {DRAFTS}", beside="--skip-prefill", told=REFUSED),
+        ],
+    ),
+    "speculative_acceptance": Option(
+        Case("--speculative-acceptance decay=0.9", beside=f"--speculative-config {DRAFTS}"),
+        [Case("--speculative-acceptance decay=0.9", told=REFUSED)],
     ),
     "preset": Option(Case("--preset vllm-serve")),
     "num_reqs": Option(Case("--num-reqs 5")),

@@ -154,7 +154,7 @@ def test_the_tables_know_every_argument_of_vllm_once() -> None:
 @pytest.mark.parametrize(
     ("rest", "told"),
     [
-        ('--speculative-config \'{"method": "ngram"}\'', "not simulated: speculative decoding"),
+        ("--spec-method ngram", "not simulated: speculative decoding that is not given as"),
         ("--enable-lora", "--enable-lora: not simulated: LoRA"),
         ("--kv-transfer-config '{}'", "pd_type"),
         ("--watermark 0.05", "blocks that are kept free"),
