@@ -333,7 +333,7 @@ def _build_recorder(
             block_hasher=hasher,
         )
 
-    recorder = recorder_class(workload, settings, formula, scheduler, new_request, ModelRunnerOutput)
-    if settings.speculative:
-        recorder.acceptance = DrawnAcceptance(settings.speculative.rates)
+    drafts = DrawnAcceptance(settings.speculative.rates) if settings.speculative else None
+    made = scheduler, new_request, ModelRunnerOutput
+    recorder = recorder_class(workload, settings, formula, *made, acceptance=drafts)
     return recorder, str(vllm.__version__)

@@ -24,6 +24,11 @@ class Outputs:
         self.serves_prefill = False
         """Whether one takes part that ran before without its prompt being computed."""
 
+    def serve(self, *, prefill: bool) -> None:
+        """A request takes part that ran before; ``prefill``: its prompt is being computed."""
+        self.served = True
+        self.serves_prefill |= prefill
+
 
 class Batch:
     """What one step computes and which requests it finishes. KV lengths are counted before the step, in

@@ -160,9 +160,8 @@ class Speculation:
         """A running request takes part in a batch with ``tokens`` tokens: a chunk of its prompt, which is put
         into the batch elsewhere, or its newest token and drafts behind it."""
         assert batch.outputs is not None
-        batch.outputs.served = True
+        batch.outputs.serve(prefill=state.phase is not Phase.VERIFY)
         if state.phase is not Phase.VERIFY:
-            batch.outputs.serves_prefill = True
             return
         if batch.entries is not None:
             batch.entries.append((state.request.index, tokens))
@@ -212,10 +211,9 @@ class Speculation:
             if drafts:
                 if not padding:
                     accepted = min(self.acceptance.accepted(state.request.index, state.known), drafts)
-                log.num_drafts += 1
                 drafted += drafts
                 right += accepted
-                log.note_accepted(accepted, self.num_tokens)
+                log.note_verification(accepted, self.num_tokens)
             new = min(accepted + 1, state.total_tokens - state.known)
             state.known += new
             state.record.add_output(state.track, batch.step, new)

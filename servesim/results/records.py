@@ -186,8 +186,9 @@ class SpeculationLog:
     accepted_tokens: array[int] = field(default_factory=lambda: array("q"))
     """Those of them that the step's output accepted."""
 
-    def note_accepted(self, tokens: int, positions: int) -> None:
+    def note_verification(self, tokens: int, positions: int) -> None:
         """A verification has accepted ``tokens`` drafts, of up to ``positions``."""
+        self.num_drafts += 1
         if not self.accepted_per_position:
             self.accepted_per_position = [0] * positions
         for position in range(tokens):
