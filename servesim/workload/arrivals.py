@@ -126,7 +126,13 @@ def reshuffle(workload: Workload, seed: tuple[int, ...]) -> None:
 
 
 def start_at_zero(workload: Workload) -> None:
-    """Move all arrivals so that the earliest is at 0."""
-    earliest = min(request.arrival_ns for request in workload.requests)
+    """Move all arrivals so that the earliest is at 0; InputError where they span more than any run may."""
+    times = [request.arrival_ns for request in workload.requests]
+    earliest = min(times)
+    if max(times) - earliest > MAX_TIME_NS:
+        raise InputError(
+            f"{workload.source}: the times span more than {MAX_TIME_NS} ns (104 days); must be those of one "
+            "run"
+        )
     for request in workload.requests:
         request.arrival_ns -= earliest

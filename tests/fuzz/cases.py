@@ -15,7 +15,7 @@ import zstandard
 
 from servesim.specs import paths
 from servesim.specs.flags import base_type, choices_of, flag_name, flag_of
-from servesim.specs.options import RuntimeOptions
+from servesim.specs.options import RuntimeOptions, output_fields
 from tests.cost.bundles import HARDWARE, MODEL
 from tests.fuzz import world
 from tests.fuzz.mutate import NUMBERS, WORDS, json_text, junk, mutated, spoilt_bytes
@@ -23,10 +23,17 @@ from tests.fuzz.mutate import NUMBERS, WORDS, json_text, junk, mutated, spoilt_b
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OUTPUTS = {"--output": "out.csv", "--summary": "out.json", "--steps": "steps.csv", "--timeline": "line.json"}
+OUTPUTS = {
+    "--output": "out.csv",
+    "--summary": "out.json",
+    "--steps": "steps.csv",
+    "--timeline": "line.json",
+    "--save-result": "result.json",
+    "--report": "page.html",
+}
 # Written where the case says, or read from where it says: none of these may lead out of its folder.
 _NO_RANDOM_FLAG = {
-    *("output", "summary", "steps", "timeline", "dataset"),
+    *(*output_fields(), "dataset", "tokenizer"),
     *("log_level", "auto_profile", "ensemble"),
 }
 SMALL = ("0", "1", "2", "3", "7", "16", "64", "100000")

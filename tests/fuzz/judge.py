@@ -143,7 +143,7 @@ def _files(folder: Path) -> set[str]:
 def _bad_files(folder: Path, before: set[str], case: Case, status: int | None) -> Iterator[str]:
     """Files that are left over, half written, missing, or there although nothing was done."""
     made = sorted(_files(folder) - before)
-    asked = [word for word in case.argv if word.endswith((".csv", ".json", ".jsonl"))]
+    asked = [word for word in case.argv if word.endswith((".csv", ".json", ".jsonl", ".html"))]
     for name in made:
         if name.endswith(".tmp"):
             yield f"{name} is left over"

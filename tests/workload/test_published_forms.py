@@ -478,6 +478,14 @@ def test_a_column_that_is_not_there_is_told(tmp_path: Path) -> None:
         loaded(tmp_path, "a,b\n1,2\n", columns="input=a,output=b", estimate_tokens=4.0)
 
 
+def test_times_of_centuries_are_no_run(tmp_path: Path) -> None:
+    text = "TIMESTAMP,ContextTokens,GeneratedTokens\n3023-11-16 18:15:46,374,4\n2023-11-16 18:15:50,396,9\n"
+    with pytest.raises(InputError, match="the times span more than"):
+        loaded(tmp_path, text, request_rate=3.0)
+    with pytest.raises(InputError, match="the times span more than"):
+        loaded(tmp_path, [aiperf(0, 5, 5), aiperf(2**62, 5, 5)])
+
+
 def test_what_is_malformed_elsewhere_is_told(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"a,b\x801,x\n")
     with pytest.raises(InputError, match="needs a CSV header in UTF-8"):
