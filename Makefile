@@ -3,10 +3,10 @@
 
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 .DEFAULT_GOAL := help
-.PHONY: help check lint format types test wheel docs site bench
+.PHONY: help check lint format types test wheel wheel-compiled clean-compiled docs site bench
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 check: lint types test wheel  ## lint, types, tests and wheel in this environment
 
@@ -26,6 +26,12 @@ test:  ## all tests that the installed extras allow
 
 wheel:  ## the wheel, into dist/
 	$(PYTHON) -m build --wheel --outdir dist
+
+wheel-compiled:  ## the same with the core compiled (needs a C compiler), into dist/
+	SERVESIM_COMPILE=1 $(PYTHON) -m build --wheel --outdir dist
+
+clean-compiled:  ## remove compiled modules from the checkout
+	rm -f servesim/_compiled.json *__mypyc.*.so servesim/*/*.so
 
 docs:  ## put real output into README.md and docs/*.md
 	$(PYTHON) docs/refresh.py

@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import os
+
 from servesim._version import __version__
 
 TYPE_CHECKING = False  # typing's own takes longer to load than everything else here
@@ -97,6 +99,31 @@ _HOMES = {
     "slo": "servesim.explore.rate_search",
     "sweep": "servesim.explore.sweep",
 }
+
+
+def _refuse_stale(mark: str) -> None:
+    """Refuse compiled modules that are older than their sources beside them, which they would hide.
+
+    Raises:
+        ImportError: one is; ``mark`` says what the sources were when they were compiled.
+    """
+    import json
+    from hashlib import blake2b
+    from pathlib import Path
+
+    root = Path(__file__).parent.parent
+    for name, compiled in json.loads(Path(mark).read_bytes()).items():
+        source = root / name
+        if source.is_file() and blake2b(source.read_bytes(), digest_size=16).hexdigest() != compiled:
+            raise ImportError(
+                f"{source}: was changed after it was compiled, and the compiled module would hide that; "
+                "compile again (python hatch_build.py), or remove the compiled files (make clean-compiled)"
+            )
+
+
+_MARK = __file__.removesuffix("__init__.py") + "_compiled.json"
+if os.path.exists(_MARK):  # noqa: PTH110 - loading pathlib would take longer than all else here
+    _refuse_stale(_MARK)
 
 
 def __getattr__(name: str) -> Any:

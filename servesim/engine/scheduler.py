@@ -21,7 +21,6 @@ from servesim.engine.decode_set import DecodeSet, by_order
 from servesim.engine.group_changes import GroupChanges
 from servesim.engine.queue_policy import FirstComeFirstServed
 from servesim.engine.request_state import Phase
-from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -34,26 +33,49 @@ if TYPE_CHECKING:
     from servesim.memory.kv_cache import AnyKvCache
 
 
-@dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     """What bounds a step."""
 
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    long_prefill_token_threshold: int = 0
-    """Most tokens of one request's prefill in one step; 0: no limit."""
-    caps_lone_prefill: bool = True
-    """Whether the threshold binds while a single request is waiting or running."""
-    chunked_prefill: bool = True
-    reserve_full_isl: bool = True
-    """Admit a request only if all its known tokens fit the free blocks."""
-    skip_prefill: bool = False
-    """The KV of all known tokens but the last is there as soon as a request is admitted."""
-    serves_on: bool = True
-    """Whether the others are still served in a step in which a request had to preempt itself."""
-    counts_all_victims: bool = True
-    """Whether the one whose turn it is keeps its turn when a request before it that was not served is
-    preempted; if not, it is passed over."""
+    __slots__ = (
+        "caps_lone_prefill",
+        "chunked_prefill",
+        "counts_all_victims",
+        "long_prefill_token_threshold",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "reserve_full_isl",
+        "serves_on",
+        "skip_prefill",
+    )
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        long_prefill_token_threshold: int = 0,
+        caps_lone_prefill: bool = True,
+        chunked_prefill: bool = True,
+        reserve_full_isl: bool = True,
+        skip_prefill: bool = False,
+        serves_on: bool = True,
+        counts_all_victims: bool = True,
+    ) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.long_prefill_token_threshold = long_prefill_token_threshold
+        """Most tokens of one request's prefill in one step; 0: no limit."""
+        self.caps_lone_prefill = caps_lone_prefill
+        """Whether the threshold binds while a single request is waiting or running."""
+        self.chunked_prefill = chunked_prefill
+        self.reserve_full_isl = reserve_full_isl
+        """Admit a request only if all its known tokens fit the free blocks."""
+        self.skip_prefill = skip_prefill
+        """The KV of all known tokens but the last is there as soon as a request is admitted."""
+        self.serves_on = serves_on
+        """Whether the others are still served in a step in which a request had to preempt itself."""
+        self.counts_all_victims = counts_all_victims
+        """Whether the one whose turn it is keeps its turn when a request before it that was not served is
+        preempted; if not, it is passed over."""
 
 
 class Scheduler:

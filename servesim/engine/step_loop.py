@@ -17,7 +17,6 @@ from servesim.engine.batch import Batch
 from servesim.engine.clock import NEVER, Order
 from servesim.errors import RunError
 from servesim.results.records import StageLog
-from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -93,21 +92,31 @@ class Coupling(IntEnum):
     """Every step, since it may move KV over links that others use."""
 
 
-@dataclass(frozen=True, slots=True)
 class LoopPlan:
     """What a step loop runs, and how."""
 
-    members: Sequence[Instance]
-    """One, or those of a group that goes in lock-step."""
-    times: WaveTimes
-    depth: int = 2
-    """Waves in flight at most."""
-    stages: int = 1
-    """Pipeline stages."""
-    jump: bool = True
-    """Whether quiet stretches are jumped over."""
-    noise: StepNoise | StepShift | None = None
-    """Makes every step a little faster or slower."""
+    __slots__ = ("depth", "jump", "members", "noise", "stages", "times")
+
+    def __init__(
+        self,
+        members: Sequence[Instance],
+        times: WaveTimes,
+        depth: int = 2,
+        stages: int = 1,
+        jump: bool = True,
+        noise: StepNoise | StepShift | None = None,
+    ) -> None:
+        self.members = members
+        """One, or those of a group that goes in lock-step."""
+        self.times = times
+        self.depth = depth
+        """Waves in flight at most."""
+        self.stages = stages
+        """Pipeline stages."""
+        self.jump = jump
+        """Whether quiet stretches are jumped over."""
+        self.noise = noise
+        """Makes every step a little faster or slower."""
 
 
 class StepLoop:
@@ -347,7 +356,8 @@ class StepLoop:
         if stretch is None:
             return
         self._stretch = None
-        count = bisect_left(stretch.known_ns, now_ns, 0, len(stretch.ends_ns))
+        # The first was scheduled when the stretch was laid out, even if a request arrives at that very time.
+        count = max(bisect_left(stretch.known_ns, now_ns, 0, len(stretch.ends_ns)), 1)
         self._commit(stretch, count)
         if count < len(stretch.ends_ns):
             self._clock.at(stretch.known_ns[count], self._actor)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
@@ -116,7 +116,7 @@ class StartColumn(SparseColumn):
 class StepLog:
     """One row per engine step of one instance."""
 
-    COLUMNS = (
+    COLUMNS: ClassVar[tuple[str, ...]] = (
         "start_ns",
         "end_ns",
         "prefill_tokens",  # tokens of chunks (more than one scheduled token)
@@ -132,9 +132,9 @@ class StepLog:
         "tier_bytes",  # bytes read from and written to the lower tier
         "recomputed_tokens",  # those of prefill_tokens and decode_tokens computed again after a preemption
     )
-    EACH = ("decode_tokens", "running", "waiting", "kv_blocks_used")
+    EACH: ClassVar[tuple[str, ...]] = ("decode_tokens", "running", "waiting", "kv_blocks_used")
     """Counts that are kept for every step."""
-    FEW = (
+    FEW: ClassVar[tuple[str, ...]] = (
         "prefill_tokens",
         "preempted",
         "hit_tokens",

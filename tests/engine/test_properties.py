@@ -13,7 +13,7 @@ from servesim.engine.request_state import BlockTables
 from servesim.engine.simulation import Simulation
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
-from tests.engine.small_engine import LinearTimes, run_small, small_loop
+from tests.engine.small_engine import LinearTimes, requests, run_small, small_loop
 
 if TYPE_CHECKING:
     from servesim.results.records import RunLog
@@ -125,6 +125,21 @@ def test_instances_that_run_ahead_change_nothing(
         watcher = Watcher(2500)
         log = Simulation(loops, workload, options).run(watcher if watched else None)
         outcomes.append((everything(log), watcher.seen))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_request_may_come_when_a_stretch_has_just_begun() -> None:
+    """It takes the place of one that ends elsewhere at that very time."""
+    workload = requests(*[(1, output, 0) for output in (1, 1, 1, 2, 3, 5, 8, 4)])
+    outcomes = []
+    for jump in (False, True):
+        tables = BlockTables(workload)
+        loops = [
+            small_loop(workload, index=i, tables=tables, jump=jump, max_num_seqs=2, block_size=1)
+            for i in (0, 1)
+        ]
+        log = Simulation(loops, workload, RuntimeOptions(max_concurrency=3, router_refresh=3e-6)).run()
+        outcomes.append(everything(log))
     assert outcomes[0] == outcomes[1]
 
 
