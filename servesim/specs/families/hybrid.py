@@ -63,8 +63,8 @@ def mamba2(
 
 
 def _memory(c: Fields) -> int:
-    """Bytes of an element of the memory: 16 bit as the activations, unless the config asks for 32."""
-    return 4 if c.text("mamba_ssm_cache_dtype") == "float32" else 2
+    """Bytes of an element of the memory: 32 bit, unless the config asks for 16."""
+    return 2 if c.text("mamba_ssm_cache_dtype") in ("bfloat16", "float16") else 4
 
 
 _WORDS = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
