@@ -111,7 +111,11 @@ class Batch:
     def add_verification(self, tokens: int, history: int) -> None:
         """Add the newest token of a request with ``history`` computed ones, and drafts: ``tokens`` in all."""
         self.add_decodes(1, history, history, history)
-        self.draft_tokens += tokens - 1
+        self.add_drafts(tokens - 1)
+
+    def add_drafts(self, tokens: int) -> None:
+        """Let the decodes verify ``tokens`` drafts, all together."""
+        self.draft_tokens += tokens
 
     def note_again(self, lost: int, done: int, reach: int) -> None:
         """Count what of a request's tokens ``done`` to ``reach`` - 1 had been computed before: the first

@@ -134,3 +134,48 @@ def _kernel_times(pricing: Pricing, batch: Batch) -> Counter[str]:
     for cost in pricing.layers(batch):
         times[cost.layer.partition(":")[0]] += cost.total_us
     return times
+
+
+_MOST_SEQUENCES = 1024
+"""Batches up to which a break-even is looked for."""
+
+
+def speculation_text(base: Result, other: Result, names: tuple[str, str]) -> str:
+    """From which batch size on speculative decoding pays no more; empty unless one of two runs speculates.
+
+    Both price steps that only decode, at the mean KV length of the plain run's decodes: a plain step gives
+    every sequence a token, one with drafts as many as the acceptance says. So this is about the throughput of
+    decoding, and not about prefill or the KV cache that a drafter takes.
+    """
+    logs = base.instances[0], other.instances[0]
+    drafts = [log.options.speculative for log in logs]
+    if (drafts[0] is None) == (drafts[1] is None) or None in (logs[0].pricing, logs[1].pricing):
+        return ""
+    at = 0 if drafts[1] is None else 1  # the one that speculates
+    spec, plain, drafted = drafts[at], logs[1 - at].pricing, logs[at].pricing
+    assert spec is not None
+    assert plain is not None
+    assert drafted is not None
+    result = (base, other)[1 - at]
+    length = max(typical_steps(result, [logs[1 - at]]).kv_length, 1)
+
+    def gain(n: int) -> float:
+        """Tokens a second with drafts over those without."""
+        verifying = _batch((), n, length)
+        verifying.add_drafts(n * spec.num_tokens)
+        return spec.acceptance_length * plain.us(_batch((), n, length)) / drafted.us(verifying)
+
+    most = min(logs[0].options.max_num_seqs, logs[1].options.max_num_seqs, _MOST_SEQUENCES)
+    gains = {n: gain(n) for n in range(1, most + 1)}
+    pays = [n for n, more in gains.items() if more > 1]
+    told = f"speculative decoding ({names[at]}), steps that only decode at {si(length)} tokens of KV each: "
+    alone = f"{gains[1]:.2f} times the tokens a second at a batch of 1"
+    if not pays:
+        return told + f"it never pays: {alone}"
+    last = max(pays)
+    if last == most:
+        return told + f"it pays at every batch up to {most}: {alone}, {gains[most]:.2f} times at {most}"
+    return told + (
+        f"{alone}, {gains[last]:.2f} times at {last}; it stops paying at a batch of {last + 1} "
+        f"({gains[most]:.2f} times at {most}); acceptance: {spec.source}"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from servesim.explore.error_band import bands_text
+from servesim.explore.kernels import speculation_text
 from servesim.explore.slo import num_gpus, ttft_error, worst_error
 from servesim.results.banner import workload_line
 from servesim.results.table import Table
@@ -37,6 +38,8 @@ def comparison_text(comparison: Comparison) -> str:
         parts.append(bands_text(comparison.names, comparison.error_bands))
     if comparison.differences is not None:
         parts.append(comparison.differences.text())
+    for name, result in zip(comparison.names[1:], comparison.results[1:], strict=True):
+        parts.append(wrapped(speculation_text(comparison.results[0], result, (comparison.names[0], name))))
     parts.append("\n".join(wrapped(f"note: {note}", indent="  ") for note in notes(comparison)))
     trust = "\n".join(wrapped(line, indent="  ") for line in comparison.trust)
     return "\n\n".join(filter(None, [*parts, trust]))

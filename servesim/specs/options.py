@@ -826,6 +826,9 @@ def _speculative(
         "--enable-local-offloading": chosen["enable_local_offloading"],
         "placement": instance.placement is not None,
         "--skip-prefill": options.skip_prefill,
+        f"draft_tensor_parallel_size {spec.draft_tp} and tp_size {instance.tp_size}": (
+            spec.draft_tp not in (None, instance.tp_size)
+        ),
         "ep_size above 1, or a dp_group": instance.ep_size > 1 or instance.dp_group is not None,
         f"--long-prefill-token-threshold {threshold}, which would cut verifications": (
             0 < threshold <= spec.num_tokens

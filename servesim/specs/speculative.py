@@ -236,7 +236,12 @@ def _rates(
         return _of_length(length, tokens), f"synthetic_acceptance_length {length}"
     if acceptance is None:
         published = PUBLISHED[method]
-        return _extended(published.rates, published.decay, tokens), published.source
+        source, known = published.source, len(published.rates)
+        if tokens > known > 1:
+            source += (
+                f" (beyond {known} drafts each rate is taken as {published.decay:.2f} of the one before)"
+            )
+        return _extended(published.rates, published.decay, tokens), source
     text, where = acceptance.strip(), ACCEPTANCE_OPTION
     if not text.startswith("decay=") and any(letter.isalpha() or letter == "/" for letter in text):
         return _of_file(text, tokens)

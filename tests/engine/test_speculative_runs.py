@@ -9,6 +9,7 @@ import pytest
 
 import servesim
 from servesim.errors import InputError
+from servesim.explore.kernels import speculation_text
 from servesim.specs.options import RuntimeOptions
 from tests.engine.toy_world import DENSE, toy_cluster, toy_instance, toy_world
 
@@ -108,3 +109,15 @@ def test_old_versions_schedule_synchronously_with_n_grams() -> None:
     assert not result.instances[0].options.async_scheduling
     assert any("async_scheduling is off" in note for note in result.log.notes)
     assert run(speculative_config=DRAFTS).instances[0].options.async_scheduling
+
+
+@pytest.mark.usefixtures("world")
+def test_compare_says_where_drafts_stop_paying() -> None:
+    rates = {**DRAFTS, "synthetic_acceptance_rates": [0.3, 0.1, 0.0]}
+    plain, good, bad = run(), run(speculative_config=DRAFTS), run(speculative_config=rates)
+    told = speculation_text(plain, good, ("plain", "drafts"))
+    assert "speculative decoding (drafts), steps that only decode" in told
+    assert "pays" in told or "paying" in told
+    assert speculation_text(good, plain, ("drafts", "plain")) == told
+    assert speculation_text(plain, plain, ("a", "b")) == ""
+    assert speculation_text(plain, bad, ("plain", "drafts")) != told
