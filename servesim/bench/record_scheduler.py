@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from servesim.workload.request import Request, Workload
 
+_STOP_TOKEN = 1 << 60
 PRIVATE_TOKEN = 1 << 40
 """Token ids from here on belong to one request each: the content of requests that come without ids."""
 
@@ -100,7 +101,10 @@ class Recorder:
         while True:
             self._take_arrivals()
             if self.scheduler.has_unfinished_requests():
+                before = len(self.preempted)
                 batch = self._schedule()
+                if batch is None and not self.in_flight and len(self.preempted) > before:
+                    continue  # blocks are free now, and an engine with nothing to wait for tries again
                 if batch is not None:
                     self.in_flight.append(batch)
                     if len(self.in_flight) < depth:
@@ -214,7 +218,10 @@ class Recorder:
             self.answers[index] = answer_ids(request)
         known, own = self.answers[index], PRIVATE_TOKEN + index
         ids: list[int] = [] if known is None else known[done : done + tokens].tolist()
-        return ids + [own] * (tokens - len(ids))  # what is accepted beyond the end of an answer is cut off
+        ids += [own] * (tokens - len(ids))  # what is accepted beyond the end of an answer is cut off
+        if done + tokens >= request.output_tokens < request.max_tokens:
+            ids[max(request.output_tokens - done - 1, 0)] = _STOP_TOKEN
+        return ids
 
     def _propose(self, names: list[str]) -> None:
         """Give the scheduler drafts of a step's requests, as the engine does in synchronous scheduling."""
@@ -280,13 +287,25 @@ def record_scheduler(
 
 
 def _resolved(workload: Workload, settings: SchedulerSettings) -> SchedulerSettings:
-    """The settings with ``max_model_len`` filled in; refuses workloads that could never finish."""
+    """The settings with ``max_model_len`` filled in; refuses workloads that could never finish.
+
+    Answers that do not fit are cut by vLLM's scheduler, whatever a server of the version makes of them.
+    """
     longest = max((r.input_tokens + r.output_tokens for r in workload), default=1)
     resolved = replace(settings, max_model_len=settings.max_model_len or longest)
-    if longest > resolved.max_model_len:
+    prompt = max((r.input_tokens for r in workload), default=0)
+    if prompt >= resolved.max_model_len:
         raise InputError(
-            f"max_model_len is {resolved.max_model_len}, but the longest request has {longest} tokens"
+            f"max_model_len is {resolved.max_model_len}, but the longest prompt has {prompt} tokens and "
+            "needs room for an answer"
         )
+    asked = max((max(r.output_tokens, r.max_tokens) for r in workload), default=0)
+    if asked > resolved.max_model_len:
+        raise InputError(
+            f"max_model_len is {resolved.max_model_len}, but a request asks for {asked} tokens; servers "
+            "refuse it"
+        )
+    longest = min(longest, resolved.max_model_len)
     # A request's last token is never fed back, so its KV takes one token less than it is long.
     groups = resolved.groups or (KvGroup("full", settings.block_size, (1,)),)
     in_flight = settings.max_num_batched_tokens * (2 if settings.async_scheduling else 1)
@@ -326,7 +345,11 @@ def _build_recorder(
             # vLLM orders names as texts where priority and arrival are equal; noughts make that our order
             request_id=f"{request.index:09d}",
             prompt_token_ids=prompt_ids,
-            sampling_params=SamplingParams(max_tokens=request.output_tokens, ignore_eos=True),
+            sampling_params=SamplingParams(
+                max_tokens=max(request.output_tokens, request.max_tokens),
+                ignore_eos=True,
+                stop_token_ids=[_STOP_TOKEN] if request.max_tokens > request.output_tokens else None,
+            ),
             pooling_params=None,
             arrival_time=arrival_ns,
             priority=request.priority,

@@ -18,6 +18,8 @@ _PLACES = {
     "scheduler_config": (
         *("max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold", "max_model_len"),
         *("enable_chunked_prefill", "reserve_full_isl", "async_scheduling", "scheduling_policy"),
+        *("max_num_active_seqs", "max_num_scheduled_tokens", "long_prefill_token_threshold_adaptive"),
+        *("prefill_schedule_interval", "watermark"),
     ),
     "cache_config": ("num_gpu_blocks", "block_size", "enable_prefix_caching"),
 }
@@ -48,6 +50,11 @@ class SchedulerSettings:
     enable_prefix_caching: bool = True
     async_scheduling: bool = True
     scheduling_policy: str = "fcfs"
+    max_num_active_seqs: int | None = None
+    max_num_scheduled_tokens: int | None = None
+    long_prefill_token_threshold_adaptive: bool = False
+    prefill_schedule_interval: int = 1
+    watermark: float = 0.0
     kv_groups: str = ""
     """Groups of layers, ``full,sliding:128``; empty: one that keeps every token. See :func:`parse_groups`."""
     speculative_config: str = ""
@@ -62,6 +69,16 @@ class SchedulerSettings:
     def speculative(self) -> SpeculativeSpec | None:
         """What to speculate with, None if with nothing."""
         return speculative_spec(self.speculative_config or None)
+
+
+_SINCE_LATER = ("max_num_active_seqs", "long_prefill_token_threshold_adaptive")
+"""Settings that old versions of vLLM do not have; there they keep their defaults."""
+
+
+def _is_asked_for(name: str, settings: SchedulerSettings) -> bool:
+    """Whether a setting is another than its default."""
+    default = next(item.default for item in fields(settings) if item.name == name)
+    return bool(getattr(settings, name) != default)
 
 
 def parse_groups(settings: SchedulerSettings) -> tuple[KvGroup, ...]:
@@ -162,6 +179,10 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         scheduler_reserve_full_isl=settings.reserve_full_isl,
         async_scheduling=settings.async_scheduling,
         policy=settings.scheduling_policy,
+        max_num_scheduled_tokens=settings.max_num_scheduled_tokens,
+        prefill_schedule_interval=settings.prefill_schedule_interval,
+        watermark=settings.watermark,
+        **{name: getattr(settings, name) for name in _SINCE_LATER if _is_asked_for(name, settings)},
     )
     cache = CacheConfig(block_size=settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
     config = VllmConfig(
@@ -241,7 +262,8 @@ def _undo_platform(config: Any, settings: SchedulerSettings) -> None:
     """Set again what vLLM's CPU platform changes: without a GPU it switches asynchronous scheduling off."""
     for part, names in _PLACES.items():
         for name in names:
-            setattr(getattr(config, part), _VLLM_NAMES.get(name, name), getattr(settings, name))
+            if name not in _SINCE_LATER or _is_asked_for(name, settings):
+                setattr(getattr(config, part), _VLLM_NAMES.get(name, name), getattr(settings, name))
 
 
 def check_scheduler(scheduler: Any, settings: SchedulerSettings) -> None:
@@ -256,6 +278,8 @@ def check_scheduler(scheduler: Any, settings: SchedulerSettings) -> None:
         raise RunError(f"vLLM built its {names[0]} where {wanted} was asked for; nothing is recorded")
     for part, names_in_part in _PLACES.items():
         for name in names_in_part:
+            if name in _SINCE_LATER and not _is_asked_for(name, settings):
+                continue
             theirs = getattr(getattr(scheduler.vllm_config, part), _VLLM_NAMES.get(name, name))
             if theirs != getattr(settings, name):
                 raise RunError(

@@ -60,7 +60,11 @@ class DecodeSet:
         self._sum = 0
 
     def add(self, state: RequestState) -> None:
-        """File a request that has ``known`` computed tokens and decodes from the next tick on."""
+        """File a request that has ``known`` computed tokens and decodes from the next tick on.
+
+        If they are all it will have, its last token is in flight and not known to be the last: it stays until
+        :meth:`drop`.
+        """
         base = state.known - self.tick
         state.home = self
         state.decode_base = base
@@ -70,7 +74,7 @@ class DecodeSet:
         self.count += 1
         if state.last_tick in self._ends:
             self._ends[state.last_tick].append(state)
-        else:
+        elif state.last_tick >= self.tick:
             self._ends[state.last_tick] = [state]
             heappush(self._end_ticks, state.last_tick)
         if state.table.awaits_hash:
@@ -79,13 +83,16 @@ class DecodeSet:
 
     def remove(self, state: RequestState) -> None:
         """Take a request out of every calendar."""
-        self._take_out(state)
+        self.drop(state)
+        if state.last_tick < self.tick:
+            return  # its last token is in flight
         ending = self._ends[state.last_tick]
         ending.remove(state)
         if not ending:
             del self._ends[state.last_tick]
 
-    def _take_out(self, state: RequestState) -> None:
+    def drop(self, state: RequestState) -> None:
+        """Take out a request whose last token has come, which its stop token made known only now."""
         base = state.decode_base
         del self._bases[bisect_left(self._bases, base)]
         self._sum -= base
@@ -138,7 +145,8 @@ class DecodeSet:
         """Give every request one token; returns those for which it is the last one (no longer filed here)."""
         ended = self._ends.pop(self.tick, ())
         for state in ended:
-            self._take_out(state)
+            if not state.stops:
+                self.drop(state)
         self.tick += 1
         return ended
 

@@ -77,6 +77,7 @@ class Instance:
             arrival_ns,
             table,
             output_tokens=output_tokens,
+            longest=self.log.options.max_model_len,
             handed_over=handed_over,
         )
 

@@ -43,9 +43,12 @@ class SchedulerLimits:
         "long_prefill_token_threshold",
         "max_num_batched_tokens",
         "max_num_seqs",
+        "prefill_interval",
         "reserve_full_isl",
         "serves_on",
+        "shared_tokens",
         "skip_prefill",
+        "watermark_blocks",
     )
 
     def __init__(
@@ -54,8 +57,11 @@ class SchedulerLimits:
         max_num_batched_tokens: int,
         long_prefill_token_threshold: int = 0,
         caps_lone_prefill: bool = True,
+        shared_tokens: int = 0,
         chunked_prefill: bool = True,
         reserve_full_isl: bool = True,
+        watermark_blocks: int = 0,
+        prefill_interval: int = 1,
         skip_prefill: bool = False,
         serves_on: bool = True,
         counts_all_victims: bool = True,
@@ -66,9 +72,17 @@ class SchedulerLimits:
         """Most tokens of one request's prefill in one step; 0: no limit."""
         self.caps_lone_prefill = caps_lone_prefill
         """Whether the threshold binds while a single request is waiting or running."""
+        self.shared_tokens = shared_tokens
+        """Tokens of a step whose fair share for every waiting or running request the threshold does not go
+        below; 0: it stays what it is."""
         self.chunked_prefill = chunked_prefill
         self.reserve_full_isl = reserve_full_isl
         """Admit a request only if all its known tokens fit the free blocks."""
+        self.watermark_blocks = watermark_blocks
+        """Blocks that stay free when a request is admitted while others run."""
+        self.prefill_interval = prefill_interval
+        """Steps from one that computes prompts to the next, as long as requests decode and none has to
+        wait."""
         self.skip_prefill = skip_prefill
         """The KV of all known tokens but the last is there as soon as a request is admitted."""
         self.serves_on = serves_on
@@ -78,12 +92,58 @@ class SchedulerLimits:
         preempted; if not, it is passed over."""
 
 
+class PrefillCadence:
+    """Which steps compute prompts where vLLM's ``prefill_schedule_interval`` is above 1."""
+
+    __slots__ = ("_executed", "_interval", "_last", "_saturated", "holds", "prefills")
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._executed = 0
+        """Steps that computed anything."""
+        self._last = -interval
+        """The last of them that computed a prompt."""
+        self._saturated = False
+        """Whether the last step that could have admitted all waiting requests left some: no step is held
+        then."""
+        self.holds = False
+        """Whether the present step computes no prompts."""
+        self.prefills = False
+        """Whether it computes one."""
+
+    def begin(self, decodes: bool) -> None:
+        """A step is scheduled; ``decodes``: some running request has computed its prompt."""
+        early = self._executed + 1 - self._last < self._interval
+        self.holds = decodes and early and not self._saturated
+        self.prefills = False
+
+    def admitted(self, waiting: int) -> None:
+        """The step has admitted what it could and left so many."""
+        if not self.holds:
+            self._saturated = waiting > 0
+
+    def end(self, batch: Batch) -> None:
+        """The step is scheduled."""
+        if not batch.is_empty:
+            self._executed += 1
+        if self.prefills:
+            self._last = self._executed
+
+    def skip(self, steps: int) -> None:
+        """So many steps went by in which nothing waited and nothing but decodes was computed."""
+        self._executed += steps
+        self._saturated = False
+
+
 class Scheduler:
     """Waiting and running requests of one instance, and the KV cache they compete for."""
 
     __slots__ = (
         "_admissions",
         "_blocked_at",
+        "_cadence",
+        "_cap",
+        "_cap_varies",
         "_frees",
         "_grouped",
         "_last_alone",
@@ -152,6 +212,11 @@ class Scheduler:
         self._list_lengths = list_lengths
         self._admissions = 0
         self._frees = 0
+        self._cap = limits.long_prefill_token_threshold
+        """The threshold in the present step; 0: none."""
+        self._cap_varies = self._cap > 0 and (not limits.caps_lone_prefill or limits.shared_tokens > 0)
+        """Whether it depends on the number of requests."""
+        self._cadence = PrefillCadence(limits.prefill_interval) if limits.prefill_interval > 1 else None
         self._last_alone = False
         """Whether the last batch was scheduled with nothing in flight, so that all its tokens were known."""
         self._blocked_at: tuple[int, int] | None = None
@@ -178,9 +243,13 @@ class Scheduler:
             batch.kv_lengths = []
         if self.speculation:
             batch.outputs = Outputs()
-        decodes = self.decodes
+        decodes, cadence = self.decodes, self._cadence
         if self._grouped:
             self._grouped.new_step(in_flight)
+        if self._cap_varies:
+            self._cap = self._cap_now()
+        if cadence:
+            cadence.begin(len(self.running) > len(self.prefilling))
         left, completed, stalled = self._serve_running(batch, in_flight)
         if decodes.count:
             batch.add_decodes(decodes.count, *decodes.lengths())
@@ -195,8 +264,11 @@ class Scheduler:
                 full = decodes.everyone() if self._grouped and sharing else decodes.at_boundary(1)
                 for state in [s for s in full if s in sharing] if sharing else ():
                     self._publish(state, decodes.length(state) + 1)
-        if self.waiting and not batch.preempted:
-            self._admit(batch, left, now_ns, completed)
+        if not batch.preempted:
+            if self.waiting:
+                self._admit(batch, left, now_ns, completed)
+            if cadence:
+                cadence.admitted(len(self.waiting))
         finishing = list(decodes.advance())
         for state in completed:
             if self.speculation:
@@ -206,19 +278,23 @@ class Scheduler:
                 state.track, state.run_start = decodes.track, len(decodes.token_times)
             else:
                 state.run_start = step
-            if state.known + 1 == state.total_tokens:
+            last = state.known + 1 == state.total_tokens
+            if last:
                 finishing.append(state)
-            else:
+            if not last or state.stops:
                 state.phase = Phase.DECODE
                 decodes.add(state)
         if finishing:
             for state in finishing:
-                state.phase = Phase.DRAINING
+                if not state.stops:
+                    state.phase = Phase.DRAINING
             batch.finishing = sorted(finishing, key=by_order)
         if not batch.is_empty:
             self._last_alone = not in_flight
             if self._grouped:
                 self._grouped.scheduled(completed, stalled)
+        if cadence:
+            cadence.end(batch)
         if self.new_decodes and not batch.is_empty:
             batch.travelling = decodes
             self._travelling.append(batch)
@@ -241,6 +317,8 @@ class Scheduler:
         if self.speculation:
             return self._serve_in_turn(batch, in_flight)
         decodes, prefilling, budget = self.decodes, self.prefilling, self.limits.max_num_batched_tokens
+        if self._holds_prefills:
+            prefilling = []
         left = budget - decodes.count
         if not prefilling and left >= 0 and not self._grouped:
             boundary = decodes.at_boundary()
@@ -261,14 +339,18 @@ class Scheduler:
         return self._serve(tuple(self.running), budget, False, batch, in_flight)
 
     def _capped(self, tokens: int) -> int:
-        limits = self.limits
-        threshold = limits.long_prefill_token_threshold
-        if not threshold or tokens <= threshold:
-            return tokens
-        # within a step requests only move between the two lists, so their number is that at its start
-        if limits.caps_lone_prefill or len(self.running) + len(self.waiting) > 1:
-            return threshold
-        return tokens
+        return self._cap if 0 < self._cap < tokens else tokens
+
+    def _cap_now(self) -> int:
+        limits, requests = self.limits, len(self.running) + len(self.waiting)
+        if requests < 2 and not limits.caps_lone_prefill:
+            return 0
+        return max(limits.long_prefill_token_threshold, limits.shared_tokens // max(requests, 1))
+
+    @property
+    def _holds_prefills(self) -> bool:
+        """Whether the present step computes no prompts."""
+        return self._cadence is not None and self._cadence.holds
 
     def _grow(self, boundary: Sequence[RequestState]) -> None:
         """One more block for each of these decoding requests, all of whose blocks are full."""
@@ -306,7 +388,7 @@ class Scheduler:
                     left -= tokens
                     if not tokens:
                         stalled.append(state)
-            elif state.phase is Phase.PREFILL:
+            elif state.phase is Phase.PREFILL and not self._holds_prefills:
                 computed = state.computed
                 tokens = self._chunk(state, left)
             else:
@@ -386,6 +468,8 @@ class Scheduler:
                 self._computed(state.table, speculation.note(state, state.computed + tokens))
             elif state.phase is Phase.PREFILL:
                 self._computed(state.table, reach)
+                if self._cadence:
+                    self._cadence.prefills = True
             elif state in decodes.sharing:
                 self._publish(state, reach if self._knows_tokens(in_flight) else reach - tokens)
             served[state] = tokens
@@ -410,7 +494,7 @@ class Scheduler:
         """(tokens that a running request can compute now with ``left`` of budget, its length after them)."""
         if state.phase is Phase.DECODE and state.home is self.decodes:
             return 1, self.decodes.length(state) + 1
-        if state.phase is Phase.PREFILL:
+        if state.phase is Phase.PREFILL and not self._holds_prefills:
             tokens = self._chunk(state, left)
         elif self.speculation and state.phase is Phase.VERIFY:
             tokens = max(min(self._capped(self.speculation.wanted(state)), left), 0)
@@ -426,6 +510,8 @@ class Scheduler:
         state.computed = reach = computed + tokens
         if self._grouped:
             self._grouped.note_chunk(state, tokens)
+        if self._cadence:
+            self._cadence.prefills = True
         batch.add_request(tokens, computed)
         if state.lost:
             batch.note_again(state.lost, computed, reach)
@@ -566,6 +652,8 @@ class Scheduler:
             done, read_bytes = (known - 1 if limits.skip_prefill else hit_tokens), 0
             if self.connectors and not limits.skip_prefill:
                 done, read_bytes = self._lookup(state, hit_tokens)
+            if self._holds_prefills and done < known - 1:
+                return
             tokens = known - done
             if speculation and tokens == 1:
                 tokens = speculation.padded(batch, done, left)
@@ -580,14 +668,15 @@ class Scheduler:
                 if not tokens:
                     return
             whole = limits.reserve_full_isl
-            if whole and kv.missing_blocks(hits, done, known, whole=True) > kv.pool.num_free:
+            free = kv.pool.num_free - (limits.watermark_blocks if self.running else 0)
+            if whole and kv.missing_blocks(hits, done, known, whole=True) > free:
                 self._blocked_at = cache_state
                 return
             reach = slots = done + tokens
             if speculation:
                 slots = speculation.reach(reach)
             tight = not whole or kv.several or speculation
-            if tight and kv.missing_blocks(hits, done, slots) > kv.pool.num_free:
+            if tight and kv.missing_blocks(hits, done, slots) > free:
                 return
             waiting.popleft()
             kv.admit(table, hits, done, slots)
@@ -615,6 +704,8 @@ class Scheduler:
                 batch.add_request(tokens, done)
             if self._grouped:
                 self._grouped.note_chunk(state, tokens)
+            if self._cadence and done < known - 1:
+                self._cadence.prefills = True
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))
             left -= tokens + (speculation.slots if speculation else 0)
@@ -652,6 +743,8 @@ class Scheduler:
                     leaving = [other for other in leaving if other is not state]
             else:
                 self.running.remove(state)
+                if state.stops and state.home is not None:
+                    state.home.drop(state)
                 self._computed(state.table, whole)
                 if self._taken_on(state):
                     leaving = [other for other in leaving if other is not state]
@@ -745,6 +838,8 @@ class Scheduler:
         count = decodes.count
         if not count or self.prefilling or decodes.sharing or count > self.limits.max_num_batched_tokens:
             return 0
+        if self._cadence and self.waiting:
+            return 0
         most = min(most, decodes.next_end - decodes.tick)
         if most <= 0 or (self.waiting and not self._is_blocked()):
             return 0
@@ -769,6 +864,8 @@ class Scheduler:
         after each."""
         unknown = int(not self._last_alone)
         self._last_alone = False  # in an asynchronous loop every one of them follows a step in flight
+        if self._cadence:
+            self._cadence.skip(ticks)
         decodes = self.decodes
         if self._grouped:
             used = self._grouped.run_quietly(decodes, ticks, unknown)

@@ -16,6 +16,7 @@ from servesim.engine.step_loop import Coupling, LoopPlan, StepLoop
 from servesim.errors import BrokenRunError
 from servesim.results.records import RejectedRequest, RunLog
 from servesim.specs.options import output_fields
+from servesim.specs.vllm_versions import CUTS_ANSWERS
 from servesim.workload.generators import write_jsonl
 
 if TYPE_CHECKING:
@@ -274,12 +275,14 @@ def why_impossible(request: Request, instance: Instance, output_tokens: int | No
     """
     options, capacity = instance.log.options, instance.log.capacity
     output = request.output_tokens if output_tokens is None else output_tokens
-    prompt, total = request.input_tokens, request.input_tokens + output
-    if total > options.max_model_len:
+    prompt, longest = request.input_tokens, options.max_model_len
+    asked = max(output, request.max_tokens if output_tokens is None else 0)
+    cuts = CUTS_ANSWERS.holds(options.vllm_version)
+    if prompt + (1 if cuts else asked) > longest or asked > longest:
         return (
-            f"{prompt} prompt + {output} output tokens exceed the longest context of {options.max_model_len} "
-            "(max_model_len)"
+            f"{prompt} prompt + {asked} output tokens exceed the longest context of {longest} (max_model_len)"
         )
+    total = min(prompt + output, longest)
     if not options.enable_chunked_prefill and prompt > options.max_num_batched_tokens:
         return (
             f"the prompt of {prompt} tokens exceeds max_num_batched_tokens {options.max_num_batched_tokens}, "

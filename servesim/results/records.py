@@ -58,6 +58,13 @@ class RequestRecord:
     """What of its latency it spent between the client and the engine, before it was queued."""
     handed_over_ns: int = -1
     """When it was queued at another instance that decodes it; -1 where there is none."""
+    cut_tokens: int = 0
+    """Tokens that its answer lacks, since the context was full."""
+
+    def note_cut(self, tokens: int) -> None:
+        """Its answer is shorter by so many tokens."""
+        self.cut_tokens = tokens
+
     prefill_step: tuple[int, int] | None = None
     """(track, entry) of the token that the prefill side ended with, where another instance decodes."""
     away: list[tuple[int, int, int]] | None = None

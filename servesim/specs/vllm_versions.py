@@ -67,10 +67,19 @@ LOOKAHEAD_HASHES = Difference(
 V2_NGRAM = Difference(
     "0.33", "n-gram drafts go with asynchronous scheduling, which they switch off before (0.29-0.32: unknown)"
 )
+LOCAL_CADENCE = Difference(
+    "0.33", "prefill_schedule_interval acts on every engine, not only on data-parallel groups with experts"
+)
+ACTIVE_SEQS = Difference("0.31", "max_num_active_seqs limits the running requests below max_num_seqs")
+ADAPTIVE_THRESHOLD = Difference("0.31", "long_prefill_token_threshold_adaptive")
+CUTS_ANSWERS = Difference(
+    "0.32", "servers cut an answer that would not fit max_model_len; before, they refuse its request"
+)
 DIFFERENCES = (
     *(LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON),
     *(SETTLED_FREES, STATE_STOPS, SPARSE_WINDOWS, SLOTS_BY_REQUEST, LOOKAHEAD_HASHES),
     V2_NGRAM,
+    *(LOCAL_CADENCE, ACTIVE_SEQS, ADAPTIVE_THRESHOLD, CUTS_ANSWERS),
 )
 
 

@@ -44,6 +44,9 @@ class Request:
     tokens_per_hash: int = 0
     hashed_tokens: int = 0
     """Leading tokens of prompt and answer that the hashes stand for."""
+    max_tokens: int = 0
+    """Most tokens the client lets it generate; 0: those it generates. With more, its answer ends on its own
+    account, by a stop token that no server can foresee."""
     priority: int = 0
     """Smaller numbers are served first, where the scheduling policy goes by priority."""
 

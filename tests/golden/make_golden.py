@@ -13,6 +13,7 @@ second recording with the same vLLM gives the same bytes.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from servesim.bench.record_scheduler import Recorder, record_scheduler
 from servesim.bench.scheduler_log import SchedulerLog, differences
 from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings
-from servesim.specs.vllm_versions import NEWEST, VERSIONS
+from servesim.specs.vllm_versions import NEWEST, VERSIONS, VllmVersion, minor_version
 from tests.golden.golden_file import (
     STAGES,
     Golden,
@@ -55,6 +56,7 @@ from tests.golden.workloads import (
     together,
     unrelated,
     with_priorities,
+    with_stops,
     without_ids,
 )
 
@@ -74,6 +76,8 @@ class Recipe:
     entries: Callable[[np.random.Generator], list[Entry]]
     settings: SchedulerSettings
     formula: StepFormula = ODD
+    since: VllmVersion = VERSIONS[0]
+    """The first version of vLLM that has such settings."""
 
 
 def settings(num_gpu_blocks: int, **changes: Any) -> SchedulerSettings:
@@ -350,6 +354,38 @@ RECIPES: dict[str, Recipe] = {
         lambda r: with_priorities(r, conversations(r, 14, 20, output=(5, 60)), 5),
         settings(50, **SYNC, **PRIORITY),
     ),
+    "async_stops": Recipe(
+        "answers that end by a stop token: a step more is scheduled before it is known; little memory",
+        lambda r: with_stops(r, shared_prefixes(r, 60, 8, output=(1, 60)), 0.7), settings(50),
+    ),
+    "sync_stops_chunks": Recipe(
+        "answers that end by a stop token, in turns with others, 16 tokens a step",
+        lambda r: with_stops(r, unrelated(r, 40, 30, (5, 60), (1, 30)), 0.5),
+        settings(60, **SYNC, max_num_batched_tokens=16, max_num_seqs=12),
+    ),
+    "async_context_full": Recipe(
+        "answers cut at the longest context, some that end by a stop token before it",
+        lambda r: with_stops(r, unrelated(r, 50, 20, (5, 100), (20, 110)), 0.3),
+        settings(60, max_model_len=140),
+    ),
+    "async_watermark": Recipe(
+        "admission keeps a fifth of the blocks free, and 60 tokens a step are scheduled at most",
+        lambda r: unrelated(r, 60, 8, (5, 120), (20, 90)),
+        settings(60, watermark=0.2, max_num_scheduled_tokens=60),
+    ),
+    "async_cadence": Recipe(
+        "prompts every fourth step, a threshold of at least a fair share, 9 of 24 seats used",
+        lambda r: shared_prefixes(r, 60, 25, output=(5, 60)),
+        settings(
+            90, prefill_schedule_interval=4, max_num_active_seqs=9, max_num_seqs=24,
+            long_prefill_token_threshold=20, long_prefill_token_threshold_adaptive=True,
+        ),
+        since="0.33",
+    ),
+    "sync_cadence": Recipe(
+        "prompts every third step, little memory", lambda r: unrelated(r, 60, 12, (5, 120), (20, 90)),
+        settings(60, **SYNC, prefill_schedule_interval=3), since="0.33",
+    ),
     "async_long_chats": Recipe(
         "long runs of pure decode steps whose time grows with the context", long_chats,
         settings(500), CONTEXT,
@@ -480,7 +516,8 @@ RECIPES: dict[str, Recipe] = {
 
 ACROSS = (
     *(name for name, recipe in RECIPES.items() if recipe.settings.long_prefill_token_threshold),
-    *(name for name in RECIPES if "priority" in name),
+    *(name for name in RECIPES if any(word in name for word in ("priority", "stops", "cadence"))),
+    *("async_context_full", "async_watermark"),
     *("async_two_seats_tight", "sync_prefix_tight", "async_last_token_victims_cached", "async_echoes"),
     *("async_sessions_tight", "sync_sessions_long_answers", "async_no_full_gate", "async_block_edges"),
     *(name for name, recipe in RECIPES.items() if recipe.settings.speculative_config),
@@ -553,7 +590,10 @@ def main(arguments: list[str]) -> int:
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(RECIPES)}")
     failures = 0
+    installed = minor_version(importlib.metadata.version("vllm"))
     for name in options.names or RECIPES:
+        if VERSIONS.index(RECIPES[name].since) > VERSIONS.index(installed):  # type: ignore[arg-type]
+            continue
         if options.version and not is_stored(name, options.version):
             continue
         own = record(name)

@@ -39,6 +39,16 @@ def with_priorities(rng: np.random.Generator, entries: list[Entry], levels: int)
     return [{**entry, "priority": int(rng.integers(levels)) - levels // 2} for entry in entries]
 
 
+def with_stops(rng: np.random.Generator, entries: list[Entry], share: float) -> list[Entry]:
+    """The same requests, a share of which ends by a stop token."""
+    stops = rng.random(len(entries)) < share
+    more = rng.integers(1, 40, len(entries))
+    return [
+        {**entry, "limit": entry["output"] + int(beyond)} if stop else entry
+        for entry, stop, beyond in zip(entries, stops, more, strict=True)
+    ]
+
+
 def without_ids(
     rng: np.random.Generator, count: int, gap_ms: float, prompt: tuple[int, int], output: tuple[int, int]
 ) -> list[Entry]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,14 @@ from servesim.bench.scheduler_log import SchedulerLog, differences
 from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings
 from servesim.errors import RunError
+from servesim.specs.vllm_versions import (
+    ACTIVE_SEQS,
+    ADAPTIVE_THRESHOLD,
+    LOCAL_CADENCE,
+    VERSIONS,
+    VllmVersion,
+    minor_version,
+)
 from tests.golden.golden_file import Golden, build_workload
 from tests.golden.make_golden import CONTEXT, ODD, ROUND
 from tests.golden.workloads import (
@@ -36,6 +45,8 @@ from tests.golden.workloads import (
     shared_prefixes,
     together,
     unrelated,
+    with_priorities,
+    with_stops,
     without_ids,
 )
 from tests.parity.replay import logged, replay, replay_in_jumps
@@ -66,19 +77,53 @@ def random_entries(rng: np.random.Generator) -> list[Entry]:
     return entries
 
 
-def with_extras(rng: np.random.Generator, entries: list[Entry], settings: SchedulerSettings) -> Setting:
-    """Entries and settings with what came later than the first seeds, so that those stay what they were."""
+def with_extras(
+    rng: np.random.Generator,
+    entries: list[Entry],
+    settings: SchedulerSettings,
+    vllm: VllmVersion,
+    speculative: bool,
+) -> Setting:
+    """Entries and settings with what this version of vLLM has beside; priorities alone if ``speculative``."""
+    budget, longest = settings.max_num_batched_tokens, max(_longest(entries), 1)
     if rng.random() < 0.4:
         settings = replace(settings, scheduling_policy="priority")
-        levels = int(rng.choice([1, 2, 3, 50]))
-        entries = [{**entry, "priority": int(rng.integers(levels)) - levels // 2} for entry in entries]
-    return entries, settings
+        entries = with_priorities(rng, entries, int(rng.choice([1, 2, 3, 50])))
+    if speculative:
+        return entries, settings
+    if rng.random() < 0.4:
+        entries = with_stops(rng, entries, float(rng.choice([0.2, 0.9])))
+    if rng.random() < 0.2:
+        least = max(max(r.input_tokens + 1, r.output_tokens) for r in build_workload(entries, "random"))
+        settings = replace(settings, max_model_len=int(rng.integers(least, longest + 2)))
+        longest = min(longest, settings.max_model_len)
+        threshold = min(settings.long_prefill_token_threshold, longest)
+        settings = replace(settings, long_prefill_token_threshold=threshold)
+    if rng.random() < 0.15:
+        settings = replace(settings, watermark=float(rng.choice([0.02, 0.1, 0.4])))
+    if rng.random() < 0.1 and settings.enable_chunked_prefill:
+        settings = replace(settings, max_num_scheduled_tokens=int(rng.integers(1, budget + 1)))
+    if rng.random() < 0.2 and LOCAL_CADENCE.holds(vllm):
+        settings = replace(settings, prefill_schedule_interval=int(rng.choice([2, 3, 7])))
+    if rng.random() < 0.2 and ACTIVE_SEQS.holds(vllm):
+        settings = replace(settings, max_num_active_seqs=int(rng.integers(1, settings.max_num_seqs + 1)))
+    if rng.random() < 0.3 and ADAPTIVE_THRESHOLD.holds(vllm):
+        threshold = settings.long_prefill_token_threshold or min(int(rng.choice([1, 8, 30])), longest)
+        settings = replace(
+            settings, long_prefill_token_threshold=threshold, long_prefill_token_threshold_adaptive=True
+        )
+    # servers refuse requests that ask for more than the context
+    return [{**entry, "limit": min(entry.get("limit", 0), longest)} for entry in entries], settings
+
+
+def _longest(entries: list[Entry]) -> int:
+    """Tokens of the longest request."""
+    return max(r.input_tokens + r.output_tokens for r in build_workload(entries, "random"))
 
 
 def random_settings(rng: np.random.Generator, entries: list[Entry]) -> SchedulerSettings:
     """Settings that can serve the workload, with little memory as often as not."""
-    workload = build_workload(entries, "random")
-    longest = max(r.input_tokens + r.output_tokens for r in workload)
+    longest = _longest(entries)
     block_size = int(rng.choice([1, 4, 16, 16, 16, 32]))
     least = -(-longest // block_size) + 1
     chunked = bool(rng.random() < 0.85)
@@ -152,6 +197,12 @@ def random_speculation(rng: np.random.Generator, settings: SchedulerSettings) ->
     )
 
 
+def installed_version() -> VllmVersion:
+    """The version of the vLLM that is driven."""
+    found = str(minor_version(version("vllm")))
+    return next(known for known in VERSIONS if known == found)
+
+
 def random_formula(rng: np.random.Generator) -> StepFormula:
     return [ODD, ROUND, CONTEXT][int(rng.integers(3))]
 
@@ -161,7 +212,8 @@ def compare(seed: int, grouped: bool = False, speculative: bool = False) -> Outc
     of layers; ``speculative``: with speculative decoding."""
     rng = np.random.default_rng(seed)
     entries = random_entries(rng)
-    entries, settings = with_extras(rng, entries, random_settings(rng, entries))
+    settings = random_settings(rng, entries)
+    entries, settings = with_extras(rng, entries, settings, installed_version(), speculative)
     if grouped or speculative:
         longest = max(r.input_tokens + r.output_tokens for r in build_workload(entries, "random"))
         settings = replace(settings, max_model_len=longest)

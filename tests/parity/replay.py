@@ -25,7 +25,7 @@ from servesim.engine.step_loop import LoopPlan
 from servesim.memory.group_cache import GroupRules, kv_cache_of
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
-from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
+from servesim.specs.vllm_versions import COUNTS_VICTIMS, LOCAL_CADENCE, LONE_PREFILL, NEWEST, SERVES_ON
 from tests.golden.golden_file import STAGES, is_drained, is_pipeline, version_of
 from tests.hand_made import OneInstance
 
@@ -153,9 +153,13 @@ def golden_settings(golden: Golden) -> tuple[SchedulerSettings, StepFormula]:
 
 
 def limits(settings: SchedulerSettings, version: VllmVersion) -> SchedulerLimits:
+    budget = settings.max_num_batched_tokens
     return SchedulerLimits(
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_num_seqs=settings.max_num_active_seqs or settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_scheduled_tokens or budget,
+        shared_tokens=budget if settings.long_prefill_token_threshold_adaptive else 0,
+        watermark_blocks=int(settings.watermark * settings.num_gpu_blocks),
+        prefill_interval=settings.prefill_schedule_interval if LOCAL_CADENCE.holds(version) else 1,
         long_prefill_token_threshold=settings.long_prefill_token_threshold,
         caps_lone_prefill=not LONE_PREFILL.holds(version),
         chunked_prefill=settings.enable_chunked_prefill,
@@ -207,7 +211,7 @@ def build_loop(
         index=0,
         node=0,
         spec=cast("Any", SimpleNamespace(model_name="any", num_npus=1, pd_type=None)),
-        options=cast("Any", SimpleNamespace(**asdict(settings))),
+        options=cast("Any", SimpleNamespace(**asdict(settings), vllm_version=NEWEST)),
         capacity=cast("Any", capacity),
         bundle_source="formula",
         host="in the formula",
