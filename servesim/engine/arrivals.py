@@ -17,12 +17,62 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.engine.request_state import RequestState
+    from servesim.results.records import RunLog
     from servesim.workload.request import Workload
 
 _FRONT_END = 3  # what the random stream is for, the second word of its seed
 
 
 _LEAST_DRAWN = 4096
+
+
+class QueueLimits:
+    """How many requests, and of how many prompt tokens, a server lets in before it turns others away.
+
+    As in vLLM's API server, a prompt counts in full until its first token is out.
+    """
+
+    def __init__(self, most_requests: int | None, most_tokens: int | None, log: RunLog) -> None:
+        """
+        Args:
+            most_requests: that may be unfinished; None: any number.
+            most_tokens: of prompts without a first token, with which no more is let in; None: any number.
+            log: of the run, for the times of tokens.
+        """
+        self._most_requests = most_requests
+        self._most_tokens = most_tokens
+        self._log = log
+        self._let_in: dict[int, RequestState] = {}
+
+    def let_in(self, state: RequestState) -> None:
+        """A request goes on to its instance."""
+        self._let_in[state.request.index] = state
+
+    def refusal(self, now_ns: int) -> str:
+        """Why a request that arrives now is turned away; empty if it is not."""
+        for index in [i for i, state in self._let_in.items() if 0 <= state.record.end_ns <= now_ns]:
+            del self._let_in[index]
+        most, there = self._most_requests, len(self._let_in)
+        if most is not None and there >= most:
+            return f"turned away (503): {there} requests are unfinished, and max_num_queued_reqs is {most}"
+        most = self._most_tokens
+        if most is None:
+            return ""
+        waiting = sum(s.prompt_tokens for s in self._let_in.values() if not self._has_token(s, now_ns))
+        if waiting < most:
+            return ""
+        return (
+            f"turned away (503): {waiting} prompt tokens wait for their first token, and "
+            f"max_num_queued_tokens is {most}"
+        )
+
+    def _has_token(self, state: RequestState, now_ns: int) -> bool:
+        track, entry = (
+            state.record.token_steps[0][:2] if state.record.token_steps else (state.track, state.run_start)
+        )
+        beyond = track - len(self._log.instances)
+        ends = self._log.instances[track].steps.end_ns if beyond < 0 else self._log.pipeline_tracks[beyond]
+        return 0 <= entry < len(ends) and ends[entry] <= now_ns
 
 
 class FrontEnds:

@@ -33,7 +33,7 @@ from servesim.slotted import dataclass
 from servesim.specs.acting import Scene, notes_of
 from servesim.specs.block_layers import ATTENTION_KINDS, architecture_of, attention_groups
 from servesim.specs.cluster_checks import check_cluster
-from servesim.specs.options import resolve
+from servesim.specs.options import UNLIMITED, resolve
 from servesim.specs.speculative import OPTION
 from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
 from servesim.workload.request import Workload
@@ -340,7 +340,7 @@ class Builder:
         if spec.pp_size > 1:
             new_decodes = track_maker(options.block_size, self.pipeline_tracks, len(self._placed))
         scheduler = Scheduler(
-            limits_of(options, self._options.skip_prefill),
+            limits_of(options, self._options.skip_prefill, capacity.num_blocks),
             kv_cache_of(
                 capacity.plan.groups if capacity.plan else (),
                 capacity.num_blocks,
@@ -421,12 +421,18 @@ def track_maker(
     return new_decodes
 
 
-def limits_of(options: InstanceOptions, skip_prefill: bool) -> SchedulerLimits:
-    """The scheduler's view of an instance's options."""
+def limits_of(options: InstanceOptions, skip_prefill: bool, num_blocks: int) -> SchedulerLimits:
+    """The scheduler's view of the options of an instance with ``num_blocks`` KV blocks."""
+    threshold = options.long_prefill_token_threshold
     return SchedulerLimits(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        long_prefill_token_threshold=options.long_prefill_token_threshold,
+        max_num_seqs=options.max_num_active_seqs or options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_scheduled_tokens or options.max_num_batched_tokens,
+        long_prefill_token_threshold=0 if threshold == UNLIMITED else threshold,
+        shared_tokens=(
+            options.max_num_batched_tokens if options.long_prefill_token_threshold_adaptive else 0
+        ),
+        watermark_blocks=int(options.watermark * num_blocks),
+        prefill_interval=options.prefill_schedule_interval,
         caps_lone_prefill=not LONE_PREFILL.holds(options.vllm_version),
         chunked_prefill=options.enable_chunked_prefill,
         reserve_full_isl=options.reserve_full_isl,

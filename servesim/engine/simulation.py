@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from servesim.engine.arrivals import Arrivals, FrontEnds
+from servesim.engine.arrivals import Arrivals, FrontEnds, QueueLimits
 from servesim.engine.clock import Clock, Order
 from servesim.engine.router import Router
 from servesim.engine.step_loop import Coupling, LoopPlan, StepLoop
@@ -77,6 +77,8 @@ class Simulation:
         tracks = pipeline_tracks if pipeline_tracks is not None else []
         moved = [] if moved is None else moved
         self.log = RunLog(logs, pipeline_tracks=tracks, notes=list(notes), moved=moved)
+        limits = options.max_num_queued_reqs, options.max_num_queued_tokens
+        self._limits = QueueLimits(*limits, self.log) if limits != (None, None) else None
         self._clock = clock or Clock()
         self._workload = workload
         self._arrivals = Arrivals(workload, options.max_concurrency)
@@ -152,6 +154,11 @@ class Simulation:
         index = request.index
         model = request.model or _ANY_MODEL
         fronts, backs = self._fronts[model], self._backs[model]
+        refusal = self._limits.refusal(now) if self._limits else ""
+        if refusal:
+            self._taken_by[index] = fronts[0]
+            self._reject(index, fronts[0], now, refusal)
+            return
         if self._sticky:
             fronts = self._last_of_session(request, fronts) or fronts
         front = self._router.choose(request, fronts)
@@ -167,7 +174,10 @@ class Simulation:
             self._reject(index, instance.log.index, now, reason)
             return
         front.expect_one()
-        self._send_in(instance, instance.new_state(request, now), now)
+        state = instance.new_state(request, now)
+        if self._limits:
+            self._limits.let_in(state)
+        self._send_in(instance, state, now)
 
     def _send_in(self, instance: Instance, state: RequestState, now: int) -> None:
         """Hand a request that has arrived to its instance, by way of the front end if that takes time."""

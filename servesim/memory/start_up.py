@@ -14,7 +14,8 @@ from servesim.slotted import dataclass
 from servesim.specs.dtypes import KV_CACHE_SIZED
 from servesim.specs.hardware import load_hardware
 from servesim.specs.kv_support import why_not
-from servesim.specs.options import wants_auto_model_len
+from servesim.specs.options import UNLIMITED, wants_auto_model_len
+from servesim.specs.vllm_versions import LOCAL_CADENCE, LONG_THRESHOLD, SINCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +53,8 @@ def start_up(
     """
     where = f"instance {index}"
     check_budget(options, where)
+    check_limits(options, where)
+    check_cadence(instance, model, options, where)
     check_quantised_shards(instance, model, options, where)
     check_kv_format(instance, model, options, where)
     capacity = memories.capacity(index)
@@ -85,6 +88,62 @@ def check_budget(options: InstanceOptions, where: str) -> None:
             f"{where}: --max-num-batched-tokens: {budget} is not allowed without chunked prefill; must be >= "
             f"{longest}, the longest context (vLLM does not start otherwise); shorten the context with "
             f"--max-model-len {budget}, raise the budget, or leave chunked prefill on"
+        )
+
+
+def check_limits(options: InstanceOptions, where: str) -> None:
+    """Refuse limits with which vLLM does not start, and those that its version does not have.
+
+    Raises:
+        InputError: what is wrong, and what would do.
+    """
+    version, budget = options.vllm_version, options.max_num_batched_tokens
+    seats, longest = options.max_num_seqs, options.max_model_len
+    threshold = options.long_prefill_token_threshold
+    if budget < seats < UNLIMITED:
+        raise InputError(
+            f"{where}: --max-num-batched-tokens: {budget} is not allowed; must be >= {seats}, the most "
+            f"requests that run (vLLM does not start otherwise); give --max-num-seqs {budget} or less too"
+        )
+    if longest < threshold < UNLIMITED and LONG_THRESHOLD.holds(version):
+        raise InputError(
+            f"{where}: --long-prefill-token-threshold: {threshold} is not allowed; must be <= {longest}, the "
+            f"longest context (vLLM {LONG_THRESHOLD.since} and later do not start otherwise)"
+        )
+    for name, most, told in (
+        ("max_num_active_seqs", seats, "the most requests that run"),
+        ("max_num_scheduled_tokens", budget, "the token budget of a step"),
+    ):
+        value = getattr(options, name)
+        if value is not None and value > most:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{where}: {flag}: {value} is not allowed; must be <= {most}, {told}")
+    for name, change in SINCE.items():
+        if getattr(options, name) not in (None, False) and not change.holds(version):
+            raise InputError(
+                f"{where}: --{name.replace('_', '-')}: vLLM {version} has no such setting; give "
+                f"--vllm-version {change.since} or later, or leave it out"
+            )
+
+
+def check_cadence(instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, where: str) -> None:
+    """Refuse an interval between prompts where it is not simulated, or does nothing.
+
+    Raises:
+        InputError: the instance goes in lock-step with others, or the version has it for those only.
+    """
+    if options.prefill_schedule_interval == 1:
+        return
+    flag = f"--prefill-schedule-interval {options.prefill_schedule_interval}"
+    if instance.dp_group is not None and model.is_moe:
+        raise InputError(
+            f"{where}: {flag}: not simulated for data-parallel groups with experts, which count their steps "
+            "together; leave it out"
+        )
+    if not LOCAL_CADENCE.holds(options.vllm_version):
+        raise InputError(
+            f"{where}: {flag}: has no effect before vLLM {LOCAL_CADENCE.since} but in data-parallel groups "
+            "with experts; leave it out, or give a later --vllm-version"
         )
 
 

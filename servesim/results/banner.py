@@ -37,6 +37,11 @@ _SHOWN_WHEN_CHANGED = frozenset(
         *(
             "cudagraph",
             "scheduling_policy",
+            "max_num_active_seqs",
+            "max_num_scheduled_tokens",
+            "long_prefill_token_threshold_adaptive",
+            "prefill_schedule_interval",
+            "watermark",
             "disable_hybrid_kv_cache_manager",
             "num_reqs",
             "max_concurrency",

@@ -105,10 +105,13 @@ def wall_line(end_ns: int, wall_s: float) -> str:
 
 def _totals(summary: Mapping[str, Any]) -> list[str]:
     rejected = f", {summary['failed']} rejected" if summary["failed"] else ""
+    cut = summary["cut_answers"]
+    short = f" ({cut} answers cut at the longest context)" if cut else ""
     return [
         f"requests       {summary['completed']} completed{rejected} in {summary['duration']:.2f} simulated "
         f"seconds, {summary['steps']} steps",
-        f"tokens         {summary['total_input_tokens']} input, {summary['total_output_tokens']} output",
+        f"tokens         {summary['total_input_tokens']} input, "
+        f"{summary['total_output_tokens']} output{short}",
         f"throughput     {digits(summary['request_throughput'])} req/s, "
         f"{digits(summary['output_throughput'])} output tok/s, "
         f"{digits(summary['total_token_throughput'])} total tok/s",

@@ -228,6 +228,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "duration": elapsed / SECOND,
         "completed": len(rows),
         "failed": len(result.rejected),
+        "cut_answers": sum(record.cut_tokens > 0 for record in result.records),
         "total_input_tokens": input_tokens,
         "total_output_tokens": output_tokens,
         "request_throughput": _per_second(len(rows), elapsed),
@@ -283,6 +284,8 @@ class Summary(TypedDict):
     duration: float
     completed: int
     failed: int
+    cut_answers: int
+    """Answers that are shorter than asked for, since the context was full."""
     total_input_tokens: int
     total_output_tokens: int
     request_throughput: float

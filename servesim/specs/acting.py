@@ -21,6 +21,7 @@ from servesim.slotted import dataclass
 from servesim.specs.flags import flag_name, flag_of
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.model import shape_twin
+from servesim.specs.vllm_versions import QUEUE_LIMITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,6 +37,8 @@ EAGER = (
 """What ``--enforce-eager`` goes by."""
 _DRAWN_EXPERTS = ("BALANCED", "RR")
 """Expert policies without chance."""
+UNBOUND = 2**31 - 1
+"""What "no limit" is resolved to."""
 _BLIND_ROUTES = ("RR", "RAND")
 """Routing policies that look at no load."""
 
@@ -306,6 +309,38 @@ def below_the_budget(scene: Scene) -> str:
     cap = scene.options.long_prefill_token_threshold
     if cap and all(cap >= options.max_num_batched_tokens for options in scene.resolved):
         return "it is not below --max-num-batched-tokens"
+    return whole_prompts_at_once(scene)
+
+
+def one_front_end(scene: Scene) -> str:
+    """A server counts what it has let in."""
+    if any(instance.pd_type for instance in scene.instances):
+        return "prefill and decode instances have servers of their own, which count for themselves"
+    version = scene.options.vllm_version
+    return "" if QUEUE_LIMITS.holds(version) else f"vLLM {version} has no such limit"
+
+
+def fewer_seats(scene: Scene) -> str:
+    """A limit below another one binds where it is lower."""
+    if all((options.max_num_active_seqs or UNBOUND) >= options.max_num_seqs for options in scene.resolved):
+        return "it is not below --max-num-seqs"
+    return ""
+
+
+def smaller_steps(scene: Scene) -> str:
+    """A limit below another one binds where it is lower."""
+    if all(
+        (options.max_num_scheduled_tokens or UNBOUND) >= options.max_num_batched_tokens
+        for options in scene.resolved
+    ):
+        return "it is not below --max-num-batched-tokens"
+    return ""
+
+
+def has_threshold(scene: Scene) -> str:
+    """What a threshold does needs one."""
+    if all(options.long_prefill_token_threshold >= UNBOUND for options in scene.resolved):
+        return "there is no --long-prefill-token-threshold"
     return whole_prompts_at_once(scene)
 
 

@@ -14,6 +14,7 @@ from servesim.specs.flags import renamed
 from servesim.specs.hardware import EngineSpec, HardwareSpec, load_hardware
 from servesim.specs.memories import Word
 from servesim.specs.options import (
+    AdaptiveThreshold,
     AsyncScheduling,
     BlockSize,
     Cudagraph,
@@ -27,13 +28,17 @@ from servesim.specs.options import (
     KvCacheDtype,
     LongPrefillTokenThreshold,
     MaxModelLen,
+    MaxNumActiveSeqs,
     MaxNumBatchedTokens,
+    MaxNumScheduledTokens,
     MaxNumSeqs,
     NumGpuBlocks,
+    PrefillScheduleInterval,
     ReserveFullIsl,
     RuntimeOptions,
     SchedulingPolicy,
     Utilization,
+    Watermark,
     WeightDtype,
     per_instance_fields,
 )
@@ -164,6 +169,11 @@ class InstanceSpec(Spec):
     disable_hybrid_kv_cache_manager: DisableHybridKvCacheManager | None = None
     async_scheduling: AsyncScheduling | None = None
     scheduling_policy: SchedulingPolicy | None = None
+    max_num_active_seqs: MaxNumActiveSeqs = None
+    max_num_scheduled_tokens: MaxNumScheduledTokens = None
+    long_prefill_token_threshold_adaptive: AdaptiveThreshold | None = None
+    prefill_schedule_interval: PrefillScheduleInterval | None = None
+    watermark: Watermark | None = None
     enable_local_offloading: EnableLocalOffloading | None = None
     enable_attn_offloading: EnableAttnOffloading | None = None
     enable_sub_batch_interleaving: EnableSubBatchInterleaving | None = None

@@ -254,6 +254,61 @@ SchedulingPolicy = Annotated[
         noted=True,
     ),
 ]
+MaxNumActiveSeqs = Annotated[
+    Annotated[int, Field(ge=1, le=UNLIMITED)] | None,
+    Flag(
+        "most running requests below --max-num-seqs, which the memory plan goes by",
+        _ENGINE,
+        "N",
+        default_text="as --max-num-seqs",
+        per_instance=True,
+        acts=acting.fewer_seats,
+        noted=True,
+    ),
+]
+MaxNumScheduledTokens = Annotated[
+    Annotated[int, Field(ge=1, le=UNLIMITED)] | None,
+    Unit("tokens"),
+    Flag(
+        "most tokens of a step below --max-num-batched-tokens, which the memory plan goes by",
+        _ENGINE,
+        "N",
+        default_text="as --max-num-batched-tokens",
+        per_instance=True,
+        acts=acting.smaller_steps,
+        noted=True,
+    ),
+]
+AdaptiveThreshold = Annotated[
+    bool,
+    Flag(
+        "--long-prefill-token-threshold goes no lower than a step's tokens divided by the requests there are",
+        _ENGINE,
+        per_instance=True,
+        acts=acting.has_threshold,
+        noted=True,
+    ),
+]
+PrefillScheduleInterval = Annotated[
+    Annotated[int, Field(ge=1, le=UNLIMITED)],
+    Flag(
+        "compute prompts in every N-th step only, while requests decode and none has to wait; 1 = every step",
+        _ENGINE,
+        "N",
+        per_instance=True,
+        acts=acting.whole_prompts_at_once,
+        noted=True,
+    ),
+]
+Watermark = Annotated[
+    Annotated[float, Field(ge=0, le=0.999)],
+    Flag(
+        "share of the KV blocks that stays free when a request is admitted beside others",
+        _ENGINE,
+        "SHARE",
+        per_instance=True,
+    ),
+]
 EnableLocalOffloading = Annotated[
     bool,
     Flag(
@@ -443,6 +498,11 @@ class RuntimeOptions(Spec):
     disable_hybrid_kv_cache_manager: DisableHybridKvCacheManager = False
     async_scheduling: AsyncScheduling = True
     scheduling_policy: SchedulingPolicy = "fcfs"
+    max_num_active_seqs: MaxNumActiveSeqs = None
+    max_num_scheduled_tokens: MaxNumScheduledTokens = None
+    long_prefill_token_threshold_adaptive: AdaptiveThreshold = False
+    prefill_schedule_interval: PrefillScheduleInterval = 1
+    watermark: Watermark = 0.0
     enable_local_offloading: EnableLocalOffloading = False
     enable_attn_offloading: EnableAttnOffloading = False
     enable_sub_batch_interleaving: EnableSubBatchInterleaving = False
@@ -578,6 +638,28 @@ class RuntimeOptions(Spec):
             noted=True,
         ),
     ] = 0
+    max_num_queued_reqs: Annotated[
+        Limit | None,
+        Flag(
+            "turn a request away, as a server does with status 503, while so many are unfinished on all "
+            "instances",
+            _RUN,
+            "N",
+            default_text="no limit",
+            acts=acting.one_front_end,
+        ),
+    ] = None
+    max_num_queued_tokens: Annotated[
+        Limit | None,
+        Unit("tokens"),
+        Flag(
+            "turn a request away while the prompts of requests without a first token have so many tokens",
+            _RUN,
+            "N",
+            default_text="no limit",
+            acts=acting.one_front_end,
+        ),
+    ] = None
     request_rate: Annotated[
         Annotated[float, Field(ge=1e-9, allow_inf_nan=True)] | None,
         Unit("req/s"),
@@ -772,6 +854,11 @@ class InstanceOptions:
     speculative: SpeculativeSpec | None = None
     """What to speculate with; None: nothing."""
     scheduling_policy: str = "fcfs"
+    max_num_active_seqs: int | None = None
+    max_num_scheduled_tokens: int | None = None
+    long_prefill_token_threshold_adaptive: bool = False
+    prefill_schedule_interval: int = 1
+    watermark: float = 0.0
     disable_hybrid_kv_cache_manager: bool = False
 
 

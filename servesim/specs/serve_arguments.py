@@ -28,6 +28,12 @@ OWN = {
     "--speculative-config": "speculative_config",
     "-sc": "speculative_config",
     "--scheduling-policy": "scheduling_policy",
+    "--max-num-active-seqs": "max_num_active_seqs",
+    "--max-num-scheduled-tokens": "max_num_scheduled_tokens",
+    "--prefill-schedule-interval": "prefill_schedule_interval",
+    "--watermark": "watermark",
+    "--max-num-queued-reqs": "max_num_queued_reqs",
+    "--max-num-queued-tokens": "max_num_queued_tokens",
 }
 """Argument with a value -> the option that it sets."""
 OWN_SWITCHES = {
@@ -39,6 +45,7 @@ OWN_SWITCHES = {
     "--enforce-eager": ("cudagraph", False),
     "--enable-expert-parallel": ("enable_expert_parallel", True),
     "-ep": ("enable_expert_parallel", True),
+    "--long-prefill-token-threshold-adaptive": ("long_prefill_token_threshold_adaptive", True),
 }
 """Switch -> the option that it sets, and to what."""
 
@@ -66,7 +73,6 @@ ELSEWHERE = {
 """Argument -> where the same is said here."""
 _BALANCERS = "another balancer than vLLM's own before the copies of an engine"
 _CONTEXT_PARALLEL = "context parallelism"
-_QUEUE_LIMITS = "a server that turns requests away when its queue is long"
 _STATES = "the state cache of layers without attention"
 _SPECULATIVE = "speculative decoding that is not given as --speculative-config"
 NOT_SIMULATED = {
@@ -94,13 +100,6 @@ NOT_SIMULATED = {
     "-dpe": _BALANCERS,
     "--data-parallel-multi-port-external-lb": _BALANCERS,
     "-dpm": _BALANCERS,
-    "--long-prefill-token-threshold-adaptive": "a threshold that follows the number of requests",
-    "--prefill-schedule-interval": "steps in which no prompt is computed",
-    "--watermark": "blocks that are kept free when requests are admitted",
-    "--max-num-scheduled-tokens": "fewer tokens in a step than its budget",
-    "--max-num-active-seqs": "fewer running requests than --max-num-seqs",
-    "--max-num-queued-reqs": _QUEUE_LIMITS,
-    "--max-num-queued-tokens": _QUEUE_LIMITS,
     "--scheduler-cls": "a scheduler of your own",
     "--stream-interval": "several tokens in one message",
     "--performance-mode": "modes that change limits and kernels",
@@ -142,8 +141,6 @@ HARMLESS = {
     "--ubatch-size": ("0",),
     "--expert-placement-strategy": ("linear",),
     "--all2all-backend": ("allgather_reducescatter",),
-    "--prefill-schedule-interval": ("1",),
-    "--watermark": ("0", "0.0"),
     "--stream-interval": ("1",),
     "--performance-mode": ("balanced",),
     "--runner": ("auto", "generate"),
@@ -171,7 +168,7 @@ REFUSED_SWITCHES = frozenset(
     {
         *("--enable-lora", "--enable-dbo", "--enable-eplb", "--enable-elastic-ep", "--headless"),
         *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
-        *("--data-parallel-multi-port-external-lb", "-dpm", "--long-prefill-token-threshold-adaptive"),
+        *("--data-parallel-multi-port-external-lb", "-dpm"),
         *("--disable-sliding-window", "--kv-sharing-fast-prefill"),
         *("--enable-mamba-cache-stochastic-rounding", "--enable-mamba-shared-prefix-checkpoint"),
     }

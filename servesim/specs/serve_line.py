@@ -38,8 +38,12 @@ _NEAR = 0.75
 """Share of like letters from which on a name is offered for one that is unknown."""
 _DTYPES = {"half": "float16", "float": "float32"}
 _WHOLE = frozenset(
-    {"tp", "pp", "dp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks"}
-) | {"long_prefill_token_threshold"}
+    {
+        *("tp", "pp", "dp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks"),
+        *("long_prefill_token_threshold", "max_num_active_seqs", "max_num_scheduled_tokens"),
+        *("prefill_schedule_interval", "max_num_queued_reqs", "max_num_queued_tokens"),
+    }
+)
 _SAYS_NOTHING = frozenset({("--dtype", "auto"), ("--max-model-len", "None")})
 
 
@@ -233,7 +237,7 @@ def _take_value(line: ServeLine, known: str, value: str, told: str) -> str:
         if number is None:
             return f"{value!r} is not allowed; must be a whole number"
         line.options[option] = number
-    elif option == "npu_memory_utilization":
+    elif option in ("npu_memory_utilization", "watermark"):
         try:
             line.options[option] = float(value)
         except ValueError:

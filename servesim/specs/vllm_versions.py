@@ -72,6 +72,10 @@ LOCAL_CADENCE = Difference(
 )
 ACTIVE_SEQS = Difference("0.31", "max_num_active_seqs limits the running requests below max_num_seqs")
 ADAPTIVE_THRESHOLD = Difference("0.31", "long_prefill_token_threshold_adaptive")
+LONG_THRESHOLD = Difference("0.27", "a prefill threshold above max_model_len is refused")
+SINCE = {"max_num_active_seqs": ACTIVE_SEQS, "long_prefill_token_threshold_adaptive": ADAPTIVE_THRESHOLD}
+"""Option -> the version from which on it is there."""
+QUEUE_LIMITS = Difference("0.29", "max_num_queued_reqs and max_num_queued_tokens")
 CUTS_ANSWERS = Difference(
     "0.32", "servers cut an answer that would not fit max_model_len; before, they refuse its request"
 )
@@ -79,7 +83,7 @@ DIFFERENCES = (
     *(LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON),
     *(SETTLED_FREES, STATE_STOPS, SPARSE_WINDOWS, SLOTS_BY_REQUEST, LOOKAHEAD_HASHES),
     V2_NGRAM,
-    *(LOCAL_CADENCE, ACTIVE_SEQS, ADAPTIVE_THRESHOLD, CUTS_ANSWERS),
+    *(LOCAL_CADENCE, ACTIVE_SEQS, ADAPTIVE_THRESHOLD, CUTS_ANSWERS, LONG_THRESHOLD, QUEUE_LIMITS),
 )
 
 

@@ -223,6 +223,8 @@ def _fields(request: Request) -> dict[str, object]:
         fields["model"] = request.model
     if request.priority:
         fields["priority"] = request.priority
+    if request.max_tokens:
+        fields["max_tokens"] = request.max_tokens
     return fields
 
 

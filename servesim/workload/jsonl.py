@@ -1,10 +1,9 @@
 """JSON lines workloads: every line a request or a session.
 
 A request line is ``{"input_toks", "output_toks", "arrival_time_ns"}`` with optional ``input_tok_ids``,
-A request line is ``{"input_toks", "output_toks", "arrival_time_ns"}`` with optional ``input_tok_ids``,
-``output_tok_ids`` (or ``hash_ids`` and ``tokens_per_hash``), ``model`` and ``priority``. A session line is
-``{"arrival_time_ns", "sub_requests": [...]}`` with optional ``session_id`` and ``model``, and each
-sub-request ``{"input_toks", "output_toks"}`` with optional ``tool_duration_ns`` and those of a request.
+``output_tok_ids`` (or ``hash_ids`` and ``tokens_per_hash``), ``model``, ``priority`` and ``max_tokens``. A
+session line is ``{"arrival_time_ns", "sub_requests": [...]}`` with optional ``session_id`` and ``model``, and
+each sub-request ``{"input_toks", "output_toks"}`` with optional ``tool_duration_ns`` and those of a request.
 Requests are numbered in file order, sub-requests in their place. A sub-request is released when its
 predecessor has ended and the predecessor's ``tool_duration_ns`` has passed.
 """
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from servesim.workload.formats import Loading
 
-_SHARED_KEYS = ("input_tok_ids", "output_tok_ids", "model", "priority")
+_SHARED_KEYS = ("input_tok_ids", "output_tok_ids", "model", "priority", "max_tokens")
 _HASH_KEYS = ("hash_ids", "tokens_per_hash", "hashed_toks")
 REQUEST_KEYS = ("input_toks", "output_toks", "arrival_time_ns", *_SHARED_KEYS, *_HASH_KEYS)
 SESSION_KEYS = ("session_id", "arrival_time_ns", "sub_requests", "model")
@@ -141,6 +140,10 @@ def _request(entry: dict[str, Any], index: int, where: str, model: str | None) -
         _set_hashes(request, entry, where)
     if entry.get("model") is not None:
         request.model = text(entry["model"], f"{where}model")
+    if entry.get("max_tokens") is not None:
+        request.max_tokens = whole_number(
+            entry["max_tokens"], f"{where}max_tokens", output_tokens, MAX_TOKENS
+        )
     if entry.get("priority") is not None:
         request.priority = whole_number(entry["priority"], f"{where}priority", -MAX_PRIORITY, MAX_PRIORITY)
     return request

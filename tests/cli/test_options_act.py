@@ -189,6 +189,47 @@ OPTIONS: dict[str, Option] = {
         Case("--scheduling-policy priority", workload="ranked", beside="--max-num-seqs 2"),
         [Case("--scheduling-policy priority", told=NOTED)],
     ),
+    "max_num_active_seqs": Option(
+        Case("--max-num-active-seqs 2"),
+        [
+            Case("--max-num-active-seqs 128", told=NOTED),
+            Case("--max-num-active-seqs 2", beside="--vllm-version 0.30", told=REFUSED),
+            Case("--max-num-active-seqs 200", told=REFUSED),
+        ],
+    ),
+    "max_num_scheduled_tokens": Option(
+        Case("--max-num-scheduled-tokens 300"),
+        [
+            Case("--max-num-scheduled-tokens 2048", told=NOTED),
+            Case("--max-num-scheduled-tokens 2049", told=REFUSED),
+        ],
+    ),
+    "long_prefill_token_threshold_adaptive": Option(
+        Case("--long-prefill-token-threshold-adaptive", beside="--long-prefill-token-threshold 8"),
+        [
+            Case("--long-prefill-token-threshold-adaptive", told=NOTED),
+            Case(
+                "--long-prefill-token-threshold-adaptive",
+                beside="--long-prefill-token-threshold 8 --vllm-version 0.28",
+                told=REFUSED,
+            ),
+        ],
+    ),
+    "prefill_schedule_interval": Option(
+        Case("--prefill-schedule-interval 3", beside="--long-prefill-token-threshold 16", workload="chats"),
+        [Case("--prefill-schedule-interval 3", beside="--vllm-version 0.32", told=REFUSED)],
+    ),
+    "watermark": Option(Case("--watermark 0.5", "tight")),
+    "max_num_queued_reqs": Option(
+        Case("--max-num-queued-reqs 5"),
+        [
+            Case("--max-num-queued-reqs 5", "sides", told=REFUSED),
+            Case("--max-num-queued-reqs 5", beside="--vllm-version 0.28", told=REFUSED),
+        ],
+    ),
+    "max_num_queued_tokens": Option(
+        Case("--max-num-queued-tokens 900"), [Case("--max-num-queued-tokens 900", "sides", told=REFUSED)]
+    ),
     "enable_local_offloading": Option(
         Case("--enable-local-offloading", "slow"), [Case("--enable-local-offloading", told=NOTED)]
     ),

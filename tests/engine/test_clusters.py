@@ -242,6 +242,11 @@ EVERY_OPTION: dict[str, tuple[Any, Any]] = {
     "disable_hybrid_kv_cache_manager": (True, True),
     "async_scheduling": (False, False),
     "scheduling_policy": ("priority", "priority"),
+    "max_num_active_seqs": (5, 5),
+    "max_num_scheduled_tokens": (300, 300),
+    "long_prefill_token_threshold_adaptive": (True, True),
+    "prefill_schedule_interval": (3, 3),
+    "watermark": (0.1, 0.1),
     "enable_block_copy": (False, False),
     "enable_local_offloading": (False, False),
     "enable_attn_offloading": (False, False),
@@ -409,3 +414,52 @@ def test_the_banner_says_how_an_instance_is_spread_and_what_part_it_has() -> Non
         ("instance 1", "tp 1, pp 3, decode"),
         ("instances 2-3", "tp 1, ep 2, dp_group A"),
     ]
+
+
+# ------------------------------------------------------------------ what servers let in, and how answers end
+
+
+def at_once(*shapes: tuple[int, int], apart_ns: int = 0, **keys: Any) -> Workload:
+    rows = [Request(i, *shape, i * apart_ns, **keys) for i, shape in enumerate(shapes)]
+    return Workload(rows, "w")
+
+
+def test_a_full_queue_turns_requests_away() -> None:
+    toy = toy_cluster([toy_instance()])
+    result = simulate(toy, at_once(*[(50, 20)] * 6), max_num_queued_reqs=4)
+    assert [rejected.request for rejected in result.rejected] == [4, 5]
+    assert "503" in result.rejected[0].reason
+    spread = at_once(*[(50, 2)] * 6, apart_ns=1000 * MS)
+    assert not simulate(toy, spread, max_num_queued_reqs=1).rejected
+
+
+def test_long_prompts_in_the_queue_turn_requests_away() -> None:
+    toy = toy_cluster([toy_instance()])
+    result = simulate(toy, at_once(*[(50, 20)] * 6), max_num_queued_tokens=120)
+    assert [rejected.request for rejected in result.rejected] == [3, 4, 5]
+    # once the first tokens are out, only the new prompts count
+    later = at_once(*[(50, 400)] * 6, apart_ns=100 * MS)
+    assert not simulate(toy, later, max_num_queued_tokens=50).rejected
+
+
+@pytest.mark.parametrize(("asynchronous", "more"), [(True, 1), (False, 0)])
+def test_a_stop_token_costs_a_step_more(asynchronous: bool, more: int) -> None:
+    toy = toy_cluster([toy_instance()])
+    ends, stops = (
+        simulate(toy, at_once((50, 20), max_tokens=limit), async_scheduling=asynchronous) for limit in (0, 90)
+    )
+    assert len(stops.steps) == len(ends.steps) + more
+    assert stops.requests.tolist() == ends.requests.tolist()
+
+
+def test_limits_that_vllm_refuses_are_refused() -> None:
+    toy = toy_cluster([toy_instance()])
+    for flags, told in (
+        ({"max_num_batched_tokens": 64}, "must be >= 128, the most requests that run"),
+        ({"long_prefill_token_threshold": 1500, "max_model_len": 1000}, "must be <= 1000"),
+        ({"max_num_active_seqs": 129}, "must be <= 128"),
+    ):
+        with pytest.raises(InputError, match=told):
+            simulate(toy, at_once((50, 20)), **flags)
+    old = {"long_prefill_token_threshold": 1500, "max_model_len": 1000, "vllm_version": "0.26"}
+    simulate(toy, at_once((50, 20)), **old)

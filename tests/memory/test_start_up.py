@@ -172,9 +172,16 @@ def test_no_bundle_is_looked_up_before(
         simulate(cluster(**instance), Workload([Request(0, 10, 10, 0)], "w"))
 
 
-def test_longer_requests_are_rejected() -> None:
+def test_longer_requests_are_cut_or_rejected() -> None:
     requests = [Request(0, 900, 100, 0), Request(1, 901, 100, 0)]
     result = simulate(cluster(max_model_len=1000), Workload(requests, "w"))
+    assert [record.request for record in result.records] == [0, 1]
+    assert result.requests["output"].tolist() == [100, 99]
+    requests = [Request(0, 900, 100, 0), Request(1, 1000, 1, 0), Request(2, 5, 1001, 0)]
+    result = simulate(cluster(max_model_len=1000), Workload(requests, "w"))
+    assert [record.request for record in result.records] == [0]
+    requests = [Request(0, 900, 100, 0), Request(1, 901, 100, 0)]
+    result = simulate(cluster(max_model_len=1000), Workload(requests, "w"), vllm_version="0.31")
     assert [record.request for record in result.records] == [0]
     assert "901 prompt + 100 output tokens exceed the longest context of 1000" in result.rejected[0].reason
 

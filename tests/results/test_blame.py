@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "budget": {
         "num_reqs": 60,
         "max_num_batched_tokens": 64,
-        "max_num_seqs": 90,
+        "max_num_seqs": 64,
         "request_rate": float("inf"),
     },
 }

@@ -296,6 +296,9 @@ def test_each_per_instance_option_reaches_the_instance(name: str) -> None:
         "num_gpu_blocks": 900,
         "max_model_len": 4096,
         "scheduling_policy": "priority",
+        "max_num_active_seqs": 5,
+        "max_num_scheduled_tokens": 300,
+        "watermark": 0.1,
     }
     value = other.get(name)
     if value is None:

@@ -157,7 +157,6 @@ def test_the_tables_know_every_argument_of_vllm_once() -> None:
         ("--spec-method ngram", "not simulated: speculative decoding that is not given as"),
         ("--enable-lora", "--enable-lora: not simulated: LoRA"),
         ("--kv-transfer-config '{}'", "pd_type"),
-        ("--watermark 0.05", "blocks that are kept free"),
         ("--max-num-seq 64", "--max-num-seq: unknown; did you mean --max-num-seqs"),
         ("--frobnicate", "--frobnicate: unknown; leave out"),
         ("--tensor-parallel-size", "its value is missing"),
@@ -176,8 +175,8 @@ def test_what_cannot_be_simulated_is_refused(rest: str, told: str) -> None:
 
 
 def test_all_refusals_stand_in_one_message() -> None:
-    with pytest.raises(InputError, match=r"--enable-lora.*--frobnicate.*--watermark"):
-        RuntimeOptions(vllm_serve=f"vllm serve {LLAMA} --enable-lora --frobnicate 3 --watermark 0.1")
+    with pytest.raises(InputError, match=r"--enable-lora.*--frobnicate.*--stream-interval"):
+        RuntimeOptions(vllm_serve=f"vllm serve {LLAMA} --enable-lora --frobnicate 3 --stream-interval 4")
 
 
 @pytest.mark.parametrize("wrong", ["sglang serve x", "", "docker run vllm", "vllm bench x", "vllm serve 'x"])

@@ -26,7 +26,7 @@ def resolved(**flags: Any) -> InstanceOptions:
 )
 def test_a_lone_prompt_is_capped_up_to_0_30(version: str, caps: bool) -> None:
     options = resolved(vllm_version=version, long_prefill_token_threshold=64)
-    assert limits_of(options, skip_prefill=False).caps_lone_prefill is caps
+    assert limits_of(options, skip_prefill=False, num_blocks=100).caps_lone_prefill is caps
 
 
 def test_the_cap_shows_in_a_run() -> None:
