@@ -71,8 +71,12 @@ class SchedulerSettings:
         return speculative_spec(self.speculative_config or None)
 
 
-_SINCE_LATER = ("max_num_active_seqs", "long_prefill_token_threshold_adaptive")
-"""Settings that old versions of vLLM do not have; there they keep their defaults."""
+_ONLY_IF_ASKED = (
+    *("max_num_active_seqs", "long_prefill_token_threshold_adaptive"),
+    "max_num_scheduled_tokens",
+)
+"""Settings that old versions of vLLM do not have, or that vLLM works out itself; left alone at their
+defaults."""
 
 
 def _is_asked_for(name: str, settings: SchedulerSettings) -> bool:
@@ -179,10 +183,9 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         scheduler_reserve_full_isl=settings.reserve_full_isl,
         async_scheduling=settings.async_scheduling,
         policy=settings.scheduling_policy,
-        max_num_scheduled_tokens=settings.max_num_scheduled_tokens,
         prefill_schedule_interval=settings.prefill_schedule_interval,
         watermark=settings.watermark,
-        **{name: getattr(settings, name) for name in _SINCE_LATER if _is_asked_for(name, settings)},
+        **{name: getattr(settings, name) for name in _ONLY_IF_ASKED if _is_asked_for(name, settings)},
     )
     cache = CacheConfig(block_size=settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
     config = VllmConfig(
@@ -262,7 +265,7 @@ def _undo_platform(config: Any, settings: SchedulerSettings) -> None:
     """Set again what vLLM's CPU platform changes: without a GPU it switches asynchronous scheduling off."""
     for part, names in _PLACES.items():
         for name in names:
-            if name not in _SINCE_LATER or _is_asked_for(name, settings):
+            if name not in _ONLY_IF_ASKED or _is_asked_for(name, settings):
                 setattr(getattr(config, part), _VLLM_NAMES.get(name, name), getattr(settings, name))
 
 
@@ -278,7 +281,7 @@ def check_scheduler(scheduler: Any, settings: SchedulerSettings) -> None:
         raise RunError(f"vLLM built its {names[0]} where {wanted} was asked for; nothing is recorded")
     for part, names_in_part in _PLACES.items():
         for name in names_in_part:
-            if name in _SINCE_LATER and not _is_asked_for(name, settings):
+            if name in _ONLY_IF_ASKED and not _is_asked_for(name, settings):
                 continue
             theirs = getattr(getattr(scheduler.vllm_config, part), _VLLM_NAMES.get(name, name))
             if theirs != getattr(settings, name):
