@@ -47,6 +47,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="only the rows of vLLM with this flag: windows are kept whole (default: both ways)")  # fmt: skip
     add("--matrix", action="store_true",
         help="of a MODEL: which GPU runs which format; without one: what models keep")  # fmt: skip
+    add("--kernels", action="store_true",
+        help="beside --matrix: which kernels were measured on which GPU, with which vLLM")  # fmt: skip
     add("--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it")
     add("--plot", metavar="PATH", help="draw tokens and steps, .png or .svg; needs matplotlib")
     add_arguments(parser, only=_FLAGS)
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.matrix:
         say(_matrix(args))
         return 0
+    if args.kernels:
+        raise InputError("--kernels: give --matrix with it")
     if args.model is None:
         raise InputError("give a MODEL and --hardware, or --matrix for an overview")
     given = {name: getattr(args, name) for name in _FLAGS if hasattr(args, name)}
@@ -90,12 +94,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _matrix(args: argparse.Namespace) -> str:
-    from servesim.explore.kv_matrix import formats_text, models_text
+    from servesim.explore.kv_matrix import formats_text, kernels_text, models_text
 
     given = [f"--{name.replace('_', '-')}" for name in _FLAGS if hasattr(args, name)]
     given += [f"--{name}" for name in ("json", "plot") if getattr(args, name)]
     if given:
         raise InputError(f"{', '.join(given)}: no effect beside --matrix")
+    if args.kernels:
+        if args.model is not None:
+            raise InputError(f"{args.model}: no effect beside --kernels, which is about GPUs")
+        return kernels_text()
     return models_text() if args.model is None else formats_text(args.model)
 
 

@@ -275,3 +275,14 @@ class TestMatrix:
     def test_flags_of_a_dial_are_refused_beside_it(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["kv", LLAMA, "--matrix", "--hardware", "H100"]) == 2
         assert "no effect beside --matrix" in capsys.readouterr().err
+
+
+@needs_silicon
+def test_the_kernels_of_every_gpu_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["kv", "--matrix", "--kernels"]) == 0
+    out = capsys.readouterr().out
+    (latent,) = (line.split() for line in out.splitlines() if line.startswith("latent attention"))
+    assert latent[3] == "-"  # A100
+    assert out.count("0.24.0") > 30
+    assert main(["kv", "--kernels"]) == 2
+    assert main(["kv", LLAMA, "--matrix", "--kernels"]) == 2
