@@ -115,7 +115,7 @@ CANNOT = {
 """Command -> words that are refused: their flag (the last of them) could not act."""
 ELSEWHERE = {
     "support": {"--matrix"},
-    "kv": {"--matrix", "--disable-hybrid-kv-cache-manager", "--auto-profile"},
+    "kv": {"--matrix", "--kernels", "--disable-hybrid-kv-cache-manager", "--auto-profile"},
     "compare": {"--capacity-band", "--error-band"},
     "bench replay": {"--engine", "--url", "--max-duration", "--timeout"},
 }
