@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _matrix(args: argparse.Namespace) -> str:
-    from servesim.explore.kv_matrix import formats_text, kernels_text, models_text
+    from servesim.explore.kv_matrix import formats_text, models_text
 
     given = [f"--{name.replace('_', '-')}" for name in _FLAGS if hasattr(args, name)]
     given += [f"--{name}" for name in ("json", "plot") if getattr(args, name)]
@@ -103,6 +103,8 @@ def _matrix(args: argparse.Namespace) -> str:
     if args.kernels:
         if args.model is not None:
             raise InputError(f"{args.model}: no effect beside --kernels, which is about GPUs")
+        from servesim.profiler.inspection import kernels_text
+
         return kernels_text()
     return models_text() if args.model is None else formats_text(args.model)
 

@@ -1,4 +1,4 @@
-"""Looking into a bundle: its tables at telling points."""
+"""Looking into a bundle, its tables at telling points, and into the measurements that bundles are made from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 
 from servesim.cost.bundle import Bundle
 from servesim.errors import MissingFileError
+from servesim.profiler.silicon import tables as kernel_tables
 from servesim.results.table import Table
 from servesim.specs import paths
+from servesim.specs.hardware import load_hardware
 from servesim.specs.reading import read_yaml_object
 
 if TYPE_CHECKING:
@@ -118,3 +120,54 @@ def _grid(down: NDArray[np.int64], across: NDArray[np.int64], us: Callable[[list
 
 def _us(value: float) -> str:
     return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("full attention, bf16", "attention/context_attention_perf"),
+    ("windows, heads of 64 to 512", "attention/generation_attention_perf"),
+    ("latent attention (MLA)", "mla/mla_generation_module_perf"),
+    ("with an indexer (DSA)", "sparse_attention/dsa_generation_module_perf"),
+    ("MiniMax M3's (MSA)", "msa/msa_generation_module_perf"),
+    ("compressed tokens (DeepSeek V4)", "sparse_attention/dsv4_csa_generation_module_perf"),
+    ("gated delta net", "linear_attention/gdn_perf"),
+    ("Kimi delta attention", "kda/kda_perf"),
+    ("products", "gemm/gemm_perf"),
+    ("experts", "moe/moe_perf"),
+    ("all-reduce", "comm/custom_allreduce_perf"),
+)
+"""What a step runs -> the public table of it."""
+
+
+def kernels_text() -> str:
+    """What was measured on which GPU, with which vLLM; what was not is derived or computed.
+
+    Raises:
+        InputError: the extra with the public measurements is not installed.
+    """
+    files = sorted(path.stem for path in paths.find_all("configs/hardware/*.yaml"))
+    gpus = [spec for spec in map(load_hardware, files) if spec.silicon is not None]
+    table = Table(["kernels", *(gpu.name for gpu in gpus)])
+    for what, place in _KINDS:
+        family, name = place.split("/")
+        found = [kernel_tables.table_versions(str(gpu.silicon), family, name) for gpu in gpus]
+        if what.startswith("windows"):  # older tables do not tell windows apart
+            for index, gpu in enumerate(gpus):
+                rows = kernel_tables.read_table(str(gpu.silicon), family, name)
+                found[index] = found[index] if max(rows.columns.get("window_size", (0,))) else []
+        table.rows.append([what, *(versions[-1] if versions else "-" for versions in found)])
+    for what, column, name, family in (
+        ("formats of products", "gemm_dtype", "gemm_perf", "gemm"),
+        ("formats of experts", "moe_dtype", "moe_perf", "moe"),
+        ("formats of KV", "kv_cache_dtype", "generation_attention_perf", "attention"),
+    ):
+        counts = [
+            len(kernel_tables.read_table(str(gpu.silicon), family, name).values(column)) for gpu in gpus
+        ]
+        table.rows.append([what, *map(str, counts)])
+    others = [name for name in files if name not in {gpu.name for gpu in gpus}]
+    lines = [
+        f"Newest vLLM that a kernel was measured with ({kernel_tables.package_name()} {kernel_tables.package_version()}).",
+        "-: not measured there; derived from other kernels, or computed from bytes and peak rates, as Mamba",
+        f"is everywhere. Computed: {', '.join(others)}.",
+    ]
+    return "\n".join([table.plain(), "", *lines])
