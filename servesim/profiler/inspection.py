@@ -1,4 +1,4 @@
-"""Looking into a bundle, its tables at telling points, and into the measurements that bundles are made from."""
+"""Looking into a bundle, its tables at telling points, and into the measurements behind bundles."""
 
 from __future__ import annotations
 
@@ -165,8 +165,9 @@ def kernels_text() -> str:
         ]
         table.rows.append([what, *map(str, counts)])
     others = [name for name in files if name not in {gpu.name for gpu in gpus}]
+    origin = f"{kernel_tables.package_name()} {kernel_tables.package_version()}"
     lines = [
-        f"Newest vLLM that a kernel was measured with ({kernel_tables.package_name()} {kernel_tables.package_version()}).",
+        f"Newest vLLM that a kernel was measured with ({origin}).",
         "-: not measured there; derived from other kernels, or computed from bytes and peak rates, as Mamba",
         f"is everywhere. Computed: {', '.join(others)}.",
     ]
