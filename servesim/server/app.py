@@ -354,8 +354,7 @@ class Server:
             if clients is not None:
                 if type(clients) is not int or not 1 <= clients <= 1_000_000:
                     raise ApiError(400, "clients: must be a whole number >= 1", param="clients")
-                pace.clients = clients
-                self.engine.woken.set()
+                pace.expect(clients, self.engine.woken)
             if sleep_s is not None:
                 if type(sleep_s) not in (int, float) or not 0 <= sleep_s <= 1e8:
                     raise ApiError(400, "sleep_s: must be seconds from 0 to 1e8", param="sleep_s")

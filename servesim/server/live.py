@@ -239,6 +239,11 @@ class VirtualPace:
     def now_ns(self) -> int:
         return self._now_ns
 
+    def expect(self, clients: int, woken: asyncio.Event) -> None:
+        """Let time go on when so many calls wait, from now on."""
+        self.clients = clients
+        woken.set()
+
     def enter(self, calls: int = 1) -> None:
         """So many more calls wait; fewer, if negative."""
         self._waiting += calls
