@@ -48,6 +48,7 @@ class KvEvents:
             raise InputError("--kv-events: needs the extra server: pip install 'servesim[server]'") from error
         if any(instance.scheduler.kv.several for instance in engine.instances):
             raise InputError("--kv-events: is not built for models whose KV layers form several groups")
+        engine.tables.keep_contents()
         self._pack: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
         self._topic = topic.encode()
         context: Any = zmq.Context.instance()

@@ -11,6 +11,7 @@ import asyncio
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 SECOND_NS = 1_000_000_000
 _KEPT_STEPS = 1 << 16
+_SPARE_BLOCKS = 4096
+"""Blocks that are remembered beyond those that fit the caches and a quarter of those."""
 _OWN_BLOCKS = 1 << 40
 """Identities of blocks that nobody can share start here."""
 
@@ -118,8 +121,8 @@ class LiveTables(BlockTables):
         """
         self._most = most
         self._known: OrderedDict[tuple[int, bytes], int] = OrderedDict()
-        self._contents: dict[int, tuple[int, bytes]] = {}
-        """The other way round."""
+        self._contents: dict[int, tuple[int, bytes]] | None = None
+        """The other way round, where somebody wants to know."""
         self._numbers = count(1)
         self._own = _OWN_BLOCKS
         self._salts: dict[int, str] = {}
@@ -132,11 +135,16 @@ class LiveTables(BlockTables):
     def forget_all(self) -> None:
         """Know no block any more: what comes now hits nothing that was before."""
         self._known.clear()
-        self._contents.clear()
+        if self._contents is not None:
+            self._contents.clear()
+
+    def keep_contents(self) -> None:
+        """Remember the tokens of blocks too, from now on."""
+        self._contents = {}
 
     def content(self, number: int) -> tuple[int, bytes] | None:
         """(number of the block before, token ids as 64-bit bytes) of a block; None if it is not known."""
-        return self._contents.get(number)
+        return self._contents.get(number) if self._contents is not None else None
 
     def salt(self, request: Request, salt: str) -> None:
         """Keep a request's blocks apart from those of other salts (``cache_salt``, LoRA adapters)."""
@@ -174,14 +182,18 @@ class LiveTables(BlockTables):
             yield parent
 
     def _number(self, key: tuple[int, bytes]) -> int:
-        found = self._known.get(key)
+        short = key[0], blake2b(key[1], digest_size=16).digest()
+        found = self._known.get(short)
         if found is not None:
-            self._known.move_to_end(key)
+            self._known.move_to_end(short)
             return found
         while len(self._known) >= self._most:
-            del self._contents[self._known.popitem(last=False)[1]]
-        self._known[key] = number = next(self._numbers)
-        self._contents[number] = key
+            _, gone = self._known.popitem(last=False)
+            if self._contents is not None:
+                del self._contents[gone]
+        self._known[short] = number = next(self._numbers)
+        if self._contents is not None:
+            self._contents[number] = key
         return number
 
 
@@ -395,7 +407,7 @@ class LiveEngine:
         )
         self.instances: Sequence[Instance] = self._simulation.instances
         blocks = sum(instance.log.capacity.num_blocks for instance in self.instances)
-        tables.remember(max(4 * blocks, 1 << 16))
+        tables.remember(blocks + blocks // 4 + _SPARE_BLOCKS)
         self.notes = list(builder.notes)
         self.woken = asyncio.Event()
         self.late_ns = array("q")
