@@ -111,6 +111,10 @@ class PrefillCadence:
         self.prefills = False
         """Whether it computes one."""
 
+    def note_prefill(self) -> None:
+        """The present step prefills."""
+        self.prefills = True
+
     def begin(self, decodes: bool) -> None:
         """A step is scheduled; ``decodes``: some running request has computed its prompt."""
         early = self._executed + 1 - self._last < self._interval
@@ -469,7 +473,7 @@ class Scheduler:
             elif state.phase is Phase.PREFILL:
                 self._computed(state.table, reach)
                 if self._cadence:
-                    self._cadence.prefills = True
+                    self._cadence.note_prefill()
             elif state in decodes.sharing:
                 self._publish(state, reach if self._knows_tokens(in_flight) else reach - tokens)
             served[state] = tokens
@@ -511,7 +515,7 @@ class Scheduler:
         if self._grouped:
             self._grouped.note_chunk(state, tokens)
         if self._cadence:
-            self._cadence.prefills = True
+            self._cadence.note_prefill()
         batch.add_request(tokens, computed)
         if state.lost:
             batch.note_again(state.lost, computed, reach)
@@ -705,7 +709,7 @@ class Scheduler:
             if self._grouped:
                 self._grouped.note_chunk(state, tokens)
             if self._cadence and done < known - 1:
-                self._cadence.prefills = True
+                self._cadence.note_prefill()
             if batch.entries is not None:
                 batch.entries.append((state.request.index, tokens))
             left -= tokens + (speculation.slots if speculation else 0)
