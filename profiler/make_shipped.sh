@@ -7,7 +7,6 @@ cd "$(dirname "$0")/.."
 exec "${PYTHON:-python}" - "${OUTPUT_ROOT:-profiler/perf}" <<'EOF'
 import sys
 from itertools import product
-
 from pathlib import Path
 
 from servesim.__main__ import main

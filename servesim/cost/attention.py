@@ -73,7 +73,11 @@ def decodes_under_load(attention: Surface, factor: float) -> Surface:
 
 
 class FullAttention:
-    """Every token attends to its whole context, in ``blocks`` transformer blocks.
+    """Attention of the average block of a stage, in ``blocks`` transformer blocks.
+
+    A table has the time of any kind of attention over (chunk, decodes, history, KV length): in full, over a
+    window, over latent vectors, with a state that no length changes. Of a model with several kinds the tables
+    are added up before (:meth:`servesim.cost.bundle.RankTables.for_stage`).
 
     - Decodes alone: ``A(n, mean) + α (A(n, max) - A(n, mean))``, n decodes of mean and greatest KV length, α
       from the bundle's skew fit (:mod:`servesim.cost.skew`);
@@ -288,7 +292,8 @@ class FullAttention:
             parts += [describe_axis(chunks, chunk, "chunk"), describe_axis(histories, history, "history")]
         if n:
             parts += [describe_axis(decodes, n, "decodes"), describe_axis(lengths, kv, "KV length")]
-        return f"{', '.join(parts)} in {self.tables.folder.name}/attention.csv"
+        files = " and ".join(f"{label}.csv" for label in self.tables.attentions or ("attention",))
+        return f"{', '.join(parts)} in {self.tables.folder.name}/{files}"
 
 
 def _skew_origin(alpha: float, mean: int, kv_max: int) -> str:
