@@ -163,12 +163,11 @@ def reach_of(meta: Mapping[str, Any], measured: tuple[int, int] | None = None) -
 def stated_error(meta: Mapping[str, Any], hardware: str, kv_dtype: str) -> StatedError:
     """The error of a bundle with this ``meta.yaml``, for KV of ``kv_dtype``."""
     source = meta.get("source") or ("vllm" if meta.get("vllm_version") else "")
+    derived = derived_formats(meta, kv_dtype) if source in ("silicon", "roofline") else ""
+    if derived:
+        return StatedError(DERIVED, f"{source}: {derived} derived from other formats, not measured")
     if source == "silicon":
-        error = _of_silicon(hardware, 1 if "fp8" in kv_dtype else 0)
-        derived = derived_formats(meta, kv_dtype)
-        if derived and error.percent < DERIVED:
-            return StatedError(DERIVED, f"silicon: {derived} derived from other formats, not measured")
-        return error
+        return _of_silicon(hardware, 1 if "fp8" in kv_dtype else 0)
     if source == "roofline":
         if hardware in ROOFLINE_STEPS:
             median, p95 = ROOFLINE_STEPS[hardware]
@@ -181,7 +180,7 @@ def stated_error(meta: Mapping[str, Any], hardware: str, kv_dtype: str) -> State
 
 
 def derived_formats(meta: Mapping[str, Any], kv_dtype: str) -> str:
-    """What of a silicon bundle comes from kernels of another format, in a few words; empty: nothing."""
+    """What of a computed bundle comes from kernels of another format, in a few words; empty: nothing."""
     tables = meta.get("tables")
     told = tables if isinstance(tables, dict) else {}
     found = [f"{kv_dtype} KV"] if kv_dtype in KV_CACHE_SIZED else []

@@ -91,3 +91,8 @@ def test_the_roofline_reads_fewer_bytes_of_a_smaller_format() -> None:
     }
     point = (0, 0, 16, 1024)
     assert rows["int4_per_token_head"][point] < rows["fp8"][point]
+
+
+def test_slots_that_were_measured_are_no_derived_format() -> None:
+    assert stated_error({"source": "silicon"}, "H200", "fp8_ds_mla").percent < DERIVED
+    assert stated_error({"source": "roofline"}, "NPU-X", "int4_per_token_head").percent == DERIVED
