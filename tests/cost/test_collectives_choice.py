@@ -34,6 +34,7 @@ def _all_reduce_us(root: Path, wanted: str, meta: dict[str, Any]) -> float:
         cudagraph=True,
         async_scheduling=True,
         plan_as_vllm=None,
+        speculative=None,
         max_num_seqs=256,
         max_num_batched_tokens=2048,
     )

@@ -145,6 +145,7 @@ def test_a_wave_of_two_members_on_measured_points_is_the_sum_of_its_rows(perf: P
         kv_dtype="bfloat16",
         async_scheduling=True,
         plan_as_vllm=None,
+        speculative=None,
         cudagraph=True,
         enable_block_copy=True,
         max_num_seqs=128,

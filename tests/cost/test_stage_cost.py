@@ -401,6 +401,7 @@ def test_the_timer_of_an_instance_finds_its_parts(root: Path) -> None:
         kv_dtype="bfloat16",
         async_scheduling=True,
         plan_as_vllm=None,
+        speculative=None,
         cudagraph=True,
         max_num_seqs=256,
         max_num_batched_tokens=2048,

@@ -90,6 +90,7 @@ class Group:
             kv_dtype="bfloat16",
             async_scheduling=True,
             plan_as_vllm=None,
+            speculative=None,
             cudagraph=True,
             enable_block_copy=self.block_copy,
             max_num_seqs=self.max_num_seqs,
