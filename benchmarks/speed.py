@@ -98,7 +98,8 @@ def cost(arguments: Sequence[str], folder: Path) -> Cost:
     """Run a Python process in ``folder`` to its end and ask the operating system what it took."""
     # As a user has it: compiled modules are kept. (The first of several runs makes them; the least counts.)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED"):
+        environment.pop(name, None)
     process = subprocess.Popen(
         [sys.executable, *arguments], cwd=folder, env=environment, stdout=subprocess.DEVNULL
     )

@@ -266,6 +266,7 @@ def test_many_stuck_requests_are_counted() -> None:
     assert "raise --max-num-batched-tokens or allow chunked prefill" in str(error.value)
 
 
+@pytest.mark.pure
 def test_a_lost_block_ends_the_run_and_saves_its_input(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,0 +1,41 @@
+"""Compiled modules never hide a source that was edited after they were compiled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from hashlib import blake2b
+from pathlib import Path
+
+import hatch_build
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_module_to_compile_is_there() -> None:
+    assert [name for name in hatch_build.MODULES if not (ROOT / name).is_file()] == []
+
+
+def test_an_edited_source_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "servesim").mkdir()
+    for name in ("__init__.py", "_version.py"):
+        shutil.copy(ROOT / "servesim" / name, tmp_path / "servesim" / name)
+    source = tmp_path / "servesim" / "core.py"
+    source.write_text("x = 1\n")
+    sums = {"servesim/core.py": blake2b(source.read_bytes(), digest_size=16).hexdigest()}
+    (tmp_path / hatch_build.MARK).write_text(json.dumps(sums))
+
+    def run(code: str) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-c", code]
+        environment = {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+
+    assert run("import servesim.core").returncode == 0
+    source.write_text("x = 2\n")
+    done = run("import servesim.core")
+    assert done.returncode != 0
+    assert b"core.py: was changed after it was compiled" in done.stderr
+    source.unlink()
+    assert run("import servesim").returncode == 0  # an installed copy without its sources
