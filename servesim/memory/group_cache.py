@@ -140,6 +140,7 @@ class GroupedKvCache:
         "_fresh_states",
         "_groups",
         "_sets",
+        "_sparse",
         "_states_cached",
         "alignment",
         "block_size",
@@ -171,6 +172,8 @@ class GroupedKvCache:
         self.block_sizes = tuple(group.block_size for group in groups)
         growing = [group.block_size for group in groups if group.kind != "state"] or [1]
         self.block_size = min(growing)
+        self._sparse = SPARSE_WINDOWS.holds(rules.version)
+        """Whether the index takes of windows and states those that a hit can end in."""
         self._states_cached = caching and any(group.kind == "state" for group in groups)
         """States are kept at block boundaries (vLLM's Mamba cache mode ``align``); else one a sequence."""
         self.clips = self._states_cached
@@ -265,7 +268,7 @@ class GroupedKvCache:
                 break
         hits.tokens = length
         # of several kinds of full attention, versions before gave the first alone back what is too long
-        cut = self._groups if SPARSE_WINDOWS.holds(self.rules.version) else self._sets[0]
+        cut = self._groups if self._sparse else self._sets[0]
         for group in cut:
             if group.is_full:
                 del hits.blocks[group.index][-(-hits.tokens // group.block_size) :]
@@ -273,7 +276,7 @@ class GroupedKvCache:
         return hits
 
     def _own(self, table: GroupedTable) -> Iterator[tuple[GroupTable, _Group]]:
-        return zip(table.groups, self._groups, strict=True)
+        return zip(table.groups, self._groups)  # noqa: B905 - of equal length; checking costs
 
     def _cached(self, members: list[_Group], table: GroupedTable, position: int) -> list[int] | None:
         """The blocks that hold the content at ``position``, one of each group; None: one has none."""
@@ -402,7 +405,7 @@ class GroupedKvCache:
                 tokens = last - start
             uncached = junction - start if junction and admitting else 0
             return uncached // size * size if size <= uncached < tokens else tokens
-        if SPARSE_WINDOWS.holds(self.rules.version):
+        if self._sparse:
             last = (known - 1) // size * size
         if end < stop:
             aligned = end // size * size
@@ -460,7 +463,7 @@ class GroupedKvCache:
     ) -> None:
         """Give back the states before the last boundary, and the one that the present state was copied
         from."""
-        if SPARSE_WINDOWS.holds(self.rules.version):
+        if self._sparse:
             positions = [at for at in range(end - 1, own.first - 1, -1) if own.blocks[at]]
             own.first = max(own.first, end)
         else:
@@ -479,7 +482,8 @@ class GroupedKvCache:
     ) -> None:
         """Give back the blocks at ``positions``; content that the index keeps goes to its end."""
         if self.caching:
-            self._register(own, group, table, sorted(positions), self._cacheable(known) // group.block_size)
+            rising = positions if len(positions) == 1 else sorted(positions)
+            self._register(own, group, table, rising, self._cacheable(known) // group.block_size)
         blocks = [own.blocks[at] for at in positions]
         for at in positions:
             own.blocks[at] = 0
@@ -498,7 +502,7 @@ class GroupedKvCache:
         if group.is_full or group.kind == "chunked":
             return True
         size, aligned = group.block_size, self.alignment
-        if not SPARSE_WINDOWS.holds(self.rules.version):
+        if not self._sparse:
             per_segment = aligned // size
             if group.kind == "state" or group.tail >= per_segment:
                 return True
