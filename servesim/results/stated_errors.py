@@ -183,7 +183,8 @@ def derived_formats(meta: Mapping[str, Any], kv_dtype: str) -> str:
     """What of a computed bundle comes from kernels of another format, in a few words; empty: nothing."""
     tables = meta.get("tables")
     told = tables if isinstance(tables, dict) else {}
-    found = [f"{kv_dtype} KV"] if kv_dtype in KV_CACHE_SIZED else []
+    # DeepSeek's own slots are what the fp8 kernels of sparse latent attention were measured with
+    found = [f"{kv_dtype} KV"] if kv_dtype in KV_CACHE_SIZED and kv_dtype != "fp8_ds_mla" else []
     for name, claim in (("products", "products"), ("experts", "moe")):
         if "derived from 16-bit" in str(told.get(claim, "")):
             found.append(name)
