@@ -27,7 +27,13 @@ from servesim.memory.memory_map import MemoryMap
 from servesim.memory.plan import group_rules
 from servesim.memory.start_up import start_up
 from servesim.results.records import InstanceLog, SpeculationLog
-from servesim.results.stated_errors import reach_of, stated_error, uncertainty
+from servesim.results.stated_errors import (
+    PER_VERSION,
+    minor_versions_apart,
+    reach_of,
+    stated_error,
+    uncertainty,
+)
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 from servesim.specs.acting import Scene, notes_of
@@ -51,6 +57,8 @@ if TYPE_CHECKING:
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions, RuntimeOptions
 
+FAR_APART = 5
+"""Minor versions of vLLM between the tables and the one asked for, from which on a run warns."""
 _ONE_FOR_ALL = ("async_scheduling", "enable_block_copy")
 """Options that a lock-step group has one of: they say how waves follow each other and what layers share."""
 
@@ -384,6 +392,12 @@ def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -
     found = bundle.unstated()
     found += range_warnings(bundle, options.max_num_batched_tokens, options.max_num_seqs)
     found += weight_warnings(model)
+    if (apart := minor_versions_apart(bundle.meta, options.plan_as_vllm)) >= FAR_APART:
+        found.append(
+            f"the kernel times are of vLLM {bundle.meta['vllm_version']}, {apart} minor versions from "
+            f"--vllm-version {options.plan_as_vllm}; each widens the band of the figures by "
+            f"{PER_VERSION * 100:.1f} %"
+        )
     if len(attention_groups(model.layers)) > 1 and ATTENTION_KINDS not in bundle.meta:
         found.append(
             f"{model.name}: its layers attend in several ways, and the bundle has one table of attention for "

@@ -241,12 +241,18 @@ def uncertainty(
         reason = "roofline"
     else:
         (prefill, decode), reason = NOT_SERVED, "a bundle that does not say where it is from"
-    apart = _minor(version) - _minor(meta.get("vllm_version")) if version and meta.get("vllm_version") else 0
+    apart = minor_versions_apart(meta, version)
     if apart:
-        drift = abs(apart) * PER_VERSION
+        drift = apart * PER_VERSION
         prefill, decode = math.hypot(prefill, drift), math.hypot(decode, drift)
-        reason += f", {abs(apart)} minor versions of vLLM apart"
+        reason += f", {apart} minor versions of vLLM apart"
     return Uncertainty(prefill, decode, front_end, reason)
+
+
+def minor_versions_apart(meta: Mapping[str, Any], version: str | None) -> int:
+    """Between the vLLM that a bundle's tables are from and ``version``; 0 where one of them is not known."""
+    own = meta.get("vllm_version")
+    return abs(_minor(version) - _minor(own)) if version and own else 0
 
 
 def _minor(version: object) -> int:

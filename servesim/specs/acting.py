@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from servesim.specs.options import InstanceOptions, RuntimeOptions
 
 EAGER = (
-    "the host takes 100 us to launch a layer (engine.eager_launch_us), as on one A100 server, whose eager "
-    "decode steps of an 8B model with 8 sequences took 2.2 to 2.7 times as long; other hosts are not known"
+    "a step waits for the launch of every layer, 100 us of the host on a GPU with a hardware file "
+    "(engine.eager_launch_us), as on one A100 server, whose eager decode steps of an 8B model with 8 "
+    "sequences took 2.2 to 2.7 times as long"
 )
 """What ``--enforce-eager`` goes by."""
 _DRAWN_EXPERTS = ("BALANCED", "RR")

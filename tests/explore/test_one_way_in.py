@@ -111,7 +111,7 @@ def test_notes_are_in_the_summary_and_the_banner(capsys: pytest.CaptureFixture[s
     assert result.summary["notes"] == ["--seed 7 has no effect here: nothing in this run is random"]
     assert main(["--cluster-config", CLUSTER, "--dataset", WORKLOAD, "--enforce-eager"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "note --no-cudagraph: only the padding goes; the time in which the host launches" in printed
+    assert "note --no-cudagraph: a step waits for the launch of every layer" in printed
 
 
 def test_a_key_of_an_instance_that_cannot_act_is_noted_once() -> None:
@@ -135,4 +135,4 @@ def test_a_comparison_prints_every_note_once() -> None:
     text = comparison_text(servesim.compare(CLUSTER, WORKLOAD, sets, seed=7))
     flat = " ".join(text.split())
     assert flat.count("note: --seed 7 has no effect here: nothing in this run is random") == 1
-    assert flat.count("note: b: --no-cudagraph: only the padding goes") == 1
+    assert flat.count("note: b: --no-cudagraph: a step waits for the launch of every layer") == 1

@@ -62,3 +62,11 @@ def test_differences_name_known_versions() -> None:
         assert difference.since in VERSIONS[1:]
         assert not difference.holds(VERSIONS[0])
         assert difference.holds(NEWEST)
+
+
+def test_tables_of_a_far_version_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    flags: dict[str, Any] = {"num_reqs": 2, "hardware": "H100", "model": "meta-llama/Llama-3.1-8B"}
+    simulate(vllm_version="0.25", **flags)
+    assert "minor versions from" not in caplog.text
+    simulate(vllm_version="0.33", **flags)
+    assert "of vLLM 0.24.0, 9 minor versions from --vllm-version 0.33" in caplog.text
