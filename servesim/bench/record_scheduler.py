@@ -353,6 +353,7 @@ def _build_recorder(
             pooling_params=None,
             arrival_time=arrival_ns,
             priority=request.priority,
+            cache_salt=request.cache_salt,
             block_hasher=hasher,
         )
 

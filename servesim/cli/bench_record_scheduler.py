@@ -71,6 +71,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="speculative decoding as vLLM takes it, with synthetic_acceptance_rates (default: none)",
     )
+    for name, text in (
+        ("max-num-active-seqs", "most running requests below --max-num-seqs"),
+        ("max-num-scheduled-tokens", "most tokens of a step below --max-num-batched-tokens"),
+    ):
+        scheduling.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{text} (default: as that)")
+    scheduling.add_argument(
+        "--long-prefill-token-threshold-adaptive",
+        action="store_true",
+        help="the threshold goes no lower than a fair share of the step",
+    )
+    scheduling.add_argument(
+        "--prefill-schedule-interval",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="prompts in every N-th step only (default: 1)",
+    )
+    scheduling.add_argument(
+        "--watermark", type=float, default=0.0, metavar="SHARE", help="blocks kept free (default: 0)"
+    )
     formula = parser.add_argument_group("step time, in microseconds")
     for name, default, text in (
         ("base", 9000.0, "of every step"),

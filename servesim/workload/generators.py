@@ -225,6 +225,8 @@ def _fields(request: Request) -> dict[str, object]:
         fields["priority"] = request.priority
     if request.max_tokens:
         fields["max_tokens"] = request.max_tokens
+    if request.cache_salt is not None:
+        fields["cache_salt"] = request.cache_salt
     return fields
 
 

@@ -103,11 +103,11 @@ def _same_first_block(requests: list[Request], block_size: int) -> Iterator[list
 
     With hashes, a group begins with the same hash.
     """
-    groups: dict[bytes | tuple[int, int], list[Request]] = {}
+    groups: dict[tuple[str | None, bytes | tuple[int, int]], list[Request]] = {}
     for request in requests:
         if request.hashes is not None:
             first = request.tokens_per_hash, int(request.hashes[0])
-            groups.setdefault(first, []).append(request)
+            groups.setdefault((request.cache_salt, first), []).append(request)
             continue
         if request.input_ids is None:
             continue
@@ -115,7 +115,7 @@ def _same_first_block(requests: list[Request], block_size: int) -> Iterator[list
         if len(head) < block_size:
             head = _known_tokens(request)[:block_size]
         if len(head) == block_size:
-            groups.setdefault(head.tobytes(), []).append(request)
+            groups.setdefault((request.cache_salt, head.tobytes()), []).append(request)
     return (group for group in groups.values() if len(group) > 1)
 
 

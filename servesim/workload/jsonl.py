@@ -1,9 +1,10 @@
 """JSON lines workloads: every line a request or a session.
 
 A request line is ``{"input_toks", "output_toks", "arrival_time_ns"}`` with optional ``input_tok_ids``,
-``output_tok_ids`` (or ``hash_ids`` and ``tokens_per_hash``), ``model``, ``priority`` and ``max_tokens``. A
-session line is ``{"arrival_time_ns", "sub_requests": [...]}`` with optional ``session_id`` and ``model``, and
-each sub-request ``{"input_toks", "output_toks"}`` with optional ``tool_duration_ns`` and those of a request.
+``output_tok_ids`` (or ``hash_ids`` and ``tokens_per_hash``), ``model``, ``priority``, ``max_tokens``,
+``cache_salt`` and ``n``. A session line is ``{"arrival_time_ns", "sub_requests": [...]}`` with optional
+``session_id`` and ``model``, and each sub-request ``{"input_toks", "output_toks"}`` with optional
+``tool_duration_ns`` and those of a request but ``n``.
 Requests are numbered in file order, sub-requests in their place. A sub-request is released when its
 predecessor has ended and the predecessor's ``tool_duration_ns`` has passed.
 """
@@ -11,8 +12,10 @@ predecessor has ended and the predecessor's ``tool_duration_ns`` has passed.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import orjson
 
 from servesim.workload.entries import (
@@ -34,12 +37,16 @@ if TYPE_CHECKING:
 
     from servesim.workload.formats import Loading
 
-_SHARED_KEYS = ("input_tok_ids", "output_tok_ids", "model", "priority", "max_tokens")
+_SHARED_KEYS = ("input_tok_ids", "output_tok_ids", "model", "priority", "max_tokens", "cache_salt")
 _HASH_KEYS = ("hash_ids", "tokens_per_hash", "hashed_toks")
-REQUEST_KEYS = ("input_toks", "output_toks", "arrival_time_ns", *_SHARED_KEYS, *_HASH_KEYS)
+REQUEST_KEYS = ("input_toks", "output_toks", "arrival_time_ns", "n", *_SHARED_KEYS, *_HASH_KEYS)
 SESSION_KEYS = ("session_id", "arrival_time_ns", "sub_requests", "model")
 SUB_REQUEST_KEYS = ("input_toks", "output_toks", "tool_duration_ns", *_SHARED_KEYS, *_HASH_KEYS)
 MAX_PRIORITY = 2**31 - 1
+_OWN_ID = 1 << 61
+"""From here on ids stand for the text of one prompt without ids."""
+MAX_SEQUENCES = 1024
+"""Most answers that one request may ask for."""
 
 _request_keys = frozenset(REQUEST_KEYS)
 _session_keys = frozenset(SESSION_KEYS)
@@ -82,7 +89,7 @@ class EntryReader:
         request.arrival_ns = whole_number(
             _required(entry, "arrival_time_ns"), "arrival_time_ns", 0, MAX_TIME_NS
         )
-        return [request]
+        return [request] if entry.get("n") is None else _sequences(request, entry["n"])
 
     def _session(self, entry: dict[str, Any], first: int) -> list[Request]:
         if not entry.keys() <= _session_keys:
@@ -144,9 +151,25 @@ def _request(entry: dict[str, Any], index: int, where: str, model: str | None) -
         request.max_tokens = whole_number(
             entry["max_tokens"], f"{where}max_tokens", output_tokens, MAX_TOKENS
         )
+    if entry.get("cache_salt") is not None:
+        request.cache_salt = text(entry["cache_salt"], f"{where}cache_salt")
     if entry.get("priority") is not None:
         request.priority = whole_number(entry["priority"], f"{where}priority", -MAX_PRIORITY, MAX_PRIORITY)
     return request
+
+
+def _sequences(request: Request, n: object) -> list[Request]:
+    """``n`` requests in the place of one that asks for so many answers, as vLLM makes them.
+
+    They have the prompt in common; of the answers only the first is known.
+    """
+    count = whole_number(n, "n", 1, MAX_SEQUENCES)
+    if count > 1 and not request.has_ids:
+        request.input_ids = np.full(request.input_tokens, _OWN_ID + request.index, dtype=np.int64)
+    return [
+        replace(request, index=request.index + number, output_ids=request.output_ids if not number else None)
+        for number in range(count)
+    ]
 
 
 def _set_hashes(request: Request, entry: dict[str, Any], where: str) -> None:

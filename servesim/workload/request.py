@@ -47,6 +47,8 @@ class Request:
     max_tokens: int = 0
     """Most tokens the client lets it generate; 0: those it generates. With more, its answer ends on its own
     account, by a stop token that no server can foresee."""
+    cache_salt: str | None = None
+    """Prompts share blocks only with those of the same salt."""
     priority: int = 0
     """Smaller numbers are served first, where the scheduling policy goes by priority."""
 

@@ -170,8 +170,8 @@ def test_a_request_that_never_fits_is_refused_before_anything_runs() -> None:
     workload = Workload([Request(0, 60, 5, 0)])
     with pytest.raises(InputError, match=r"needs 4 blocks of 16"):  # 64 tokens of KV
         record_scheduler(workload, SchedulerSettings(num_gpu_blocks=4), SIMPLE)
-    with pytest.raises(InputError, match="max_model_len is 64"):
-        record_scheduler(workload, SchedulerSettings(num_gpu_blocks=99, max_model_len=64), SIMPLE)
+    with pytest.raises(InputError, match="max_model_len is 60"):
+        record_scheduler(workload, SchedulerSettings(num_gpu_blocks=99, max_model_len=60), SIMPLE)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

@@ -100,6 +100,8 @@ def with_extras(
         threshold = min(settings.long_prefill_token_threshold, longest)
         settings = replace(settings, long_prefill_token_threshold=threshold)
     if rng.random() < 0.15:
+        entries = [{**entry, "salt": str(rng.choice(["a", "b"]))} for entry in entries]
+    if rng.random() < 0.15:
         settings = replace(settings, watermark=float(rng.choice([0.02, 0.1, 0.4])))
     if rng.random() < 0.1 and settings.enable_chunked_prefill:
         settings = replace(settings, max_num_scheduled_tokens=int(rng.integers(1, budget + 1)))

@@ -140,3 +140,11 @@ def test_identities_of_a_recorded_workload_equal_those_of_the_twin(block_size: i
     path = recorded_path("workloads", "sharegpt-llama-3.1-8b-300-sps10.jsonl.gz")
     workload = load_workload(path, num_reqs=60)
     same_identities(workload, block_size)
+
+
+def test_prompts_of_different_salts_share_nothing() -> None:
+    same = list(range(40))
+    workload = workload_of((same, None), (same, None), (same, None), (same, None))
+    for request, salt in zip(workload, ("a", "b", "a", None), strict=True):
+        request.cache_salt = salt
+    assert block_ids(workload, 16).ids == [[0, 1], [], [0, 1], []]

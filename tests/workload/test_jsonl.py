@@ -12,8 +12,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from servesim.errors import InputError
 from servesim.workload.formats import Loading, load_workload
 from servesim.workload.generators import json_lines
+from servesim.workload.hashes import block_ids
 from servesim.workload.jsonl import load_jsonl
 from tests.recorded import recorded_path
 
@@ -182,3 +184,24 @@ def test_the_recorded_workloads_load(name: str) -> None:
             request.input_tokens,
             request.output_tokens,
         )
+
+
+def test_limits_salts_and_priorities_are_read_and_written() -> None:
+    extra = {"priority": -3, "max_tokens": 9, "cache_salt": "tenant"}
+    whole = loaded(FLAT | extra)
+    (request,) = whole
+    assert (request.priority, request.max_tokens, request.cache_salt) == (-3, 9, "tenant")
+    (line,) = json_lines(whole)
+    assert json.loads(line) == FLAT | extra
+    with pytest.raises(InputError, match="max_tokens: 2 is too small; must be >= 3"):
+        loaded(FLAT | {"max_tokens": 2})
+
+
+def test_several_answers_are_requests_of_one_prompt() -> None:
+    made = loaded(FLAT | {"input_toks": 40, "n": 3}, FLAT | {"input_toks": 40})
+    assert [request.index for request in made] == [0, 1, 2, 3]
+    first, second, third, other = block_ids(made, 16).ids
+    assert first == second == third == [0, 1]
+    assert other == []
+    with pytest.raises(InputError, match="n: is not a known key"):
+        loaded(SESSION | {"sub_requests": [{"input_toks": 4, "output_toks": 2, "n": 2}]})
