@@ -402,7 +402,8 @@ def something_random(scene: Scene) -> str:
     options = scene.options
     routes = options.request_routing_policy == "RAND" and not several_takers(scene)
     experts = options.expert_routing_policy not in _DRAWN_EXPERTS and not spread_experts(scene)
-    if routes or experts or scene.drawn_arrivals or options.ensemble:
+    drafts = options.speculative_config is not None
+    if routes or experts or drafts or scene.drawn_arrivals or options.ensemble:
         return ""
     return "nothing in this run is random"
 

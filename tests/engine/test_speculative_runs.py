@@ -59,6 +59,7 @@ def test_runs_are_the_same_whatever_else_they_do() -> None:
     assert first.requests.tobytes() == second.requests.tobytes()
     other = run(speculative_config=DRAFTS, seed=7)
     assert first.requests.tobytes() != other.requests.tobytes()
+    assert not any("--seed" in note for note in other.log.notes)
     # what is accepted of a request does not depend on how it is scheduled
     synchronous = run(speculative_config=DRAFTS, async_scheduling=False)
     for result in (first, synchronous):
