@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from servesim.specs.options import RuntimeOptions
 
 SECOND_NS = 1_000_000_000
-_KEPT_STEPS = 1 << 16
+_KEPT_STEPS = 1 << 14
 _SPARE_BLOCKS = 4096
 """Blocks that are remembered beyond those that fit the caches and a quarter of those."""
 _OWN_BLOCKS = 1 << 40

@@ -86,7 +86,7 @@ def test_a_member_that_never_gets_a_request_holds_nobody_up() -> None:
 def test_a_prompt_over_the_budget_without_chunking_is_rejected(sides: bool) -> None:
     """The other simulator asks for its first batch for ever."""
     roles = ("prefill", "decode") if sides else (None, None)
-    limits: dict[str, Any] = {"max_num_batched_tokens": 64, "max_model_len": 64}
+    limits: dict[str, Any] = {"max_num_batched_tokens": 64, "max_model_len": 64, "max_num_seqs": 64}
     instances = [toy_instance(pd_type=role, enable_chunked_prefill=False, **limits) for role in roles]
     log = run(instances, Request(0, 65, 2, 0), Request(1, 62, 2, 0))
     assert [r.request for r in log.requests] == [1]
@@ -145,7 +145,7 @@ def test_skip_prefill_computes_no_prompt_on_any_instance(pp: int) -> None:
 
 
 def test_the_queuing_delay_is_that_of_the_first_chunk() -> None:
-    instances = [toy_instance(pp_size=2, max_num_batched_tokens=64)]
+    instances = [toy_instance(pp_size=2, max_num_batched_tokens=64, max_num_seqs=64)]
     log = run(instances, Request(0, 500, 2, 7))
     assert len([t for t in log.instances[0].steps.prefill_tokens if t]) == 8
     assert log.requests[0].scheduled_ns == 7
@@ -215,6 +215,7 @@ def preempted(budget: int) -> dict[str, Any]:
         "num_gpu_blocks": 8,
         "block_size": 4,
         "max_num_batched_tokens": budget,
+        "max_num_seqs": budget,
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
     }

@@ -108,7 +108,7 @@ def test_kv_on_a_slow_memory_sets_the_pace() -> None:
 
 def test_the_history_of_a_chunk_is_read_from_where_it_lies() -> None:
     # The second chunk's attention reads 64 tokens of 32 bytes in every block, 1000 ns a byte.
-    requests, flags = [Request(0, 128, 1, 0)], {"max_num_batched_tokens": 64}
+    requests, flags = [Request(0, 128, 1, 0)], {"max_num_batched_tokens": 64, "max_num_seqs": 64}
     slow = toy_cluster([toy_instance(placement={"default": {"kv_loc": "cpu"}})])
     slow["nodes"][0]["cpu_mem"].update(mem_bw=0.001, mem_latency=500)
     usual = run(toy_cluster([toy_instance()]), requests, **flags)
@@ -167,7 +167,7 @@ def test_prompts_are_attended_to_on_the_npu() -> None:
 
 def test_the_history_of_a_chunk_is_read_out_of_pim() -> None:
     # The second chunk's attention reads 64 tokens of 32 bytes in every block.
-    requests, flags = [Request(0, 128, 1, 0)], {"max_num_batched_tokens": 64}
+    requests, flags = [Request(0, 128, 1, 0)], {"max_num_batched_tokens": 64, "max_num_seqs": 64}
     fast = run(pim_cluster(), requests, **flags)
     usual = run(toy_cluster([toy_instance()]), requests, **flags)
     assert fast.end_ns == usual.end_ns  # 16 GB/s are plenty
@@ -257,10 +257,12 @@ def test_what_lies_elsewhere_is_shown_and_summarised() -> None:
 def test_kv_that_steps_read_is_written_down_where_it_may_lie_elsewhere() -> None:
     requests = [Request(0, 128, 3, 0)]
     slow = toy_cluster([toy_instance(placement={"default": {"kv_loc": "cpu"}})])
-    log = run(slow, requests, max_num_batched_tokens=64)
+    log = run(slow, requests, max_num_batched_tokens=64, max_num_seqs=64)
     # two chunks, the second looks back at 64 tokens; then decodes at 128 and 129
     assert list(log.instances[0].kv_reads or ()) == [0, 64, 128, 129]
-    assert list(run(pim_cluster(), requests, max_num_batched_tokens=64).instances[0].kv_reads or ()) == [
+    assert list(
+        run(pim_cluster(), requests, max_num_batched_tokens=64, max_num_seqs=64).instances[0].kv_reads or ()
+    ) == [
         *(0, 64),
         *(0, 0),
     ]

@@ -41,7 +41,7 @@ engine_options = st.fixed_dictionaries(
         "num_gpu_blocks": st.integers(25, 140),
         "block_size": st.sampled_from([4, 16]),
         "max_num_seqs": st.integers(1, 8),
-        "max_num_batched_tokens": st.sampled_from([5, 64, 500]),
+        "max_num_batched_tokens": st.sampled_from([8, 64, 500]),
         "long_prefill_token_threshold": st.sampled_from([0, 0, 9]),
         "reserve_full_isl": st.booleans(),
         "enable_prefix_caching": st.booleans(),
