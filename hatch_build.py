@@ -75,7 +75,7 @@ def compile_core(root: Path, into: Path) -> None:
     os.chdir(root)
     with tempfile.TemporaryDirectory() as work:
         config = Path(work) / "mypy.ini"
-        config.write_text("[mypy]\nignore_missing_imports = True\n")
+        config.write_text("[mypy]\nignore_missing_imports = True\nfollow_imports = silent\n")
         flags = ["--config-file", str(config), "--cache-dir", work]
         extensions = mypycify([*flags, *MODULES], opt_level="3", debug_level="0", target_dir=work)
         command: Any = Distribution({"name": "servesim", "ext_modules": extensions}).get_command_obj(
