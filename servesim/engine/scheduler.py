@@ -697,8 +697,9 @@ class Scheduler:
                 batch.recalled_tokens += record.storage_hit
             elif not state.kv_arrived:
                 record.note_back(now_ns)
-                record.recomputed_tokens += state.computed - done
                 state.lost = max(state.lost, state.computed)
+                # a lower tier may hold more by now than was lost
+                record.recomputed_tokens += state.computed - min(done, state.lost)
                 batch.note_again(state.lost, done, reach)
             for connector in self.connectors:
                 connector.admitted(batch, read_bytes)
