@@ -27,8 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command and its flags."""
     from servesim.cli.reports import add_report_arguments
     from servesim.cli.slo import NOT_SEARCHED
-    from servesim.explore.fleet_space import OBJECTIVES
-    from servesim.explore.plan import NOT_HERE
+    from servesim.explore.fleet import NOT_HERE, OBJECTIVES
     from servesim.specs.options import add_arguments
 
     parser = subparsers.add_parser(

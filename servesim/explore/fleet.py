@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
     from servesim.specs.options import RuntimeOptions
 
+OBJECTIVES = ("cost", "min_gpus", "energy", "carbon", "throughput_per_gpu", "goodput_per_gpu")
+NOT_HERE = (
+    "cluster_config", "hardware", "model", "tp", "pp", "dp", "enable_expert_parallel", "dtype",
+    "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "max_concurrency", "num_gpu_blocks",
+)  # fmt: skip
+"""Run options that a plan chooses, or that say something of one cluster."""
 EXAMPLE_PRICES = "configs/prices/examples.yaml"
 _PORT = 8000
 _CPU_MEM = {"mem_size": 512, "mem_bw": 256, "mem_latency": 0}

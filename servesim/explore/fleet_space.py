@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError
-from servesim.explore.fleet import EXAMPLE_PRICES, Fleet, read_prices
+from servesim.explore.fleet import EXAMPLE_PRICES, OBJECTIVES, Fleet, read_prices
 from servesim.explore.slo import parse_slo, per_request_slo
 from servesim.explore.space import choices
 from servesim.explore.warm_runs import Target
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Workload
 
-OBJECTIVES = ("cost", "min_gpus", "energy", "carbon", "throughput_per_gpu", "goodput_per_gpu")
 MOST = 20_000
 """Candidates of a plan at most."""
 DEFAULT_MODEL = "meta-llama/Llama-3.1-8B"

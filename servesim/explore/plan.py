@@ -11,7 +11,7 @@ from servesim.api import LOADING, NOISE, check_used, making_bundles
 from servesim.engine.build import Kept
 from servesim.errors import InputError, ServingError
 from servesim.explore.capacity_band import band, with_blocks
-from servesim.explore.fleet import read_prices
+from servesim.explore.fleet import NOT_HERE, read_prices
 from servesim.explore.fleet_bounds import CANNOT_START, NO_TIMES, ShapeBounds
 from servesim.explore.fleet_space import Question, question_of
 from servesim.explore.load_point import load_point
@@ -30,11 +30,6 @@ if TYPE_CHECKING:
     from servesim.engine.request_state import BlockTables
     from servesim.explore.fleet import Fleet
 
-NOT_HERE = (
-    "cluster_config", "hardware", "model", "tp", "pp", "dp", "enable_expert_parallel", "dtype",
-    "kv_cache_dtype", "max_num_seqs", "max_num_batched_tokens", "max_concurrency", "num_gpu_blocks",
-)  # fmt: skip
-"""Run options that a plan chooses, or that say something of one cluster."""
 _OF_FILES = set(LOADING) - {"request_rate", "dataset"}
 """Run options about a workload file, which a workload that the plan describes is not."""
 SHORT_SHARE, SHORT_LEAST = 1 / 6, 48
