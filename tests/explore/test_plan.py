@@ -13,9 +13,9 @@ import pytest
 import servesim
 from servesim import InputError
 from servesim.__main__ import main
-from servesim.explore.fleet import Fleet, read_prices
+from servesim.explore.fleet import OBJECTIVES, Fleet, read_prices
 from servesim.explore.fleet_bounds import SLOW_PREFILL
-from servesim.explore.fleet_space import OBJECTIVES, question_of
+from servesim.explore.fleet_space import question_of
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.serve_line import read_serve_line, write_serve_line
 from tests.cost.bundles import HARDWARE, MODEL
