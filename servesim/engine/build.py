@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import InstanceOptions, RuntimeOptions
+    from servesim.specs.speculative import SpeculativeSpec
 
 FAR_APART = 5
 """Minor versions of vLLM between the tables and the one asked for, from which on a run warns."""
@@ -335,11 +336,13 @@ class Builder:
             kv_reads=array("q") if self._memories.resident(index) else None,
             speculation=SpeculationLog() if options.speculative else None,
         )
-        if options.speculative and capacity.plan is not None:
-            raise InputError(
-                f"{OPTION}: speculative decoding is not simulated with {model.name}, whose layers do not all "
-                "keep every token; leave it out, or choose a model of full attention"
-            )
+        if options.speculative:
+            if capacity.plan is not None:
+                raise InputError(
+                    f"{OPTION}: speculative decoding is not simulated with {model.name}, whose layers do not "
+                    "all keep every token; leave it out, or choose a model of full attention"
+                )
+            check_mtp(options.speculative, model)
         # the hand-over is asked first: KV that has been sent here need not be read from a lower tier
         connectors: list[Connector] = [self.hand_over] if self.hand_over and spec.pd_type else []
         if tier:
@@ -385,6 +388,25 @@ class Builder:
                         f"{str(wanted).lower()} as in instance {first}, the same dp_group "
                         f"'{self._placed[first][1].dp_group}'"
                     )
+
+
+def check_mtp(drafts: SpeculativeSpec, model: ModelSpec) -> None:
+    """Refuse MTP where the model has no layers for it, or a module of its own for every draft.
+
+    Raises:
+        InputError: one of them.
+    """
+    modules = len(model.layers.mtp)
+    if drafts.method == "mtp" and not modules:
+        raise InputError(
+            f"{OPTION}: method mtp: {model.name} has no MTP layers (num_nextn_predict_layers in its config); "
+            "choose another method"
+        )
+    if drafts.method == "mtp" and modules > 1 and drafts.num_tokens > 1:
+        raise InputError(
+            f"{OPTION}: method mtp: {model.name} has {modules} MTP modules, one for each draft, which is not "
+            "simulated; give num_speculative_tokens 1"
+        )
 
 
 def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -> list[str]:

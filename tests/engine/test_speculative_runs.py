@@ -122,3 +122,10 @@ def test_compare_says_where_drafts_stop_paying() -> None:
     assert speculation_text(good, plain, ("drafts", "plain")) == told
     assert speculation_text(plain, plain, ("a", "b")) == ""
     assert speculation_text(plain, bad, ("plain", "drafts")) != told
+
+
+@pytest.mark.usefixtures("world")
+def test_mtp_needs_layers_for_it() -> None:
+    config = '{"method": "mtp", "num_speculative_tokens": 1}'
+    with pytest.raises(InputError, match=r"method mtp: .* has no MTP layers"):
+        run(speculative_config=config)
