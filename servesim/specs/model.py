@@ -248,13 +248,15 @@ def _as_fields(layers: ModelLayers) -> dict[str, Any]:
 
 
 def _seen_in(layers: ModelLayers, model: ModelSpec) -> dict[str, Any]:
-    """What the layers say where fields alone say it in many ways: format, windows, the tied matrix."""
+    """What the layers say where fields alone say it in many ways: format, windows, experts, tied matrices."""
     found: dict[str, Any] = {"tie_word_embeddings": layers.tied, "quantization": layers.formats.method}
     elements = {rule.format.element for rule in layers.formats.rules}
     if elements and elements <= {"fp8", "mxfp8"}:
         found["torch_dtype"] = "fp8"
     elif elements == {"int8"}:
         found["torch_dtype"] = "int8"
+    if not any(isinstance(layer.mlp, Experts) for layer in layers.layers):
+        found["num_experts"] = 0  # a flag may say that the experts of the fields are not there
     kinds = [getattr(layer.attention, "kind", None) for layer in layers.layers]
     reaches = {layer.attention.reach for layer in layers.layers if isinstance(layer.attention, Attention)} - {
         None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,6 @@ from servesim.specs.model import ModelSpec, known_models, load_model, model_from
 from servesim.specs.validation import one_slip
 from tests.recorded import recorded_path
 from tests.specs.clusters import model_config
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # Parameters as published, in billions: a check of the shipped shapes from outside.
 PARAMETERS = {
@@ -261,3 +259,20 @@ def test_no_published_config_fails_for_a_key_name() -> None:
             refused[path.parent.name] = str(error)
     told = [text for text in refused.values() if "unknown key" in text or "finite" in text]
     assert told == []
+
+
+def test_experts_that_a_flag_turns_off_are_not_there(tmp_path: Path) -> None:
+    config = json.loads(
+        (Path(__file__).parents[1] / "golden/models/google__gemma-4-26B-A4B.json").read_text()
+    )
+    assert load_model(written(tmp_path / "on", config)).is_moe
+    config["text_config"]["enable_moe_block"] = False
+    dense = load_model(written(tmp_path / "off", config))
+    assert not dense.is_moe
+    assert dense.num_moe_layers == 0
+
+
+def written(folder: Path, config: dict[str, Any]) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
