@@ -22,6 +22,7 @@ from servesim.engine.request_state import BlockTables
 from servesim.engine.simulation import Simulation, why_impossible
 from servesim.errors import InputError
 from servesim.results.step_log import StepLog
+from servesim.specs.speculative import OPTION as SPECULATIVE
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
@@ -406,6 +407,8 @@ class LiveEngine:
             plans, options, builder, self._submitted, self._ended, self._refused
         )
         self.instances: Sequence[Instance] = self._simulation.instances
+        if any(instance.log.options.speculative for instance in self.instances):
+            raise InputError(f"{SPECULATIVE}: is not built for a server; leave it out")
         blocks = sum(instance.log.capacity.num_blocks for instance in self.instances)
         tables.remember(blocks + blocks // 4 + _SPARE_BLOCKS)
         self.notes = list(builder.notes)

@@ -150,6 +150,7 @@ def test_subscribers_get_what_happens() -> None:
     [
         ("--kv-events-replay tcp://127.0.0.1:1", "--kv-events-replay"),
         ("--kv-events nonsense", "--kv-events nonsense"),
+        ('--speculative-config {"method":"ngram","num_speculative_tokens":3}', "--speculative-config"),
         ("--speed 0", "--speed"),
         ("--speed 2 --virtual-time 3", "--speed"),
         ("--virtual-time 0", "--virtual-time"),
