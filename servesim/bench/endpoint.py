@@ -24,7 +24,8 @@ _SPARE_TOKENS = 10_000
 _BYTES_PER_TOKEN = 16 << 10  # with usage statistics and log-probabilities a chunk has about 1 kB
 _LONGEST_NAME = 1000
 _CACHE_FACTS = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+"""A label of a metric in Prometheus's text: name and value."""
 _CACHE_KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "block_size": ("block_size", int),
     "cache_dtype": ("kv_cache_dtype", str),
@@ -181,7 +182,7 @@ def cache_facts(metrics: str) -> dict[str, Any]:
     if not found:
         return {}
     facts: dict[str, Any] = {}
-    for label, text in _LABEL.findall(found[1]):
+    for label, text in LABEL.findall(found[1]):
         if label in _CACHE_KEYS:
             name, read = _CACHE_KEYS[label]
             try:

@@ -15,10 +15,11 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from servesim.bench.endpoint import LABEL, cache_facts
 from servesim.errors import InputError
 from servesim.slotted import dataclass
 from servesim.workload.request import Request, Workload
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from servesim.specs.hardware import EngineSpec
 
 _SAMPLE = re.compile(r"^vllm:([a-z_]+)(?:\{(.*)\})? ([-+0-9.eE]+|NaN|[+-]Inf)(?: \d+)?$")
-_LABEL = re.compile(r'([a-zA-Z_]+)="((?:[^"\\]|\\.)*)"')
 _MOST_PAGE_BYTES = 32 << 20
 _ROUNDS = 12
 _MOST_HOST_US = 200_000.0
@@ -46,8 +46,6 @@ class Scrape:
     values: Mapping[str, float]
     buckets: Mapping[str, Mapping[float, float]]
     """Histogram → upper edge of a bucket → observations up to it."""
-    info: Mapping[str, str]
-    """Labels of ``vllm:cache_config_info``."""
     text: str
     """The page itself."""
 
@@ -60,23 +58,20 @@ def parse_scrape(time_s: float, text: str) -> Scrape:
     """
     values: defaultdict[str, float] = defaultdict(float)
     buckets: defaultdict[str, defaultdict[float, float]] = defaultdict(lambda: defaultdict(float))
-    info: dict[str, str] = {}
     for line in text.splitlines():
         found = _SAMPLE.match(line)
         if found is None:
             continue
-        name, labels, value = found[1], dict(_LABEL.findall(found[2] or "")), float(found[3])
-        if name == "cache_config_info":
-            info = info or labels
-        elif name.endswith("_bucket") and "le" in labels:
+        name, labels, value = found[1], dict(LABEL.findall(found[2] or "")), float(found[3])
+        if name.endswith("_bucket") and "le" in labels:
             buckets[name.removesuffix("_bucket")][float(labels["le"])] += value
-        else:
+        elif name != "cache_config_info":
             values[name] += value
     if not values:
         raise InputError(
             "no metric of vLLM is on the page; give the address of a server, such as http://host:8000"
         )
-    return Scrape(time_s, dict(values), {name: dict(each) for name, each in buckets.items()}, info, text)
+    return Scrape(time_s, dict(values), {name: dict(each) for name, each in buckets.items()}, text)
 
 
 def scrape(address: str, api_key: str | None = None) -> Scrape:
@@ -161,7 +156,8 @@ class Traffic:
     kv_usage: NDArray[np.float64]
     tokens_per_s: NDArray[np.float64]
     """Generated in every interval."""
-    info: Mapping[str, str]
+    facts: Mapping[str, Any]
+    """Engine arguments that the metrics tell; see :func:`servesim.bench.endpoint.cache_facts`."""
 
 
 def traffic(scrapes: Sequence[Scrape], source: str) -> Traffic:
@@ -212,7 +208,7 @@ def traffic(scrapes: Sequence[Scrape], source: str) -> Traffic:
         waiting=waiting,
         kv_usage=series("kv_cache_usage_perc"),
         tokens_per_s=np.diff(series("generation_tokens_total")) / np.diff(times),
-        info=last.info,
+        facts=cache_facts(last.text),
     )
 
 

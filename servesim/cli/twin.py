@@ -163,11 +163,11 @@ def scrapes_of(args: argparse.Namespace) -> list[Scrape]:
 
 def with_blocks(options: RuntimeOptions, seen: Traffic) -> RuntimeOptions:
     """The options with the server's own block size and count, where nobody says others."""
-    told: dict[str, Any] = {}
-    for name, label in (("block_size", "block_size"), ("num_gpu_blocks", "num_gpu_blocks")):
-        value = seen.info.get(label, "")
-        if value.isdigit() and int(value) > 0 and name not in options.model_fields_set:
-            told[name] = int(value)
+    told = {
+        name: seen.facts[name]
+        for name in ("block_size", "num_gpu_blocks")
+        if name not in options.model_fields_set and seen.facts.get(name, 0) > 0
+    }
     return options.replace(**told) if told else options
 
 
