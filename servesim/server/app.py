@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from servesim._version import __version__
+from servesim.results.units import SECOND
 from servesim.server.asked import ApiError, Asked, chat_limit, read_chat, read_completion, read_response
 from servesim.server.live import Stream, VirtualPace, why_refused
 from servesim.server.prompts import chat_text
@@ -186,7 +187,7 @@ class Server:
             stream.key = f"{given_id} {place}".encode() if "x-request-id" in request.headers else stream.key
         created = int(time.time())
         if isinstance(self.engine.pace, VirtualPace):
-            created = self.engine.pace.now_ns() // 1_000_000_000
+            created = self.engine.pace.now_ns() // SECOND
         reply = form(given_id, created, model, streams, self.filler.text)
         self.engine.submit(streams)
         self.metrics.asked(streams[0], asked.answers, asked.max_tokens)

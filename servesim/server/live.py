@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import count
@@ -22,6 +22,7 @@ from servesim.engine.request_state import BlockTables
 from servesim.engine.simulation import Simulation, why_impossible
 from servesim.errors import InputError
 from servesim.results.step_log import StepLog
+from servesim.results.units import SECOND
 from servesim.specs.speculative import OPTION as SPECULATIVE
 from servesim.workload.request import Request, Workload
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
 
-SECOND_NS = 1_000_000_000
 _KEPT_STEPS = 1 << 14
 _SPARE_BLOCKS = 4096
 """Blocks that are remembered beyond those that fit the caches and a quarter of those."""
@@ -53,19 +53,18 @@ _OWN_BLOCKS = 1 << 40
 class Tail:
     """The last entries of a column that only grows; an entry keeps its index, and old ones are forgotten."""
 
-    __slots__ = ("_first", "_kept", "_values")
+    __slots__ = ("_first", "_values")
 
-    def __init__(self, kept: int = _KEPT_STEPS) -> None:
-        self._kept = kept
+    def __init__(self) -> None:
         self._first = 0
         self._values: array[int] = array("q")
 
     def append(self, value: int) -> None:
         values = self._values
         values.append(value)
-        if len(values) >= 2 * self._kept:
-            self._first += len(values) - self._kept
-            self._values = values[-self._kept :]
+        if len(values) >= 2 * _KEPT_STEPS:
+            self._first += len(values) - _KEPT_STEPS
+            self._values = values[-_KEPT_STEPS:]
 
     def __len__(self) -> int:
         return self._first + len(self._values)
@@ -73,9 +72,6 @@ class Tail:
     def __getitem__(self, index: int) -> int:
         """The entry; the oldest that is left, for one that is forgotten."""
         return self._values[index if index < 0 else max(index - self._first, 0)]
-
-    def __setitem__(self, index: int, value: int) -> None:
-        self._values[index - self._first] = value
 
 
 class FewTail:
@@ -115,12 +111,8 @@ class LiveTables(BlockTables):
     first; if a cache still held it, it is computed once more than a real engine would.
     """
 
-    def __init__(self, most: int) -> None:
-        """
-        Args:
-            most: blocks that are remembered.
-        """
-        self._most = most
+    def __init__(self) -> None:
+        self._most = _SPARE_BLOCKS
         self._known: OrderedDict[tuple[int, bytes], int] = OrderedDict()
         self._contents: dict[int, tuple[int, bytes]] | None = None
         """The other way round, where somebody wants to know."""
@@ -219,13 +211,13 @@ class WallPace:
         self._start_s = perf_counter()
 
     def now_ns(self) -> int:
-        return int((perf_counter() - self._start_s) * self.speed * SECOND_NS)
+        return int((perf_counter() - self._start_s) * self.speed * SECOND)
 
     async def wait(self, due_ns: int, woken: asyncio.Event) -> None:
         if due_ns >= NEVER:
             await woken.wait()
             return
-        left_s = (due_ns - self.now_ns()) / SECOND_NS / self.speed
+        left_s = (due_ns - self.now_ns()) / SECOND / self.speed
         if left_s <= 0 or woken.is_set():
             await asyncio.sleep(0)
             return
@@ -269,7 +261,7 @@ class VirtualPace:
     async def sleep(self, seconds: float, woken: asyncio.Event) -> None:
         """Come back after so many simulated seconds."""
         over = asyncio.Event()
-        self._sleeps.append((self._now_ns + round(seconds * SECOND_NS), over))
+        self._sleeps.append((self._now_ns + round(seconds * SECOND), over))
         self.enter()
         woken.set()
         await over.wait()
@@ -395,7 +387,7 @@ class LiveEngine:
             cluster,
             Workload([]),
             options.replace(stepped=True),
-            tables=(tables := LiveTables(1)),
+            tables=(tables := LiveTables()),
             new_steps=LiveSteps,
         )
         plans = [builder.plan(group) for group in builder.lockstep_groups()]
@@ -413,7 +405,7 @@ class LiveEngine:
         tables.remember(blocks + blocks // 4 + _SPARE_BLOCKS)
         self.notes = list(builder.notes)
         self.woken = asyncio.Event()
-        self.late_ns = array("q")
+        self.late_ns: deque[int] = deque(maxlen=_KEPT_STEPS)
         """How long after their time the latest tokens went out, in wall-clock ns."""
         self._audience: Audience | None = None
         self._events: KvEvents | None = None
@@ -577,13 +569,8 @@ class LiveEngine:
             self._audience.tokens(stream, times)
         stream.last_token_ns = times[-1]
         if isinstance(self.pace, WallPace):
-            self._note_late(int((self.pace.now_ns() - times[-1]) / self.pace.speed))
+            self.late_ns.append(int((self.pace.now_ns() - times[-1]) / self.pace.speed))
         stream.news.set()
-
-    def _note_late(self, late_ns: int) -> None:
-        if len(self.late_ns) >= _KEPT_STEPS:
-            del self.late_ns[: _KEPT_STEPS // 2]
-        self.late_ns.append(late_ns)
 
     def _token_times(self, state: RequestState, seen: int, now_ns: int) -> list[int]:
         """Ends in ns of the steps that made the tokens after the first ``seen``, up to ``now_ns``."""
