@@ -6,6 +6,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from servesim.cli.parts import add_command, check_file
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,21 +30,13 @@ _NOISE = ("ensemble", "step_noise", "run_noise", "arrival_jitter")
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
-    from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+    from argparse import BooleanOptionalAction
 
     from servesim.cli.reports import add_report_arguments
     from servesim.explore.compare import KV_BOUND_WORKLOAD
     from servesim.specs.options import add_arguments, output_fields
 
-    parser = subparsers.add_parser(
-        "compare",
-        help=_HELP,
-        description=_HELP,
-        usage="servesim compare [OPTIONS]",
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_command(subparsers, "compare", _HELP, _EPILOG, "servesim compare [OPTIONS]")
     parser.add_argument(
         "--set",
         action="append",
@@ -98,16 +91,13 @@ def run(args: argparse.Namespace) -> int:
     from servesim.explore.compare import compare
     from servesim.explore.show import comparison_text
     from servesim.profiler.on_demand import bundles_on_demand
-    from servesim.results.atomic import check_suffix, check_writable
     from servesim.specs.options import from_namespace
 
     options = from_namespace(args)
     set_up_messages(options.log_level)
     sets = option_sets(args)
-    for flag, path in (("--json", args.json), ("--csv", args.csv)):
-        if path not in (None, "-"):
-            check_suffix(path, ("." + flag.removeprefix("--"),), flag)
-            check_writable(path, flag)
+    check_file(args.json, (".json",), "--json")
+    check_file(args.csv, (".csv",), "--csv")
     check_report_arguments(args)
     if args.json == args.csv == "-":
         raise InputError("--json and --csv: only one of them can be printed; give the other a path")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from servesim.cli.parts import PRINTED, add_command, add_json, check_file, check_plot, give_json
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,19 +24,10 @@ _FLAGS = (
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
-    from argparse import RawDescriptionHelpFormatter
-
     from servesim.explore.kv_dial import DEFAULT_BATCH, DEFAULT_CONTEXT
     from servesim.specs.options import add_arguments
 
-    parser = subparsers.add_parser(
-        "kv",
-        help=_HELP,
-        description=_HELP,
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_command(subparsers, "kv", _HELP, _EPILOG)
     add = parser.add_argument
     add("model", nargs="?", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
     add("--context", type=int, metavar="N", default=DEFAULT_CONTEXT,
@@ -49,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="of a MODEL: which GPU runs which format; without one: what models keep")  # fmt: skip
     add("--kernels", action="store_true",
         help="beside --matrix: which kernels were measured on which GPU, with which vLLM")  # fmt: skip
-    add("--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it")
+    add_json(parser)
     add("--plot", metavar="PATH", help="draw tokens and steps, .png or .svg; needs matplotlib")
     add_arguments(parser, only=_FLAGS)
 
@@ -60,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
     from servesim.cli.support import known_hardware
     from servesim.explore.kv_dial import kv_dial
     from servesim.profiler.on_demand import bundles_on_demand
-    from servesim.results.atomic import atomic_write
 
     if args.matrix:
         say(_matrix(args))
@@ -74,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if hardware is None:
         raise InputError("--hardware: is missing; name a file of configs/hardware, such as H100")
     known_hardware(hardware)
-    _check_outputs(args)
+    check_file(args.json, (".json",), "--json")
+    check_plot(args.plot)
     with bundles_on_demand(given.get("auto_profile", True), tell):
         dial = kv_dial(
             args.model,
@@ -84,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
             hybrid=False if args.disable_hybrid_kv_cache_manager else None,
             **given,
         )
-    if args.json not in (None, "-"):
-        with atomic_write(Path(args.json)) as handle:
-            handle.write(dial.json_text().encode() + b"\n")
     if args.plot:
         dial.save_plot(args.plot)
-    say(dial.json_text() if args.json == "-" else dial.text())
+    if args.json:
+        give_json(args.json, dial.json_text())
+    if args.json != PRINTED:
+        say(dial.text())
     return 0
 
 
@@ -107,17 +98,3 @@ def _matrix(args: argparse.Namespace) -> str:
 
         return kernels_text()
     return models_text() if args.model is None else formats_text(args.model)
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    from servesim.results.atomic import check_suffix, check_writable
-
-    if args.json not in (None, "-"):
-        check_suffix(args.json, (".json",), "--json")
-        check_writable(args.json, "--json")
-    if args.plot:
-        from servesim.results.figures import require_matplotlib
-
-        require_matplotlib("--plot")
-        check_suffix(args.plot, (".png", ".svg"), "--plot")
-        check_writable(args.plot, "--plot")

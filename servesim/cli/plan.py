@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from servesim.cli.parts import add_command
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,15 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     from servesim.explore.fleet import NOT_HERE, OBJECTIVES
     from servesim.specs.options import add_arguments
 
-    parser = subparsers.add_parser(
-        "plan",
-        help=_HELP,
-        description=_HELP,
-        usage="servesim plan [FILE] [OPTIONS]",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_command(subparsers, "plan", _HELP, _EPILOG, "servesim plan [FILE] [OPTIONS]")
     add = parser.add_argument
     add("file", nargs="?", metavar="FILE", help="what is asked, YAML")
     add("--model", dest="served", metavar="NAME", help="what is served (default: meta-llama/Llama-3.1-8B)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
+from servesim.cli.parts import add_command
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,20 +30,10 @@ _NOT_SERVED = ("max_concurrency", "skip_prefill", "stepped", "sticky_sessions", 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
-    from argparse import RawDescriptionHelpFormatter
-
     from servesim.api import LOADING, NOISE
     from servesim.specs.options import add_arguments, output_fields
 
-    parser = subparsers.add_parser(
-        "serve",
-        help=_HELP,
-        description=_HELP,
-        usage="servesim serve [OPTIONS]",
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_command(subparsers, "serve", _HELP, _EPILOG, "servesim serve [OPTIONS]")
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, default=8000, help="port, 0: any free one (default: 8000)")

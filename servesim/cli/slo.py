@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from servesim.errors import InputError
+from servesim.cli.parts import PRINTED, add_command, add_json, check_file, check_plot
 
 if TYPE_CHECKING:
     import argparse
@@ -44,20 +43,14 @@ NOT_SEARCHED = (
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
-    from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+    from argparse import BooleanOptionalAction
 
     from servesim.cli.reports import add_report_arguments
     from servesim.explore.rate_search import LEAST_PATTERNS, PATTERNS, PRECISION
     from servesim.specs.options import add_arguments
 
-    parser = subparsers.add_parser(
-        "slo",
-        help=_HELP,
-        description=_HELP,
-        usage="servesim slo --slo METRIC:MS [METRIC:MS ...] [OPTIONS]",
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = add_command(
+        subparsers, "slo", _HELP, _EPILOG, "servesim slo --slo METRIC:MS [METRIC:MS ...] [OPTIONS]"
     )
     parser.add_argument(
         "--slo",
@@ -109,9 +102,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="quick: runs of some 3 s of processor time, and what they leave open is said; full: all "
         "patterns and the whole band, however long that takes (default: quick)",
     )
-    parser.add_argument(
-        "--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it"
-    )
+    add_json(parser)
     parser.add_argument("--plot", metavar="PATH", help="draw the curve, .png or .svg; needs matplotlib")
     add_report_arguments(parser)
     add_arguments(parser, exclude=NOT_SEARCHED)
@@ -120,7 +111,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Search and print; returns the exit status."""
     from servesim.api import without
-    from servesim.cli.reports import write_reports
+    from servesim.cli.reports import check_report_arguments, write_reports
     from servesim.cli.screen import say, set_up_messages, tell
     from servesim.explore.rate_search import slo
     from servesim.explore.show_limit import limit_text
@@ -129,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
 
     options = from_namespace(args)
     set_up_messages(options.log_level)
-    _check_outputs(args)
+    check_report_arguments(args)
+    check_file(args.json, (".json",), "--json")
+    check_plot(args.plot)
     with bundles_on_demand(options.auto_profile, tell):
         found = slo(
             bounds=args.slo,
@@ -142,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
             effort=args.effort,
             before_run=_tell if sys.stderr.isatty() else None,
         )
-    if args.json not in (None, "-"):
+    if args.json not in (None, PRINTED):
         found.save_json(args.json)
     if args.plot:
         found.save_plot(args.plot)
@@ -150,27 +143,8 @@ def run(args: argparse.Namespace) -> int:
         from servesim.report.found import slo_page
 
         write_reports(args, lambda: slo_page(found))
-    say(found.json_text().rstrip("\n") if args.json == "-" else limit_text(found))
+    say(found.json_text().rstrip("\n") if args.json == PRINTED else limit_text(found))
     return 1 if found.load is None else 0
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    from servesim.cli.reports import check_report_arguments
-    from servesim.results.atomic import check_suffix, check_writable
-
-    check_report_arguments(args)
-
-    if args.json not in (None, "-"):
-        check_suffix(args.json, (".json",), "--json")
-        check_writable(args.json, "--json")
-    if args.plot:
-        from servesim.results.figures import require_matplotlib
-
-        require_matplotlib("--plot")
-        check_suffix(args.plot, (".png", ".svg"), "--plot")
-        check_writable(args.plot, "--plot")
-        if args.json and Path(args.plot) == Path(args.json):
-            raise InputError(f"--plot {args.plot}: is the file of --json too; give another path")
 
 
 def _tell(what: str) -> None:

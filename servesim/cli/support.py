@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from servesim.cli.parts import add_command
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,18 +27,9 @@ _OWN_MODELS = "servesim/"
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
-    from argparse import RawDescriptionHelpFormatter
-
     from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal, word_unless
 
-    parser = subparsers.add_parser(
-        "support",
-        help=_HELP,
-        description=_HELP,
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_command(subparsers, "support", _HELP, _EPILOG)
     add = parser.add_argument
     add("model", nargs="?", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
     add("--hardware", help="names configs/hardware/<name>.yaml and the bundles' folder")

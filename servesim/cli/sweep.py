@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from servesim.cli.parts import add_command
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,15 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     from servesim.cli.slo import NOT_SEARCHED
     from servesim.specs.options import add_arguments
 
-    parser = subparsers.add_parser(
-        "sweep",
-        help=_HELP,
-        description=_HELP,
-        usage="servesim sweep [FILE] [OPTIONS]",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_command(subparsers, "sweep", _HELP, _EPILOG, "servesim sweep [FILE] [OPTIONS]")
     parser.add_argument("file", nargs="?", metavar="FILE", help="what to go through, YAML or JSON")
     parser.add_argument(
         "--grid",

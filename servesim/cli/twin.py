@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from servesim.cli.parts import PRINTED, add_command, add_json, check_file, give_json
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,20 +30,10 @@ flags of run, or with --vllm-serve, what the server runs on and how it was start
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
-    from argparse import RawDescriptionHelpFormatter
-
     from servesim.api import LOADING, NOISE
     from servesim.specs.options import add_arguments, output_fields
 
-    parser = subparsers.add_parser(
-        "twin",
-        help=_HELP,
-        description=_HELP,
-        usage="servesim twin SOURCE [OPTIONS]",
-        epilog=_EPILOG,
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_command(subparsers, "twin", _HELP, _EPILOG, "servesim twin SOURCE [OPTIONS]")
     add = parser.add_argument
     add("source", metavar="SOURCE", help="address of a server, or a file of scrapes")
     add("--for", dest="for_s", type=float, metavar="S", help="watch so many seconds (default: 60)")
@@ -61,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar='"LABEL: FLAGS"',
         help='a change to try on the traffic, such as "fp8 KV: --kv-cache-dtype fp8"; several are allowed',
     )
-    add("--json", nargs="?", const="-", metavar="PATH", help="write everything as JSON; no PATH: print it")
+    add_json(parser)
     excluded = (
         *LOADING,
         *NOISE,
@@ -85,15 +76,13 @@ def run(args: argparse.Namespace) -> int:
     from servesim.explore.compare import compare
     from servesim.explore.show import comparison_text
     from servesim.profiler.on_demand import bundles_on_demand
-    from servesim.results.atomic import check_suffix, check_writable
+    from servesim.results.atomic import check_writable
     from servesim.specs.options import from_namespace
 
     options = from_namespace(args)
     set_up_messages(options.log_level)
     sets = dict(parse_set(text) for text in args.what_if)
-    if args.json not in (None, "-"):
-        check_suffix(args.json, (".json",), "--json")
-        check_writable(args.json, "--json")
+    check_file(args.json, (".json",), "--json")
     if args.save:
         check_writable(args.save, "--save")
     scrapes = scrapes_of(args)
@@ -112,15 +101,8 @@ def run(args: argparse.Namespace) -> int:
             own = with_engine(cluster, fitted.engine)
             comparison = compare(own, workload, {"as it is": {}, **sets}, without_cluster(options))
     if args.json is not None:
-        text = json_text(seen, fitted, comparison)
-        if args.json == "-":
-            say(text)
-        else:
-            from servesim.results.atomic import atomic_write
-
-            with atomic_write(args.json) as file:
-                file.write(f"{text}\n".encode())
-    if args.json != "-":
+        give_json(args.json, json_text(seen, fitted, comparison))
+    if args.json != PRINTED:
         say(twin_text(args.source, seen, fitted))
         if comparison is not None:
             say(f"\n{comparison_text(comparison)}")

@@ -1,0 +1,82 @@
+"""What parsers of several commands have in common: how they open, ``--json [PATH]`` and ``--plot PATH``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
+
+PRINTED = "-"
+"""``--json`` without a path: print it."""
+
+
+def add_command(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    about: str,
+    epilog: str,
+    usage: str | None = None,
+) -> argparse.ArgumentParser:
+    """The parser of a command whose help ends with examples, laid out as in ``epilog``."""
+    from argparse import RawDescriptionHelpFormatter
+
+    return subparsers.add_parser(
+        name,
+        help=about,
+        description=about,
+        usage=usage,
+        epilog=epilog,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json [PATH]``."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const=PRINTED,
+        metavar="PATH",
+        help="write everything as JSON; no PATH: print it",
+    )
+
+
+def check_file(path: str | None, suffixes: tuple[str, ...], flag: str) -> None:
+    """Find out before the work that a file can be written; nothing to do for None and what is printed.
+
+    Raises:
+        InputError: it cannot, or has another ending.
+    """
+    from servesim.results.atomic import check_suffix, check_writable
+
+    if path is not None and path != PRINTED:
+        check_suffix(path, suffixes, flag)
+        check_writable(path, flag)
+
+
+def check_plot(path: str | None) -> None:
+    """The same of ``--plot``.
+
+    Raises:
+        InputError: it cannot be written, or matplotlib is missing.
+    """
+    from servesim.results.figures import require_matplotlib
+
+    if path:
+        require_matplotlib("--plot")
+        check_file(path, (".png", ".svg"), "--plot")
+
+
+def give_json(path: str, text: str) -> None:
+    """Print the text, or write it to its file."""
+    if path == PRINTED:
+        from servesim.cli.screen import say
+
+        say(text)
+        return
+    from servesim.results.atomic import atomic_write
+
+    with atomic_write(path) as file:
+        file.write(f"{text}\n".encode())
