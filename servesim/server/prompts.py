@@ -8,13 +8,13 @@ it had, and hits the prefix cache as it would in a real server.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
 import numpy as np
 
 from servesim.errors import InputError
+from servesim.workload.texts import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,20 +64,7 @@ class LocalTokenizer:
         Raises:
             InputError: the package or the file is missing, or the file is no tokenizer.
         """
-        try:
-            from tokenizers import Tokenizer as Loaded
-        except ImportError as error:
-            raise InputError(
-                "--tokenizer: needs the extra tokenizer: pip install 'servesim[tokenizer]'"
-            ) from error
-        file = Path(path)
-        file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
-            raise InputError(f"--tokenizer {path}: there is no such tokenizer.json")
-        try:
-            self._loaded = Loaded.from_file(str(file))
-        except Exception as error:  # the package raises bare exceptions
-            raise InputError(f"--tokenizer {path}: is no tokenizer: {error}") from error
+        self._loaded = load_tokenizer(path)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._loaded.encode(text, add_special_tokens=False).ids
