@@ -16,8 +16,9 @@ from servesim.workload.entries import MAX_TOKENS, EntryError, collect, shown, wh
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
+    from servesim.workload.entries import Item
     from servesim.workload.formats import Loading
 
 _log = logging.getLogger("servesim")
@@ -49,9 +50,18 @@ def load_bench_result(source: str, lines: Iterable[tuple[int, bytes]], loading: 
             )
         ]
 
-    rows = enumerate(zip(*columns, strict=True), 1)
+    return of_document(source, zip(*columns, strict=True), requests, loading)
+
+
+def of_document(
+    source: str,
+    entries: Iterable[Item],
+    parse: Callable[[Item, int], list[Request]],
+    loading: Loading,
+) -> Workload:
+    """The requests of a document's entries, named by their number in messages; the earliest arrives at 0."""
     workload = collect(
-        *(source, rows, requests),
+        *(source, enumerate(entries, 1), parse),
         num_reqs=loading.num_reqs,
         lenient=loading.lenient,
         place=": request ",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError
 from servesim.workload.arrivals import start_at_zero
-from servesim.workload.bench_result import whole_document
+from servesim.workload.bench_result import of_document, whole_document
 from servesim.workload.entries import MAX_TOKENS, EntryError, collect, shown, whole_number
 from servesim.workload.mooncake import json_object, time_ns
 from servesim.workload.request import Request, Workload
@@ -83,14 +83,7 @@ def load_guidellm(source: str, lines: Iterator[tuple[int, bytes]], loading: Load
             )
         ]
 
-    workload = collect(
-        *(source, enumerate(sent, 1), requests),
-        num_reqs=loading.num_reqs,
-        lenient=loading.lenient,
-        place=": request ",
-    )
-    start_at_zero(workload)
-    return workload
+    return of_document(source, sent, requests, loading)
 
 
 def load_servegen(source: str, lines: Iterator[tuple[int, bytes]], loading: Loading) -> Workload:

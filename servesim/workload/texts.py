@@ -191,7 +191,7 @@ def load_genai_perf(source: str, lines: Iterator[tuple[int, bytes]], loading: Lo
 
     An output has as many tokens as responses with content came.
     """
-    from servesim.workload.bench_result import whole_document
+    from servesim.workload.bench_result import of_document, whole_document
 
     encode = encoder_of(source, loading)
     experiments = whole_document(source, lines)["experiments"]
@@ -216,14 +216,7 @@ def load_genai_perf(source: str, lines: Iterator[tuple[int, bytes]], loading: Lo
         stamp = whole_number(entry.get("timestamp"), "timestamp", 0, 2**63 - 1)
         return [_request(index, encode(_prompt_of(payload, "payload."), prompt=True), answered, stamp)]
 
-    workload = collect(
-        *(source, enumerate(sent, 1), requests),
-        num_reqs=loading.num_reqs,
-        lenient=loading.lenient,
-        place=": request ",
-    )
-    start_at_zero(workload)
-    return workload
+    return of_document(source, sent, requests, loading)
 
 
 def _has_content(output: object) -> bool:
