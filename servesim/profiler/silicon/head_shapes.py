@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from servesim.profiler.silicon.attention import AttentionShape
 
+    Ids = NDArray[np.int64]
+
 Heads = tuple[int, int]
 """Query heads and KV heads."""
 
@@ -57,7 +59,8 @@ def rows_for(table: KernelTable, shape: AttentionShape, keys: tuple[str, str]) -
     if found is None:
         return rows, ""
     low, high, weight = found
-    blended = _blended(_of_heads(same, low), _of_heads(same, high), weight, keys)
+    lower, upper = _of_heads(same, low), _of_heads(same, high)
+    blended = on_the_line(lower, upper, weight, _ids(lower, keys), _ids(upper, keys))
     how = "between" if 0 <= weight <= 1 else "extrapolated from"
     return blended, f"{shape.heads}/{shape.kv_heads} heads {how} {low[0]}/{low[1]} and {high[0]}/{high[1]}"
 
@@ -66,9 +69,14 @@ def _of_heads(rows: KernelTable, heads: Heads) -> KernelTable:
     return rows.where(num_heads=heads[0], num_key_value_heads=heads[1])
 
 
-def _blended(low: KernelTable, high: KernelTable, weight: float, keys: tuple[str, str]) -> KernelTable:
-    """Rows that both have, times on the line through both; never below half of the shorter time."""
-    _, at_low, at_high = np.intersect1d(_ids(low, keys), _ids(high, keys), return_indices=True)
+def on_the_line(
+    low: KernelTable, high: KernelTable, weight: float, low_ids: Ids, high_ids: Ids
+) -> KernelTable:
+    """Rows that both have, times on the line through both; never below half of the shorter time.
+
+    ``low_ids`` and ``high_ids``: one number a row, which tells the rows of one shape apart.
+    """
+    _, at_low, at_high = np.intersect1d(low_ids, high_ids, return_indices=True)
     lower, upper = low.latency_us[at_low], high.latency_us[at_high]
     times = np.maximum(lower + weight * (upper - lower), 0.5 * np.minimum(lower, upper))
     columns = {name: values[at_low] for name, values in low.columns.items()}

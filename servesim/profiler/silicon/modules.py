@@ -16,6 +16,7 @@ import numpy as np
 
 from servesim.errors import InputError
 from servesim.profiler.silicon.decode_grid import DecodeGrid, Prompts
+from servesim.profiler.silicon.head_shapes import on_the_line
 from servesim.profiler.silicon.tables import KernelTable, read_table
 from servesim.specs.layers import CompressedAttention, LatentAttention
 from servesim.specs.weights import rank_shape
@@ -273,11 +274,7 @@ def _of_heads(rows: KernelTable, heads: int, keys: tuple[str, str]) -> KernelTab
     above = min(max(int(np.searchsorted(known, heads)), 1), len(known) - 1)
     low, high = (rows.where(num_heads=int(known[i])) for i in (above - 1, above))
     weight = (heads - known[above - 1]) / (known[above] - known[above - 1])
-    _, at_low, at_high = np.intersect1d(_ids(low, keys), _ids(high, keys), return_indices=True)
-    lower, upper = low.latency_us[at_low], high.latency_us[at_high]
-    times = np.maximum(lower + weight * (upper - lower), 0.5 * np.minimum(lower, upper))
-    columns = {name: values[at_low] for name, values in low.columns.items()}
-    return KernelTable(low.name, low.version, times, columns)
+    return on_the_line(low, high, weight, _ids(low, keys), _ids(high, keys))
 
 
 def _ids(rows: KernelTable, keys: tuple[str, str]) -> NDArray[np.int64]:
