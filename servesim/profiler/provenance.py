@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from servesim.profiler.bundle_writer import BundleContent
     from servesim.profiler.meter import ProfileJob, Provenance
+    from servesim.specs.hardware import HardwareSpec
     from servesim.specs.layers import ModelLayers
 
 
@@ -104,4 +105,15 @@ def attention_axes(job: ProfileJob, content: BundleContent) -> dict[str, Any]:
         "n_decode": sorted({row[2] for row in rows}),
         "kv": sorted({row[3] for row in rows}),
         "max_decode_tokens": grids.MAX_DECODE_TOKENS,
+    }
+
+
+def stated_rates(hardware: HardwareSpec) -> dict[str, Any]:
+    """Rates and sizes of the hardware file that every computed bundle depends on."""
+    return {
+        "silicon": hardware.silicon,
+        "memory_bandwidth_gbs": hardware.memory_bandwidth_gbs,
+        "l2_mib": hardware.l2_mib,
+        "sm_count": hardware.sm_count,
+        "peak_tflops": dict(hardware.peak_tflops),
     }

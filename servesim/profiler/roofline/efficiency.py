@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.profiler.meter import Provenance
-from servesim.profiler.provenance import attention_axes, attention_kinds
+from servesim.profiler.provenance import attention_axes, attention_kinds, stated_rates
 from servesim.profiler.roofline import DERIVATION
 from servesim.slotted import dataclass
 from servesim.specs.block_layers import attention_groups
@@ -133,12 +133,7 @@ def confidence(job: ProfileJob) -> str:
 def _hardware(job: ProfileJob) -> dict[str, Any]:
     """Every figure of the hardware file that the formulas read."""
     facts = job.hardware
-    return {
-        "silicon": facts.silicon,
-        "memory_bandwidth_gbs": facts.memory_bandwidth_gbs,
-        "l2_mib": facts.l2_mib,
-        "sm_count": facts.sm_count,
-        "peak_tflops": dict(facts.peak_tflops),
+    return stated_rates(facts) | {
         "link": facts.link.model_dump(mode="json") if facts.link else None,
         "roofline": facts.roofline.model_dump(mode="json", exclude_none=True),
     }

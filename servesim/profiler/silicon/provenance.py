@@ -6,7 +6,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from servesim.profiler.meter import Provenance
-from servesim.profiler.provenance import attention_axes, attention_kinds
+from servesim.profiler.provenance import attention_axes, attention_kinds, stated_rates
 from servesim.profiler.silicon import DERIVATION, comm, tables
 from servesim.profiler.silicon.attention import AttentionTimes
 from servesim.profiler.silicon.gemm import SLOW_US, smallest_us
@@ -238,12 +238,7 @@ def _hardware(job: ProfileJob) -> dict[str, Any]:
     """The hardware's rates, although the derivations read few of them: kernels were measured on the GPU that
     has them, and are not those of one that a file describes otherwise."""
     facts = job.hardware
-    return {
-        "silicon": facts.silicon,
-        "memory_bandwidth_gbs": facts.memory_bandwidth_gbs,
-        "l2_mib": facts.l2_mib,
-        "sm_count": facts.sm_count,
-        "peak_tflops": dict(facts.peak_tflops),
+    return stated_rates(facts) | {
         "link": {"bandwidth_gbs": facts.link.bandwidth_gbs} if facts.link else None,
     }
 
