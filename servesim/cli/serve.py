@@ -181,8 +181,9 @@ def build_app(args: argparse.Namespace, options: RuntimeOptions) -> tuple[Starle
     """The application, a line about it, and what its user should know."""
     from servesim.api import read_cluster
     from servesim.server.app import Server, Settings
-    from servesim.server.live import LiveEngine, VirtualPace, WallPace
+    from servesim.server.live import LiveEngine
     from servesim.server.metrics import Metrics
+    from servesim.server.pace import VirtualPace, WallPace
     from servesim.server.prompts import Estimate, Filler, LocalTokenizer, OutputLength
     from servesim.specs.model import load_model
 

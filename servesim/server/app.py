@@ -18,7 +18,8 @@ from starlette.routing import Route
 from servesim._version import __version__
 from servesim.results.units import SECOND
 from servesim.server.asked import ApiError, Asked, chat_limit, read_chat, read_completion, read_response
-from servesim.server.live import Stream, VirtualPace, why_refused
+from servesim.server.live import Stream, why_refused
+from servesim.server.pace import VirtualPace
 from servesim.server.prompts import chat_text
 from servesim.server.replies import ChatReply, CompletionReply, Reply, ResponseReply
 

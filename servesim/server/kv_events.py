@@ -18,7 +18,8 @@ from servesim.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from servesim.server.live import LiveEngine, LiveTables
+    from servesim.server.bounded import LiveTables
+    from servesim.server.live import LiveEngine
 
 _KEPT_BATCHES = 10_000
 _LOOK_S = 0.05

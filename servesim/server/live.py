@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import count
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.build import Builder
 from servesim.engine.clock import NEVER
-from servesim.engine.request_state import BlockTables
 from servesim.engine.simulation import Simulation, why_impossible
 from servesim.errors import InputError
-from servesim.results.step_log import StepLog
-from servesim.results.units import SECOND
+from servesim.server.bounded import KEPT_STEPS, LiveSteps, LiveTables
+from servesim.server.pace import VirtualPace, WallPace
 from servesim.specs.speculative import OPTION as SPECULATIVE
 from servesim.workload.request import Request, Workload
 
@@ -35,254 +32,10 @@ if TYPE_CHECKING:
     from servesim.engine.instance import Instance
     from servesim.engine.request_state import RequestState
     from servesim.engine.step_loop import LoopPlan
-    from servesim.memory.kv_cache import AnyKvCache
     from servesim.server.kv_events import KvEvents
+    from servesim.server.pace import Pace
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
-
-_KEPT_STEPS = 1 << 14
-_SPARE_BLOCKS = 4096
-"""Blocks that are remembered beyond those that fit the caches and a quarter of those."""
-_OWN_BLOCKS = 1 << 40
-"""Identities of blocks that nobody can share start here."""
-
-
-# ---------------------------------------------------------------------- what would grow without end
-
-
-class Tail:
-    """The last entries of a column that only grows; an entry keeps its index, and old ones are forgotten."""
-
-    __slots__ = ("_first", "_values")
-
-    def __init__(self) -> None:
-        self._first = 0
-        self._values: array[int] = array("q")
-
-    def append(self, value: int) -> None:
-        values = self._values
-        values.append(value)
-        if len(values) >= 2 * _KEPT_STEPS:
-            self._first += len(values) - _KEPT_STEPS
-            self._values = values[-_KEPT_STEPS:]
-
-    def __len__(self) -> int:
-        return self._first + len(self._values)
-
-    def __getitem__(self, index: int) -> int:
-        """The entry; the oldest that is left, for one that is forgotten."""
-        return self._values[index if index < 0 else max(index - self._first, 0)]
-
-
-class FewTail:
-    """The last entries of a column that is 0 in most steps."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self) -> None:
-        self._values: dict[int, int] = {}
-
-    def put(self, step: int, value: int) -> None:
-        values = self._values
-        values[step] = value
-        if len(values) > _KEPT_STEPS:
-            del values[next(iter(values))]
-
-    def __getitem__(self, step: int) -> int:
-        return self._values.get(step, 0)
-
-
-class LiveSteps(StepLog):
-    """A step log of bounded length."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        for name in ("end_ns", *self.EACH):
-            setattr(self, name, Tail())
-        for name in ("start_ns", *self.FEW):
-            setattr(self, name, FewTail())
-
-
-class LiveTables(BlockTables):
-    """Block tables of requests that nobody knew before they came.
-
-    A full block is known by the block before it and its own tokens. What was seen longest ago is forgotten
-    first; if a cache still held it, it is computed once more than a real engine would.
-    """
-
-    def __init__(self) -> None:
-        self._most = _SPARE_BLOCKS
-        self._known: OrderedDict[tuple[int, bytes], int] = OrderedDict()
-        self._contents: dict[int, tuple[int, bytes]] | None = None
-        """The other way round, where somebody wants to know."""
-        self._numbers = count(1)
-        self._own = _OWN_BLOCKS
-        self._salts: dict[int, str] = {}
-        self._ids: dict[tuple[int, int], list[int]] = {}
-
-    def remember(self, most: int) -> None:
-        """Remember so many blocks from now on."""
-        self._most = most
-
-    def forget_all(self) -> None:
-        """Know no block any more: what comes now hits nothing that was before."""
-        self._known.clear()
-        if self._contents is not None:
-            self._contents.clear()
-
-    def keep_contents(self) -> None:
-        """Remember the tokens of blocks too, from now on."""
-        self._contents = {}
-
-    def content(self, number: int) -> tuple[int, bytes] | None:
-        """(number of the block before, token ids as 64-bit bytes) of a block; None if it is not known."""
-        return self._contents.get(number) if self._contents is not None else None
-
-    def salt(self, request: Request, salt: str) -> None:
-        """Keep a request's blocks apart from those of other salts (``cache_salt``, LoRA adapters)."""
-        self._salts[request.index] = salt
-
-    def forget(self, request: Request) -> None:
-        """A request has left."""
-        self._salts.pop(request.index, None)
-        for key in [key for key in self._ids if key[0] == request.index]:
-            del self._ids[key]
-
-    def shared_ids(self, request: Request, block_size: int) -> Sequence[int]:
-        key = (request.index, block_size)
-        if key not in self._ids:
-            self._ids[key] = list(self._chain(request, block_size))
-        return self._ids[key]
-
-    def new_table(self, request: Request, kv: AnyKvCache, *, lasting: bool = True) -> Any:
-        own = self._own
-        if lasting:
-            self._own += (request.input_tokens + request.output_tokens) // min(kv.block_sizes) + 1
-        identities = [(self.shared_ids(request, size), own) for size in kv.block_sizes]
-        return kv.new_table(identities, request.input_tokens)
-
-    def _chain(self, request: Request, block_size: int) -> Iterable[int]:
-        assert request.input_ids is not None
-        raw = request.input_ids.tobytes() + (
-            b"" if request.output_ids is None else request.output_ids.tobytes()
-        )
-        salt = self._salts.get(request.index)
-        parent = self._number((-block_size, salt.encode())) if salt else -block_size
-        step = 8 * block_size
-        for start in range(0, len(raw) - step + 1, step):
-            parent = self._number((parent, raw[start : start + step]))
-            yield parent
-
-    def _number(self, key: tuple[int, bytes]) -> int:
-        short = key[0], blake2b(key[1], digest_size=16).digest()
-        found = self._known.get(short)
-        if found is not None:
-            self._known.move_to_end(short)
-            return found
-        while len(self._known) >= self._most:
-            _, gone = self._known.popitem(last=False)
-            if self._contents is not None:
-                del self._contents[gone]
-        self._known[short] = number = next(self._numbers)
-        if self._contents is not None:
-            self._contents[number] = key
-        return number
-
-
-# ---------------------------------------------------------------------- what time it is
-
-
-class Pace(Protocol):
-    """The clock that the simulation follows."""
-
-    def now_ns(self) -> int:
-        """The present simulated time."""
-
-    async def wait(self, due_ns: int, woken: asyncio.Event) -> None:
-        """Come back when ``due_ns`` has come or ``woken`` is set, whatever is first."""
-
-
-class WallPace:
-    """Simulated time goes ``speed`` times as fast as the wall clock."""
-
-    def __init__(self, speed: float) -> None:
-        self.speed = speed
-        self._start_s = perf_counter()
-
-    def now_ns(self) -> int:
-        return int((perf_counter() - self._start_s) * self.speed * SECOND)
-
-    async def wait(self, due_ns: int, woken: asyncio.Event) -> None:
-        if due_ns >= NEVER:
-            await woken.wait()
-            return
-        left_s = (due_ns - self.now_ns()) / SECOND / self.speed
-        if left_s <= 0 or woken.is_set():
-            await asyncio.sleep(0)
-            return
-        timer = asyncio.get_running_loop().call_later(left_s, woken.set)
-        try:
-            await woken.wait()
-        finally:
-            timer.cancel()
-
-
-class VirtualPace:
-    """Time stands still until ``clients`` calls wait for it, and then goes on to the next thing that happens.
-
-    A call is a request that has not ended, or a sleep in simulated time. So what clients compute takes no
-    simulated time, and the same clients see the same run twice.
-    """
-
-    def __init__(self, clients: int) -> None:
-        self.clients = clients
-        self._now_ns = 0
-        self._waiting = 0
-        self._sleeps: list[tuple[int, asyncio.Event]] = []
-
-    def now_ns(self) -> int:
-        return self._now_ns
-
-    def expect(self, clients: int, woken: asyncio.Event) -> None:
-        """Let time go on when so many calls wait, from now on."""
-        self.clients = clients
-        woken.set()
-
-    def enter(self, calls: int = 1) -> None:
-        """So many more calls wait; fewer, if negative."""
-        self._waiting += calls
-
-    @property
-    def stands_still(self) -> bool:
-        """Whether a client is still at work."""
-        return self._waiting < max(self.clients, 1)
-
-    async def sleep(self, seconds: float, woken: asyncio.Event) -> None:
-        """Come back after so many simulated seconds."""
-        over = asyncio.Event()
-        self._sleeps.append((self._now_ns + round(seconds * SECOND), over))
-        self.enter()
-        woken.set()
-        await over.wait()
-
-    async def wait(self, due_ns: int, woken: asyncio.Event) -> None:
-        await asyncio.sleep(0)
-        first_ns = min([due_ns, *(ns for ns, _ in self._sleeps)])
-        if woken.is_set():
-            return
-        if self.stands_still or first_ns >= NEVER:
-            await woken.wait()
-            return
-        self._now_ns = max(self._now_ns, first_ns)
-        for ns, over in self._sleeps:
-            if ns <= self._now_ns:
-                self.enter(-1)
-                over.set()
-        self._sleeps = [(ns, over) for ns, over in self._sleeps if ns > self._now_ns]
-
-
-# ---------------------------------------------------------------------- requests and the engine
 
 
 @dataclass(slots=True, eq=False)
@@ -402,10 +155,10 @@ class LiveEngine:
         if any(instance.log.options.speculative for instance in self.instances):
             raise InputError(f"{SPECULATIVE}: is not built for a server; leave it out")
         blocks = sum(instance.log.capacity.num_blocks for instance in self.instances)
-        tables.remember(blocks + blocks // 4 + _SPARE_BLOCKS)
+        tables.remember(blocks)
         self.notes = list(builder.notes)
         self.woken = asyncio.Event()
-        self.late_ns: deque[int] = deque(maxlen=_KEPT_STEPS)
+        self.late_ns: deque[int] = deque(maxlen=KEPT_STEPS)
         """How long after their time the latest tokens went out, in wall-clock ns."""
         self._audience: Audience | None = None
         self._events: KvEvents | None = None
