@@ -22,8 +22,8 @@ from results_page import measured_against_recordings
 
 from servesim.cost.build import Costs
 from servesim.specs.hardware import NO_HOST_TIME, EngineSpec
+from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model
-from servesim.specs.options import resolve
 from servesim.specs.paths import bundles_from
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from results_page import write_section
 
 from servesim.memory.plan import kv_cache_capacity
 from servesim.specs.cluster import load_cluster
+from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model, model_from_config
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 
 if TYPE_CHECKING:
     from servesim.memory.plan import KvCapacity

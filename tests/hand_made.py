@@ -9,7 +9,8 @@ from servesim.memory.plan import KvCapacity
 from servesim.memory.sizing import GIB
 from servesim.results.records import InstanceLog, RejectedRequest, RequestRecord, RunLog
 from servesim.results.result import Result
-from servesim.specs.options import InstanceOptions, RuntimeOptions
+from servesim.specs.instance_options import InstanceOptions
+from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
 
 MS = 1_000_000

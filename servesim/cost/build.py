@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
     from servesim.specs.hardware import EngineSpec, HardwareSpec
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions
     from servesim.specs.speculative import SpeculativeSpec
 
 

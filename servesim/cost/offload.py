@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from servesim.memory.memory_map import Resident
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions
 
 
 @dataclass(slots=True, frozen=True)

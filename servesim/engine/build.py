@@ -39,7 +39,8 @@ from servesim.slotted import dataclass
 from servesim.specs.acting import Scene, notes_of
 from servesim.specs.block_layers import ATTENTION_KINDS, architecture_of, attention_groups
 from servesim.specs.cluster_checks import check_cluster
-from servesim.specs.options import UNLIMITED, resolve
+from servesim.specs.instance_options import resolve
+from servesim.specs.options import UNLIMITED
 from servesim.specs.speculative import OPTION
 from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
 from servesim.workload.request import Workload
@@ -54,8 +55,9 @@ if TYPE_CHECKING:
     from servesim.engine.simulation import Observer
     from servesim.results.records import RunLog
     from servesim.specs.cluster import ClusterSpec
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions, RuntimeOptions
+    from servesim.specs.options import RuntimeOptions
     from servesim.specs.speculative import SpeculativeSpec
 
 FAR_APART = 5

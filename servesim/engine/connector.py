@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from servesim.memory.memory_map import MemoryMap
     from servesim.memory.tier import LowerTier
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions, RuntimeOptions
+    from servesim.specs.options import RuntimeOptions
 
 
 class Connector(Protocol):

@@ -18,10 +18,11 @@ from servesim.slotted import dataclass
 from servesim.specs.cluster import cluster_of
 from servesim.specs.dtypes import dtype_bytes, resolve_kv_dtype
 from servesim.specs.hardware import load_hardware
+from servesim.specs.instance_options import resolve
 from servesim.specs.kv_support import attention_kind, is_known, why_not
 from servesim.specs.layers import Attention, Recurrent
 from servesim.specs.model import load_model
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 from servesim.specs.runnable import why_not_priced
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from servesim.explore.kv_steps import KvSteps
     from servesim.memory.engine_memory import Estimate
     from servesim.specs.hardware import HardwareSpec
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions
 
 LENGTHS = (8192, 32768, 131072)
 """Tokens of the requests that are counted."""

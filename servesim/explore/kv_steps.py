@@ -16,9 +16,9 @@ from servesim.errors import MissingFileError
 from servesim.explore.kv_dial import Figure
 from servesim.specs.block_layers import attentions_of
 from servesim.specs.cluster import cluster_of
+from servesim.specs.instance_options import resolve
 from servesim.specs.kv_formats import head_bytes, latent_bytes
 from servesim.specs.layers import Attention, LatentAttention
-from servesim.specs.options import resolve
 
 if TYPE_CHECKING:
     from servesim.cost.stage_cost import StageCost

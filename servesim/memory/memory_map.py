@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from servesim.memory.placement import PlacedLayer
     from servesim.memory.plan import KvCapacity
     from servesim.specs.cluster import ClusterSpec
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions
     from servesim.specs.pim import PimSpec
 
 Key = tuple[str, int]

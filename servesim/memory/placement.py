@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.formats import WeightFormats
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.layers import Layer, ModelLayers, Tensor
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions
     from servesim.specs.placement import PlacementRule
 
 NPU, CPU, PIM = "npu", "cpu", "pim"

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from servesim.memory.ledger import Share
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.hardware import HardwareSpec
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions
 
 
 @dataclass(frozen=True, slots=True)

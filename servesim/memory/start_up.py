@@ -13,8 +13,9 @@ from servesim.memory.sizing import GIB
 from servesim.slotted import dataclass
 from servesim.specs.dtypes import KV_CACHE_SIZED
 from servesim.specs.hardware import load_hardware
+from servesim.specs.instance_options import wants_auto_model_len
 from servesim.specs.kv_support import why_not
-from servesim.specs.options import UNLIMITED, wants_auto_model_len
+from servesim.specs.options import UNLIMITED
 from servesim.specs.vllm_versions import LOCAL_CADENCE, LONG_THRESHOLD, SINCE
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from servesim.memory.memory_map import MemoryMap
     from servesim.memory.plan import KvCapacity
     from servesim.specs.cluster import InstanceSpec
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions, RuntimeOptions
+    from servesim.specs.options import RuntimeOptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from servesim.results.prefix_cache import tier_line
 from servesim.results.stated_errors import RESULTS
 from servesim.results.units import gib, seconds
 from servesim.specs.dtypes import short_dtype
-from servesim.specs.options import UNLIMITED, InstanceOptions, RuntimeOptions
+from servesim.specs.instance_options import InstanceOptions
+from servesim.specs.options import UNLIMITED, RuntimeOptions
 from servesim.terminal import WIDTH, screen_width, wrapped
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from servesim.memory.plan import KvCapacity
     from servesim.results.stated_errors import Reach, StatedError, Uncertainty
     from servesim.specs.cluster import InstanceSpec
-    from servesim.specs.options import InstanceOptions
+    from servesim.specs.instance_options import InstanceOptions
 
 
 @dataclass(slots=True)

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
+    from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import InstanceOptions, RuntimeOptions
+    from servesim.specs.options import RuntimeOptions
 
 EAGER = (
     "a step waits for the launch of every layer, 100 us of the host on a GPU with a hardware file "

@@ -9,7 +9,6 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from servesim.errors import InputError
-from servesim.slotted import dataclass
 from servesim.specs import acting
 from servesim.specs.checked import BeforeValidator, Field, model_validator
 from servesim.specs.dtypes import (
@@ -18,24 +17,17 @@ from servesim.specs.dtypes import (
     KvCacheDtypeName,
     WeightDtypeName,
     kv_refusal,
-    resolve_kv_dtype,
-    variant_name,
 )
 from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
-from servesim.specs.hardware import load_hardware
-from servesim.specs.layers import Recurrent
 from servesim.specs.memories import TIER_WORDS
-from servesim.specs.presets import Preset, serve_defaults
-from servesim.specs.speculative import OPTION, SpeculativeSpec, speculative_spec
+from servesim.specs.presets import Preset
 from servesim.specs.validation import Spec, Unit
-from servesim.specs.vllm_versions import NEWEST, STATE_STOPS, V2_NGRAM, VllmVersion, minor_version
+from servesim.specs.vllm_versions import NEWEST, VllmVersion, minor_version
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Collection
 
-    from servesim.specs.cluster import InstanceSpec
-    from servesim.specs.model import ModelSpec
 
 UNLIMITED = 2**31 - 1
 """What a 0 that means "no limit" is resolved to."""
@@ -818,50 +810,6 @@ class RuntimeOptions(Spec):
         return validated(type(self), {**self.model_dump(exclude_unset=True), **changes}, "")
 
 
-@dataclass(frozen=True, slots=True)
-class InstanceOptions:
-    """The options of one instance, every default and every 0 resolved."""
-
-    dtype: str
-    kv_cache_dtype: str
-    """As asked for: auto, fp8 or int8."""
-    kv_dtype: str
-    """What the KV cache is stored in."""
-    variant: str
-    """Folder name of the profile variant."""
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    long_prefill_token_threshold: int
-    enable_chunked_prefill: bool
-    reserve_full_isl: bool
-    enable_prefix_caching: bool
-    async_scheduling: bool
-    enable_local_offloading: bool
-    enable_attn_offloading: bool
-    enable_sub_batch_interleaving: bool
-    enable_block_copy: bool
-    npu_memory_utilization: float
-    max_model_len: int
-    """Longest context of a request, in tokens."""
-    vllm_version: VllmVersion = NEWEST
-    """Whose decisions are followed."""
-    plan_as_vllm: VllmVersion | None = None
-    """Version whose memory plan was asked for; None: the hardware file's."""
-    cudagraph: bool = True
-    num_gpu_blocks: int | None = None
-    """KV blocks as given; None: what fits."""
-    speculative: SpeculativeSpec | None = None
-    """What to speculate with; None: nothing."""
-    scheduling_policy: str = "fcfs"
-    max_num_active_seqs: int | None = None
-    max_num_scheduled_tokens: int | None = None
-    long_prefill_token_threshold_adaptive: bool = False
-    prefill_schedule_interval: int = 1
-    watermark: float = 0.0
-    disable_hybrid_kv_cache_manager: bool = False
-
-
 def add_arguments(
     parser: argparse.ArgumentParser, *, only: Collection[str] | None = None, exclude: Collection[str] = ()
 ) -> None:
@@ -891,113 +839,3 @@ def per_instance_fields() -> list[str]:
     """Names of the options an ``instances[i]`` object may set."""
     fields = RuntimeOptions.model_fields.items()
     return [name for name, field in fields if (flag := flag_of(field)) is not None and flag.per_instance]
-
-
-def _speculative(
-    options: RuntimeOptions, instance: InstanceSpec, chosen: dict[str, Any]
-) -> SpeculativeSpec | None:
-    """What an instance speculates with; asynchronous scheduling is switched off where vLLM has to.
-
-    Raises:
-        InputError: the options are not allowed, or speculation is not simulated together with another thing.
-    """
-    spec = speculative_spec(options.speculative_config, options.speculative_acceptance)
-    if spec is None:
-        return None
-    threshold = chosen["long_prefill_token_threshold"]
-    beside = {
-        f"pp_size {instance.pp_size}": instance.pp_size > 1,
-        "prefill and decode instances (pd_type)": instance.pd_type is not None,
-        "a lower tier of the prefix cache (--prefix-storage)": options.prefix_storage is not None,
-        "--enable-attn-offloading": chosen["enable_attn_offloading"],
-        "--enable-local-offloading": chosen["enable_local_offloading"],
-        "placement": instance.placement is not None,
-        "--skip-prefill": options.skip_prefill,
-        f"draft_tensor_parallel_size {spec.draft_tp} and tp_size {instance.tp_size}": (
-            spec.draft_tp not in (None, instance.tp_size)
-        ),
-        "ep_size above 1, or a dp_group": instance.ep_size > 1 or instance.dp_group is not None,
-        f"--long-prefill-token-threshold {threshold}, which would cut verifications": (
-            0 < threshold <= spec.num_tokens
-        ),
-    }
-    for name, there in beside.items():
-        if there:
-            raise InputError(f"{OPTION}: speculative decoding is not simulated with {name}; leave one out")
-    if not spec.on_gpu and not V2_NGRAM.holds(options.vllm_version):
-        chosen["async_scheduling"] = False
-    return spec
-
-
-def wants_auto_model_len(options: RuntimeOptions, instance: InstanceSpec) -> bool:
-    """Whether the longest context that fits the KV cache is to be found."""
-    wanted = options.max_model_len if instance.max_model_len is None else instance.max_model_len
-    return wanted == "auto"
-
-
-def _longest(wanted: int | str | None, model: ModelSpec) -> int:
-    """The longest context in tokens, for ``auto`` the longest there may be.
-
-    Raises:
-        InputError: the model has no such positions; vLLM refuses it as well.
-    """
-    if not isinstance(wanted, int):
-        return model.max_position_embeddings
-    if wanted > model.max_position_embeddings:
-        raise InputError(
-            f"--max-model-len: {wanted} is not allowed; must be <= {model.max_position_embeddings}, the "
-            f"max_position_embeddings of {model.name}; a model that was extended says so in its config.json"
-        )
-    return wanted
-
-
-def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -> InstanceOptions:
-    """What holds for one instance: its own settings, else the flags, else the model's.
-
-    Raises:
-        InputError: options that exclude each other, or a context that the model cannot have.
-    """
-    chosen, stated = {}, {}
-    for name in per_instance_fields():
-        own = getattr(instance, name)
-        chosen[name] = own if own is not None else getattr(options, name)
-        if own is not None or name in options.model_fields_set:
-            stated[name] = chosen[name]
-    if chosen["enable_sub_batch_interleaving"]:
-        if not chosen["enable_attn_offloading"]:
-            raise InputError("--enable-sub-batch-interleaving: needs --enable-attn-offloading beside it")
-        if instance.pp_size != 1:
-            raise InputError(
-                f"--enable-sub-batch-interleaving: pp_size {instance.pp_size} is not allowed; must be 1"
-            )
-    if "enable_prefix_caching" not in stated and not STATE_STOPS.holds(options.vllm_version):
-        keeps_states = any(isinstance(layer.attention, Recurrent) for layer in model.layers.layers)
-        chosen["enable_prefix_caching"] &= not keeps_states  # the default of these versions
-    dtype = chosen.pop("dtype") or model.torch_dtype
-    if chosen["kv_cache_dtype"] == "auto" and model.layers.kv_format is not None:
-        chosen["kv_cache_dtype"] = model.layers.kv_format  # the checkpoint asks for it
-    longest = _longest(chosen.pop("max_model_len"), model)
-    if options.preset is not None:
-        hardware = load_hardware(instance.hardware)
-        size_gib = instance.npu_mem.mem_size or hardware.memory_gib or 0.0
-        chosen |= serve_defaults(hardware, size_gib, options.vllm_version, longest, stated)
-    speculative = _speculative(options, instance, chosen)
-    utilization = chosen.pop("npu_memory_utilization")
-    if instance.npu_mem.mem_util is not None:
-        utilization = instance.npu_mem.mem_util
-    return InstanceOptions(
-        **{
-            **chosen,
-            "max_num_seqs": chosen["max_num_seqs"] or UNLIMITED,
-            "max_num_batched_tokens": chosen["max_num_batched_tokens"] or longest,
-            "long_prefill_token_threshold": chosen["long_prefill_token_threshold"] or UNLIMITED,
-        },
-        dtype=dtype,
-        kv_dtype=resolve_kv_dtype(dtype, chosen["kv_cache_dtype"]),
-        variant=variant_name(dtype, chosen["kv_cache_dtype"]),
-        npu_memory_utilization=utilization,
-        max_model_len=longest,
-        vllm_version=options.vllm_version,
-        plan_as_vllm=options.vllm_version if "vllm_version" in options.model_fields_set else None,
-        speculative=speculative,
-    )

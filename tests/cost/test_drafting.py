@@ -14,8 +14,9 @@ from servesim.cost.drafting import NGRAM_US
 from servesim.cost.terms import Shape
 from servesim.memory.sizing import block_weight_bytes, drafter_bytes, kv_bytes_per_token
 from servesim.specs.cluster import load_cluster
+from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 from servesim.specs.speculative import speculative_spec
 
 CLUSTER = "configs/cluster/single_node_single_instance.json"

@@ -16,8 +16,9 @@ from servesim.errors import InputError, NotSupportedError
 from servesim.memory.plan import kv_plan
 from servesim.results.banner import kv_cache_line
 from servesim.specs.cluster import load_cluster
+from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
 from tests.engine.toy_world import WINDOW, WINDOWS, toy_cluster, toy_instance, toy_world
 

@@ -17,7 +17,8 @@ from servesim.errors import InputError
 from servesim.specs.acting import notes_of
 from servesim.specs.cluster import load_cluster
 from servesim.specs.cluster_checks import check_cluster
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.instance_options import resolve
+from servesim.specs.options import RuntimeOptions
 from tests.engine.test_properties import everything, workloads
 from tests.engine.toy_world import DENSE, EXPERTS, MOE, toy_cluster, toy_instance, toy_world
 

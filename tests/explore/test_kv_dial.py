@@ -16,9 +16,10 @@ from servesim.memory.plan import kv_cache_capacity, kv_room
 from servesim.profiler.on_demand import bundles_on_demand
 from servesim.specs.cluster import cluster_of
 from servesim.specs.hardware import load_hardware
+from servesim.specs.instance_options import resolve
 from servesim.specs.kv_support import why_not
 from servesim.specs.model import known_models, load_model
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 from servesim.specs.weights import MXFP4_TILE_MARLIN
 from tests.profiler.silicon_data import needs_silicon
 

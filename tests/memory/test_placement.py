@@ -16,9 +16,10 @@ from servesim.memory.sizing import GIB, weight_bytes_per_npu
 from servesim.specs.architecture import load_architecture
 from servesim.specs.cluster import load_cluster
 from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.instance_options import resolve
 from servesim.specs.layers import Experts
 from servesim.specs.model import load_model
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 from servesim.specs.weights import layer_bytes, stage_bytes
 from tests.specs.clusters import cluster, instance, node
 

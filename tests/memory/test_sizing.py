@@ -15,8 +15,9 @@ from servesim.memory.sizing import (
     weight_bytes_per_npu,
 )
 from servesim.specs.cluster import load_cluster
+from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 from servesim.specs.weights import stage_layers
 
 LLAMA, QWEN_MOE = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B-Instruct-2507"

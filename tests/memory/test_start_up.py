@@ -15,8 +15,9 @@ from servesim.memory.memory_map import MemoryMap
 from servesim.memory.sizing import GIB
 from servesim.memory.start_up import StartUp, start_up
 from servesim.specs.cluster import load_cluster
+from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from servesim.specs.architecture import load_architecture, read_architecture
 from servesim.specs.cluster import load_cluster
 from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.hardware import load_hardware
+from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model
-from servesim.specs.options import RuntimeOptions, add_arguments, from_namespace, resolve
+from servesim.specs.options import RuntimeOptions, add_arguments, from_namespace
 from tests.specs.clusters import cluster, instance, model_config, node, npu_mem, power
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
 from servesim.specs.block_layers import architecture_of
 from servesim.specs.cluster import load_cluster
 from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model, model_from_config
-from servesim.specs.options import RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 from servesim.specs.runnable import missing_kinds, why_not_simulated
 from tests.specs.clusters import cluster, instance, node
 

@@ -10,8 +10,9 @@ from servesim import simulate
 from servesim.engine.build import limits_of
 from servesim.errors import InputError
 from servesim.specs.cluster import load_cluster
+from servesim.specs.instance_options import InstanceOptions, resolve
 from servesim.specs.model import load_model
-from servesim.specs.options import InstanceOptions, RuntimeOptions, resolve
+from servesim.specs.options import RuntimeOptions
 from servesim.specs.vllm_versions import DIFFERENCES, NEWEST, VERSIONS
 
 

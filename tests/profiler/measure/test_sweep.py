@@ -243,8 +243,9 @@ def test_a_time_that_is_none_stops_the_sweep() -> None:
 
 def test_a_run_can_use_the_bundle() -> None:
     from servesim.cost.build import build_stage_cost
+    from servesim.specs.instance_options import resolve
     from servesim.specs.model import load_model
-    from servesim.specs.options import RuntimeOptions, resolve
+    from servesim.specs.options import RuntimeOptions
 
     _measure(job(), FakeMeter())
     cluster = load_cluster(
