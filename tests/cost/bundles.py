@@ -35,6 +35,21 @@ BINS: dict[str, Any] = {
 }
 
 
+def instance_options(**changes: Any) -> Any:
+    """What the cost model reads of an instance's options, with some changed."""
+    usual = {
+        "variant": "bf16",
+        "dtype": "bfloat16",
+        "kv_dtype": "bfloat16",
+        "async_scheduling": True,
+        "plan_as_vllm": None,
+        "speculative": None,
+        "cudagraph": True,
+        "max_num_batched_tokens": 2048,
+    }
+    return SimpleNamespace(**{**usual, **changes})
+
+
 def attention_rows() -> Rows:
     """(chunk, n, history, kv) → µs, ragged as real ones: n = 0 only with a chunk, n = 8 only without."""
     rows: Rows = {}

@@ -12,7 +12,7 @@ import pytest
 from servesim.cost.build import build_stage_cost
 from servesim.errors import InputError
 from servesim.specs.hardware import EngineSpec
-from tests.cost.bundles import HARDWARE, VARIANT, Toy, cluster_links, toy_model
+from tests.cost.bundles import HARDWARE, Toy, cluster_links, instance_options, toy_model
 
 MEASURED, LINKS = 7.0, 2 * (1000 + 80) / 1000
 """us of an all-reduce of 10 tokens, 160 bytes: in comm.csv, and over 1 GB/s with 1000 ns."""
@@ -27,17 +27,7 @@ def _all_reduce_us(root: Path, wanted: str, meta: dict[str, Any]) -> float:
     instance = SimpleNamespace(
         hardware=HARDWARE, npu_mem=SimpleNamespace(mem_bw=None), tp_size=2, pp_size=1, engine=EngineSpec()
     )
-    options = SimpleNamespace(
-        variant=VARIANT,
-        dtype="bfloat16",
-        kv_dtype="bfloat16",
-        cudagraph=True,
-        async_scheduling=True,
-        plan_as_vllm=None,
-        speculative=None,
-        max_num_seqs=256,
-        max_num_batched_tokens=2048,
-    )
+    options = instance_options(max_num_seqs=256)
     timer = build_stage_cost(instance, toy_model(), options, cluster)  # type: ignore[arg-type]
     return float(timer.layers.blocks[-1].us(np.array([10]))[0])
 

@@ -20,7 +20,7 @@ from servesim.network.topology import Dimension
 from servesim.specs.architecture import load_architecture
 from servesim.specs.hardware import NO_HOST_TIME, EngineSpec
 from servesim.specs.model import load_model
-from tests.cost.bundles import slow_lookup
+from tests.cost.bundles import instance_options, slow_lookup
 from tests.recorded import recorded_path
 
 if TYPE_CHECKING:
@@ -139,17 +139,9 @@ def test_a_wave_of_two_members_on_measured_points_is_the_sum_of_its_rows(perf: P
         engine=NO_HOST_TIME,
     )
     spec.moe_backend = "allgather_reducescatter"
-    options: Any = SimpleNamespace(
-        variant="bf16",
-        dtype="bfloat16",
-        kv_dtype="bfloat16",
-        async_scheduling=True,
-        plan_as_vllm=None,
-        speculative=None,
-        cudagraph=True,
+    options = instance_options(
         enable_block_copy=True,
         max_num_seqs=128,
-        max_num_batched_tokens=2048,
     )
     routing = expert_routing("BALANCED", model, 2, seed=42)
     timer = Costs(links).of([(0, spec)] * 2, model, [options] * 2, routing)

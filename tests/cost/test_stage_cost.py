@@ -13,7 +13,16 @@ from servesim.cost.build import build_stage_cost
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.terms import Role, Shape
 from servesim.specs.hardware import EngineSpec
-from tests.cost.bundles import BINS, Rows, Toy, cluster_links, slow_lookup, tokens_ns, toy_model
+from tests.cost.bundles import (
+    BINS,
+    Rows,
+    Toy,
+    cluster_links,
+    instance_options,
+    slow_lookup,
+    tokens_ns,
+    toy_model,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -395,16 +404,8 @@ def test_the_timer_of_an_instance_finds_its_parts(root: Path) -> None:
         tp_size=2,
         engine=EngineSpec(decode_step_overhead_us=5),
     )
-    options = SimpleNamespace(
-        variant="bf16",
-        dtype="bfloat16",
-        kv_dtype="bfloat16",
-        async_scheduling=True,
-        plan_as_vllm=None,
-        speculative=None,
-        cudagraph=True,
+    options = instance_options(
         max_num_seqs=256,
-        max_num_batched_tokens=2048,
     )
     timer = build_stage_cost(instance, toy_model(), options, cluster_links(bw=1.0, latency=1000.0))  # type: ignore[arg-type]
     assert timer.mixed_ns([(20, 0)], 4, 800, 100, 400) == expected.mixed_ns([(20, 0)], 4, 800, 100, 400)

@@ -19,7 +19,7 @@ from servesim.engine.experts import expert_routing
 from servesim.errors import MissingFileError
 from servesim.specs.hardware import EngineSpec
 from servesim.specs.model import ModelSpec, model_from_config
-from tests.cost.bundles import MODEL, Rows, Toy, toy_architecture, toy_model
+from tests.cost.bundles import MODEL, Rows, Toy, instance_options, toy_architecture, toy_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,17 +84,9 @@ class Group:
         )
 
     def options(self) -> Any:
-        return SimpleNamespace(
-            variant="bf16",
-            dtype="bfloat16",
-            kv_dtype="bfloat16",
-            async_scheduling=True,
-            plan_as_vllm=None,
-            speculative=None,
-            cudagraph=True,
+        return instance_options(
             enable_block_copy=self.block_copy,
             max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=2048,
         )
 
     def timer(self) -> StepCost:

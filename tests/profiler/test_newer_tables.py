@@ -46,7 +46,7 @@ def test_the_newer_package_wins_and_says_its_versions(newer: Path) -> None:
     assert (found.version, found.latency_us.tolist()) == ("0.31.0", [1.0])
 
 
-def test_rows_that_the_newest_version_lacks_come_from_an_older_one(newer: Path) -> None:
+def test_rows_missing_in_the_newest_come_from_an_older(newer: Path) -> None:
     fp8 = {**GEMM, "gemm_dtype": "fp8"}
     _write(newer, "0.25.0", "gemm", "gemm_perf", [{**GEMM, "latency": 0.002}, {**fp8, "latency": 0.003}])
     _write(newer, "0.31.0", "gemm", "gemm_perf", [{**GEMM, "latency": 0.001}])
