@@ -11,15 +11,14 @@ import pytest
 from servesim.errors import InputError
 from servesim.specs.cluster import load_cluster, with_options
 from servesim.specs.flags import flag_name, flag_of
+from servesim.specs.instance_options import InstanceOptions, resolve
 from servesim.specs.model import load_model
 from servesim.specs.options import (
     UNLIMITED,
-    InstanceOptions,
     RuntimeOptions,
     add_arguments,
     from_namespace,
     per_instance_fields,
-    resolve,
 )
 from tests.specs.clusters import cluster, instance, npu_mem
 
