@@ -14,11 +14,11 @@ from servesim.cost.step_cost import GroupStage, Member, StepCost
 from servesim.cost.step_terms import EIGHT_BIT, Gemms, stage_terms
 from servesim.cost.terms import Stage, pipeline_stages, whole_model
 from servesim.memory.engine_memory import priced_hardware
-from servesim.network.topology import Topology
+from servesim.network.topology import RankGroup, Topology
 from servesim.specs.block_layers import architecture_of
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
 from servesim.specs.model import load_model
-from servesim.specs.vllm_versions import runs_v2
+from servesim.specs.vllm_versions import experts_by_chunk, runs_v2
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -127,9 +127,10 @@ class Costs:
         links = (self.topology.tp, self._collectives)
         hardware = priced_hardware(instance, self._facts(instance.hardware)).name
         overlaps = options.async_scheduling or instance.pp_size > 1
+        by_chunk = experts_by_chunk(model.model_type, instance.tp_size, instance.ep_size)
         key = (
             *(hardware, model, options.variant, instance.tp_size, engine),
-            *(where, limit, links, overlaps, spec),
+            *(where, limit, links, overlaps, spec, by_chunk),
         )
         if key not in self._stages:
             tp = instance.tp_size
@@ -141,7 +142,10 @@ class Costs:
                 tables = replace(tables, attention=attention)
             gemms = Gemms.of(engine, model, options.dtype, tp)
             terms = stage_terms(
-                architecture, stage, tables, tp, self.topology.tp, experts=experts, gemms=gemms
+                *(architecture, stage, tables, tp, self.topology.tp),
+                experts=experts,
+                by_chunk=by_chunk,
+                gemms=gemms,
             )
             self._stages[key] = StageCost(
                 bundle,
@@ -247,8 +251,10 @@ class Costs:
             tables = [own[first + rank // tp].cost.bundle.whole_experts() for rank in range(ep)]
             exchange = None
             if width > 1:
-                group = self.topology.data_parallel([node for node, _ in team])
-                exchange = TokenExchange(stage.model, ep, group, own[first].cost.tables)
+                by_chunk = experts_by_chunk(stage.model.model_type, tp, ep)
+                group = self.topology.data_parallel([node for node, _ in team], tp if by_chunk else 1)
+                member = RankGroup(((self.topology.tp, tp),)) if by_chunk else None
+                exchange = TokenExchange(stage.model, ep, group, own[first].cost.tables, member)
             stages.append(
                 ExpertStage(
                     routing,

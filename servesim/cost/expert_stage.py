@@ -4,7 +4,9 @@ Every rank of an expert-parallel group holds whole experts. A layer takes as lon
 which works on the (token, expert) pairs that routing sends it: counted in tokens of k experts each, so that
 BALANCED over R ranks gives each 1/R of the tokens. Before and after it, members of a data-parallel group
 exchange tokens. Within one member, all tensor-parallel ranks know every token and nothing is exchanged; the
-member's usual all-reduce adds up what its ranks computed.
+member's usual all-reduce adds up what its ranks computed. Where members of several ranks exchange, most
+models give each rank a chunk of its member's tokens (:func:`servesim.specs.vllm_versions.experts_by_chunk`):
+all ranks exchange, nothing is left to all-reduce, and a member's ranks gather each other's chunks at the end.
 """
 
 from __future__ import annotations
@@ -65,17 +67,27 @@ class ExpertRouting(Protocol):
 class TokenExchange:
     """Dispatch and combine between the members of a data-parallel group, per expert layer."""
 
-    def __init__(self, model: ModelSpec, ranks: int, group: RankGroup, tables: RankTables) -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        ranks: int,
+        group: RankGroup,
+        tables: RankTables,
+        member: RankGroup | None = None,
+    ) -> None:
         """
         Args:
             model: gives the sizes.
             ranks: of the expert-parallel group; each holds 1/ranks of the experts.
-            group: one rank of each member.
+            group: those that exchange: one rank of each member, or all of them, each with a chunk.
             tables: measured collectives, which win over the links where the members are on one node.
+            member: the ranks of a member where each takes a chunk of its tokens.
         """
-        self._members = group.ranks
         self._group = group
-        self._tables = tables if sum(count > 1 for _, count in group.spans[1:]) == 0 else None
+        self._member = member
+        _, nodes = group.spans[-1]
+        self._tables = tables
+        self._one_node = nodes == 1
         self._row_bytes = model.hidden_size * ACTIVATION_BYTES
         self._logit_bytes = model.num_experts * ACTIVATION_BYTES
         elsewhere = model.num_experts - model.num_experts // ranks
@@ -89,23 +101,38 @@ class TokenExchange:
         vLLM hands both tensors of the all-gather to NCCL as a group, which launches them as one: one latency.
         ``tokens``: of the member that has most; the others wait for it.
         """
-        rows = self._members * tokens
+        rows = self._group.ranks * self._chunk(tokens)
         dispatch_ns = self._ns("all_gather", rows * (self._row_bytes + self._logit_bytes))
-        return dispatch_ns + self._ns("reduce_scatter", rows * self._row_bytes)
+        return dispatch_ns + self._ns("reduce_scatter", rows * self._row_bytes) + self._gather_ns(tokens)
 
     def all_to_all_ns(self, tokens: int) -> float:
         """Each token travels to the members that have one of its experts, and its results travel back.
 
         Each rank sends the rank of the same number on every other member the tokens that have an expert
-        there, ``1 - C(E - E/R, k) / C(E, k)`` of them when experts are equally popular.
+        there, ``1 - C(E - E/R, k) / C(E, k)`` of them when experts are equally popular. With chunks it sends
+        those of its own to all others.
         """
-        return 2 * self._ns("all_to_all", self._members * tokens * self._chance * self._row_bytes)
+        rows = self._group.ranks * self._chunk(tokens)
+        return 2 * self._ns("all_to_all", rows * self._chance * self._row_bytes) + self._gather_ns(tokens)
 
-    def _ns(self, collective: str, payload_bytes: float) -> float:
-        measured = self._tables and self._tables.collective(collective, self._members)
+    def _chunk(self, tokens: int) -> int:
+        """What a rank brings of a member's tokens; vLLM pads them to whole chunks."""
+        return tokens if self._member is None else -(-tokens // self._member.ranks)
+
+    def _gather_ns(self, tokens: int) -> float:
+        """The ranks of a member gather the results of each other's chunks."""
+        if self._member is None:
+            return 0.0
+        rows = self._member.ranks * self._chunk(tokens)
+        return self._ns("all_gather", rows * self._row_bytes, self._member)
+
+    def _ns(self, collective: str, payload_bytes: float, group: RankGroup | None = None) -> float:
+        measured = None
+        if group is not None or self._one_node:
+            measured = self._tables.collective(collective, (group or self._group).ranks)
         if measured:
             return float(measured.at(payload_bytes)[0]) * 1000.0
-        formula = getattr(self._group, f"{collective}_ns")
+        formula = getattr(group or self._group, f"{collective}_ns")
         return float(formula(payload_bytes / _ONE_WAY))
 
 

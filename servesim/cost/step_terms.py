@@ -261,10 +261,12 @@ def stage_terms(
     link: Dimension | None = None,
     *,
     experts: bool = True,
+    by_chunk: bool = False,
     gemms: Gemms = AS_MEASURED,
 ) -> StageTerms:
     """All layers of a stage but attention; ``experts``: the expert layers among them.
 
+    ``by_chunk``: ranks take chunks of the tokens to the experts, which leaves nothing to all-reduce.
     ``link`` connects the ``tp`` ranks of the instance, a measured all-reduce of the bundle wins; None: no
     all-reduces.
 
@@ -278,6 +280,7 @@ def stage_terms(
     in_blocks = [_token_term(layer, n, architecture, model, tables, gemms) for layer, n in calls.items()]
     if tp > 1 and link is not None:
         reduces = sum(all_reduces(layer) for layer in stage.layers)
+        reduces -= len(stage.expert_blocks) if by_chunk else 0
         in_blocks.append(all_reduce_term(tables, model, tp, link, reduces))
     outside = [
         *(architecture.sequence.prologue if stage.is_first else ()),

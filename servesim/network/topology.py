@@ -126,13 +126,14 @@ class Topology:
             )
         )
 
-    def data_parallel(self, nodes: Sequence[int]) -> RankGroup:
-        """One rank of each member of a data-parallel group; ``nodes``: the node each of them is on.
+    def data_parallel(self, nodes: Sequence[int], tp: int = 1) -> RankGroup:
+        """``tp`` ranks of each member of a data-parallel group; ``nodes``: the node each of them is on.
 
         With unequal numbers of members on the nodes, the fullest node sets the pace.
         """
         counts = [nodes.count(node) for node in dict.fromkeys(nodes)]
-        return RankGroup(((self.dp, max(counts)), (self.nodes, len(counts))))
+        inner = ((self.tp, tp),) if tp > 1 else ()
+        return RankGroup((*inner, (self.dp, max(counts)), (self.nodes, len(counts))))
 
 
 def _entry(values: Sequence[_T], index: int) -> _T:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from servesim.slotted import dataclass
+from servesim.specs.vllm_versions import experts_by_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,19 +116,24 @@ ACTIVATION_BYTES = 2
 def link_bytes_per_token(model: ModelSpec, instance: InstanceSpec) -> int:
     """Collectives and hand-overs of an instance, bytes per token that it computes."""
     return (
-        all_reduce_bytes_per_token(model, instance.tp_size)
+        all_reduce_bytes_per_token(model, instance.tp_size, instance.ep_size)
         + stage_bytes_per_token(model, instance.pp_size)
         + expert_bytes_per_token(model, instance.tp_size, instance.ep_size, instance.moe_backend)
     )
 
 
-def all_reduce_bytes_per_token(model: ModelSpec, tp: int) -> int:
+def all_reduce_bytes_per_token(model: ModelSpec, tp: int, ep: int = 1) -> int:
     """Tensor parallelism: two all-reduces of a hidden state per transformer block.
+
+    One where every rank takes a chunk of the tokens to the experts.
 
     In a ring each of N ranks sends ``2 (N-1) / N`` of the payload, all of them ``2 (N-1)`` times the payload
     (Thakur et al., "Optimization of Collective Communication Operations in MPICH", 2005).
     """
-    return 2 * model.num_hidden_layers * 2 * (tp - 1) * model.hidden_size * ACTIVATION_BYTES
+    reduces = 2 * model.num_hidden_layers
+    if experts_by_chunk(model.model_type, tp, ep):
+        reduces -= _expert_layers(model)
+    return reduces * 2 * (tp - 1) * model.hidden_size * ACTIVATION_BYTES
 
 
 def stage_bytes_per_token(model: ModelSpec, pp: int) -> int:
@@ -140,16 +146,24 @@ def expert_bytes_per_token(model: ModelSpec, tp: int, ep: int, backend: str) -> 
 
     ``allgather_reducescatter``: hidden state and router logits to each of the M-1 others, a hidden state from
     each. ``all_to_all``: a hidden state to each other member that has one of the token's k experts, with
-    probability ``1 - C(E - E/ep, k) / C(E, k)``, and one back. Every tensor-parallel rank does so.
+    probability ``1 - C(E - E/ep, k) / C(E, k)``, and one back. Every tensor-parallel rank does so; or the one
+    that has the token in its chunk, to all ranks, and hands the result to the others of its member.
     """
     members = ep // tp
     if not model.is_moe or members < 2:
         return 0
-    layers = sum(model.has_experts(block) for block in range(model.num_hidden_layers))
+    layers = _expert_layers(model)
     hidden, logits = model.hidden_size * ACTIVATION_BYTES, model.num_experts * ACTIVATION_BYTES
+    others, gathered = tp * (members - 1), 0
+    if experts_by_chunk(model.model_type, tp, ep):
+        others, gathered = ep - 1, layers * (tp - 1) * hidden
     if backend == "all_to_all":
         elsewhere = model.num_experts - model.num_experts // ep
         chosen = model.num_experts_per_tok
         chance = 1.0 - comb(elsewhere, chosen) / comb(model.num_experts, chosen)
-        return round(layers * tp * (members - 1) * 2 * chance * hidden)
-    return layers * tp * (members - 1) * (2 * hidden + logits)
+        return round(layers * others * 2 * chance * hidden) + gathered
+    return layers * others * (2 * hidden + logits) + gathered
+
+
+def _expert_layers(model: ModelSpec) -> int:
+    return sum(model.has_experts(block) for block in range(model.num_hidden_layers))

@@ -93,6 +93,23 @@ def minor_version(text: object) -> object:
     return match[1] if match else text
 
 
+_EXPERTS_BY_CHUNK = (
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "kimi_k2"),
+    *("gpt_oss", "granitemoe", "llama4", "llama4_text", "nemotron_h"),
+    *("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen3_vl_moe_text"),
+)
+
+
+def experts_by_chunk(model_type: str, tp: int, ep: int) -> bool:
+    """Whether each of ``tp`` ranks takes its own chunk of the member's tokens to ``ep`` ranks of experts.
+
+    vLLM does so where members of several ranks share experts (``ParallelConfig.use_sequence_parallel_moe``),
+    in the models whose blocks ask for it (in 0.24 and in 0.28 the same ones); other models exchange whole
+    batches between ranks of the same number, and all-reduce what the experts give.
+    """
+    return 1 < tp < ep and model_type in _EXPERTS_BY_CHUNK
+
+
 _EARLY_V2 = ("llama", "mistral", "qwen3", "qwen2_moe", "deepseek_v2", "granitemoe")
 _V2_MOE = ("qwen2_moe", "deepseek_v2", "deepseek_v4", "granitemoe", "kimi_k3")
 

@@ -25,7 +25,12 @@ def _all_reduce_us(root: Path, wanted: str, meta: dict[str, Any]) -> float:
     cluster = cluster_links(bw=1.0, latency=1000.0)
     cluster.collectives = wanted
     instance = SimpleNamespace(
-        hardware=HARDWARE, npu_mem=SimpleNamespace(mem_bw=None), tp_size=2, pp_size=1, engine=EngineSpec()
+        hardware=HARDWARE,
+        npu_mem=SimpleNamespace(mem_bw=None),
+        tp_size=2,
+        pp_size=1,
+        ep_size=1,
+        engine=EngineSpec(),
     )
     options = instance_options(max_num_seqs=256)
     timer = build_stage_cost(instance, toy_model(), options, cluster)  # type: ignore[arg-type]

@@ -402,6 +402,7 @@ def test_the_timer_of_an_instance_finds_its_parts(root: Path) -> None:
         hardware="Toy",
         npu_mem=SimpleNamespace(mem_bw=None),
         tp_size=2,
+        ep_size=1,
         engine=EngineSpec(decode_step_overhead_us=5),
     )
     options = instance_options(

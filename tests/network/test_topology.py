@@ -104,3 +104,4 @@ def test_a_data_parallel_group_spans_the_nodes_its_members_are_on() -> None:
     assert [ranks for _, ranks in topology.data_parallel([0, 0, 1, 1]).spans] == [2, 2]
     assert [ranks for _, ranks in topology.data_parallel([4, 1, 4, 4]).spans] == [3, 2]
     assert [d.name for d, _ in topology.data_parallel([0, 1]).spans] == ["dp", "nodes"]
+    assert [ranks for _, ranks in topology.data_parallel([0, 0, 1, 1], 4).spans] == [4, 2, 2]

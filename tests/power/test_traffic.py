@@ -12,6 +12,7 @@ from servesim.specs.cluster import InstanceSpec
 from servesim.specs.model import load_model
 from tests.specs.clusters import instance
 
+MIXTRAL = load_model("mistralai/Mixtral-8x7B-v0.1")
 LLAMA = load_model("meta-llama/Llama-3.1-8B")  # hidden 4096, 32 layers
 QWEN = load_model("Qwen/Qwen3-30B-A3B-Instruct-2507")  # hidden 2048, 48 layers, 8 of 128 experts
 
@@ -35,7 +36,16 @@ def test_stages_hand_a_hidden_state_on() -> None:
 def test_experts_on_two_members_see_every_token() -> None:
     # 48 layers: 4096 bytes of hidden state there and back, and 128 router logits of 2 bytes.
     assert expert_bytes_per_token(QWEN, 1, 2, "allgather_reducescatter") == 48 * (2 * 4096 + 256)
-    assert expert_bytes_per_token(QWEN, 2, 4, "allgather_reducescatter") == 2 * 48 * (2 * 4096 + 256)
+    # Mixtral, hidden 4096, 32 layers, 8 experts: each of two ranks sends every token to its twin
+    assert expert_bytes_per_token(MIXTRAL, 2, 4, "allgather_reducescatter") == 2 * 32 * (2 * 8192 + 16)
+    assert all_reduce_bytes_per_token(MIXTRAL, 2, 4) == 64 * 8192 * 2
+
+
+def test_chunks_go_to_all_ranks_and_are_not_added_up() -> None:
+    # a token is in one chunk: to three other ranks and back, then to the one other rank of its member
+    assert expert_bytes_per_token(QWEN, 2, 4, "allgather_reducescatter") == 48 * (3 * (2 * 4096 + 256) + 4096)
+    assert all_reduce_bytes_per_token(QWEN, 2, 4) == 48 * 4096 * 2
+    assert all_reduce_bytes_per_token(QWEN, 2, 2) == 96 * 4096 * 2
 
 
 def test_experts_within_one_member_need_no_exchange() -> None:
