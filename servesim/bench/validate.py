@@ -130,6 +130,7 @@ def recorded_run(
         )
     cluster = load_cluster(config)
     if link_gib:
+        _check_links(cluster)
         rates = [rate * GIB_PER_GB for rate in cluster.link_bandwidths_gbs]
         cluster = cluster.model_copy(update={"link_bw": tuple(rates) if len(rates) > 1 else rates[0]})
     _check_cluster(recording, cluster)
@@ -242,6 +243,19 @@ def _check_cluster(recording: Recording, cluster: ClusterSpec) -> None:
         raise NotSupportedError(
             f"{recording.source}: data_parallel_size {replicas}: the instances of {cluster.source} need a "
             "dp_group, for the recorded engines kept step with one another"
+        )
+
+
+def _check_links(cluster: ClusterSpec) -> None:
+    """Links matter where there is more than one GPU.
+
+    Raises:
+        InputError: there is one alone.
+    """
+    if sum(instance.num_npus for _, instance in cluster.instances) < 2:
+        raise InputError(
+            f"--link-unit GiB: has no effect here: {cluster.source} has one GPU, and nothing goes over a "
+            "link; leave it out"
         )
 
 

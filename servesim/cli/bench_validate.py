@@ -97,7 +97,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Simulate, print the comparison, write what was asked for."""
+    from pathlib import Path
+
     from servesim.bench.validate import with_calibration
+    from servesim.cli.parts import check_apart
     from servesim.cli.reports import check_report_arguments, write_reports
     from servesim.results.atomic import check_writable
     from servesim.specs.paths import bundles_from
@@ -109,6 +112,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         check_writable(args.json, "--json")
     check_report_arguments(args)
+    read = {"--cluster-config": args.cluster_config, "--dataset": args.dataset}
+    recording = Path(args.recording)
+    parts = list(recording.iterdir()) if recording.is_dir() else [recording]
+    read |= {"--calibration": args.calibration, **{f"the recording ({part})": str(part) for part in parts}}
+    check_apart(read, {"--json": args.json, "--report": args.page})
     recorded = run_of(args)
     hardware = None
     if args.calibration:

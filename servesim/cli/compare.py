@@ -6,7 +6,7 @@ import shlex
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from servesim.cli.parts import add_command, check_file
+from servesim.cli.parts import add_command, check_apart, check_file
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -99,6 +99,10 @@ def run(args: argparse.Namespace) -> int:
     check_file(args.json, (".json",), "--json")
     check_file(args.csv, (".csv",), "--csv")
     check_report_arguments(args)
+    check_apart(
+        {"--cluster-config": options.cluster_config, "--dataset": options.dataset},
+        {"--json": args.json, "--csv": args.csv, "--report": args.page},
+    )
     if args.json == args.csv == "-":
         raise InputError("--json and --csv: only one of them can be printed; give the other a path")
     with bundles_on_demand(options.auto_profile, tell):

@@ -56,6 +56,30 @@ def check_file(path: str | None, suffixes: tuple[str, ...], flag: str) -> None:
         check_writable(path, flag)
 
 
+def check_apart(inputs: dict[str, str | None], outputs: dict[str, str | None]) -> None:
+    """Find out before the work that no output takes the place of another, or of what is read.
+
+    Args:
+        inputs: flag -> path of a file that is read, or None.
+        outputs: flag -> path of a file that is written, None or :data:`PRINTED`.
+
+    Raises:
+        InputError: a path is there twice.
+    """
+    import os
+
+    from servesim.errors import InputError
+
+    taken = {os.path.realpath(path): flag for flag, path in inputs.items() if path}
+    for flag, path in outputs.items():
+        if path in (None, "", PRINTED):
+            continue
+        whole = os.path.realpath(str(path))
+        other = taken.setdefault(whole, flag)
+        if other != flag and (os.path.isfile(whole) or not os.path.exists(whole)):  # noqa: PTH110, PTH113
+            raise InputError(f"{flag} {path}: is the file of {other} too; give another path")
+
+
 def check_plot(path: str | None) -> None:
     """The same of ``--plot``.
 

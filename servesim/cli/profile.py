@@ -133,6 +133,8 @@ def refuse_unused(args: argparse.Namespace, job: ProfileJob) -> None:
         reasons["fp8_scaling"] = f"the weights are {job.dtype}; it is about --dtype fp8"
     elif args.source == "roofline":
         reasons["fp8_scaling"] = "the peak rates of --source roofline know no scales"
+    if job.tp_degrees == (1,):
+        reasons["collectives"] = "one GPU reduces nothing; it is about --tp 2 and more"
     if not job.model.is_moe:
         reasons["expert_load"] = f"{job.model.name} has no experts"
     elif args.source == "roofline":
@@ -198,7 +200,7 @@ def job_of(args: argparse.Namespace) -> ProfileJob:
         architecture=architecture_of(model),
         hardware=load_hardware(args.hardware),
         dtype=args.dtype or model.torch_dtype,
-        kv_cache_dtype=args.kv_cache_dtype,
+        kv_cache_dtype=model.kv_word(args.kv_cache_dtype),
         tp_degrees=parse_degrees(args.tp),
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,

@@ -55,7 +55,10 @@ def write_reports(args: argparse.Namespace, page: Callable[[], Page]) -> list[st
     if args.page:
         made.save(args.page)
     if images:
+        from servesim.cli.screen import tell
         from servesim.report.images import save_images
 
-        save_images(made, images)
+        if not save_images(made, images):
+            tell(f"--plots {images}: there is nothing to draw here, so no file was written")
+            images = None
     return [path for path in (args.page, images) if path]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from servesim.cli.parts import PRINTED, add_command, add_json, check_file, check_plot
+from servesim.cli.parts import PRINTED, add_command, add_json, check_apart, check_file, check_plot
 
 if TYPE_CHECKING:
     import argparse
@@ -123,6 +123,10 @@ def run(args: argparse.Namespace) -> int:
     check_report_arguments(args)
     check_file(args.json, (".json",), "--json")
     check_plot(args.plot)
+    check_apart(
+        {"--cluster-config": options.cluster_config, "--dataset": options.dataset},
+        {"--json": args.json, "--plot": args.plot, "--report": args.page},
+    )
     with bundles_on_demand(options.auto_profile, tell):
         found = slo(
             bounds=args.slo,

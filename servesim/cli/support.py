@@ -104,7 +104,7 @@ def single(args: argparse.Namespace) -> Answer:
         architecture=architecture_of(model),
         hardware=known_hardware(args.hardware),
         dtype=args.dtype or model.torch_dtype,
-        kv_cache_dtype=args.kv_cache_dtype or "auto",
+        kv_cache_dtype=model.kv_word(args.kv_cache_dtype or "auto"),
         tp_degrees=(args.tp or 1,),
     )
     context = args.max_context or model.max_position_embeddings

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from servesim.cli.parts import add_command
+from servesim.cli.parts import add_command, check_apart
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -112,6 +112,10 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.table, "--output")
     check_report_arguments(args)
     journal = args.journal or f"{args.table}.journal.jsonl"
+    check_apart(
+        {"--cluster-config": options.cluster_config, "--dataset": options.dataset, "FILE": args.file},
+        {"--output": args.table, "--journal": journal, "--report": args.page},
+    )
     space = _space(args)
     progress = Progress() if sys.stderr.isatty() else None
     try:

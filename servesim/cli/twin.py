@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from servesim.cli.parts import PRINTED, add_command, add_json, check_file, give_json
+from servesim.cli.parts import PRINTED, add_command, add_json, check_apart, check_file, give_json
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
     check_file(args.json, (".json",), "--json")
     if args.save:
         check_writable(args.save, "--save")
+    check_apart(
+        {"--cluster-config": options.cluster_config, "--requests": args.requests, "SOURCE": args.source},
+        {"--json": args.json, "--save": args.save},
+    )
     scrapes = scrapes_of(args)
     seen = twin.traffic(scrapes, args.source)
     options = with_blocks(options, seen)

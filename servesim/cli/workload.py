@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 FORMS = "VALUE, fixed:VALUE, uniform:LOW:HIGH or lognormal:MEAN:STD[:MIN:MAX]"
 
+_NUM_REQS, _RATE, _SEED = 300, 10.0, 42
 _HELP = "make, inspect and convert workload files"
 _TEXT_FLAGS = ("tokenizer", "estimate_tokens", "columns")
 """Flags of a run about what is in the file."""
@@ -110,7 +111,7 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="token ids are below this (default: 32000)",
     )
-    add("--seed", type=int, default=42, help="the same seed makes the same file (default: 42)")
+    add("--seed", type=int, default=_SEED, help="the same seed makes the same file (default: 42)")
     ids = parser.add_mutually_exclusive_group()
     ids.add_argument("--ids", action="store_true", default=True, help="write token ids (default)")
     ids.add_argument(
@@ -141,7 +142,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-reqs", type=int, default=0, metavar="N", help="entries to load (default: all)")
     parser.add_argument("--request-rate", type=float, default=None, metavar="R", help="change the arrivals")
     parser.add_argument("--lenient", action="store_true", help="leave bad entries out and count them")
-    parser.add_argument("--seed", type=int, default=42, help="for --request-rate (default: 42)")
+    parser.add_argument("--seed", type=int, default=_SEED, help="for --request-rate (default: 42)")
     add_arguments(parser, only=_TEXT_FLAGS)
 
 
@@ -170,7 +171,6 @@ def _synth(args: argparse.Namespace) -> int:
     return 0
 
 
-_NUM_REQS, _RATE = 300, 10.0
 _BESIDE_LIKE = ("action", "command", "like", "num_reqs", "duration", "rate", "seed", "output", "usual")
 
 
@@ -201,7 +201,14 @@ def refuse_unused(args: argparse.Namespace) -> None:
     Raises:
         InputError: a flag was given that the others leave nothing to do.
     """
+    from servesim.workload.generators import parse_distribution
+
     no_gaps = args.rate == float("inf")
+    lengths = ["input_len", "output_len", *(("turns", "tool_time") if args.sessions else ())]
+    drawn = args.ids or (args.arrival in ("poisson", "gamma") and not no_gaps)
+    for name in lengths:
+        flag = f"--{name.replace('_', '-')}"
+        drawn |= parse_distribution(getattr(args, name), flag, whole=False, least=0).kind != "fixed"
     needs = {
         "arrival": ("a finite --rate", not no_gaps),
         "cv": ("--arrival gamma", args.arrival == "gamma" and not no_gaps),
@@ -211,6 +218,7 @@ def refuse_unused(args: argparse.Namespace) -> None:
         "turns": ("--sessions", args.sessions),
         "tool_time": ("--sessions", args.sessions),
         "vocab_size": ("token ids; leave out --no-ids", args.ids),
+        "seed": ("something to draw: all of this workload is given", drawn),
     }
     for name, (what, there) in needs.items():
         value = getattr(args, name)
@@ -248,7 +256,7 @@ def _describe(args: argparse.Namespace) -> int:
 def _load(args: argparse.Namespace) -> Any:
     from servesim.workload.formats import load_workload
 
-    return load_workload(
+    workload = load_workload(
         args.file,
         num_reqs=args.num_reqs,
         lenient=args.lenient,
@@ -256,3 +264,9 @@ def _load(args: argparse.Namespace) -> Any:
         seed=args.seed,
         **{name: getattr(args, name, None) for name in _TEXT_FLAGS},
     )
+    if args.seed != _SEED and not workload.drawn_arrivals:
+        raise InputError(
+            f"--seed {args.seed}: has no effect here: the arrivals of {args.file} are not random; leave it "
+            "out"
+        )
+    return workload

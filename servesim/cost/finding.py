@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from servesim.errors import InputError, MissingFileError, ServingError
 from servesim.specs import paths
-from servesim.specs.dtypes import KV_CACHE_SIZED, WEIGHT_DTYPES, short_dtype
+from servesim.specs.dtypes import KV_CACHE_SIZED, WEIGHT_DTYPES, dtype_bytes, short_dtype
 from servesim.specs.hardware import load_hardware
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def profile_command(hardware: str, model: str, variant: str, *degrees: int, sour
     ``model`` is written as it is: a path with blanks has to be quoted.
     """
     dtype, kv_cache_dtype = variant_dtypes(variant)
+    if kv_cache_dtype == "auto" and dtype in WEIGHT_DTYPES and dtype_bytes(dtype) == 1:
+        kv_cache_dtype = "bfloat16"  # beside 8-bit weights auto may be what a checkpoint asks for
     if source is None:
         known = paths.find_all(f"configs/hardware/{escape(hardware)}.yaml")
         measured = not known or load_hardware(hardware).silicon is not None

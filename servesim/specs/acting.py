@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from servesim.errors import InputError
 from servesim.slotted import dataclass
 from servesim.specs.flags import flag_name, flag_of
+from servesim.specs.hardware import load_hardware, resolve_engine
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.model import shape_twin
 from servesim.specs.vllm_versions import QUEUE_LIMITS
@@ -405,6 +406,11 @@ def something_random(scene: Scene) -> str:
     experts = options.expert_routing_policy not in _DRAWN_EXPERTS and not spread_experts(scene)
     drafts = options.speculative_config is not None
     if routes or experts or drafts or scene.drawn_arrivals or options.ensemble:
+        return ""
+    if any(
+        resolve_engine(load_hardware(instance.hardware), instance.engine).front_end_jitter_us
+        for instance in scene.instances
+    ):
         return ""
     return "nothing in this run is random"
 

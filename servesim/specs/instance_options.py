@@ -145,8 +145,7 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         keeps_states = any(isinstance(layer.attention, Recurrent) for layer in model.layers.layers)
         chosen["enable_prefix_caching"] &= not keeps_states  # the default of these versions
     dtype = chosen.pop("dtype") or model.torch_dtype
-    if chosen["kv_cache_dtype"] == "auto" and model.layers.kv_format is not None:
-        chosen["kv_cache_dtype"] = model.layers.kv_format  # the checkpoint asks for it
+    chosen["kv_cache_dtype"] = model.kv_word(chosen["kv_cache_dtype"])
     longest = _longest(chosen.pop("max_model_len"), model)
     if options.preset is not None:
         hardware = load_hardware(instance.hardware)

@@ -134,6 +134,10 @@ class ModelSpec(Spec):
     def is_mla(self) -> bool:
         return self.kv_lora_rank is not None
 
+    def kv_word(self, given: str) -> str:
+        """``--kv-cache-dtype`` of this model: ``auto`` is what its checkpoint asks for, if it does."""
+        return self.layers.kv_format or given if given == "auto" else given
+
     def has_experts(self, layer: int) -> bool:
         """Whether transformer block ``layer`` (from 0) routes to experts instead of running a dense MLP."""
         return isinstance(self.layers.layers[layer].mlp, Experts)

@@ -236,8 +236,18 @@ def test_what_is_given_wins_over_recorded_blocks(tmp_path: Path) -> None:
         load_recording(wrong)
 
 
-def test_gib_links_carry_seven_percent_more(own_run: Path) -> None:
+def test_gib_links_carry_seven_percent_more(own_run: Path, tmp_path: Path) -> None:
     recording = load_recording(own_run)
+    with pytest.raises(InputError, match="has one GPU, and nothing goes over a link"):
+        recorded_run(recording, link_gib=True)
+    recording = load_recording(
+        recordings.write(
+            tmp_path / "stages",
+            recordings.rows(recordings.simulated(sent=recordings.workload(2))),
+            meta={"engine_kwargs": recordings.arguments(pipeline_parallel_size=2)},
+            config=recordings.cluster(pp_size=2, num_npus=2),
+        )
+    )
     assert recorded_run(recording).cluster.link_bandwidths_gbs == (16.0,)
     assert recorded_run(recording, link_gib=True).cluster.link_bandwidths_gbs == (16 * 1.073741824,)
 
