@@ -18,7 +18,7 @@ _EPILOG = """\
 """
 _FLAGS = (
     *("hardware", "tp", "dtype", "npu_memory_utilization", "max_num_seqs", "max_num_batched_tokens"),
-    *("block_size", "cudagraph", "auto_profile"),
+    *("block_size", "kv_cache_dtype_skip_layers", "cudagraph", "auto_profile"),
 )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from servesim.profiler.meter import ProfileJob
+    from servesim.specs.model import ModelSpec
 
 EXPERT_LOADS = ("balanced", "power_law_1.01", "power_law_1.2")
 OUTPUT_ROOT = "profiler/perf"
@@ -33,6 +34,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, type=word_unless(kv_refusal), default="auto",
         help="KV cache (default: auto)")  # fmt: skip
+    add("--kv-cache-dtype-skip-layers", nargs="+", metavar="LAYER",
+        help="layers whose KV cache stays in 16 bit: numbers from 0, and sliding_window")  # fmt: skip
     add("--tp", default="1", metavar="N,N,...", help="tensor-parallel degrees (default: 1)")
     add(
         "--max-num-batched-tokens",
@@ -194,7 +197,7 @@ def job_of(args: argparse.Namespace) -> ProfileJob:
         if not 16 <= given <= most:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag}: {given} is not allowed; must be 16 to {most}")
-    model = load_model(args.model)
+    model = _with_skipped(load_model(args.model), args)
     return ProfileJob(
         model=model,
         architecture=architecture_of(model),
@@ -209,6 +212,28 @@ def job_of(args: argparse.Namespace) -> ProfileJob:
         fp8_scaling=args.fp8_scaling,
         expert_load=args.expert_load,
     )
+
+
+def _with_skipped(model: ModelSpec, args: argparse.Namespace) -> ModelSpec:
+    """The model with layers left out of the KV format, those among them that the format leaves out itself.
+
+    Raises:
+        InputError: a word is wrong, or names nothing that could be left out.
+    """
+    from servesim.specs.dtypes import resolve_kv_dtype
+    from servesim.specs.kv_skip import OPTION, as_kept, skip_words, skipped_layers
+
+    try:
+        words = skip_words(args.kv_cache_dtype_skip_layers)
+    except ValueError as error:
+        raise InputError(f"{OPTION}: {error}") from None
+    told = None if words is None else str(words)
+    skipped = skipped_layers(model.layers, told, args.kv_cache_dtype)
+    if told and skipped == skipped_layers(model.layers, None, args.kv_cache_dtype):
+        raise InputError(
+            f"{OPTION} {told}: has no effect with --kv-cache-dtype {args.kv_cache_dtype}; leave it out"
+        )
+    return as_kept(model, skipped, resolve_kv_dtype(args.dtype or model.torch_dtype, "auto"))
 
 
 def parse_degrees(text: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from servesim.cost.step_terms import EIGHT_BIT, Gemms, stage_terms
 from servesim.cost.terms import Stage, pipeline_stages, whole_model
 from servesim.memory.engine_memory import priced_hardware
 from servesim.network.topology import RankGroup, Topology
-from servesim.specs.block_layers import architecture_of
+from servesim.specs.block_layers import architecture_of, attention_groups
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
 from servesim.specs.model import load_model
 from servesim.specs.vllm_versions import experts_by_chunk, runs_v2
@@ -76,7 +76,7 @@ class Costs:
         Raises:
             InputError: (MissingFileError among them) a bundle does not exist, is malformed, or lacks a layer.
         """
-        leader = members[0][1]
+        leader, model = members[0][1], options[0].kept(model)
         shared = leader.ep_size > 1
         elsewhere = offloads or [None] * len(members)
         stages = []
@@ -118,7 +118,7 @@ class Costs:
             InputError: (MissingFileError among them) the bundle does not exist, is malformed, or lacks a
                 layer.
         """
-        engine = self._engine(instance, model, options)
+        engine, model = self._engine(instance, model, options), options.kept(model)
         stage = stage or whole_model(model)
         where = (stage.first_block, stage.num_blocks, experts)
         spec = options.speculative
@@ -136,8 +136,12 @@ class Costs:
             tp = instance.tp_size
             bundle = self.bundle(instance, model, options)
             architecture = self._architecture(model)
-            tables = self._tables(bundle, tp).for_stage(stage)
-            if options.kv_dtype in EIGHT_BIT and engine.decode_attention_8bit != 1.0:
+            tables = self._tables(bundle, tp)
+            loaded = options.kv_dtype in EIGHT_BIT and engine.decode_attention_8bit != 1.0
+            if loaded and options.skipped:
+                tables = _narrow_under_load(tables, model, engine.decode_attention_8bit)
+            tables = tables.for_stage(stage)
+            if loaded and not options.skipped:
                 attention = decodes_under_load(tables.attention, engine.decode_attention_8bit)
                 tables = replace(tables, attention=attention)
             gemms = Gemms.of(engine, model, options.dtype, tp)
@@ -178,7 +182,7 @@ class Costs:
 
     def bundle(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Bundle:
         """The profile bundle of an instance."""
-        hardware = priced_hardware(instance, self._facts(instance.hardware))
+        hardware, model = priced_hardware(instance, self._facts(instance.hardware)), options.kept(model)
         key = (hardware.name, model, options.variant, instance.tp_size)
         if key not in self._bundles:
             wanted = wanted_for(model, hardware, options.variant)
@@ -267,6 +271,22 @@ class Costs:
                 )
             )
         return stages
+
+
+def _narrow_under_load(tables: RankTables, model: ModelSpec, factor: float) -> RankTables:
+    """The factor of 8-bit decodes on the tables of the layers that have such a cache, not on the others'."""
+    narrow = {
+        group.label
+        for group in attention_groups(model.layers)
+        if getattr(group.attention, "kv_format", None) is None
+    }
+    return replace(
+        tables,
+        attentions={
+            label: decodes_under_load(table, factor) if label in narrow else table
+            for label, table in tables.attentions.items()
+        },
+    )
 
 
 def _second_runner(model: ModelSpec, options: InstanceOptions) -> str | None:

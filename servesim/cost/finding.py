@@ -16,6 +16,8 @@ from servesim.errors import InputError, MissingFileError, ServingError
 from servesim.specs import paths
 from servesim.specs.dtypes import KV_CACHE_SIZED, WEIGHT_DTYPES, dtype_bytes, short_dtype
 from servesim.specs.hardware import load_hardware
+from servesim.specs.kv_skip import OPTION as SKIP
+from servesim.specs.kv_skip import without_skipped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -93,9 +95,11 @@ def profile_command(hardware: str, model: str, variant: str, *degrees: int, sour
         known = paths.find_all(f"configs/hardware/{escape(hardware)}.yaml")
         measured = not known or load_hardware(hardware).silicon is not None
         source = "silicon" if measured and has_public_format(variant) else "roofline"
+    skipped = without_skipped(variant)[1]
+    skip = f" {SKIP} {skipped.replace(',', ' ')}" if skipped else ""
     return (
         f"servesim profile {model} --hardware {hardware} --source {source} "
-        f"--dtype {dtype} --kv-cache-dtype {kv_cache_dtype} --tp {','.join(map(str, degrees))}"
+        f"--dtype {dtype} --kv-cache-dtype {kv_cache_dtype}{skip} --tp {','.join(map(str, degrees))}"
     )
 
 
@@ -108,7 +112,9 @@ def folder_root(folder: Path) -> Path | None:
 
 
 def variant_dtypes(variant: str) -> tuple[str, str]:
-    """``bf16-kvfp8`` -> ``("bfloat16", "fp8")``; no KV part -> ``auto``; unknown parts stay."""
+    """``bf16-kvfp8`` -> ``("bfloat16", "fp8")``; no KV part -> ``auto``; unknown parts stay. Layers left out
+    (``bf16-kvfp8-skip0-1``) are passed over."""
+    variant, _ = without_skipped(variant)
     long_names = {short_dtype(name): name for name in WEIGHT_DTYPES}
     weights, _, kv = variant.partition("-kv")
     return long_names.get(weights, weights), long_names.get(kv, kv) or "auto"

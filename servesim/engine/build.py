@@ -351,7 +351,7 @@ class Builder:
             connectors.append(LowerTierConnector(tier.view, tier.route, self.transfers))
         new_decodes = None
         if spec.pp_size > 1:
-            new_decodes = track_maker(options.block_size, self.pipeline_tracks, len(self._placed))
+            new_decodes = track_maker(capacity.block_size, self.pipeline_tracks, len(self._placed))
         scheduler = Scheduler(
             limits_of(options, self._options.skip_prefill, capacity.num_blocks),
             kv_cache_of(

@@ -19,6 +19,8 @@ from servesim.specs.cluster import cluster_of
 from servesim.specs.dtypes import dtype_bytes, resolve_kv_dtype
 from servesim.specs.hardware import load_hardware
 from servesim.specs.instance_options import resolve
+from servesim.specs.kv_skip import OPTION as SKIP
+from servesim.specs.kv_skip import skipped_layers, with_wide_layers
 from servesim.specs.kv_support import attention_kind, is_known, why_not
 from servesim.specs.layers import Attention, Recurrent
 from servesim.specs.model import load_model
@@ -84,6 +86,8 @@ class KvRow:
     """Tokens of a request -> how many of them fit at once; None: longer than the model's context."""
     batch_fits: bool | None = None
     """Whether the batch of the step fits at once."""
+    wide_layers: int = 0
+    """Layers whose cache stays in 16 bit."""
     step_ms: Figure = Figure("unknown")
     break_even: Figure = Figure("unknown")
     """Least context in tokens from which on the decode step is no longer than with 16 bit."""
@@ -166,7 +170,7 @@ def kv_dial(
         batch: decodes of the step.
         hybrid: whether layers that keep different things have managers of their own; None: both ways.
         flags: options of a run that act here: ``tp``, ``dtype``, ``npu_memory_utilization``,
-            ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``.
+            ``max_num_seqs``, ``max_num_batched_tokens``, ``block_size``, ``kv_cache_dtype_skip_layers``.
 
     Raises:
         InputError: an option is wrong, or the memory of the hardware is not known.
@@ -193,6 +197,7 @@ def kv_dial(
     for kv_format in dict.fromkeys((base, auto, *_formats(spec))):
         both = [_priced(_memory(asked, kv_format, hybrid=manager), steps, reason) for manager in managers]
         rows += both[:1] if both[0].refused else both
+    _check_skipped(spec, resolved.kv_cache_dtype_skip_layers, rows)
     left = (room.low / GIB, room.likely / GIB, room.high / GIB)
     return KvDial(
         *(spec.name, hardware, tp, context, batch, base, auto),
@@ -239,8 +244,10 @@ def _memory(asked: _Asked, kv_format: str, *, hybrid: bool) -> KvRow:
     """The row without its times."""
     spec, options = asked.spec, asked.options
     refused = why_not(kv_format, spec.layers, asked.hardware)
+    skipped = skipped_layers(spec.layers, options.kv_cache_dtype_skip_layers, kv_format)
     try:
-        layers = kv_layers(spec.layers, kv_format, asked.tp, options.block_size)
+        model = with_wide_layers(spec.layers, skipped, asked.base)
+        layers = kv_layers(model, kv_format, asked.tp, options.block_size)
         plan = plan_groups(layers, hybrid=hybrid)
     except (InputError, NotSupportedError) as error:
         if kv_format == asked.base:
@@ -264,7 +271,18 @@ def _memory(asked: _Asked, kv_format: str, *, hybrid: bool) -> KvRow:
         shared_tokens=plan.shared_tokens(likely),
         requests=requests,
         batch_fits=plan.requests(likely, asked.context, step_tokens) >= asked.batch,
+        wide_layers=len(skipped),
     )
+
+
+def _check_skipped(model: ModelSpec, words: str | None, rows: Sequence[KvRow]) -> None:
+    """Refuse layers to leave out where no format leaves out any for it."""
+    formats = {row.kv_format for row in rows}
+    if words and all(
+        skipped_layers(model.layers, words, name) == skipped_layers(model.layers, None, name)
+        for name in formats
+    ):
+        raise InputError(f"{SKIP} {words}: has no effect here: {model.name} has no such layers; leave it out")
 
 
 def _priced(row: KvRow, steps: KvSteps | None, reason: str | None) -> KvRow:
@@ -298,6 +316,11 @@ def _notes(asked: _Asked, rows: Sequence[KvRow], steps: KvSteps | None, reason: 
     if not is_known(hardware):
         notes.append(
             f"which formats {hardware.name} runs is not known here: only NVIDIA GPUs are in the table"
+        )
+    for count in sorted({row.wide_layers for row in rows if row.wide_layers and not row.refused}):
+        formats = dict.fromkeys(row.kv_format for row in rows if row.wide_layers == count and not row.refused)
+        notes.append(
+            f"{', '.join(formats)}: the cache of {count} of {len(spec.layers.layers)} layers stays in 16 bit"
         )
     for row in rows:
         if row.refused:

@@ -17,8 +17,8 @@ from servesim.explore.kv_dial import Figure
 from servesim.specs.block_layers import attentions_of
 from servesim.specs.cluster import cluster_of
 from servesim.specs.instance_options import resolve
-from servesim.specs.kv_formats import head_bytes, latent_bytes
-from servesim.specs.layers import Attention, LatentAttention
+from servesim.specs.kv_formats import format_bytes
+from servesim.specs.kv_skip import skipped_layers
 
 if TYPE_CHECKING:
     from servesim.cost.stage_cost import StageCost
@@ -52,7 +52,9 @@ class KvSteps:
         """The decode step in ms.
 
         Derived: ``rest + A0 + (A8 - A0) x bytes / bytes of fp8``, A8 the fp8 kernel at this context, A0 at
-        none, both of all layers; at most the step with a 16-bit cache, which is the band's other end.
+        none, both of all layers; at most the step with a 16-bit cache, which is the band's other end. Layers
+        left in 16 bit count as in the fp8 step; those that the format leaves out beside these, as so many
+        average ones with the 16-bit kernel's time.
         """
         if kv_format in (self._base, *_TIMED):
             own = kv_format if kv_format == self._base else "fp8"
@@ -64,8 +66,10 @@ class KvSteps:
         if wide is None or narrow is None:
             return Figure("unknown", reason=next(iter(self._missing.values())))
         at, start = (self._attention_ns(narrow, kv) for kv in (self._context, _SHORTEST))
-        growing = max(at - start, 0.0)
-        ns = self._decode_ns(narrow, self._context) - growing * (1 - self._ratio(kv_format))
+        saved = max(at - start, 0.0) * self._narrow_share() * (1 - self._ratio(kv_format))
+        more = self._left_out_beside(kv_format)
+        widened = self._attention_ns(wide, self._context) - at
+        ns = self._decode_ns(narrow, self._context) - (1 - more) * saved + more * widened
         most = self._decode_ns(wide, self._context)
         likely, low, high = ns / 1e6, min(ns, most) / 1e6, max(ns, most) / 1e6
         return Figure("derived", likely, low, high, "the fp8 kernel's time in proportion to the bytes")
@@ -147,16 +151,36 @@ class KvSteps:
             found.append(found[-1] * 2)
         return found
 
+    def _skipped(self, kv_format: str) -> tuple[int, ...]:
+        words = self._options.kv_cache_dtype_skip_layers
+        return skipped_layers(self._model.layers, words, kv_format)
+
+    def _left_out_beside(self, kv_format: str) -> float:
+        """Share of the layers that the format leaves in 16 bit and fp8 does not."""
+        return (len(self._skipped(kv_format)) - len(self._skipped("fp8"))) / len(self._model.layers.layers)
+
+    def _narrow_share(self) -> float:
+        """Of the bytes that a decode of this context reads of an fp8 cache, those that are fp8."""
+        wide = set(self._skipped("fp8"))
+        if not wide:
+            return 1.0
+        read = [0.0, 0.0]
+        for index, layer in enumerate(self._model.layers.layers):
+            for a in attentions_of(layer):
+                reach = getattr(a, "reach", None) or self._context
+                name = self._base if index in wide else "fp8"
+                read[index in wide] += format_bytes(name, a) * min(reach, self._context)
+        return read[0] / sum(read)
+
     def _ratio(self, kv_format: str) -> float:
-        """Bytes of the format to those of fp8, over all layers that keep keys and values."""
+        """Bytes of the format to those of fp8, over all layers that keep keys and values in it."""
         sizes = [0.0, 0.0]
-        for layer in self._model.layers.layers:
+        wide = set(self._skipped(kv_format))
+        for index, layer in enumerate(self._model.layers.layers):
+            if index in wide:
+                continue
             for i, name in enumerate((kv_format, "fp8")):
-                for a in attentions_of(layer):
-                    if isinstance(a, Attention):
-                        sizes[i] += a.kv_heads * head_bytes(name, a.head_dim, a.value_dim)
-                    elif isinstance(a, LatentAttention):
-                        sizes[i] += latent_bytes(name, a.kv_rank + a.rope_dim)
+                sizes[i] += sum(format_bytes(name, a) for a in attentions_of(layer))
         return sizes[0] / sizes[1] if sizes[1] else 1.0
 
     def _stage(self, kv_format: str) -> StageCost | None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from servesim.errors import NotSupportedError
 from servesim.slotted import dataclass
 from servesim.specs.kv_formats import head_bytes, latent_bytes
-from servesim.specs.layers import CompressedAttention, LatentAttention, Recurrent
+from servesim.specs.layers import Attention, CompressedAttention, LatentAttention, Recurrent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +35,8 @@ _DELTA_CHUNK = 64
 """Tokens of a chunk of the delta-rule kernels; blocks of such models are a multiple of it."""
 _LATENT_BLOCK = 128
 """Blocks of models with latent attention and states are a multiple of so many tokens."""
+_KERNEL, _LATENT_KERNEL = 16, 64
+"""Tokens of the smallest blocks that kernels take; of latent attention in 8 bit (FlashMLA)."""
 _MANY_MORE = 1.5
 """From this ratio of layers on, the larger bucket is cut into groups of the smaller's size."""
 
@@ -195,10 +197,45 @@ def kv_layers(
     Raises:
         NotSupportedError: a layer keeps something that is not modelled here.
     """
+    layers = model.layers if part is None else part
     found: list[KvLayer] = []
-    for layer in model.layers if part is None else part:
+    for layer in layers:
         found += _kept(layer.attention, kv_format, tp, block_size)
-    return _with_states(model, found)
+    alike = not any(map(_own_format, layers))
+    first = _first_token(layers, kv_format, tp, block_size)
+    wide = _first_token(layers, "bfloat16", tp, block_size)
+    found = _with_states(model, found, first.token_bytes if first else 0)
+    return found if alike or first is None or wide is None else _beside_wide(found, layers, first, wide)
+
+
+def _own_format(layer: Layer) -> str | None:
+    """The format of a layer's cache where that is not the instance's."""
+    a = _attention(layer)
+    return a.kv_format if isinstance(a, Attention | LatentAttention) else None
+
+
+def _first_token(layers: Sequence[Layer], kv_format: str, tp: int, block_size: int) -> KvLayer | None:
+    """A layer of attention in the instance's format, which blocks are aligned by: as many heads, as wide, as
+    any has. None: there is no attention."""
+    found = [_attention(layer) for layer in layers]
+    latent = next((a for a in found if isinstance(a, LatentAttention)), None)
+    if latent is not None:
+        return _kept(replace(latent, kv_format=None), kv_format, tp, block_size)[0]
+    some = [a for a in found if isinstance(a, Attention) and not a.shared]
+    if not some:
+        return None
+    most = replace(
+        some[0],
+        kv_heads=max(a.kv_heads for a in some),
+        head_dim=max(a.head_dim for a in some),
+        value_dim=max(a.value_dim for a in some),
+        kv_format=None,
+    )
+    return _kept(most, kv_format, tp, block_size)[0]
+
+
+def _attention(layer: Layer) -> AnyAttention | None:
+    return layer.attention.beside if isinstance(layer.attention, Recurrent) else layer.attention
 
 
 def _kept(a: AnyAttention | None, kv_format: str, tp: int, block_size: int) -> list[KvLayer]:
@@ -207,7 +244,7 @@ def _kept(a: AnyAttention | None, kv_format: str, tp: int, block_size: int) -> l
             "attention over compressed tokens: its pages of several sizes are not modelled"
         )
     if isinstance(a, LatentAttention):
-        own = [KvLayer("mla", block_size, latent_bytes(kv_format, a.kv_rank + a.rope_dim))]
+        own = [KvLayer("mla", block_size, latent_bytes(a.kv_format or kv_format, a.kv_rank + a.rope_dim))]
         return own + _index(a.index_dim, block_size)
     if isinstance(a, Recurrent):
         beside = _kept(a.beside, kv_format, tp, block_size)
@@ -215,8 +252,40 @@ def _kept(a: AnyAttention | None, kv_format: str, tp: int, block_size: int) -> l
     if a is None or a.shared:
         return []
     heads = max(a.kv_heads // tp, 1)
-    own = [KvLayer(a.kind, block_size, heads * head_bytes(kv_format, a.head_dim, a.value_dim), a.reach)]
+    token_bytes = heads * head_bytes(a.kv_format or kv_format, a.head_dim, a.value_dim)
+    own = [KvLayer(a.kind, block_size, token_bytes, a.reach)]
     return own + ([KvLayer("full", block_size, 2 * a.index_dim)] if a.index_dim else [])
+
+
+def _beside_wide(
+    layers: list[KvLayer], of: Sequence[Layer], first: KvLayer, in_16_bit: KvLayer
+) -> list[KvLayer]:
+    """Blocks raised until their page covers the page of a layer that keeps 16 bit.
+
+    Where the first layer is such a one, its backend computes the page that has to be large enough, and takes
+    every narrow element for a byte. Layers with a window get blocks of as many tokens as the page holds, and
+    are padded to it; full ones are left as large as they come out.
+    """
+    wide, token = in_16_bit.token_bytes, first.token_bytes
+    kernel = _LATENT_KERNEL if first.kind == "mla" else _KERNEL
+    if _own_format(next(layer for layer in of if _attention(layer) is not None)):
+        kernel, token = _KERNEL, wide // 2
+    if wide == token:
+        return layers
+    step = max(kernel, first.block_size)
+    padded = max((layer.page_bytes for layer in layers if layer.kind == "state"), default=0)
+    size = max(step * -(-max(wide * kernel, padded) // (step * token)), first.block_size)
+    page = size * token
+    raised = []
+    for layer in layers:
+        if layer.kind == "sliding":
+            fits = max(page // layer.token_bytes // kernel, 1) * kernel
+            raised.append(replace(layer, block_size=fits, padded_bytes=page))
+        elif layer.kind == "state":
+            raised.append(replace(layer, block_size=size, padded_bytes=page))
+        else:
+            raised.append(replace(layer, block_size=size))
+    return raised
 
 
 def _index(dim: int, block_size: int) -> list[KvLayer]:
@@ -229,8 +298,9 @@ def index_bytes(dim: int) -> int:
     return dim + dim // _INDEX_BLOCK * _INDEX_BYTES_PER_SCALE
 
 
-def _with_states(model: ModelLayers, layers: list[KvLayer]) -> list[KvLayer]:
-    """Blocks raised until a page of attention covers a state, and states padded to it."""
+def _with_states(model: ModelLayers, layers: list[KvLayer], token: int) -> list[KvLayer]:
+    """Blocks raised until a page of attention (``token`` bytes a token) covers a state, and states padded to
+    it."""
     states = [layer for layer in layers if layer.kind == "state"]
     attention = [layer for layer in layers if layer.kind != "state"]
     if not states or not attention:
@@ -242,7 +312,7 @@ def _with_states(model: ModelLayers, layers: list[KvLayer]) -> list[KvLayer]:
         isinstance(a := layer.attention, Recurrent) and a.kind == "gated_delta_net" for layer in model.layers
     ):
         step = lcm(step, _DELTA_CHUNK)
-    need, token = max(layer.token_bytes for layer in states), attention[0].token_bytes
+    need = max(layer.token_bytes for layer in states)
     size = max(step * -(-need // (step * token)), attention[0].block_size)
     return [
         replace(layer, block_size=size, padded_bytes=size * token if layer.kind == "state" else None)
@@ -262,9 +332,7 @@ def plan_groups(layers: list[KvLayer], *, hybrid: bool = True) -> KvPlan:
             raise NotSupportedError(
                 "states and KV caches have no manager in common; leave the hybrid manager on"
             )
-        layers = [
-            layer if layer.kind in ("mla", "state") else replace(layer, kind="full") for layer in layers
-        ]
+        layers = _promoted(layers)
     if _alike(layers):
         first = layers[0]
         return KvPlan(
@@ -284,6 +352,22 @@ def plan_groups(layers: list[KvLayer], *, hybrid: bool = True) -> KvPlan:
             pages = tuple(layer.page_bytes for layer in one)
             groups.append(KvGroup(one[0].kind, one[0].block_size, pages, one[0].reach, number))
     return KvPlan(tuple(groups))
+
+
+def _promoted(layers: list[KvLayer]) -> list[KvLayer]:
+    """Windows and chunks kept whole beside layers that are; without any such, they stay what they are."""
+    whole = {layer.block_size for layer in layers if layer.kind in ("full", "mla")}
+    if not whole:
+        return layers
+    size = min(whole) if len(whole) == 1 else None
+    promoted = []
+    for layer in layers:
+        if layer.kind in ("sliding", "chunked"):
+            own = size or layer.block_size
+            padded = layer.padded_bytes and max(layer.padded_bytes, layer.token_bytes * own)
+            layer = replace(layer, kind="full", block_size=own, padded_bytes=padded)
+        promoted.append(layer)
+    return promoted
 
 
 def _alike(layers: list[KvLayer]) -> bool:
@@ -307,6 +391,11 @@ def _equal_pages(layers: list[KvLayer]) -> list[KvLayer]:
             equal.append(layer)
         elif layer.kind == "state":
             equal.append(replace(layer, padded_bytes=most))
+        elif layer.padded_bytes is not None and most % layer.page_bytes == 0:
+            raise NotSupportedError(
+                f"padded pages of windows ({layer.page_bytes} bytes) beside pages of {most} bytes: vLLM does "
+                "not start so; leave out of the format layers with a window alone, or all layers"
+            )
         elif most % layer.page_bytes == 0:
             equal.append(replace(layer, block_size=layer.block_size * (most // layer.page_bytes)))
         elif layer.kind == "mla":

@@ -135,6 +135,7 @@ def kv_plan(model: ModelSpec, options: InstanceOptions, tp: int = 1, pp: int = 1
         NotSupportedError: a layer keeps something that is not modelled, or layers of several kinds are split
             over pipeline stages.
     """
+    model = options.kept(model)
     layers = model.layers.layers
     plans, first = [], 0
     for count in stage_layers(len(layers), pp):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from servesim.slotted import dataclass
 from servesim.specs.dtypes import resolve_kv_dtype, variant_name
+from servesim.specs.kv_skip import variant_with, wide_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from servesim.profiler.measure.grid import SkewShot
     from servesim.specs.architecture import Architecture
     from servesim.specs.hardware import HardwareSpec
+    from servesim.specs.layers import AnyAttention
     from servesim.specs.model import ModelSpec
 
 
@@ -166,9 +168,14 @@ class ProfileJob:
     @property
     def variant(self) -> str:
         """Folder name of the dtype combination."""
-        return variant_name(self.dtype, self.kv_cache_dtype)
+        layers = self.model.layers
+        return variant_with(variant_name(self.dtype, self.kv_cache_dtype), layers, wide_layers(layers))
 
     @property
     def kv_dtype(self) -> str:
         """What the KV cache is stored in."""
         return resolve_kv_dtype(self.dtype, self.kv_cache_dtype)
+
+    def kv_dtype_of(self, attention: AnyAttention) -> str:
+        """What the cache of one kind of layers is stored in."""
+        return getattr(attention, "kv_format", None) or self.kv_dtype

@@ -54,6 +54,8 @@ def check(source: str, job: ProfileJob) -> None:
     from servesim.cost.finding import PUBLIC_DTYPES
     from servesim.specs.block_layers import beyond_files
     from servesim.specs.dtypes import KV_CACHE_SIZED
+    from servesim.specs.kv_skip import OPTION as SKIP
+    from servesim.specs.kv_skip import wide_layers
     from servesim.specs.rank_shapes import block_windows, rank_shapes
 
     model = job.model
@@ -80,6 +82,11 @@ def check(source: str, job: ProfileJob) -> None:
                 f"{', '.join(beyond)}; use --source {' or '.join(COMPUTING)}"
             )
         _check_measured(source, job)
+    if not SOURCES[source].computes and (wide := wide_layers(model.layers)):
+        raise NotSupportedError(
+            f"{SKIP}: the {source} source measures caches of one format, not layers {wide[0]} to {wide[-1]} "
+            f"in another; use --source {' or '.join(COMPUTING)}"
+        )
     if source == "vllm" and len(block_windows(model)) > 1:
         raise NotSupportedError(
             f"{model.name}: not all blocks slide; --source vllm runs one block, use --source torch"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from servesim.workload.request import Workload
 
 _ALREADY_SHOWN = frozenset(
-    {"variant", "kv_dtype", "npu_memory_utilization", "num_gpu_blocks", "plan_as_vllm"}
+    {"variant", "kv_dtype", "skipped", "npu_memory_utilization", "num_gpu_blocks", "plan_as_vllm"}
 )
 """Instance options that the lines of their instance show anyway."""
 _SHOWN_WHEN_CHANGED = frozenset(
@@ -44,6 +44,7 @@ _SHOWN_WHEN_CHANGED = frozenset(
             "prefill_schedule_interval",
             "watermark",
             "disable_hybrid_kv_cache_manager",
+            "kv_cache_dtype_skip_layers",
             "num_reqs",
             "max_concurrency",
             "request_rate",
@@ -114,8 +115,15 @@ def kv_cache_line(instance: InstanceLog) -> str:
     return (
         f"KV cache: {capacity.tokens} tokens / {capacity.num_blocks} blocks of {capacity.block_size} "
         f"{groups}({gib(capacity.kv_bytes)} GiB per NPU at utilization {capacity.utilization:.2f}"
-        f"{overridden}), {capacity.bytes_per_token} bytes/token (kv {short_dtype(instance.options.kv_dtype)})"
+        f"{overridden}), {capacity.bytes_per_token} bytes/token (kv {_kv_formats(instance.options)})"
     )
+
+
+def _kv_formats(options: InstanceOptions) -> str:
+    """``fp8``, or ``fp8, 4 layers bf16``."""
+    name, count = short_dtype(options.kv_dtype), len(options.skipped)
+    wide = short_dtype(options.wide_dtype)
+    return f"{name}, {_count(count, 'layer')} {wide}" if count else name
 
 
 def _count(number: int, noun: str) -> str:

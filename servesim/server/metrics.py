@@ -130,7 +130,7 @@ class Metrics:
         for index, instance in enumerate(engine.instances):
             options, labels = instance.log.options, (model_name, str(index))
             info.labels(
-                str(options.block_size),
+                str(instance.log.capacity.block_size),
                 str(instance.log.capacity.num_blocks),
                 str(options.enable_prefix_caching),
                 options.kv_dtype,

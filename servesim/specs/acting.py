@@ -20,6 +20,7 @@ from servesim.errors import InputError
 from servesim.slotted import dataclass
 from servesim.specs.flags import flag_name, flag_of
 from servesim.specs.hardware import load_hardware, resolve_engine
+from servesim.specs.kv_skip import skipped_layers
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.model import shape_twin
 from servesim.specs.vllm_versions import QUEUE_LIMITS
@@ -363,6 +364,20 @@ def no_pipelines(scene: Scene) -> str:
     return ""
 
 
+def narrow_caches(scene: Scene) -> str:
+    """A layer can be left in 16 bit where its cache would be narrower."""
+    own = [
+        (scene.models[instance.model_name].layers, options)
+        for instance, options in zip(scene.instances, scene.resolved, strict=True)
+        if options.kv_cache_dtype_skip_layers
+    ]
+    if any(options.skipped != skipped_layers(model, None, options.kv_cache_dtype) for model, options in own):
+        return ""
+    if all(options.kv_dtype == options.wide_dtype for _, options in own):
+        return "the KV cache is in 16 bit anyway; give --kv-cache-dtype fp8, say"
+    return "no layer's cache would be narrower that is not left out anyway"
+
+
 def windows_or_chunks(scene: Scene) -> str:
     """One manager for all layers makes a difference where some do not keep every token."""
     kinds = {
@@ -372,6 +387,8 @@ def windows_or_chunks(scene: Scene) -> str:
     }
     if kinds.isdisjoint({"sliding", "chunked"}):
         return "no layer of the model attends to a window or a chunk"
+    if kinds.isdisjoint({"full", "mla", "sparse_mla"}):
+        return "no layer keeps every token, beside which vLLM would keep the others whole"
     return ""
 
 

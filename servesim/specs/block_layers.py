@@ -117,7 +117,7 @@ def attention_groups(model: ModelLayers) -> tuple[AttentionGroup, ...]:
     for index, layer in enumerate(model.layers):
         for attention in attentions_of(layer):
             found.setdefault(attention, []).append(index)
-    order = sorted(found, key=lambda a: (_rank(a), found[a]))
+    order = sorted(found, key=lambda a: (_rank(a), getattr(a, "kv_format", None) or "", found[a]))
     groups: list[AttentionGroup] = []
     for attention in order:
         label = ATTENTION

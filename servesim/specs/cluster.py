@@ -26,6 +26,7 @@ from servesim.specs.options import (
     EnablePrefixCaching,
     EnableSubBatchInterleaving,
     KvCacheDtype,
+    KvCacheDtypeSkipLayers,
     LongPrefillTokenThreshold,
     MaxModelLen,
     MaxNumActiveSeqs,
@@ -158,6 +159,7 @@ class InstanceSpec(Spec):
     # Runtime options of this instance; None: the flag holds.
     dtype: WeightDtype = None
     kv_cache_dtype: KvCacheDtype | None = None
+    kv_cache_dtype_skip_layers: KvCacheDtypeSkipLayers = None
     block_size: BlockSize | None = None
     max_num_seqs: MaxNumSeqs | None = None
     max_num_batched_tokens: MaxNumBatchedTokens | None = None

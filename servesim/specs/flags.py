@@ -59,6 +59,8 @@ class Flag:
     """Whether a value is more than a number, so that only the field's own check can read it."""
     bare: float | None = None
     """The value of a flag that stands there without one; None: it needs one."""
+    several: bool = False
+    """Whether several words may follow the flag, as in vLLM; the field's own check puts them together."""
 
 
 def flag_of(field: FieldInfo) -> Flag | None:
@@ -153,6 +155,8 @@ def _argument(field: FieldInfo, flag: Flag) -> dict[str, Any]:
         argument["type"] = word_unless(flag.refusal)
     if flag.bare is not None:
         argument |= {"nargs": "?", "const": flag.bare}
+    if flag.several:
+        argument["nargs"] = "+"
     if flag.metavar or not choices:
         argument["metavar"] = flag.metavar or {int: "N", float: "X"}.get(base, "TEXT")
     return argument

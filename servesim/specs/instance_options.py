@@ -8,6 +8,8 @@ from servesim.errors import InputError
 from servesim.slotted import dataclass
 from servesim.specs.dtypes import resolve_kv_dtype, variant_name
 from servesim.specs.hardware import load_hardware
+from servesim.specs.kv_skip import OPTION as SKIP
+from servesim.specs.kv_skip import as_kept, skipped_layers, variant_with
 from servesim.specs.layers import Recurrent
 from servesim.specs.options import UNLIMITED, per_instance_fields
 from servesim.specs.presets import serve_defaults
@@ -62,6 +64,19 @@ class InstanceOptions:
     prefill_schedule_interval: int = 1
     watermark: float = 0.0
     disable_hybrid_kv_cache_manager: bool = False
+    kv_cache_dtype_skip_layers: str | None = None
+    """As asked for."""
+    skipped: tuple[int, ...] = ()
+    """Layers whose KV cache stays in :attr:`wide_dtype`."""
+
+    @property
+    def wide_dtype(self) -> str:
+        """What the KV cache is stored in where nothing else is asked for."""
+        return resolve_kv_dtype(self.dtype, "auto")
+
+    def kept(self, model: ModelSpec) -> ModelSpec:
+        """The model with the formats that its layers' caches have beside :attr:`kv_dtype`."""
+        return as_kept(model, self.skipped, self.wide_dtype) if self.skipped else model
 
 
 def _speculative(
@@ -98,6 +113,28 @@ def _speculative(
     if not spec.on_gpu and not V2_NGRAM.holds(options.vllm_version):
         chosen["async_scheduling"] = False
     return spec
+
+
+def _check_skipped(options: RuntimeOptions, instance: InstanceSpec, chosen: dict[str, Any]) -> None:
+    """Layers with a KV format of their own are not simulated together with what moves or drafts KV.
+
+    Raises:
+        InputError: so it is asked.
+    """
+    beside = {
+        "speculative decoding (--speculative-config)": options.speculative_config is not None,
+        "prefill and decode instances (pd_type)": instance.pd_type is not None,
+        "a lower tier of the prefix cache (--prefix-storage)": options.prefix_storage is not None,
+        "--enable-attn-offloading": chosen["enable_attn_offloading"],
+        "--enable-local-offloading": chosen["enable_local_offloading"],
+        "placement": instance.placement is not None,
+    }
+    for name, there in beside.items():
+        if there:
+            why = f"{SKIP}: layers with a KV format of their own are not simulated with {name}; leave one out"
+            if not chosen["kv_cache_dtype_skip_layers"]:
+                why += f" (--kv-cache-dtype {chosen['kv_cache_dtype']} leaves out the first and last two)"
+            raise InputError(why)
 
 
 def wants_auto_model_len(options: RuntimeOptions, instance: InstanceSpec) -> bool:
@@ -152,6 +189,9 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         size_gib = instance.npu_mem.mem_size or hardware.memory_gib or 0.0
         chosen |= serve_defaults(hardware, size_gib, options.vllm_version, longest, stated)
     speculative = _speculative(options, instance, chosen)
+    skipped = skipped_layers(model.layers, chosen["kv_cache_dtype_skip_layers"], chosen["kv_cache_dtype"])
+    if skipped:
+        _check_skipped(options, instance, chosen)
     utilization = chosen.pop("npu_memory_utilization")
     if instance.npu_mem.mem_util is not None:
         utilization = instance.npu_mem.mem_util
@@ -164,7 +204,8 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         },
         dtype=dtype,
         kv_dtype=resolve_kv_dtype(dtype, chosen["kv_cache_dtype"]),
-        variant=variant_name(dtype, chosen["kv_cache_dtype"]),
+        variant=variant_with(variant_name(dtype, chosen["kv_cache_dtype"]), model.layers, skipped),
+        skipped=skipped,
         npu_memory_utilization=utilization,
         max_model_len=longest,
         vllm_version=options.vllm_version,

@@ -7,7 +7,13 @@ the keys and one for the values; NVFP4 a byte for each 16 elements; the TurboQua
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from servesim.errors import InputError
+from servesim.specs.layers import Attention, LatentAttention
+
+if TYPE_CHECKING:
+    from servesim.specs.layers import AnyAttention
 
 _BITS: dict[str, float] = {
     "float16": 16,
@@ -60,6 +66,19 @@ def latent_bytes(kv_format: str, width: int) -> int:
     if kv_format in _TURBO or kv_format == "nvfp4":
         raise InputError(f"kv_cache_dtype: {kv_format!r} is not allowed for latent attention (MLA)")
     return _elements(kv_format, width) + (_SCALES_BYTES if kv_format in _SCALED else 0)
+
+
+def format_bytes(kv_format: str, attention: AnyAttention) -> float:
+    """Bytes that one layer keeps of a token in a format; 0: it keeps none.
+
+    Raises:
+        InputError: there is no such format for this kind of attention.
+    """
+    if isinstance(attention, LatentAttention):
+        return float(latent_bytes(kv_format, attention.kv_rank + attention.rope_dim))
+    if isinstance(attention, Attention):
+        return float(attention.kv_heads * head_bytes(kv_format, attention.head_dim, attention.value_dim))
+    return 0.0
 
 
 def _elements(kv_format: str, count: int) -> int:

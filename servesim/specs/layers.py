@@ -67,6 +67,8 @@ class Attention:
     index_dim: int = 0
     """Width of one key that a sparse layer's indexer keeps per token beside its own; 0: not sparse."""
     is_causal: bool = True
+    kv_format: str | None = None
+    """Of its cache, where that is not the one of the instance (:mod:`servesim.specs.kv_skip`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,8 @@ class LatentAttention:
     index_dim: int = 0
     """Width of the key that the indexer keeps per token; 0: none, another layer's choice is used."""
     index_top_k: int = 0
+    kv_format: str | None = None
+    """As in :class:`Attention`; of the vectors, not of an indexer's keys."""
 
     @property
     def kind(self) -> Literal["mla", "sparse_mla"]:

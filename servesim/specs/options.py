@@ -19,6 +19,7 @@ from servesim.specs.dtypes import (
     kv_refusal,
 )
 from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
+from servesim.specs.kv_skip import skip_words
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.presets import Preset
 from servesim.specs.validation import Spec, Unit
@@ -153,6 +154,19 @@ KvCacheDtype = Annotated[
         refusal=kv_refusal,
         default_text="auto = the weights' dtype, but 16-bit when the weights are 8-bit",
         per_instance=True,
+    ),
+]
+KvCacheDtypeSkipLayers = Annotated[
+    Annotated[str, Field(min_length=1, max_length=4096)] | None,
+    BeforeValidator(skip_words),
+    Flag(
+        "layers whose KV cache stays in 16 bit: numbers from 0, and sliding_window for all with a window",
+        _ENGINE,
+        "LAYER",
+        default_text="none; TurboQuant formats leave out the first and last two",
+        per_instance=True,
+        several=True,
+        acts=acting.narrow_caches,
     ),
 ]
 BlockSize = Annotated[
@@ -477,6 +491,7 @@ class RuntimeOptions(Spec):
 
     dtype: WeightDtype = None
     kv_cache_dtype: KvCacheDtype = "auto"
+    kv_cache_dtype_skip_layers: KvCacheDtypeSkipLayers = None
     block_size: BlockSize = 16
     max_num_seqs: MaxNumSeqs = 128
     max_num_batched_tokens: MaxNumBatchedTokens = 2048

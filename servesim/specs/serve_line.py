@@ -104,7 +104,8 @@ def write_serve_line(options: Mapping[str, Any]) -> str:
         if option == "dtype":
             words += ["--quantization" if value == "fp8" else "--dtype", str(value)]
         elif option in flags:
-            words += [flags[option], str(value)]
+            several = flags[option] in LISTS  # vLLM takes no commas
+            words += [flags[option], *(str(value).split(",") if several else [str(value)])]
         elif option in switches:
             flag, says = switches[option]
             if value is says:

@@ -13,6 +13,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from servesim.specs.block_layers import beyond_files
+from servesim.specs.kv_skip import wide_layers
 
 if TYPE_CHECKING:
     from servesim.specs.layers import ModelLayers
@@ -38,6 +39,8 @@ def shape_of(model: ModelSpec) -> dict[str, Any]:
         common = gcd(sliding, model.num_hidden_layers)
         shape["sliding_window"] = model.sliding_window
         shape["sliding_share"] = f"{sliding // common}/{model.num_hidden_layers // common}"
+    if wide := wide_layers(model.layers):
+        shape["kv_16_bit"] = ",".join(map(str, wide))
     if beyond_files(model.layers):
         shape["layers"] = digest(_layer_kinds(model.layers))
     if model.layers.formats.method is not None:
@@ -50,7 +53,8 @@ def _layer_kinds(layers: ModelLayers) -> list[list[str]]:
     counts: dict[str, int] = {}
     for layer in layers.layers:
         matrices = [(t.name, t.rows, t.columns, t.split, t.unit, t.copies) for t in layer.tensors if t.matrix]
-        text = repr((layer.attention, layer.mlp, matrices))
+        # a field that is not set is not told, as shapes of before know none
+        text = repr((layer.attention, layer.mlp, matrices)).replace(", kv_format=None", "")
         counts[text] = counts.get(text, 0) + 1
     return [[text, str(Fraction(count, len(layers.layers)))] for text, count in sorted(counts.items())]
 

@@ -152,6 +152,13 @@ OPTIONS: dict[str, Option] = {
     "lenient": Option(Case("--lenient", workload="bad")),
     "dtype": Option(Case("--dtype fp8"), [Case("--dtype fp8", "own_dtype", told=REFUSED)]),
     "kv_cache_dtype": Option(Case("--kv-cache-dtype fp8")),
+    "kv_cache_dtype_skip_layers": Option(
+        Case("--kv-cache-dtype-skip-layers 0", beside="--kv-cache-dtype fp8"),
+        [
+            Case("--kv-cache-dtype-skip-layers 0", told=REFUSED),
+            Case("--kv-cache-dtype-skip-layers sliding_window", beside="--kv-cache-dtype fp8", told=REFUSED),
+        ],
+    ),
     "block_size": Option(Case("--block-size 32", "tight")),
     "max_num_seqs": Option(Case("--max-num-seqs 2")),
     "max_num_batched_tokens": Option(Case("--max-num-batched-tokens 512")),

@@ -231,6 +231,7 @@ def test_a_sticky_session_that_changes_its_model_comes_back_to_the_same_instance
 EVERY_OPTION: dict[str, tuple[Any, Any]] = {
     "dtype": ("fp8", "fp8"),
     "kv_cache_dtype": ("fp8", "fp8"),
+    "kv_cache_dtype_skip_layers": ("1 0", "0,1"),
     "block_size": (32, 32),
     "max_num_seqs": (0, 2**31 - 1),
     "max_num_batched_tokens": (0, 2048),

@@ -67,17 +67,15 @@ def room_of(model: str, tile: tuple[int, int] | None = None, **flags: object):  
         ("int8_per_token_head", 67584),
         ("int4_per_token_head", 34816),
         ("nvfp4", 36864),
-        ("turboquant_k8v4", 196 * 256),
-        ("turboquant_3bit_nc", 104 * 256 - 2 * 256),
+        ("turboquant_k8v4", 28 * 8 * 196 + 4 * 4096),  # the first and last two layers stay in 16 bit
+        ("turboquant_3bit_nc", 28 * 8 * 102 + 4 * 4096),
     ],
 )
 def test_bytes_of_a_token_are_those_of_the_format(llama: KvDial, kv_format: str, token: int) -> None:
     found = row(llama, kv_format)
-    assert found.bytes_per_block == 16 * (found.bytes_per_token or 0)
-    if kv_format.startswith("turboquant_3"):
-        assert token <= (found.bytes_per_token or 0) <= 104 * 256
-    else:
-        assert found.bytes_per_token == token
+    assert found.bytes_per_block == (found.block_size or 0) * (found.bytes_per_token or 0)
+    assert found.block_size == (32 if found.wide_layers else 16)
+    assert found.bytes_per_token == token
 
 
 def test_the_room_is_that_of_the_memory_plan() -> None:

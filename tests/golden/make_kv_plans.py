@@ -1,13 +1,15 @@
 """Ask vLLM 0.33's own models and planner what the KV cache of published models looks like: kv_plans.json.
 
     python make_kv_plans.py CONFIGS [NAME ...]
+    python make_kv_plans.py CONFIGS --skip
 
 CONFIGS is a folder of folders with a ``config.json`` each; with names, only those are asked (and kept beside
 what the file holds already). Needs vllm 0.33.0 importable, with a CPU build of torch; no GPU and no weights.
 Every model class is built on the meta device for one H100 (:mod:`pretend_gpu`), for tensor-parallel degrees
 1, 2 and 8. Its layers give their cache specs; for a format that the H100's backends do not have, the layers
 are given the backend that has it, which says how it packs a token. vLLM's planner then makes groups and
-blocks of them.
+blocks of them. With ``--skip`` the plans are of :data:`SKIPPED`, layers whose cache stays in the model's
+dtype, in kv_skip_plans.json; there every layer has the backend that vLLM chooses.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pretend_gpu
 
@@ -27,6 +29,9 @@ import torch  # noqa: E402
 from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 OUT = Path(__file__).parent / "kv_plans.json"
 DEGREES = (1, 2, 8)
@@ -47,15 +52,16 @@ FORMATS = {
 """KV formats, and the backend that has one where the H100's own does not."""
 
 
-def build(path: Path, tp: int, kv: str = "auto") -> Any:
-    """The engine's config of a model whose layers exist on the meta device."""
+def build(path: Path, tp: int, kv: str = "auto", skip: Sequence[str] = ()) -> Any:
+    """The engine's config of a model whose layers exist on the meta device; ``skip``: layers whose cache
+    stays in the model's dtype."""
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.worker.workspace import init_workspace_manager
 
     config = EngineArgs(
         model=str(path), skip_tokenizer_init=True, load_format="dummy", enforce_eager=True,
-        max_model_len=CONTEXT, kv_cache_dtype=kv,
+        max_model_len=CONTEXT, kv_cache_dtype=kv, kv_cache_dtype_skip_layers=list(skip),
     ).create_engine_config()  # fmt: skip
     config.parallel_config.tensor_parallel_size = tp
     pretend_gpu.set_ranks(tp)
@@ -190,9 +196,61 @@ def asked(path: Path, tp: int) -> dict[str, Any]:
     return plans
 
 
+SKIPPED = (
+    ("meta-llama__Meta-Llama-3.1-70B", "fp8", ("0", "1")),
+    ("meta-llama__Meta-Llama-3.1-70B", "fp8", ("40",)),
+    ("meta-llama__Meta-Llama-3.1-70B", "int8_per_token_head", ("5", "79")),
+    ("meta-llama__Meta-Llama-3.1-70B", "int8_per_token_head", ("0",)),
+    ("meta-llama__Meta-Llama-3.1-70B", "int4_per_token_head", ("5",)),
+    ("meta-llama__Meta-Llama-3.1-70B", "int4_per_token_head", ("0", "5")),
+    ("meta-llama__Meta-Llama-3.1-70B", "turboquant_k8v4", ()),
+    ("meta-llama__Meta-Llama-3.1-70B", "turboquant_3bit_nc", ()),
+    ("meta-llama__Meta-Llama-3.1-70B", "turboquant_4bit_nc", ("2", "3")),
+    ("openai__gpt-oss-120b", "fp8", ("sliding_window",)),
+    ("openai__gpt-oss-120b", "fp8", ("0", "2")),
+    ("openai__gpt-oss-120b", "fp8", ("1",)),
+    ("openai__gpt-oss-120b", "int4_per_token_head", ("sliding_window",)),
+    ("google__gemma-4-26B-A4B", "fp8", ("sliding_window",)),
+    ("blis__llama-4-scout-17b-16e-instruct-fp8-dynamic", "fp8", ("3",)),
+    ("nvidia__NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "fp8", ("5",)),
+    ("Qwen__Qwen3.5-27B", "fp8", ("3", "7")),
+    ("blis__deepseek-v2-lite", "fp8", ("0", "1")),
+    ("deepseek-ai__DeepSeek-R1", "fp8", ("60",)),
+)
+"""Model, KV format, layers left out of it. TurboQuant's formats add the first and last two by themselves."""
+
+
+def ask_skipped(folder: Path, version: str) -> None:
+    """Plans with layers left out of the format: kv_skip_plans.json."""
+    plans: dict[str, dict[str, Any]] = {}
+    for name, kv, skip in SKIPPED:
+        for tp in (1, 2):
+            key = f"{kv} {','.join(skip)}".strip()
+            own = plans.setdefault(name, {}).setdefault(str(tp), {})
+            for hybrid in (True, False):
+                try:
+                    config, _ = build(folder / name, tp, kv, skip)
+                    made = plan(config, hybrid=hybrid)
+                    made["left_out"] = sorted(config.cache_config.kv_cache_dtype_skip_layers)
+                except Exception as error:  # whatever a start ends in
+                    if "-v" in sys.argv:
+                        traceback.print_exc()
+                    made = {"refused": (str(error).splitlines() or [type(error).__name__])[0][:160]}
+                own[key if hybrid else f"{key}, one manager"] = made
+                if hybrid and len(made.get("groups", ())) < 2 and "refused" not in made:
+                    break
+            print(name, tp, key, str(own[key])[:150], flush=True)
+            gc.collect()
+    _write(version, plans, OUT.with_name("kv_skip_plans.json"))
+
+
 def main() -> None:
     import vllm
 
+    if "--skip" in sys.argv:
+        pretend_gpu.before_models()
+        ask_skipped(Path(sys.argv[1]), vllm.__version__)
+        return
     folder, names = Path(sys.argv[1]), [arg for arg in sys.argv[2:] if not arg.startswith("-")]
     pretend_gpu.before_models()
     known = json.loads(OUT.read_text()) if OUT.exists() and names else {}
@@ -211,9 +269,9 @@ def main() -> None:
         _write(vllm.__version__, plans)
 
 
-def _write(version: str, plans: dict[str, Any]) -> None:
+def _write(version: str, plans: dict[str, Any], path: Path = OUT) -> None:
     head = {"vllm": version, "gpu": "H100", "memory_bytes": MEMORY_BYTES, "context": CONTEXT}
-    OUT.write_text(
+    path.write_text(
         json.dumps({**head, "plans": plans}, indent=None, separators=(",", ":")).replace('},"', '},\n"')
         + "\n"
     )

@@ -12,10 +12,12 @@ from servesim.errors import NotSupportedError
 from servesim.memory.kv_groups import KvLayer, kv_layers, plan_groups, state_bytes
 from servesim.specs.families import read_layers
 from servesim.specs.kv_formats import head_bytes
+from servesim.specs.kv_skip import skipped_layers, with_wide_layers
 from servesim.specs.layers import CompressedAttention, Recurrent
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLANS = json.loads((GOLDEN / "kv_plans.json").read_text())
+SKIPPED = json.loads((GOLDEN / "kv_skip_plans.json").read_text())
 PUBLISHED = Path(
     os.environ.get("SERVESIM_HF_CONFIGS", Path(__file__).parents[2].parent / "shared/data/hf_configs")
 )
@@ -63,6 +65,40 @@ def test_groups_are_those_of_the_engine(name, degrees):
     assert compared or all("refused" in plans for plans in degrees.values())
 
 
+SKIPS = [
+    pytest.param(name, int(tp), case, golden, id=f"{name}-tp{tp}-{case}")
+    for name, degrees in SKIPPED["plans"].items()
+    for tp, cases in degrees.items()
+    for case, golden in cases.items()
+]
+
+
+@pytest.mark.parametrize(("name", "tp", "case", "golden"), SKIPS)
+def test_layers_left_out_of_a_format(name, tp, case, golden):
+    """``fp8 0,1, one manager``: format, layers beside TurboQuant's own, manager."""
+    words, one_manager, _ = case.partition(", one manager")
+    kv, _, asked_for = words.partition(" ")
+    model = model_of(name)
+    skipped = skipped_layers(model, asked_for or None, kv)
+    # Gemma 4's kernels on Hopper take blocks of 128 tokens at least
+    size = golden["block_size"] if "gemma-4" in name else 64 if kv == "fp8" and "deepseek" in name else 16
+
+    def planned():
+        layers = kv_layers(with_wide_layers(model, skipped, "bfloat16"), kv, tp, size)
+        return plan_groups(layers, hybrid=not one_manager)
+
+    if "refused" in golden:
+        with pytest.raises(NotSupportedError):
+            planned()
+        return
+    plan = planned()
+    if "sliding_window" not in asked_for:
+        assert sorted(map(int, golden["left_out"])) == list(skipped)
+    assert plan.bytes_per_block == golden["bytes_per_block"]
+    assert plan.num_blocks(SKIPPED["memory_bytes"]) == golden["num_blocks"]
+    assert sorted(ours(plan)) == sorted(theirs(golden))
+
+
 def asked(model, kv, golden, tp, states):
     """Format and block: the backend chooses the block, unless states raise it."""
     plain = kv.split(",")[0]
@@ -91,6 +127,12 @@ class TestByHand:
         layers = layers * 18
         assert plan_groups(layers).num_blocks(3 << 29) == 2730
         assert plan_groups(layers, hybrid=False).num_blocks(3 << 29) == 1365
+
+    def test_windows_alone_stay_windows(self):
+        """One manager keeps windows whole beside full attention only."""
+        layers = [KvLayer("sliding", 16, 64, 128)] * 4
+        assert plan_groups(layers, hybrid=False) == plan_groups(layers)
+        assert plan_groups(layers, hybrid=False).groups[0].kind == "sliding"
 
     def test_a_token_of_llama_in_every_format(self):
         """32 layers, 8 KV heads of 128."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from servesim.memory.sizing import kv_bytes_per_token
-from servesim.profiler.silicon.kv_narrow import ConvertedTimes, ScaledTimes, format_bytes
+from servesim.profiler.silicon.kv_narrow import ConvertedTimes, ScaledTimes
 from servesim.results.stated_errors import DERIVED, stated_error
 from servesim.specs.dtypes import KV_CACHE_SIZED, resolve_kv_dtype, variant_name
+from servesim.specs.kv_formats import format_bytes
 from servesim.specs.layers import Attention
 from servesim.specs.model import load_model
 from tests.profiler.roofline_toy import build_bundle, job

@@ -170,6 +170,21 @@ def test_no_kernel_beats_the_peak_or_the_memory(bundle: Path) -> None:
             _no_faster(rank.folder / "moe.csv", *_moe_least(rank))
 
 
+@pytest.mark.parametrize("path", sorted(PERF.glob("*/*/*/*/tp*/attention_sliding.csv")), ids=str)
+def test_a_full_window_takes_no_longer(path: Path) -> None:
+    """Decodes over 131,072 tokens take what those over twice the window take, but for noise."""
+    window = 128  # of every shipped model that has any
+    chunk, history, decodes, kv, time = read_numbers(
+        path, ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
+    ).T
+    alone = (chunk == 0) & (history == 0)
+    for count in np.unique(decodes[alone]):
+        own = alone & (decodes == count)
+        full, longest = time[own & (kv == 2 * window)], time[own & (kv == kv[own].max())]
+        assert full.size == longest.size == 1, (path, count)
+        assert longest[0] < 1.5 * full[0], (path, count)
+
+
 def _bus_gbs(path: Path) -> tuple[Floats, Floats, Floats]:
     """Ranks, bytes and bus bandwidth, ``2 (N-1)/N * bytes / time``, of each all-reduce."""
     names, rows = read_labelled(path, ("collective",), ("ranks", "bytes", "time_us"))

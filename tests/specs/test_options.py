@@ -29,6 +29,7 @@ DOCUMENTED_DEFAULTS = {
     "num_reqs": 0,
     "dtype": None,
     "kv_cache_dtype": "auto",
+    "kv_cache_dtype_skip_layers": None,
     "block_size": 16,
     "max_num_seqs": 128,
     "max_num_batched_tokens": 2048,
@@ -290,6 +291,7 @@ def test_each_per_instance_option_reaches_the_instance(name: str) -> None:
     other: dict[str, Any] = {
         "dtype": "fp8",
         "kv_cache_dtype": "fp8",
+        "kv_cache_dtype_skip_layers": "0,1",
         "enable_sub_batch_interleaving": False,
         "npu_memory_utilization": 0.5,
         "num_gpu_blocks": 900,

@@ -20,9 +20,10 @@ from servesim.profiler.roofline.formulas import (
     moved_us,
 )
 from servesim.profiler.roofline.kinds import Formats, kind_us
-from servesim.profiler.silicon.kv_narrow import ADA, format_bytes
+from servesim.profiler.silicon.kv_narrow import ADA
 from servesim.specs.block_layers import attention_groups, block_layers, expert_format, experts_of
 from servesim.specs.dtypes import KV_CACHE_SIZED, dtype_bytes
+from servesim.specs.kv_formats import format_bytes
 from servesim.specs.layers import Attention
 from servesim.specs.rank_shapes import rank_shapes
 
@@ -105,14 +106,14 @@ class RooflineMeter:
         dtype, bits = (
             self._weights(self._stored.of(group.prefix + matrices[0].name)) if matrices else ("", 16.0)
         )
-        kv = self._job.kv_dtype
+        kv = self._job.kv_dtype_of(group.attention)
         formats = Formats(dtype, bits, kv, self._kv_element_bytes(group))
         return kind_us(self._acc, group, self._shapes.tp, formats, batches)
 
     def _kv_element_bytes(self, group: AttentionGroup) -> float:
         """Bytes of an element of keys and values, scales included; two where an fp8 cache is converted by the
         kernel, which takes as long as reading 16 bit."""
-        kv, a = self._job.kv_dtype, group.attention
+        kv, a = self._job.kv_dtype_of(group.attention), group.attention
         if kv == "fp8" and float(self._job.hardware.compute_capability or ADA) < ADA:
             return 2.0
         if kv in KV_CACHE_SIZED and isinstance(a, Attention):

@@ -11,14 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from servesim.specs.kv_formats import head_bytes, latent_bytes
-from servesim.specs.layers import Attention, LatentAttention
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from servesim.profiler.silicon.decode_grid import AttentionKernels
-    from servesim.specs.layers import AnyAttention
 
 SHORT = 16
 """Tokens of KV whose bytes do not show in a kernel's time."""
@@ -26,19 +22,6 @@ BEFORE_ADA_DECODE, BEFORE_ADA_PREFILL = 0.997, 1.034
 """Time of decode and prefill steps with an fp8 cache over those with a 16-bit one, measured on A100."""
 ADA = 8.9
 """Compute capability from which on fp8 is converted by the hardware."""
-
-
-def format_bytes(kv_format: str, attention: AnyAttention) -> float:
-    """Bytes that one layer keeps of a token in a format; 0: it keeps none.
-
-    Raises:
-        InputError: there is no such format for this kind of attention.
-    """
-    if isinstance(attention, LatentAttention):
-        return float(latent_bytes(kv_format, attention.kv_rank + attention.rope_dim))
-    if isinstance(attention, Attention):
-        return float(attention.kv_heads * head_bytes(kv_format, attention.head_dim, attention.value_dim))
-    return 0.0
 
 
 @dataclass(frozen=True, slots=True)

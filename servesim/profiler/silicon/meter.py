@@ -12,7 +12,7 @@ from servesim.profiler import grids
 from servesim.profiler.silicon import comm
 from servesim.profiler.silicon.attention import AttentionShape, AttentionTimes, attention_times
 from servesim.profiler.silicon.gemm import products
-from servesim.profiler.silicon.kv_narrow import ADA, ConvertedTimes, ScaledTimes, format_bytes
+from servesim.profiler.silicon.kv_narrow import ADA, ConvertedTimes, ScaledTimes
 from servesim.profiler.silicon.modules import module_times
 from servesim.profiler.silicon.moe import ExpertSizes, moe_times
 from servesim.profiler.silicon.provenance import Sources, provenance
@@ -27,6 +27,7 @@ from servesim.specs.block_layers import (
     experts_of,
     is_module,
 )
+from servesim.specs.kv_formats import format_bytes
 from servesim.specs.layers import Attention, Recurrent
 from servesim.specs.rank_shapes import RankShapes, rank_shapes
 
@@ -198,7 +199,8 @@ class SiliconMeter:
 
     def _kernels_of(self, group: AttentionGroup) -> AttentionKernels:
         """The times of a group of layers on one rank, with the KV format of the job."""
-        job, a, wanted = self._job, group.attention, self._job.kv_dtype
+        job, a = self._job, group.attention
+        wanted = job.kv_dtype_of(a)
         if isinstance(a, Recurrent):
             return state_times(self._gpu, a, self._shapes.tp, job.model.hidden_size)
         if wanted in ("bfloat16", "float16"):
