@@ -299,6 +299,11 @@ def _resolved(workload: Workload, settings: SchedulerSettings) -> SchedulerSetti
             f"max_model_len is {resolved.max_model_len}, but the longest prompt has {prompt} tokens and "
             "needs room for an answer"
         )
+    adapter = next((request for request in workload if request.lora is not None), None)
+    if adapter is not None and not resolved.max_loras:
+        raise InputError(
+            f"request {adapter.index} names the LoRA adapter {adapter.lora}; give --max-loras beside"
+        )
     asked = max((max(r.output_tokens, r.max_tokens) for r in workload), default=0)
     if asked > resolved.max_model_len:
         raise InputError(
@@ -326,6 +331,7 @@ def _build_recorder(
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import SamplingParams
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -354,8 +360,12 @@ def _build_recorder(
             arrival_time=arrival_ns,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            lora_request=request.lora and LoRARequest(request.lora, numbers[request.lora], "/adapters"),
             block_hasher=hasher,
         )
+
+    adapters = sorted({request.lora for request in workload if request.lora is not None})
+    numbers = {name: number for number, name in enumerate(adapters, start=1)}
 
     drafts = DrawnAcceptance(settings.speculative.rates) if settings.speculative else None
     made = scheduler, new_request, ModelRunnerOutput

@@ -21,6 +21,7 @@ _PLACES = {
         *("max_num_active_seqs", "max_num_scheduled_tokens", "long_prefill_token_threshold_adaptive"),
         *("prefill_schedule_interval", "watermark"),
     ),
+    "lora_config": ("max_loras",),
     "cache_config": ("num_gpu_blocks", "block_size", "enable_prefix_caching"),
 }
 """Part of vLLM's configuration -> the settings that are in it."""
@@ -55,6 +56,8 @@ class SchedulerSettings:
     long_prefill_token_threshold_adaptive: bool = False
     prefill_schedule_interval: int = 1
     watermark: float = 0.0
+    max_loras: int = 0
+    """Most LoRA adapters in a step; 0: LoRA is off."""
     kv_groups: str = ""
     """Groups of layers, ``full,sliding:128``; empty: one that keeps every token. See :func:`parse_groups`."""
     speculative_config: str = ""
@@ -73,7 +76,7 @@ class SchedulerSettings:
 
 _ONLY_IF_ASKED = (
     *("max_num_active_seqs", "long_prefill_token_threshold_adaptive"),
-    "max_num_scheduled_tokens",
+    *("max_num_scheduled_tokens", "max_loras"),
 )
 """Settings that old versions of vLLM do not have, or that vLLM works out itself; left alone at their
 defaults."""
@@ -163,7 +166,7 @@ def _kv_config(settings: SchedulerSettings, config: Any) -> Any:
 
 def build_scheduler(settings: SchedulerSettings) -> Any:
     """vLLM's scheduler for a model of one layer a group; the model's size does not matter to it."""
-    from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig
+    from vllm.config import CacheConfig, DeviceConfig, LoRAConfig, ModelConfig, SchedulerConfig, VllmConfig
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
     from vllm.v1.structured_output import StructuredOutputManager
 
@@ -185,7 +188,11 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         policy=settings.scheduling_policy,
         prefill_schedule_interval=settings.prefill_schedule_interval,
         watermark=settings.watermark,
-        **{name: getattr(settings, name) for name in _ONLY_IF_ASKED if _is_asked_for(name, settings)},
+        **{
+            name: getattr(settings, name)
+            for name in _ONLY_IF_ASKED
+            if name in _PLACES["scheduler_config"] and _is_asked_for(name, settings)
+        },
     )
     cache = CacheConfig(block_size=settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
     config = VllmConfig(
@@ -194,6 +201,7 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         cache_config=cache,
         device_config=DeviceConfig(device="cpu"),
         speculative_config=speculative,
+        lora_config=LoRAConfig(max_loras=settings.max_loras) if settings.max_loras else None,
     )
     cache.num_gpu_blocks = settings.num_gpu_blocks
     if settings.enable_prefix_caching and any(group.kind == "state" for group in settings.groups):

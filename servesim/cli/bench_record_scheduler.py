@@ -91,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scheduling.add_argument(
         "--watermark", type=float, default=0.0, metavar="SHARE", help="blocks kept free (default: 0)"
     )
+    scheduling.add_argument(
+        "--max-loras",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="most LoRA adapters in a step (default: LoRA is off)",
+    )
     formula = parser.add_argument_group("step time, in microseconds")
     for name, default, text in (
         ("base", 9000.0, "of every step"),

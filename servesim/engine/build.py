@@ -42,7 +42,7 @@ from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.instance_options import resolve
 from servesim.specs.options import UNLIMITED
 from servesim.specs.speculative import OPTION
-from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, SERVES_ON
+from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, RUNNING_LORAS, SERVES_ON
 from servesim.workload.request import Workload
 
 if TYPE_CHECKING:
@@ -160,6 +160,7 @@ def scene(
         has_sessions=any(request.predecessor >= 0 for request in workload),
         priorities=len({request.priority for request in workload}),
         has_ids=any(request.has_ids for request in workload),
+        adapters=len({request.lora for request in workload} - {None}),
         names_models=all(request.model is not None for request in workload),
         drawn_arrivals=workload.drawn_arrivals,
         equal_lengths=_equal_lengths(workload),
@@ -209,6 +210,7 @@ class Builder:
         self._placed = cluster.instances
         self._models = check_cluster(cluster)
         self._resolved = [resolve(options, spec, self._models[spec.model_name]) for _, spec in self._placed]
+        check_adapters(cluster, workload, self._resolved)
         self.notes = notes_of(scene(cluster, self._models, self._resolved, workload, options))
         """What was asked for and does not act."""
         self._memories = MemoryMap(cluster, self._models, self._resolved, options.prefix_storage)
@@ -477,7 +479,28 @@ def limits_of(options: InstanceOptions, skip_prefill: bool, num_blocks: int) -> 
         skip_prefill=skip_prefill,
         serves_on=SERVES_ON.holds(options.vllm_version),
         counts_all_victims=COUNTS_VICTIMS.holds(options.vllm_version),
+        max_loras=options.max_loras if options.enable_lora else 0,
+        counts_all_loras=RUNNING_LORAS.holds(options.vllm_version),
     )
+
+
+def check_adapters(cluster: ClusterSpec, workload: Workload, resolved: Sequence[InstanceOptions]) -> None:
+    """Raise InputError if a request names an adapter and may come to an instance that serves none."""
+    without = [
+        (index, spec.model_name)
+        for index, (_, spec) in enumerate(cluster.instances)
+        if not resolved[index].enable_lora
+    ]
+    if not without:
+        return
+    for request in (request for request in workload if request.lora is not None):
+        for index, model in without:
+            if request.model in (None, model):
+                raise InputError(
+                    f"{workload.source}: request {request.index} names the LoRA adapter {request.lora}, and "
+                    f"instance {index} serves none; add --enable-lora, with --max-loras for more than one in "
+                    "a step"
+                )
 
 
 def check_requested_models(cluster: ClusterSpec, workload: Workload) -> None:

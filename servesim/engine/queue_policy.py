@@ -1,7 +1,8 @@
 """Which waiting request is admitted first, and which running one has to go when no block is free.
 
 A policy keeps the scheduler's queue in its order: the scheduler only ever admits the head, and what blocks
-the head blocks all behind it, as in vLLM. A policy decides nothing else; token budget, blocks and the order
+the head blocks all behind it, as in vLLM. Only a request whose LoRA adapter finds no slot is passed over; it
+is looked at first from then on. A policy decides nothing else; token budget, blocks and the order
 in which running requests are served stay with the scheduler.
 
 Another policy is a class in a file of its own and a line in :data:`QUEUE_POLICIES`.
@@ -40,8 +41,9 @@ class QueuePolicy(Protocol):
     def add(self, waiting: deque[RequestState], state: RequestState) -> None:
         """Put a request that has arrived into the queue."""
 
-    def put_back(self, waiting: deque[RequestState], state: RequestState) -> None:
-        """Put a request that was preempted into the queue."""
+    def put_back(self, waiting: deque[RequestState], state: RequestState, passed_over: int) -> None:
+        """Put a request that was preempted into the queue, at whose head ``passed_over`` requests have been
+        passed over before."""
 
     def victim(self, running: Sequence[RequestState], first: int) -> int:
         """The place in ``running`` of the request to be preempted.
@@ -62,9 +64,9 @@ class FirstComeFirstServed:
         """See :class:`QueuePolicy`."""
         waiting.append(state)
 
-    def put_back(self, waiting: deque[RequestState], state: RequestState) -> None:
+    def put_back(self, waiting: deque[RequestState], state: RequestState, passed_over: int) -> None:
         """See :class:`QueuePolicy`."""
-        waiting.appendleft(state)
+        waiting.insert(passed_over, state)
 
     def victim(self, running: Sequence[RequestState], first: int) -> int:
         """See :class:`QueuePolicy`."""
@@ -85,8 +87,9 @@ class ByPriority:
         """See :class:`QueuePolicy`."""
         insort(waiting, state, key=_by_rank)
 
-    def put_back(self, waiting: deque[RequestState], state: RequestState) -> None:
+    def put_back(self, waiting: deque[RequestState], state: RequestState, passed_over: int) -> None:
         """See :class:`QueuePolicy`."""
+        del passed_over
         insort(waiting, state, key=_by_rank)
 
     def victim(self, running: Sequence[RequestState], first: int) -> int:

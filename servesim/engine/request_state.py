@@ -50,6 +50,7 @@ class RequestState:
         "lost",
         "noted",
         "order",
+        "passed_over",
         "pending",
         "phase",
         "prompt_tokens",
@@ -120,6 +121,8 @@ class RequestState:
         """The decode set it is filed in, or was last."""
         self.awaits_token = False
         """Preempted while a token was in flight in a pipeline; not admitted again before that is known."""
+        self.passed_over = False
+        """Waiting; when it was looked at last, the adapters of a step left no slot for its own."""
         self.kv_arrived = handed_over is not None
         """The KV of its prompt was computed elsewhere and has arrived; true until a preemption loses it."""
         self.stops = output_tokens is None and wanted < longest and request.max_tokens > request.output_tokens

@@ -21,6 +21,7 @@ from servesim.engine.decode_set import DecodeSet, by_order
 from servesim.engine.group_changes import GroupChanges
 from servesim.engine.queue_policy import FirstComeFirstServed
 from servesim.engine.request_state import Phase
+from servesim.errors import RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -39,8 +40,10 @@ class SchedulerLimits:
     __slots__ = (
         "caps_lone_prefill",
         "chunked_prefill",
+        "counts_all_loras",
         "counts_all_victims",
         "long_prefill_token_threshold",
+        "max_loras",
         "max_num_batched_tokens",
         "max_num_seqs",
         "prefill_interval",
@@ -65,6 +68,8 @@ class SchedulerLimits:
         skip_prefill: bool = False,
         serves_on: bool = True,
         counts_all_victims: bool = True,
+        max_loras: int = 0,
+        counts_all_loras: bool = True,
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -90,6 +95,11 @@ class SchedulerLimits:
         self.counts_all_victims = counts_all_victims
         """Whether the one whose turn it is keeps its turn when a request before it that was not served is
         preempted; if not, it is passed over."""
+        self.max_loras = max_loras
+        """Most LoRA adapters at once; 0: requests have none."""
+        self.counts_all_loras = counts_all_loras
+        """Whether running requests keep their adapters' slots in steps that they sit out, and preempted ones
+        come before those whose adapter found none."""
 
 
 class PrefillCadence:
@@ -143,6 +153,7 @@ class Scheduler:
     """Waiting and running requests of one instance, and the KV cache they compete for."""
 
     __slots__ = (
+        "_adapters",
         "_admissions",
         "_blocked_at",
         "_cadence",
@@ -153,6 +164,7 @@ class Scheduler:
         "_last_alone",
         "_list_lengths",
         "_list_requests",
+        "_passed_over",
         "_policy",
         "_spare_sets",
         "_travelling",
@@ -215,6 +227,10 @@ class Scheduler:
         self._list_requests = list_requests
         self._list_lengths = list_lengths
         self._admissions = 0
+        self._adapters: set[str] = set()
+        """LoRA adapters that have slots in the present step, where their number is limited."""
+        self._passed_over = 0
+        """Waiting requests that were passed over for want of a slot for their adapter."""
         self._frees = 0
         self._cap = limits.long_prefill_token_threshold
         """The threshold in the present step; 0: none."""
@@ -254,7 +270,11 @@ class Scheduler:
             self._cap = self._cap_now()
         if cadence:
             cadence.begin(len(self.running) > len(self.prefilling))
+        if self.limits.max_loras:
+            self._adapters = set()
         left, completed, stalled = self._serve_running(batch, in_flight)
+        if self.limits.max_loras:
+            self._note_adapters()
         if decodes.count:
             batch.add_decodes(decodes.count, *decodes.lengths())
             if batch.kv_lengths is not None:
@@ -272,7 +292,7 @@ class Scheduler:
             if self.waiting:
                 self._admit(batch, left, now_ns, completed)
             if cadence:
-                cadence.admitted(len(self.waiting))
+                cadence.admitted(len(self.waiting) - self._passed_over)
         finishing = list(decodes.advance())
         for state in completed:
             if self.speculation:
@@ -482,6 +502,7 @@ class Scheduler:
         for state, tokens in served.items():
             if speculation:
                 speculation.serve(batch, state, tokens)
+                self._note_adapter(state)
             if state.phase is Phase.PREFILL and self._note_chunk(state, tokens, batch):
                 completed.append(state)
         self.prefilling = [state for state in self.prefilling if state.computed < state.known]
@@ -516,6 +537,7 @@ class Scheduler:
             self._grouped.note_chunk(state, tokens)
         if self._cadence:
             self._cadence.note_prefill()
+        self._note_adapter(state)
         batch.add_request(tokens, computed)
         if state.lost:
             batch.note_again(state.lost, computed, reach)
@@ -622,7 +644,8 @@ class Scheduler:
         victim.kv_arrived = False
         victim.computed = computed
         victim.record.note_lost(batch.step)
-        self._policy.put_back(self.waiting, victim)
+        before = 0 if self.limits.counts_all_loras else self._passed_over
+        self._policy.put_back(self.waiting, victim, before)
         batch.preempted = [*batch.preempted, victim]
 
     # ------------------------------------------------------------------ admission
@@ -638,16 +661,23 @@ class Scheduler:
     def _admit(self, batch: Batch, left: int, now_ns: int, completed: list[RequestState]) -> None:
         """Admit waiting requests while token budget, ``max_num_seqs`` and blocks last.
 
-        The first that cannot be admitted ends it: nobody behind the head of the queue overtakes it.
+        The first that cannot be admitted ends it: nobody behind the head of the queue overtakes it. Only
+        those whose adapter finds no slot are passed over.
         """
         limits, kv, waiting, speculation = self.limits, self.kv, self.waiting, self.speculation
-        while waiting and left > 0 and len(self.running) < limits.max_num_seqs:
+        place = 0  # of the first that was not looked at in this step
+        while len(waiting) > place and left > 0 and len(self.running) < limits.max_num_seqs:
             cache_state = (self._frees, kv.registrations)
             if cache_state == self._blocked_at:
                 return
-            state = waiting[0]
+            state = waiting[place]
             if state.awaits_token:
                 return
+            if self._lacks_slot(state):
+                self._passed_over += not state.passed_over
+                state.passed_over = True
+                place += 1
+                continue
             known, table, record = state.known, state.table, state.record
             hits = kv.no_hits() if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
             if speculation and speculation.drops_last_hit and hits:
@@ -674,7 +704,8 @@ class Scheduler:
             whole = limits.reserve_full_isl
             free = kv.pool.num_free - (limits.watermark_blocks if self.running else 0)
             if whole and kv.missing_blocks(hits, done, known, whole=True) > free:
-                self._blocked_at = cache_state
+                if not limits.max_loras:  # else a slot for an adapter may change who is looked at
+                    self._blocked_at = cache_state
                 return
             reach = slots = done + tokens
             if speculation:
@@ -682,7 +713,8 @@ class Scheduler:
             tight = not whole or kv.several or speculation
             if tight and kv.missing_blocks(hits, done, slots) > free:
                 return
-            waiting.popleft()
+            self._take_out(state, place)
+            self._note_adapter(state)
             kv.admit(table, hits, done, slots)
             self._computed(table, speculation.note(state, reach) if speculation else reach)
             state.order = self._admissions
@@ -721,6 +753,43 @@ class Scheduler:
                 state.phase = Phase.PREFILL
                 self.prefilling.append(state)
 
+    def _lacks_slot(self, state: RequestState) -> bool:
+        """Whether the adapters of the present step leave none for this request's."""
+        adapters = self._adapters
+        lora = state.request.lora
+        return len(adapters) == self.limits.max_loras > 0 and lora is not None and lora not in adapters
+
+    def _note_adapter(self, state: RequestState) -> None:
+        """A request that the decode set does not hold is served in the present step."""
+        if self.limits.max_loras and state.request.lora is not None:
+            self._adapters.add(state.request.lora)
+
+    def _note_adapters(self) -> None:
+        """Take down the adapters of running requests; those of prompts and drafts are there already.
+
+        Raises:
+            RunError: they are too many.
+        """
+        holders = self.running
+        if not self.limits.counts_all_loras:
+            holders = [s for s in holders if s.phase is Phase.DECODE and s.home is self.decodes]
+        self._adapters.update(s.request.lora for s in holders if s.request.lora is not None)
+        if len(self._adapters) > self.limits.max_loras:
+            raise RunError(
+                f"{len(self._adapters)} LoRA adapters meet in one step, and --max-loras is "
+                f"{self.limits.max_loras}: requests that sat out a step come back to one whose slots are "
+                "taken. vLLM stops here as well, with an assertion (scheduled_loras); raise --max-loras"
+            )
+
+    def _take_out(self, state: RequestState, place: int) -> None:
+        """Take a request out of the queue, where it is at ``place``."""
+        if place:
+            del self.waiting[place]
+        else:
+            self.waiting.popleft()
+        self._passed_over -= state.passed_over
+        state.passed_over = False
+
     def _lookup(self, state: RequestState, hit_tokens: int) -> tuple[int, int]:
         """(leading tokens whose KV is or will be there, bytes to read for them) of a waiting request."""
         for connector in self.connectors:
@@ -743,7 +812,7 @@ class Scheduler:
         for state in batch.finishing:
             whole = state.noted if self.speculation else state.total_tokens - 1
             if state.phase is Phase.WAITING:  # preempted while its last token was in flight
-                self.waiting.remove(state)  # its blocks went then
+                self._take_out(state, self.waiting.index(state))  # its blocks went then
                 if self._taken_on(state):
                     leaving = [other for other in leaving if other is not state]
             else:
@@ -791,7 +860,7 @@ class Scheduler:
         if self.connectors or last_in_flight or phase in (Phase.DRAINING, Phase.FINISHED):
             return False
         if phase is Phase.WAITING:
-            self.waiting.remove(state)
+            self._take_out(state, self.waiting.index(state))
         else:
             self.running.remove(state)
             computed = state.computed

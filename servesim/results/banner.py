@@ -43,6 +43,8 @@ _SHOWN_WHEN_CHANGED = frozenset(
             "long_prefill_token_threshold_adaptive",
             "prefill_schedule_interval",
             "watermark",
+            "enable_lora",
+            "max_loras",
             "disable_hybrid_kv_cache_manager",
             "kv_cache_dtype_skip_layers",
             "num_reqs",

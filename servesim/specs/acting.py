@@ -63,6 +63,8 @@ class Scene:
     """Different priorities of the requests; none where requests are yet to come, as in a server."""
     has_ids: bool
     """Whether any prompt has token ids, which the prefix cache goes by."""
+    adapters: int
+    """Different LoRA adapters of the requests."""
     names_models: bool
     """Whether every request says which model it wants."""
     drawn_arrivals: bool
@@ -355,6 +357,32 @@ def priorities_differ(scene: Scene) -> str:
     ):
         return ""
     return "all requests have the same priority, so they are ordered by arrival"
+
+
+def adapters_asked_for(scene: Scene) -> str:
+    """Adapters are what requests name; those of a server are yet to come."""
+    return "no request names an adapter (lora)" if scene.num_requests and not scene.adapters else ""
+
+
+def more_adapters(scene: Scene) -> str:
+    """Slots bind where there are more adapters."""
+    if not any(options.enable_lora for options in scene.resolved):
+        return "there is no --enable-lora"
+    if not scene.adapters:
+        return adapters_asked_for(scene)
+    if all(scene.adapters <= options.max_loras for options in scene.resolved):
+        return f"the requests name only {scene.adapters}"
+    return ""
+
+
+def adapter_kernels(scene: Scene) -> str:
+    """What LoRA costs beside slots and prefixes."""
+    if adapters_asked_for(scene) or not any(options.enable_lora for options in scene.resolved):
+        return ""
+    return (
+        "slots and prefixes are simulated; there is no table of the adapters' kernels, so their time, which "
+        "makes real steps slower, and the memory of their weights are not in the answer"
+    )
 
 
 def no_pipelines(scene: Scene) -> str:

@@ -23,11 +23,13 @@ from servesim.specs.options import (
     EnableBlockCopy,
     EnableChunkedPrefill,
     EnableLocalOffloading,
+    EnableLora,
     EnablePrefixCaching,
     EnableSubBatchInterleaving,
     KvCacheDtype,
     KvCacheDtypeSkipLayers,
     LongPrefillTokenThreshold,
+    MaxLoras,
     MaxModelLen,
     MaxNumActiveSeqs,
     MaxNumBatchedTokens,
@@ -176,6 +178,8 @@ class InstanceSpec(Spec):
     long_prefill_token_threshold_adaptive: AdaptiveThreshold | None = None
     prefill_schedule_interval: PrefillScheduleInterval | None = None
     watermark: Watermark | None = None
+    enable_lora: EnableLora | None = None
+    max_loras: MaxLoras | None = None
     enable_local_offloading: EnableLocalOffloading | None = None
     enable_attn_offloading: EnableAttnOffloading | None = None
     enable_sub_batch_interleaving: EnableSubBatchInterleaving | None = None

@@ -63,6 +63,8 @@ class InstanceOptions:
     long_prefill_token_threshold_adaptive: bool = False
     prefill_schedule_interval: int = 1
     watermark: float = 0.0
+    enable_lora: bool = False
+    max_loras: int = 1
     disable_hybrid_kv_cache_manager: bool = False
     kv_cache_dtype_skip_layers: str | None = None
     """As asked for."""

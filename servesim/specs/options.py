@@ -315,6 +315,28 @@ Watermark = Annotated[
         per_instance=True,
     ),
 ]
+EnableLora = Annotated[
+    bool,
+    Flag(
+        "serve the LoRA adapters that requests name (lora in the workload): slots and prefixes of their own; "
+        "their kernels' time is not simulated",
+        _ENGINE,
+        per_instance=True,
+        acts=acting.adapters_asked_for,
+        except_for=acting.adapter_kernels,
+        noted=True,
+    ),
+]
+MaxLoras = Annotated[
+    Annotated[int, Field(ge=1, le=UNLIMITED)],
+    Flag(
+        "most LoRA adapters at once; waiting requests of further ones are passed over",
+        _ENGINE,
+        per_instance=True,
+        acts=acting.more_adapters,
+        noted=True,
+    ),
+]
 EnableLocalOffloading = Annotated[
     bool,
     Flag(
@@ -510,6 +532,8 @@ class RuntimeOptions(Spec):
     long_prefill_token_threshold_adaptive: AdaptiveThreshold = False
     prefill_schedule_interval: PrefillScheduleInterval = 1
     watermark: Watermark = 0.0
+    enable_lora: EnableLora = False
+    max_loras: MaxLoras = 1
     enable_local_offloading: EnableLocalOffloading = False
     enable_attn_offloading: EnableAttnOffloading = False
     enable_sub_batch_interleaving: EnableSubBatchInterleaving = False

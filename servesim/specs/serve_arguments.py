@@ -33,6 +33,7 @@ OWN = {
     "--max-num-scheduled-tokens": "max_num_scheduled_tokens",
     "--prefill-schedule-interval": "prefill_schedule_interval",
     "--watermark": "watermark",
+    "--max-loras": "max_loras",
     "--max-num-queued-reqs": "max_num_queued_reqs",
     "--max-num-queued-tokens": "max_num_queued_tokens",
 }
@@ -46,6 +47,7 @@ OWN_SWITCHES = {
     "--enforce-eager": ("cudagraph", False),
     "--enable-expert-parallel": ("enable_expert_parallel", True),
     "-ep": ("enable_expert_parallel", True),
+    "--enable-lora": ("enable_lora", True),
     "--long-prefill-token-threshold-adaptive": ("long_prefill_token_threshold_adaptive", True),
 }
 """Switch -> the option that it sets, and to what."""
@@ -80,8 +82,6 @@ NOT_SIMULATED = {
     "--spec-method": _SPECULATIVE,
     "--spec-model": _SPECULATIVE,
     "--spec-tokens": _SPECULATIVE,
-    "--enable-lora": "LoRA adapters",
-    "--lora-modules": "LoRA adapters",
     "--max-num-partial-prefills": "more than the engine's one way to share a step among prompts",
     "--max-long-partial-prefills": "more than the engine's one way to share a step among prompts",
     "--decode-context-parallel-size": _CONTEXT_PARALLEL,
@@ -166,7 +166,7 @@ HARMLESS = {
 """Argument that is not simulated -> values that ask for nothing."""
 REFUSED_SWITCHES = frozenset(
     {
-        *("--enable-lora", "--enable-dbo", "--enable-eplb", "--enable-elastic-ep", "--headless"),
+        *("--enable-dbo", "--enable-eplb", "--enable-elastic-ep", "--headless"),
         *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
         *("--data-parallel-multi-port-external-lb", "-dpm"),
         *("--disable-sliding-window", "--kv-sharing-fast-prefill"),
@@ -218,7 +218,7 @@ WITHOUT_INFLUENCE = _flags(
     logging-config log-level log-config-file show-hidden-metrics-for-version otlp-traces-endpoint
     per-request-spec-decode-metrics kv-cache-metrics-sample custom-histogram-buckets jit-monitor-mode
     kv-events-config structured-outputs-config profiler-config watchdog-config weight-transfer-config
-    shutdown-timeout max-loras max-lora-rank lora-dtype max-cpu-loras guided-decoding-backend reasoning-config
+    shutdown-timeout max-lora-rank lora-dtype max-cpu-loras guided-decoding-backend reasoning-config
     dbo-decode-token-threshold dbo-prefill-token-threshold eplb-config dcp-kv-cache-interleave-size
     cp-kv-cache-interleave-size elastic-ep-max-dp-size replayssm-buffer-len kv-offloading-backend
     offload-num-in-group offload-prefetch-step mm-encoder-fp8-scale-path mm-encoder-fp8-scale-save-path
@@ -228,9 +228,9 @@ WITHOUT_INFLUENCE = _flags(
 """Arguments with one value that no time depends on; some of them not without a switch that is refused."""
 WITHOUT_INFLUENCE_LISTS = _flags(
     """
-    api-key served-model-name allowed-media-domains ignore-patterns logits-processors collect-detailed-traces
-    numa-bind-nodes numa-bind-cpus lora-target-modules sleep-preserve-parameter-names cpu-offload-params
-    offload-params
+    api-key served-model-name lora-modules allowed-media-domains ignore-patterns logits-processors
+    collect-detailed-traces numa-bind-nodes numa-bind-cpus lora-target-modules sleep-preserve-parameter-names
+    cpu-offload-params offload-params
     """
 )
 """The same, with one value or more."""
@@ -257,7 +257,7 @@ WITHOUT_INFLUENCE_SWITCHES = _flags(
 )
 """The same, without a value."""
 LISTS = WITHOUT_INFLUENCE_LISTS | {
-    *("--lora-modules", "--kv-cache-dtype-skip-layers", "--cudagraph-capture-sizes", "--cuda-graph-sizes"),
+    *("--kv-cache-dtype-skip-layers", "--cudagraph-capture-sizes", "--cuda-graph-sizes"),
 }
 """Arguments with one value or more."""
 SWITCHES = KERNEL_SWITCHES | WITHOUT_INFLUENCE_SWITCHES | REFUSED_SWITCHES | frozenset(OWN_SWITCHES)

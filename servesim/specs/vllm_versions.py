@@ -70,6 +70,11 @@ V2_NGRAM = Difference(
 LOCAL_CADENCE = Difference(
     "0.33", "prefill_schedule_interval acts on every engine, not only on data-parallel groups with experts"
 )
+RUNNING_LORAS = Difference(
+    "0.33",
+    "max_loras counts the adapters of all running requests, where before it counted those of the step, and a "
+    "preempted request comes before those that max_loras passed over (0.29 to 0.32: unknown)",
+)
 ACTIVE_SEQS = Difference("0.31", "max_num_active_seqs limits the running requests below max_num_seqs")
 ADAPTIVE_THRESHOLD = Difference("0.31", "long_prefill_token_threshold_adaptive")
 LONG_THRESHOLD = Difference("0.27", "a prefill threshold above max_model_len is refused")
@@ -83,6 +88,7 @@ DIFFERENCES = (
     *(LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON),
     *(SETTLED_FREES, STATE_STOPS, SPARSE_WINDOWS, SLOTS_BY_REQUEST, LOOKAHEAD_HASHES),
     V2_NGRAM,
+    RUNNING_LORAS,
     *(LOCAL_CADENCE, ACTIVE_SEQS, ADAPTIVE_THRESHOLD, CUTS_ANSWERS, LONG_THRESHOLD, QUEUE_LIMITS),
 )
 

@@ -227,6 +227,8 @@ def _fields(request: Request) -> dict[str, object]:
         fields["max_tokens"] = request.max_tokens
     if request.cache_salt is not None:
         fields["cache_salt"] = request.cache_salt
+    if request.lora is not None:
+        fields["lora"] = request.lora
     return fields
 
 

@@ -1,10 +1,11 @@
 """Which KV blocks of a workload hold the same tokens after the same past: the identities of the prefix cache.
 
 An engine such as vLLM names a full block by a hash chained over the hash of the block before it and the
-block's token ids, prompt and generated tokens alike. Two blocks are the same block exactly when the whole
-token sequences up to their ends are equal. So nothing needs to be hashed here: sorting the token sequences
-puts those with a common beginning next to each other, and comparing neighbours finds how many leading blocks
-they share. The identity is exact, and the cost is a sort and one array comparison a request.
+block's token ids, prompt and generated tokens alike, with the request's salt and LoRA adapter. Two blocks are
+the same block exactly when these and the whole token sequences up to their ends are equal. So nothing needs
+to be hashed here: sorting the token sequences puts those with a common beginning next to each other, and
+comparing neighbours finds how many leading blocks they share. The identity is exact, and the cost is a sort
+and one array comparison a request.
 
 Traces publish hashes in place of tokens. They are compared as they are: a hash stands for tokens that no
 other hash has, so sequences of hashes begin alike for as many tokens as those they stand for.
@@ -103,11 +104,11 @@ def _same_first_block(requests: list[Request], block_size: int) -> Iterator[list
 
     With hashes, a group begins with the same hash.
     """
-    groups: dict[tuple[str | None, bytes | tuple[int, int]], list[Request]] = {}
+    groups: dict[tuple[str | None, str | None, bytes | tuple[int, int]], list[Request]] = {}
     for request in requests:
         if request.hashes is not None:
             first = request.tokens_per_hash, int(request.hashes[0])
-            groups.setdefault((request.cache_salt, first), []).append(request)
+            groups.setdefault((request.cache_salt, request.lora, first), []).append(request)
             continue
         if request.input_ids is None:
             continue
@@ -115,7 +116,7 @@ def _same_first_block(requests: list[Request], block_size: int) -> Iterator[list
         if len(head) < block_size:
             head = _known_tokens(request)[:block_size]
         if len(head) == block_size:
-            groups.setdefault((request.cache_salt, head.tobytes()), []).append(request)
+            groups.setdefault((request.cache_salt, request.lora, head.tobytes()), []).append(request)
     return (group for group in groups.values() if len(group) > 1)
 
 

@@ -2,8 +2,8 @@
 
 A request line is ``{"input_toks", "output_toks", "arrival_time_ns"}`` with optional ``input_tok_ids``,
 ``output_tok_ids`` (or ``hash_ids`` and ``tokens_per_hash``), ``model``, ``priority``, ``max_tokens``,
-``cache_salt`` and ``n``. A session line is ``{"arrival_time_ns", "sub_requests": [...]}`` with optional
-``session_id`` and ``model``, and each sub-request ``{"input_toks", "output_toks"}`` with optional
+``cache_salt``, ``lora`` and ``n``. A session line is ``{"arrival_time_ns", "sub_requests": [...]}`` with
+optional ``session_id`` and ``model``, and each sub-request ``{"input_toks", "output_toks"}`` with optional
 ``tool_duration_ns`` and those of a request but ``n``.
 Requests are numbered in file order, sub-requests in their place. A sub-request is released when its
 predecessor has ended and the predecessor's ``tool_duration_ns`` has passed.
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from servesim.workload.formats import Loading
 
-_SHARED_KEYS = ("input_tok_ids", "output_tok_ids", "model", "priority", "max_tokens", "cache_salt")
+_SHARED_KEYS = ("input_tok_ids", "output_tok_ids", "model", "priority", "max_tokens", "cache_salt", "lora")
 _HASH_KEYS = ("hash_ids", "tokens_per_hash", "hashed_toks")
 REQUEST_KEYS = ("input_toks", "output_toks", "arrival_time_ns", "n", *_SHARED_KEYS, *_HASH_KEYS)
 SESSION_KEYS = ("session_id", "arrival_time_ns", "sub_requests", "model")
@@ -153,6 +153,8 @@ def _request(entry: dict[str, Any], index: int, where: str, model: str | None) -
         )
     if entry.get("cache_salt") is not None:
         request.cache_salt = text(entry["cache_salt"], f"{where}cache_salt")
+    if entry.get("lora") is not None:
+        request.lora = text(entry["lora"], f"{where}lora")
     if entry.get("priority") is not None:
         request.priority = whole_number(entry["priority"], f"{where}priority", -MAX_PRIORITY, MAX_PRIORITY)
     return request

@@ -49,6 +49,8 @@ class Request:
     account, by a stop token that no server can foresee."""
     cache_salt: str | None = None
     """Prompts share blocks only with those of the same salt."""
+    lora: str | None = None
+    """LoRA adapter that it is served with; None: the model alone."""
     priority: int = 0
     """Smaller numbers are served first, where the scheduling policy goes by priority."""
 

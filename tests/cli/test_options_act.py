@@ -68,6 +68,11 @@ def ranked() -> list[dict[str, Any]]:
     return [{**entry, "priority": -index} for index, entry in enumerate(plain())]
 
 
+def adapted() -> list[dict[str, Any]]:
+    """Twelve prompts at once for four LoRA adapters."""
+    return [{**entry, "lora": f"adapter-{index % 4}"} for index, entry in enumerate(plain())]
+
+
 def chats() -> list[dict[str, Any]]:
     """Five sessions of three turns that repeat what was said before."""
     rng = np.random.default_rng(5)
@@ -227,6 +232,18 @@ OPTIONS: dict[str, Option] = {
         [Case("--prefill-schedule-interval 3", beside="--vllm-version 0.32", told=REFUSED)],
     ),
     "watermark": Option(Case("--watermark 0.5", "tight")),
+    "enable_lora": Option(
+        Case("--enable-lora", workload="adapted"),
+        [Case("--enable-lora", told=NOTED), Case("--enable-lora", "two", told=NOTED)],
+    ),
+    "max_loras": Option(
+        Case("--max-loras 3", workload="adapted", beside="--enable-lora"),
+        [
+            Case("--max-loras 3", told=NOTED),
+            Case("--max-loras 2", workload="adapted", told=REFUSED),
+            Case("--max-loras 0", beside="--enable-lora", told=REFUSED),
+        ],
+    ),
     "max_num_queued_reqs": Option(
         Case("--max-num-queued-reqs 5"),
         [
@@ -359,6 +376,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             (root / f"{name}.json").write_text(json.dumps(described), encoding="utf-8")
         for name, entries in (
             ("plain", plain()),
+            ("adapted", adapted()),
             ("chats", chats()),
             ("ranked", ranked()),
             ("bad", [*plain(), {"input_toks": -1}]),

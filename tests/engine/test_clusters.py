@@ -248,6 +248,8 @@ EVERY_OPTION: dict[str, tuple[Any, Any]] = {
     "long_prefill_token_threshold_adaptive": (True, True),
     "prefill_schedule_interval": (3, 3),
     "watermark": (0.1, 0.1),
+    "enable_lora": (True, True),
+    "max_loras": (4, 4),
     "enable_block_copy": (False, False),
     "enable_local_offloading": (False, False),
     "enable_attn_offloading": (False, False),
@@ -451,6 +453,15 @@ def test_a_stop_token_costs_a_step_more(asynchronous: bool, more: int) -> None:
     )
     assert len(stops.steps) == len(ends.steps) + more
     assert stops.requests.tolist() == ends.requests.tolist()
+
+
+def test_an_adapter_that_no_instance_serves_is_refused() -> None:
+    workload = at_once((50, 20), (50, 20))
+    workload.requests[1].lora = "sql"
+    told = "request 1 names the LoRA adapter sql, and instance 0 serves none; add --enable-lora"
+    with pytest.raises(InputError, match=told):
+        simulate(toy_cluster([toy_instance(), toy_instance(enable_lora=True)]), workload)
+    assert not simulate(toy_cluster([toy_instance(enable_lora=True)]), workload).rejected
 
 
 def test_limits_that_vllm_refuses_are_refused() -> None:

@@ -40,7 +40,7 @@ class Golden:
     about: str
     entries: list[dict[str, Any]]
     """The workload as stored: arrival | after + tool, prompt (pieces, or a length: no ids), output, text?,
-    priority?, limit (of the answer, above its length: it ends by a stop token)?, salt?"""
+    priority?, limit (of the answer, above its length: it ends by a stop token)?, salt?, lora?"""
     log: SchedulerLog
 
     def workload(self) -> Workload:
@@ -68,6 +68,7 @@ def build_workload(entries: list[dict[str, Any]], source: str) -> Workload:
                 priority=entry.get("priority", 0),
                 max_tokens=entry.get("limit", 0),
                 cache_salt=entry.get("salt"),
+                lora=entry.get("lora"),
             )
         )
     return Workload(requests, source)

@@ -25,7 +25,14 @@ from servesim.engine.step_loop import LoopPlan
 from servesim.memory.group_cache import GroupRules, kv_cache_of
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
-from servesim.specs.vllm_versions import COUNTS_VICTIMS, LOCAL_CADENCE, LONE_PREFILL, NEWEST, SERVES_ON
+from servesim.specs.vllm_versions import (
+    COUNTS_VICTIMS,
+    LOCAL_CADENCE,
+    LONE_PREFILL,
+    NEWEST,
+    RUNNING_LORAS,
+    SERVES_ON,
+)
 from tests.golden.golden_file import STAGES, is_drained, is_pipeline, version_of
 from tests.hand_made import OneInstance
 
@@ -166,6 +173,8 @@ def limits(settings: SchedulerSettings, version: VllmVersion) -> SchedulerLimits
         reserve_full_isl=settings.reserve_full_isl,
         serves_on=SERVES_ON.holds(version),
         counts_all_victims=COUNTS_VICTIMS.holds(version),
+        max_loras=settings.max_loras,
+        counts_all_loras=RUNNING_LORAS.holds(version),
     )
 
 

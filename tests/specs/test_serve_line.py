@@ -155,7 +155,7 @@ def test_the_tables_know_every_argument_of_vllm_once() -> None:
     ("rest", "told"),
     [
         ("--spec-method ngram", "not simulated: speculative decoding that is not given as"),
-        ("--enable-lora", "--enable-lora: not simulated: LoRA"),
+        ("--enable-dbo", "--enable-dbo: not simulated: dual-batch overlap"),
         ("--kv-transfer-config '{}'", "pd_type"),
         ("--max-num-seq 64", "--max-num-seq: unknown; did you mean --max-num-seqs"),
         ("--frobnicate", "--frobnicate: unknown; leave out"),
@@ -174,9 +174,15 @@ def test_what_cannot_be_simulated_is_refused(rest: str, told: str) -> None:
     assert told in str(refusal.value)
 
 
+def test_adapters_are_read_and_their_names_are_not() -> None:
+    line = read_serve_line(f"vllm serve {LLAMA} --enable-lora --max-loras 4 --lora-modules a=/a b=/b")
+    assert (line.options["enable_lora"], line.options["max_loras"]) == (True, 4)
+    assert line.without_influence == ["--lora-modules a=/a b=/b"]
+
+
 def test_all_refusals_stand_in_one_message() -> None:
-    with pytest.raises(InputError, match=r"--enable-lora.*--frobnicate.*--stream-interval"):
-        RuntimeOptions(vllm_serve=f"vllm serve {LLAMA} --enable-lora --frobnicate 3 --stream-interval 4")
+    with pytest.raises(InputError, match=r"--enable-dbo.*--frobnicate.*--stream-interval"):
+        RuntimeOptions(vllm_serve=f"vllm serve {LLAMA} --enable-dbo --frobnicate 3 --stream-interval 4")
 
 
 @pytest.mark.parametrize("wrong", ["sglang serve x", "", "docker run vllm", "vllm bench x", "vllm serve 'x"])

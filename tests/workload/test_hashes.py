@@ -142,6 +142,16 @@ def test_identities_of_a_recorded_workload_equal_those_of_the_twin(block_size: i
     same_identities(workload, block_size)
 
 
+def test_prompts_of_different_adapters_share_nothing() -> None:
+    same = list(range(40))
+    workload = workload_of((same, None), (same, None), (same, None), (same, None))
+    for request, lora in zip(workload, ("a", "b", "a", None), strict=True):
+        request.lora = lora
+    assert block_ids(workload, 16).ids == [[0, 1], [], [0, 1], []]
+    workload.requests[2].cache_salt = "tenant"
+    assert block_ids(workload, 16).ids == [[], [], [], []]
+
+
 def test_prompts_of_different_salts_share_nothing() -> None:
     same = list(range(40))
     workload = workload_of((same, None), (same, None), (same, None), (same, None))

@@ -187,10 +187,11 @@ def test_the_recorded_workloads_load(name: str) -> None:
 
 
 def test_limits_salts_and_priorities_are_read_and_written() -> None:
-    extra = {"priority": -3, "max_tokens": 9, "cache_salt": "tenant"}
+    extra = {"priority": -3, "max_tokens": 9, "cache_salt": "tenant", "lora": "sql"}
     whole = loaded(FLAT | extra)
     (request,) = whole
     assert (request.priority, request.max_tokens, request.cache_salt) == (-3, 9, "tenant")
+    assert request.lora == "sql"
     (line,) = json_lines(whole)
     assert json.loads(line) == FLAT | extra
     with pytest.raises(InputError, match="max_tokens: 2 is too small; must be >= 3"):
