@@ -55,6 +55,7 @@ from tests.golden.workloads import (
     shared_prefixes,
     together,
     unrelated,
+    with_loras,
     with_priorities,
     with_stops,
     without_ids,
@@ -386,6 +387,34 @@ RECIPES: dict[str, Recipe] = {
         "prompts every third step, little memory", lambda r: unrelated(r, 60, 12, (5, 120), (20, 90)),
         settings(60, **SYNC, prefill_schedule_interval=3), since="0.33",
     ),
+    "async_loras": Recipe(
+        "five LoRA adapters, two in a step; shared prefixes apart by adapter, some requests without",
+        lambda r: with_loras(r, shared_prefixes(r, 60, 8, output=(5, 60)), 5, 0.8),
+        settings(300, max_loras=2),
+    ),
+    "async_loras_tight": Recipe(
+        "four LoRA adapters, one in a step; preemptions strike between those that were passed over",
+        lambda r: with_loras(r, unrelated(r, 60, 6, (5, 120), (20, 160)), 4, 0.6), settings(40, max_loras=1),
+    ),
+    "sync_loras_sessions": Recipe(
+        "conversations whose turns change adapters, three in a step",
+        lambda r: with_loras(r, conversations(r, 14, 20, output=(5, 60)), 6, 0.7),
+        settings(60, **SYNC, max_loras=3),
+    ),
+    "sync_loras_cadence": Recipe(
+        "LoRA adapters, one in a step, prompts every third step, chunks of 24 tokens",
+        lambda r: with_loras(r, unrelated(r, 60, 12, (5, 120), (5, 60)), 3, 0.9),
+        settings(
+            60, **SYNC, max_loras=1, prefill_schedule_interval=3, long_prefill_token_threshold=24,
+            max_num_seqs=16,
+        ),
+        since="0.33",
+    ),
+    "async_loras_priority": Recipe(
+        "LoRA adapters and priorities, 32 tokens a step",
+        lambda r: with_priorities(r, with_loras(r, shared_prefixes(r, 50, 20, output=(5, 60)), 5, 0.9), 3),
+        settings(60, **PRIORITY, max_num_batched_tokens=32, max_num_seqs=12, max_loras=2),
+    ),
     "async_long_chats": Recipe(
         "long runs of pure decode steps whose time grows with the context", long_chats,
         settings(500), CONTEXT,
@@ -516,7 +545,7 @@ RECIPES: dict[str, Recipe] = {
 
 ACROSS = (
     *(name for name, recipe in RECIPES.items() if recipe.settings.long_prefill_token_threshold),
-    *(name for name in RECIPES if any(word in name for word in ("priority", "stops", "cadence"))),
+    *(name for name in RECIPES if any(word in name for word in ("priority", "stops", "cadence", "loras"))),
     *("async_context_full", "async_watermark"),
     *("async_two_seats_tight", "sync_prefix_tight", "async_last_token_victims_cached", "async_echoes"),
     *("async_sessions_tight", "sync_sessions_long_answers", "async_no_full_gate", "async_block_edges"),

@@ -49,6 +49,16 @@ def with_stops(rng: np.random.Generator, entries: list[Entry], share: float) -> 
     ]
 
 
+def with_loras(rng: np.random.Generator, entries: list[Entry], adapters: int, share: float) -> list[Entry]:
+    """The same requests, a share of which asks for one of so many LoRA adapters."""
+    asks = rng.random(len(entries)) < share
+    names = rng.integers(adapters, size=len(entries))
+    return [
+        {**entry, "lora": f"adapter-{name}"} if ask else entry
+        for entry, ask, name in zip(entries, asks, names, strict=True)
+    ]
+
+
 def without_ids(
     rng: np.random.Generator, count: int, gap_ms: float, prompt: tuple[int, int], output: tuple[int, int]
 ) -> list[Entry]:

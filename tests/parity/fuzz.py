@@ -45,6 +45,7 @@ from tests.golden.workloads import (
     shared_prefixes,
     together,
     unrelated,
+    with_loras,
     with_priorities,
     with_stops,
     without_ids,
@@ -199,6 +200,13 @@ def random_speculation(rng: np.random.Generator, settings: SchedulerSettings) ->
     )
 
 
+def random_loras(seed: int, entries: list[Entry], settings: SchedulerSettings) -> Setting:
+    """The same with LoRA adapters, drawn on their own so that the rest of a seed stays as it is."""
+    rng = np.random.default_rng([seed, 1])
+    entries = with_loras(rng, entries, int(rng.choice([1, 2, 3, 6, 20])), float(rng.choice([0.3, 0.8, 1.0])))
+    return entries, replace(settings, max_loras=int(rng.choice([1, 1, 2, 3, 5])))
+
+
 def installed_version() -> VllmVersion:
     """The version of the vLLM that is driven."""
     found = str(minor_version(version("vllm")))
@@ -209,9 +217,9 @@ def random_formula(rng: np.random.Generator) -> StepFormula:
     return [ODD, ROUND, CONTEXT][int(rng.integers(3))]
 
 
-def compare(seed: int, grouped: bool = False, speculative: bool = False) -> Outcome:
+def compare(seed: int, grouped: bool = False, speculative: bool = False, loras: bool = False) -> Outcome:
     """Run one seed through vLLM and through the engine, stepped and jumping; ``grouped``: with several groups
-    of layers; ``speculative``: with speculative decoding."""
+    of layers; ``speculative``: with speculative decoding; ``loras``: with LoRA adapters."""
     rng = np.random.default_rng(seed)
     entries = random_entries(rng)
     settings = random_settings(rng, entries)
@@ -220,6 +228,8 @@ def compare(seed: int, grouped: bool = False, speculative: bool = False) -> Outc
         longest = max(r.input_tokens + r.output_tokens for r in build_workload(entries, "random"))
         settings = replace(settings, max_model_len=longest)
         settings = (random_groups if grouped else random_speculation)(rng, settings)
+    if loras:
+        entries, settings = random_loras(seed, entries, settings)
     try:
         log = record_scheduler(build_workload(entries, "random"), settings, random_formula(rng))
     except RunError:  # vLLM comes to a halt: a step holds less than the block of a state (0.24)
@@ -240,11 +250,12 @@ def main(arguments: list[str]) -> int:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--groups", action="store_true", help="with several groups of layers")
     kinds.add_argument("--speculative", action="store_true", help="with speculative decoding")
+    parser.add_argument("--loras", action="store_true", help="with LoRA adapters, also beside the others")
     parser.add_argument("--first", type=int, default=0, help="first seed (default: 0)")
     options = parser.parse_args(arguments)
     failures = steps = preemptions = halted = 0
     for seed in range(options.first, options.first + options.seeds):
-        settings, log, found = compare(seed, options.groups, options.speculative)
+        settings, log, found = compare(seed, options.groups, options.speculative, options.loras)
         steps += len(log.steps)
         halted += not log.steps
         preemptions += sum(request.preemptions for request in log.requests)
