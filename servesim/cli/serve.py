@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from servesim.errors import InputError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     import uvicorn
     from starlette.applications import Starlette
@@ -56,7 +58,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="NAME",
         help="names that clients ask for (default: the model's)",
     )
-    add("--lora-modules", nargs="+", default=[], metavar="NAME", help="adapters that clients may ask for")
+    add(
+        "--lora-modules",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="LoRA adapters that clients may ask for by these names (NAME=PATH too); needs --enable-lora",
+    )
     add(
         "--tokenizer",
         metavar="PATH",
@@ -177,6 +185,28 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--api-key: is empty; leave it out for a server that asks for none")
 
 
+def adapter_names(words: Sequence[str]) -> tuple[str, ...]:
+    """Names of adapters given as vLLM takes them: ``NAME``, ``NAME=PATH`` or ``{"name": "NAME", ...}``.
+
+    Raises:
+        InputError: a word has no name.
+    """
+    names = []
+    for word in words:
+        name: object = word.partition("=")[0]
+        if word.startswith("{"):
+            try:
+                name = json.loads(word).get("name")
+            except ValueError:
+                name = None
+        if not isinstance(name, str) or not name:
+            raise InputError(
+                f"--lora-modules: {word!r} is not allowed; must be NAME, NAME=PATH or JSON with a name"
+            )
+        names.append(name)
+    return tuple(dict.fromkeys(names))
+
+
 def build_app(args: argparse.Namespace, options: RuntimeOptions) -> tuple[Starlette, str, list[str]]:
     """The application, a line about it, and what its user should know."""
     from servesim.api import read_cluster
@@ -189,11 +219,16 @@ def build_app(args: argparse.Namespace, options: RuntimeOptions) -> tuple[Starle
 
     cluster = read_cluster(options)
     pace = VirtualPace(args.virtual_time) if args.virtual_time else WallPace(args.speed or 1.0)
+    adapters = adapter_names(args.lora_modules)
     engine = LiveEngine(cluster, options, pace)
+    if adapters and not all(i.log.options.enable_lora for i in engine.instances):
+        raise InputError(
+            "--lora-modules: needs --enable-lora, as vLLM does; --max-loras says how many a step"
+        )
     if args.kv_events:
         from servesim.server.kv_events import KvEvents
 
-        engine.publish(KvEvents(engine, args.kv_events, args.kv_events_replay))
+        engine.publish(KvEvents(engine, args.kv_events, args.kv_events_replay, adapters=adapters))
     names = {spec.model_name for _, spec in cluster.instances}
     if len(names) > 1:
         raise InputError(
@@ -203,8 +238,8 @@ def build_app(args: argparse.Namespace, options: RuntimeOptions) -> tuple[Starle
     tokenizer = LocalTokenizer(args.tokenizer) if args.tokenizer else Estimate(model.vocab_size)
     served = tuple(args.served_model_name or [model.name])
     settings = Settings(
-        models=(*served, *args.lora_modules),
-        adapters=frozenset(args.lora_modules),
+        models=(*served, *adapters),
+        adapters=frozenset(adapters),
         vllm_version=options.vllm_version,
         vocab_size=model.vocab_size,
         api_key=args.api_key,

@@ -223,8 +223,8 @@ class Server:
         reason = why_refused(self.engine, request)
         if reason:
             raise ApiError(400, reason)
-        salt = asked.salt + (f" adapter {model}" if model in self.settings.adapters else "")
-        return Stream(request, salt, ids.tobytes(), limited=limited, news=news)
+        request.lora = model if model in self.settings.adapters else None
+        return Stream(request, asked.salt, ids.tobytes(), limited=limited, news=news)
 
     def _cut(
         self, words: NDArray[np.int64], stop: str, least: int, limited: bool

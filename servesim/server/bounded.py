@@ -90,6 +90,8 @@ class LiveTables(BlockTables):
         self._known: OrderedDict[tuple[int, bytes], int] = OrderedDict()
         self._contents: dict[int, tuple[int, bytes]] | None = None
         """The other way round, where somebody wants to know."""
+        self._adapter_roots: dict[int, str] = {}
+        """What stands before the first block of an adapter's requests -> the adapter."""
         self._numbers = count(1)
         self._own = _OWN_BLOCKS
         self._salts: dict[int, str] = {}
@@ -102,6 +104,7 @@ class LiveTables(BlockTables):
     def forget_all(self) -> None:
         """Know no block any more: what comes now hits nothing that was before."""
         self._known.clear()
+        self._adapter_roots.clear()
         if self._contents is not None:
             self._contents.clear()
 
@@ -113,8 +116,12 @@ class LiveTables(BlockTables):
         """(number of the block before, token ids as 64-bit bytes) of a block; None if it is not known."""
         return self._contents.get(number) if self._contents is not None else None
 
+    def adapter_of_root(self, number: int) -> str | None:
+        """The LoRA adapter whose first blocks follow ``number``; None: it is of none, or no such start."""
+        return self._adapter_roots.get(number)
+
     def salt(self, request: Request, salt: str) -> None:
-        """Keep a request's blocks apart from those of other salts (``cache_salt``, LoRA adapters)."""
+        """Keep a request's blocks apart from those of other salts (``cache_salt``)."""
         self._salts[request.index] = salt
 
     def forget(self, request: Request) -> None:
@@ -141,8 +148,15 @@ class LiveTables(BlockTables):
         raw = request.input_ids.tobytes() + (
             b"" if request.output_ids is None else request.output_ids.tobytes()
         )
+        parent = -block_size
+        if request.lora is not None:
+            parent = self._number((parent, b"adapter " + request.lora.encode()))
+            self._adapter_roots[parent] = request.lora
         salt = self._salts.get(request.index)
-        parent = self._number((-block_size, salt.encode())) if salt else -block_size
+        if salt:
+            parent = self._number((parent, b"salt " + salt.encode()))
+            if request.lora is not None:
+                self._adapter_roots[parent] = request.lora
         step = 8 * block_size
         for start in range(0, len(raw) - step + 1, step):
             parent = self._number((parent, raw[start : start + step]))
@@ -156,6 +170,7 @@ class LiveTables(BlockTables):
             return found
         while len(self._known) >= self._most:
             _, gone = self._known.popitem(last=False)
+            self._adapter_roots.pop(gone, None)
             if self._contents is not None:
                 del self._contents[gone]
         self._known[short] = number = next(self._numbers)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from servesim.server.bounded import LiveTables
     from servesim.server.live import LiveEngine
@@ -30,13 +30,21 @@ _END = (-1).to_bytes(8, "big", signed=True)
 class KvEvents:
     """One publisher for each instance."""
 
-    def __init__(self, engine: LiveEngine, endpoint: str, replay: str | None = None, topic: str = "") -> None:
+    def __init__(
+        self,
+        engine: LiveEngine,
+        endpoint: str,
+        replay: str | None = None,
+        topic: str = "",
+        adapters: Sequence[str] = (),
+    ) -> None:
         """
         Args:
             engine: whose caches are watched.
             endpoint: where to publish, such as ``tcp://127.0.0.1:5557``; instance i takes port + i.
             replay: where to answer who has missed something, likewise.
             topic: first part of every message.
+            adapters: LoRA adapters in the order in which they were loaded, which gives them their numbers.
 
         Raises:
             InputError: pyzmq or msgspec is missing, an address is wrong or taken, or a cache has several
@@ -61,7 +69,7 @@ class KvEvents:
             self._publishers.append(_bound(context.socket(zmq.PUB), endpoint, index, "--kv-events"))
             if replay is not None:
                 self._replays.append(_bound(context.socket(zmq.ROUTER), replay, index, "--kv-events-replay"))
-            watcher = _Watcher(engine.tables, instance.scheduler.kv.block_size)
+            watcher = _Watcher(engine.tables, instance.scheduler.kv.block_size, adapters)
             instance.scheduler.kv.pool.watch(watcher)
             self._watchers.append(watcher)
             self._kept.append(deque(maxlen=_KEPT_BATCHES))
@@ -116,9 +124,12 @@ class KvEvents:
 class _Watcher:
     """Collects what a pool registers and forgets."""
 
-    def __init__(self, tables: LiveTables, block_size: int) -> None:
+    def __init__(self, tables: LiveTables, block_size: int, adapters: Sequence[str]) -> None:
         self._tables = tables
         self._block_size = block_size
+        self._numbers = {name: number for number, name in enumerate(adapters, start=1)}
+        self._adapters: dict[int, str] = {}
+        """Content -> LoRA adapter, of what the pool holds."""
         self._events: list[dict[str, Any]] = []
         self._hashes: dict[int, bytes] = {}
         """Content -> its hash, of what the pool holds, and how often."""
@@ -132,6 +143,9 @@ class _Watcher:
         if known is None:
             return  # nobody else can ever hit it
         parent, raw = known
+        adapter = self._adapters.get(parent) or self._tables.adapter_of_root(parent)
+        if adapter is not None:
+            self._adapters[content] = adapter
         if parent == self._last and self._events and self._events[-1]["type"] == "BlockStored":
             event = self._events[-1]
             event["block_hashes"].append(self._hash(content, parent, raw))
@@ -144,9 +158,9 @@ class _Watcher:
                     "parent_block_hash": self._hashes.get(parent),
                     "token_ids": _ids(raw),
                     "block_size": self._block_size,
-                    "lora_id": None,
+                    "lora_id": None if adapter is None else self._numbers[adapter],
                     "medium": "GPU",
-                    "lora_name": None,
+                    "lora_name": adapter,
                     "group_idx": 0,
                 }
             )
@@ -161,6 +175,7 @@ class _Watcher:
         self._holders[content] -= 1
         if not self._holders[content]:
             del self._holders[content], self._hashes[content]
+            self._adapters.pop(content, None)
         event = {"type": "BlockRemoved", "block_hashes": [number], "medium": "GPU", "group_idx": 0}
         self._events.append(event)
         self._last = 0
@@ -169,6 +184,7 @@ class _Watcher:
         """Nothing that is held now counts any more."""
         self._events, self._last = [], 0
         self._hashes.clear()
+        self._adapters.clear()
         self._holders.clear()
 
     def take(self) -> list[dict[str, Any]]:

@@ -145,6 +145,21 @@ def test_subscribers_get_what_happens() -> None:
         assert DECODE(payload).events
 
 
+def test_events_name_the_adapter() -> None:
+    replay = free_port()
+    words = f"--kv-events tcp://127.0.0.1:{free_port()} --kv-events-replay tcp://127.0.0.1:{replay}"
+    lora = "--enable-lora --lora-modules chat sql"
+    with serving(f"--cluster-config tight.json --speed 1000 {words} {lora}") as server:
+        for name, salt in (("sql", ""), ("sql", "mine"), (None, "mine")):
+            body = {"prompt": [7] * 40, "max_tokens": 1, "cache_salt": salt}
+            server.post("/v1/completions", body | ({"model": name} if name else {}))
+        server.wait_until_idle()
+        stored = [event for batch in replayed(replay, 0) for event in batch.events]
+    assert all(isinstance(event, BlockStored) for event in stored)
+    assert [(event.lora_id, event.lora_name) for event in stored] == [(2, "sql"), (2, "sql"), (None, None)]
+    assert len({event.block_hashes[0] for event in stored}) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import servesim
+from servesim.__main__ import main
 from servesim.workload.request import Request, Workload
 from tests.engine.toy_world import DENSE, toy_cluster, toy_instance, toy_world
 from tests.server.serving import Served, serving
@@ -196,6 +197,26 @@ def test_a_salt_keeps_prefixes_apart(server: Served) -> None:
         for salt in ("", "mine", "mine")
     ]
     assert [each["cached_tokens"] for each in cached] == [192, 0, 192]
+
+
+def test_adapters_take_slots_and_have_prefixes_of_their_own() -> None:
+    words = "--cluster-config two.json --lora-modules sql=/adapters/sql chat"
+    with serving(f"{words} --enable-lora --max-loras 1 --virtual-time 1") as server:
+        assert [each["id"] for each in server.get("/v1/models")["data"]] == [DENSE, "sql", "chat"]
+        usages = [
+            server.post("/v1/completions", {"model": name, "prompt": [9] * 200, "max_tokens": 1})[1]["usage"]
+            for name in (DENSE, "sql", "chat", "sql", "chat", DENSE)
+        ]
+    assert [each["prompt_tokens_details"]["cached_tokens"] for each in usages] == [0, 0, 0, 192, 192, 192]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [("sql", "needs --enable-lora"), ("=x --enable-lora", "NAME=PATH"), ("{} --enable-lora", "{}")],
+)
+def test_adapters_that_cannot_be_served(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--cluster-config", "two.json", "--lora-modules", *words.split()]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_requests_are_spread_over_instances() -> None:
