@@ -227,9 +227,10 @@ def _with_skipped(model: ModelSpec, args: argparse.Namespace) -> ModelSpec:
         words = skip_words(args.kv_cache_dtype_skip_layers)
     except ValueError as error:
         raise InputError(f"{OPTION}: {error}") from None
+    kv_format = model.kv_word(args.kv_cache_dtype)
     told = None if words is None else str(words)
-    skipped = skipped_layers(model.layers, told, args.kv_cache_dtype)
-    if told and skipped == skipped_layers(model.layers, None, args.kv_cache_dtype):
+    skipped = skipped_layers(model.layers, told, kv_format)
+    if told and skipped == skipped_layers(model.layers, None, kv_format):
         raise InputError(
             f"{OPTION} {told}: has no effect with --kv-cache-dtype {args.kv_cache_dtype}; leave it out"
         )

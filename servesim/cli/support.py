@@ -95,10 +95,8 @@ def single(args: argparse.Namespace) -> Answer:
     from servesim.profiler.support import answer
     from servesim.specs.block_layers import architecture_of
     from servesim.specs.model import load_model
-    from servesim.specs.runnable import refuse_not_simulated
 
     model = load_model(args.model)
-    refuse_not_simulated(model)
     job = ProfileJob(
         model=model,
         architecture=architecture_of(model),
@@ -148,14 +146,12 @@ def matrix(args: argparse.Namespace) -> list[Answer]:
     from servesim.specs.block_layers import architecture_of
     from servesim.specs.hardware import load_hardware
     from servesim.specs.model import known_models, load_model
-    from servesim.specs.runnable import refuse_not_simulated, why_not_simulated
+    from servesim.specs.runnable import why_not_simulated
 
     names = [args.model] if args.model else [m for m in known_models() if not m.startswith(_OWN_MODELS)]
     models = [load_model(name) for name in names]
     files = [path.stem for path in paths.find_all("configs/hardware/*.yaml")]
     hardware = [known_hardware(args.hardware)] if args.hardware else [load_hardware(name) for name in files]
-    for model in models if args.model else ():
-        refuse_not_simulated(model)
     if not args.model:
         models = [model for model in models if why_not_simulated(model) is None]
     architectures = [architecture_of(model) for model in models]

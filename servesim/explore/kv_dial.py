@@ -25,7 +25,7 @@ from servesim.specs.kv_support import attention_kind, is_known, why_not
 from servesim.specs.layers import Attention, Recurrent
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions
-from servesim.specs.runnable import why_not_priced
+from servesim.specs.runnable import why_not_simulated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -105,7 +105,7 @@ class KvDial:
     context: int
     batch: int
     base_format: str
-    """The 16-bit format that others are compared with."""
+    """The 16-bit format that others are compared with; the only one, where the model has but one."""
     auto_format: str
     """What ``auto`` stands for."""
     weight_gib: float
@@ -181,11 +181,11 @@ def kv_dial(
     _check(spec, facts, context, batch)
     instance = next(spec for _, spec in cluster_of(options).instances)
     resolved = resolve(options, instance, spec)
-    tp, base = instance.tp_size, _sixteen_bit(resolved.dtype)
-    auto = spec.layers.kv_format or resolve_kv_dtype(resolved.dtype, "auto")
+    tp, auto = instance.tp_size, spec.layers.kv_format or resolve_kv_dtype(resolved.dtype, "auto")
+    base = auto if attention_kind(spec.layers) == "compressed" else _sixteen_bit(resolved.dtype)
     room = kv_room(spec, instance, resolved, facts)
     asked = _Asked(spec, facts, resolved, tp, room, base, context, batch)
-    reason, steps = why_not_priced(spec), None
+    reason, steps = why_not_simulated(spec), None
     if reason is None:
         from servesim.explore.kv_steps import KvSteps
 
@@ -230,6 +230,8 @@ def _formats(model: ModelSpec) -> tuple[str, ...]:
     kind = attention_kind(model.layers)
     if kind == "heads":
         return FORMATS_OF_HEADS
+    if kind == "compressed":
+        return ()  # its own alone
     return FORMATS_OF_SPARSE_LATENTS if kind == "sparse_mla" else FORMATS_OF_LATENTS
 
 
@@ -325,7 +327,9 @@ def _notes(asked: _Asked, rows: Sequence[KvRow], steps: KvSteps | None, reason: 
     for row in rows:
         if row.refused:
             notes.append(f"{row.kv_format}: {row.refused}")
-    if attention_kind(spec.layers) != "heads":
+    if (kind := attention_kind(spec.layers)) == "compressed":
+        notes.append("vLLM keeps the cache of compressed tokens in fp8_ds_mla alone, whatever is asked for")
+    elif kind != "heads":
         names = [name for name in FORMATS_OF_HEADS if name not in FORMATS_OF_SPARSE_LATENTS]
         notes.append(f"vLLM has no kernels of latent attention (MLA) for {', '.join(names)}")
     small = [row.kv_format for row in rows if row.hybrid and not row.refused and row.batch_fits is False]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from servesim.errors import NotSupportedError
 from servesim.explore.kv_dial import FORMATS_OF_HEADS
 from servesim.memory.kv_groups import kv_layers, plan_groups
 from servesim.memory.sizing import GIB
 from servesim.results.table import Table
 from servesim.specs import paths
 from servesim.specs.hardware import load_hardware
-from servesim.specs.kv_support import VLLM, why_not
+from servesim.specs.kv_support import VLLM, attention_kind, why_not
 from servesim.specs.layers import Attention, Recurrent
 from servesim.specs.model import ModelSpec, known_models, load_model
 from servesim.specs.runnable import why_not_simulated
@@ -37,7 +36,7 @@ def models_text() -> str:
         table.rows.append([name, _kinds(model), label, size, _token_bytes(model), "yes" if runs else "no"])
     lines = [
         f"{len(names)} models; the steps of {simulated} are simulated. `servesim kv` gives the memory of the",
-        "others. KV B/token: 16 bit, one GPU, of one more token of a long request; -: not modelled.",
+        "others. KV B/token: 16 bit (DeepSeek V4: fp8_ds_mla), one GPU, of one more token of a long request.",
     ]
     return "\n".join([table.plain(), "", *lines])
 
@@ -83,7 +82,5 @@ def _kinds(model: ModelSpec) -> str:
 
 
 def _token_bytes(model: ModelSpec) -> str:
-    try:
-        return f"{plan_groups(kv_layers(model.layers, 'bfloat16')).bytes_per_token:,.0f}"
-    except NotSupportedError:
-        return "-"
+    only = model.layers.kv_format if attention_kind(model.layers) == "compressed" else None
+    return f"{plan_groups(kv_layers(model.layers, only or 'bfloat16')).bytes_per_token:,.0f}"

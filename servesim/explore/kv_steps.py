@@ -115,7 +115,7 @@ class KvSteps:
             f"step: {self._batch} decodes with {self._context:,} tokens each; prefill: one prompt of "
             f"{self._context:,} tokens, alone"
         ]
-        for kv_format in (self._base, "fp8"):
+        for kv_format in (self._base,) if self._base in _TIMED else (self._base, "fp8"):
             if (stage := self._stage(kv_format)) is not None:
                 notes.append(f"times with {kv_format}: {stage.bundle.describe()}")
             else:

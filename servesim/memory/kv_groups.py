@@ -7,8 +7,9 @@ be of one size: the blocks of a layer with smaller pages hold more tokens where 
 its pages are padded. States do not grow with tokens: the attention layers' block is raised until its page
 covers a state's, and the states' pages are padded to it.
 
-Checked against the planner of vLLM 0.33.0 (tests/golden/kv_plans.json). Not modelled: attention over
-compressed tokens (DeepSeek V4), whose pages of several sizes lie side by side in a block.
+Attention over compressed tokens (DeepSeek V4) is the exception: pages of several sizes lie side by side.
+
+Checked against the planner of vLLM 0.33.0 (tests/golden/kv_plans.json).
 """
 
 from __future__ import annotations
@@ -35,6 +36,18 @@ _DELTA_CHUNK = 64
 """Tokens of a chunk of the delta-rule kernels; blocks of such models are a multiple of it."""
 _LATENT_BLOCK = 128
 """Blocks of models with latent attention and states are a multiple of so many tokens."""
+COMPRESSED_FORMATS = ("fp8", "fp8_ds_mla")
+"""Of attention over compressed tokens (DeepSeek V4); both are the second."""
+_COMPRESSED_SINCE = "0.33"
+_USUAL_BLOCK, _COMPRESSED_BLOCK, _WINDOW_BLOCK = 16, 256, 64
+"""Tokens of a block where nothing is asked for; of compressed tokens; of the window beside them."""
+_INPUTS_BLOCK = (8, 4)
+"""Tokens of a block of inputs to be compressed: keys and gates in 32 bit, of groups side by side and of
+groups that overlap, which are twice as wide."""
+_SLOT_BYTES = 584
+"""Of one vector: 448 elements in 8 bit, 64 rotary ones in 16 bit, 8 bytes of scales."""
+_PAGE_STEP = 576
+"""Bytes that a page is a multiple of."""
 _KERNEL, _LATENT_KERNEL = 16, 64
 """Tokens of the smallest blocks that kernels take; of latent attention in 8 bit (FlashMLA)."""
 _MANY_MORE = 1.5
@@ -52,6 +65,8 @@ class KvLayer:
     reach: int | None = None
     """Window or chunk in tokens."""
     padded_bytes: int | None = None
+    packed: bool = False
+    """Whether pages of several sizes lie side by side in a block, so that none has to equal another."""
 
     @property
     def page_bytes(self) -> int:
@@ -240,9 +255,7 @@ def _attention(layer: Layer) -> AnyAttention | None:
 
 def _kept(a: AnyAttention | None, kv_format: str, tp: int, block_size: int) -> list[KvLayer]:
     if isinstance(a, CompressedAttention):
-        raise NotSupportedError(
-            "attention over compressed tokens: its pages of several sizes are not modelled"
-        )
+        return _compressed(a, kv_format, block_size)
     if isinstance(a, LatentAttention):
         own = [KvLayer("mla", block_size, latent_bytes(a.kv_format or kv_format, a.kv_rank + a.rope_dim))]
         return own + _index(a.index_dim, block_size)
@@ -288,6 +301,38 @@ def _beside_wide(
     return raised
 
 
+def _compressed(a: CompressedAttention, kv_format: str, block_size: int) -> list[KvLayer]:
+    """A window, and of a layer that compresses: its vectors, the indexer's keys, and the inputs of the groups
+    of tokens that are still to be compressed, for both."""
+    if kv_format not in COMPRESSED_FORMATS:
+        raise NotSupportedError(
+            f"kv_cache_dtype {kv_format}: attention over compressed tokens keeps fp8_ds_mla alone (vLLM "
+            f"{_COMPRESSED_SINCE}); leave --kv-cache-dtype at auto"
+        )
+    if block_size not in (_USUAL_BLOCK, _COMPRESSED_BLOCK):
+        raise NotSupportedError(
+            f"block_size {block_size}: attention over compressed tokens has blocks of {_COMPRESSED_BLOCK} "
+            "tokens; leave --block-size out"
+        )
+    found = [_packed("sliding", _WINDOW_BLOCK, _WINDOW_BLOCK, _SLOT_BYTES, a.window)]
+    if not a.ratio:
+        return found
+    states, overlaps = _COMPRESSED_BLOCK // a.ratio, 2 if a.index_dim else 1
+    inputs = _INPUTS_BLOCK[overlaps - 1]
+    found.append(_packed("mla", _COMPRESSED_BLOCK, states, _SLOT_BYTES))
+    found.append(_packed("sliding", inputs, inputs, 8 * overlaps * a.head_dim, overlaps * a.ratio))
+    if a.index_dim:
+        found.append(_packed("mla", _COMPRESSED_BLOCK, states, index_bytes(a.index_dim)))
+        found.append(_packed("sliding", inputs, inputs, 8 * overlaps * a.index_dim, overlaps * a.ratio))
+    return found
+
+
+def _packed(kind: Kind, block_size: int, slots: int, slot_bytes: int, reach: int | None = None) -> KvLayer:
+    """Pages of ``slots`` entries in a block of ``block_size`` tokens, padded to what the kernels load."""
+    page = -(-slots * slot_bytes // _PAGE_STEP) * _PAGE_STEP
+    return KvLayer(kind, block_size, -(-page // block_size), reach, page, packed=True)
+
+
 def _index(dim: int, block_size: int) -> list[KvLayer]:
     """The keys of an indexer."""
     return [KvLayer("mla", block_size, index_bytes(dim))] if dim else []
@@ -328,6 +373,11 @@ def plan_groups(layers: list[KvLayer], *, hybrid: bool = True) -> KvPlan:
         NotSupportedError: pages cannot be made equal, or states stand beside one manager.
     """
     if not hybrid:
+        if any(layer.packed for layer in layers):
+            raise NotSupportedError(
+                "attention over compressed tokens has no manager in common (vLLM does not start so); leave "
+                "the hybrid manager on"
+            )
         if len({layer.kind == "state" for layer in layers}) > 1:
             raise NotSupportedError(
                 "states and KV caches have no manager in common; leave the hybrid manager on"
@@ -338,6 +388,8 @@ def plan_groups(layers: list[KvLayer], *, hybrid: bool = True) -> KvPlan:
         return KvPlan(
             (KvGroup(first.kind, first.block_size, tuple(x.page_bytes for x in layers), first.reach),)
         )
+    if any(layer.packed for layer in layers):
+        return _side_by_side(layers)
     buckets: dict[tuple[object, ...], list[KvLayer]] = {}
     for layer in _equal_pages(layers):
         key = (layer.kind, layer.reach, layer.block_size, layer.token_bytes, layer.padded_bytes)
@@ -352,6 +404,42 @@ def plan_groups(layers: list[KvLayer], *, hybrid: bool = True) -> KvPlan:
             pages = tuple(layer.page_bytes for layer in one)
             groups.append(KvGroup(one[0].kind, one[0].block_size, pages, one[0].reach, number))
     return KvPlan(tuple(groups))
+
+
+def _side_by_side(layers: list[KvLayer]) -> KvPlan:
+    """Groups whose layers' pages of several sizes lie side by side in a block of the pool.
+
+    Layers that need equally many blocks form a bucket. One that has as many layers of each of its sizes is a
+    pattern that repeats; the largest such pattern says at least how many repeats a group has, and where
+    least is left empty, how many. Other buckets are groups as they are.
+    """
+    buckets: dict[tuple[object, ...], dict[int, list[KvLayer]]] = {}
+    for layer in layers:
+        sizes = buckets.setdefault((layer.kind, layer.reach, layer.block_size), {})
+        sizes.setdefault(layer.page_bytes, []).append(layer)
+    repeats = [
+        (len(sizes), len(next(iter(sizes.values()))))
+        for sizes in buckets.values()
+        if len({len(some) for some in sizes.values()}) == 1
+    ]
+    least = max((count for kinds, count in repeats if kinds > 1), default=0)
+    size = _least_empty([count for _, count in repeats], least) if least else 0
+    groups = []
+    for number, sizes in enumerate(buckets.values()):
+        counts = {len(some) for some in sizes.values()}
+        parts = -(-max(counts) // size) if size and len(counts) == 1 else 1
+        for index in range(parts):
+            own = [layer for some in sizes.values() for layer in some[index::parts]]
+            pages = tuple(layer.page_bytes for layer in own)
+            groups.append(KvGroup(own[0].kind, own[0].block_size, pages, own[0].reach, number))
+    return KvPlan(tuple(groups))
+
+
+def _least_empty(counts: list[int], least: int) -> int:
+    """The size of groups, ``least`` or more, at which buckets of ``counts`` layers leave least empty; of
+    equal ones the largest."""
+    sizes = range(least, max(*counts, least) + 1)
+    return min(sizes, key=lambda size: (sum(-count % size for count in counts), -size))
 
 
 def _promoted(layers: list[KvLayer]) -> list[KvLayer]:

@@ -11,6 +11,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from servesim.slotted import dataclass
+from servesim.specs.block_layers import ATTENTION_KINDS
 from servesim.specs.dtypes import KV_CACHE_SIZED
 
 if TYPE_CHECKING:
@@ -166,6 +167,11 @@ def stated_error(meta: Mapping[str, Any], hardware: str, kv_dtype: str) -> State
     derived = derived_formats(meta, kv_dtype) if source in ("silicon", "roofline") else ""
     if derived:
         return StatedError(DERIVED, f"{source}: {derived} derived from other formats, not measured")
+    kinds = meta.get(ATTENTION_KINDS)
+    if isinstance(kinds, dict) and any(about.get("kind") == "compressed" for about in kinds.values()):
+        return StatedError(
+            DERIVED, f"{source}: attention over compressed tokens, of which no whole step or run is known"
+        )
     if source == "silicon":
         return _of_silicon(hardware, 1 if "fp8" in kv_dtype else 0)
     if source == "roofline":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from servesim.specs.layers import AnyAttention, Layer, ModelLayers, Tensor
     from servesim.specs.model import ModelSpec
 
-Kind = Literal["norm", "head_norm", "gated_norm", "rotary", "activation", "plain_activation", "gemm"]
+Kind = Literal["norm", "head_norm", "gated_norm", "rotary", "activation", "plain_activation", "hyper", "gemm"]
 ATTENTION, MOE = "attention", "moe"
 ATTENTION_KINDS = "attention_kinds"
 """Key of a bundle's meta.yaml: the tables of attention where there are several, each with the share of blocks
@@ -54,7 +54,7 @@ class DenseLayer:
     """Full name of the first of them, which tells its format."""
     width: int = 0
     """Elements of one token before they are split over ranks, of what is no product; of a norm of heads the
-    heads."""
+    heads; of hyper-connections those of all streams, which every rank has."""
 
     def gemm(self, tp: int) -> tuple[int, int]:
         """Output and inner size (n, k) on one of ``tp`` ranks."""
@@ -117,7 +117,7 @@ def attention_groups(model: ModelLayers) -> tuple[AttentionGroup, ...]:
     for index, layer in enumerate(model.layers):
         for attention in attentions_of(layer):
             found.setdefault(attention, []).append(index)
-    order = sorted(found, key=lambda a: (_rank(a), getattr(a, "kv_format", None) or "", found[a]))
+    order = sorted(found, key=lambda a: (*_rank(a), found[a]))
     groups: list[AttentionGroup] = []
     for attention in order:
         label = ATTENTION
@@ -133,8 +133,11 @@ def attention_groups(model: ModelLayers) -> tuple[AttentionGroup, ...]:
     return tuple(groups)
 
 
-def _rank(attention: AnyAttention) -> int:
-    return _FIRST.index(attention.kind) if attention.kind in _FIRST else len(_FIRST)
+def _rank(attention: AnyAttention) -> tuple[int, str, bool]:
+    """What keeps most of the context comes first, and of it what has the instance's own KV format."""
+    kind = _FIRST.index(attention.kind) if attention.kind in _FIRST else len(_FIRST)
+    window_alone = isinstance(attention, CompressedAttention) and not attention.ratio
+    return kind, getattr(attention, "kv_format", None) or "", window_alone
 
 
 def is_module(attention: AnyAttention | None) -> bool:
@@ -194,6 +197,8 @@ def _layers_of(layer: Layer, hidden: int) -> list[DenseLayer | str]:
     for tensor in layer.tensors:
         if "." not in tensor.name and not tensor.matrix and tensor.rows == hidden and tensor.columns == 1:
             found.append(DenseLayer("layernorm", "norm", width=hidden))
+    if streams := [tensor.columns for tensor in layer.tensors if tensor.name == "hc_attn_fn"]:
+        found.append(DenseLayer("hyper_connections", "hyper", width=streams[0]))
     attention = [tensor for tensor in layer.tensors if tensor.matrix and not _is_mlp(tensor, layer)]
     kinds = attentions_of(layer)
     if kinds and is_module(kinds[0]):

@@ -10,7 +10,6 @@ from servesim.errors import InputError, MissingFileError
 from servesim.specs.hardware import load_hardware
 from servesim.specs.memories import KINDS, split_place
 from servesim.specs.model import load_model
-from servesim.specs.runnable import missing_kinds, not_simulated
 from servesim.specs.validation import joined
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ def check_cluster(cluster: ClusterSpec) -> dict[str, ModelSpec]:
         model = models[instance.model_name]
         group = sum(other.dp_group == instance.dp_group for _, other in cluster.instances)
         members = group if instance.dp_group is not None else 1
-        found += [f"{where}.model_name: {problem}" for problem in _kinds(model)]
         found += [f"{where}.{problem}" for problem in _splits(instance, model, members)]
         found += [f"{where}.{problem}" for problem in _places(cluster, node, instance, model)]
     _raise_if(cluster, found)
@@ -176,12 +174,6 @@ def _rising(where: str, device: Spec, *names: str) -> Iterator[str]:
         least, value = getattr(device, lower), getattr(device, higher)
         if value < least:
             yield f"{where}.{higher}: {value:g} is not allowed; must be >= {least:g} W, the {lower}"
-
-
-def _kinds(model: ModelSpec) -> Iterator[str]:
-    """Kinds of layers that cannot be simulated."""
-    if missing := missing_kinds(model.layers):
-        yield not_simulated(model, missing)
 
 
 def _splits(instance: InstanceSpec, model: ModelSpec, group: int) -> Iterator[str]:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from servesim.slotted import dataclass
-from servesim.specs.layers import LatentAttention
+from servesim.specs.layers import CompressedAttention, LatentAttention
 
 if TYPE_CHECKING:
     from servesim.specs.hardware import HardwareSpec
     from servesim.specs.layers import ModelLayers
 
-AttentionKind = Literal["heads", "mla", "sparse_mla"]
-"""Keys and values a head; latent vectors; latent vectors with an indexer."""
+AttentionKind = Literal["heads", "mla", "sparse_mla", "compressed"]
+"""Keys and values a head; latent vectors; latent vectors with an indexer; those of compressed tokens."""
 SIXTEEN = ("float16", "bfloat16")
 _FP8 = ("fp8", "fp8_e4m3")
 _TURBO = ("turboquant_k8v4", "turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_3bit_nc")
@@ -78,12 +78,18 @@ BACKENDS: tuple[Backend, ...] = (
             source="mla/flashinfer_mla_sparse_sm90.py"),
     Backend("FLASHINFER_MLA_SPARSE_SM120", "sparse_mla", ("fp8_ds_mla",), 12.0, 12.1,
             source="mla/flashinfer_mla_sparse.py"),
+    Backend("FLASHMLA_SPARSE_DSV4", "compressed", (*_FP8, "fp8_ds_mla"), 9.0, 10.3,
+            source="vllm/models/deepseek_v4/nvidia/flashmla.py"),
+    Backend("FLASHINFER_MLA_SPARSE_DSV4", "compressed", (*_FP8, "fp8_ds_mla"), 12.0, 12.1,
+            source="vllm/models/deepseek_v4/nvidia/flashinfer_sparse.py"),
 )  # fmt: skip
 VLLM = "0.33"
 
 
 def attention_kind(model: ModelLayers) -> AttentionKind:
     """What its attention layers keep."""
+    if any(isinstance(layer.attention, CompressedAttention) for layer in model.layers):
+        return "compressed"
     latent = [layer.attention for layer in model.layers if isinstance(layer.attention, LatentAttention)]
     if not latent:
         return "heads"
@@ -100,7 +106,9 @@ def why_not(kv_format: str, model: ModelLayers, hardware: HardwareSpec) -> str |
     kind = attention_kind(model)
     taking = [each for each in BACKENDS if each.kind == kind and kv_format in each.formats]
     if not taking:
-        what = "attention a head" if kind == "heads" else "latent attention (MLA)"
+        what = {"heads": "attention a head", "compressed": "attention over compressed tokens"}.get(
+            kind, "latent attention (MLA)"
+        )
         return f"no attention backend of vLLM {VLLM} takes it for {what}"
     if sinks := has_sinks(model):
         taking = [each for each in taking if each.sinks]

@@ -139,13 +139,3 @@ def test_a_missing_fact_of_the_hardware_file_ends_in_one_message(
     (working_folder / "configs/hardware/Blank.yaml").write_text("gpu: a name and nothing else\n")
     assert make(hardware="Blank") == 2
     assert "configs/hardware/Blank.yaml: memory_bandwidth_gbs: is missing" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("words", [[], ["--matrix"]])
-def test_a_model_without_steps_is_told_what_is_possible(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["support", "deepseek-ai/DeepSeek-V4-Flash", "--hardware", "Mine", *words]) == 2
-    error = capsys.readouterr().err
-    assert "attention over a window and compressed tokens" in error
-    assert "servesim kv --matrix" in error

@@ -55,6 +55,27 @@ def test_blocks_behind_a_window_are_given_back() -> None:
     assert whole[-1] == 59  # one group of five layers, so each block is larger
 
 
+def test_compressed_tokens_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """DeepSeek V4: one answer of 3,000 tokens keeps 12 blocks of 256, and the ends of its windows."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setenv("SERVESIM_AUTO_PROFILE", "1")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    result = simulate(
+        workload=Workload([Request(0, 2000, 1000, 0)], "one"),
+        model="deepseek-ai/DeepSeek-V4-Flash",
+        hardware="B200",
+        tp=8,
+        num_gpu_blocks=4000,
+    )
+    instance = result.instances[0]
+    assert instance.capacity.plan is not None
+    assert len(instance.capacity.plan.groups) == 5
+    used = instance.steps.column("kv_blocks_used")
+    windows = 2 * (128 // 64 + 1) + (8 // 4 + 1) + (128 // 8 + 1)
+    assert 12 < used[-1] <= 12 + windows
+    assert used.max() > used[-1]  # while the prompt was computed
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize("blocks", [200, 1001])
 def test_quiet_stretches_change_nothing(asynchronous: bool, blocks: int) -> None:

@@ -141,7 +141,7 @@ class TestSteps:
         assert row(dial, "fp8").tokens
 
     def test_what_has_no_time_has_its_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("servesim.explore.kv_dial.why_not_priced", lambda _: "no kernels of it")
+        monkeypatch.setattr("servesim.explore.kv_dial.why_not_simulated", lambda _: "no kernels of it")
         dial = kv_dial("Qwen/Qwen3-Next-80B-A3B", "H100", tp=4)
         assert {each.step_ms.origin for each in dial.rows if not each.refused} == {"not simulated"}
         assert row(dial, "fp8").tokens
@@ -221,9 +221,12 @@ class TestRefusals:
         reason = why_not(kv_format, load_model(model).layers, load_hardware(hardware))
         assert (reason is None) == runs, reason
 
-    def test_compressed_tokens_are_refused_by_name(self) -> None:
-        with pytest.raises(InputError, match=r"DeepSeek-V4-Flash: .*compressed"):
-            kv_dial("deepseek-ai/DeepSeek-V4-Flash", "H200")
+    def test_compressed_tokens_have_one_format(self) -> None:
+        """43 windows, 41 layers of compressed vectors, 21 indexers: 1,002,240 bytes a block of 256 tokens."""
+        dial = kv_dial("deepseek-ai/DeepSeek-V4-Flash", "H200", tp=4)
+        [only] = dial.rows
+        assert (only.kv_format, only.block_size, only.bytes_per_block) == ("fp8_ds_mla", 256, 1_002_240)
+        assert only.step_ms.origin == "tables"
 
     @pytest.mark.parametrize(("flag", "value"), [("context", 200_000), ("batch", 0)])
     def test_a_step_that_cannot_be_is_refused(self, flag: str, value: int) -> None:

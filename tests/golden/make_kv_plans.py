@@ -157,7 +157,7 @@ _CACHE_FIELDS = (
 
 def asked(path: Path, tp: int) -> dict[str, Any]:
     """Plans of one model and degree: format -> plan, or why vLLM makes none."""
-    from vllm.model_executor.layers.attention import MLAAttention
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
 
     config, model = build(path, tp)
     sizes = [(weight.numel(), weight.element_size()) for weight in model.parameters()]
@@ -186,6 +186,8 @@ def asked(path: Path, tp: int) -> dict[str, Any]:
         except ValueError as error:
             plans["fp8"] = {"refused": str(error).splitlines()[0][:160]}
         return plans
+    if not any(isinstance(layer, Attention) for layer in layers):
+        return plans  # layers of a class of their own have a format of their own
     own = [(layer, layer.attn_backend) for layer in layers if hasattr(layer, "attn_backend")]
     for kv, backend in FORMATS.items():
         if kv != "auto":

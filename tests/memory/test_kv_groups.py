@@ -13,7 +13,7 @@ from servesim.memory.kv_groups import KvLayer, kv_layers, plan_groups, state_byt
 from servesim.specs.families import read_layers
 from servesim.specs.kv_formats import head_bytes
 from servesim.specs.kv_skip import skipped_layers, with_wide_layers
-from servesim.specs.layers import CompressedAttention, Recurrent
+from servesim.specs.layers import Recurrent
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLANS = json.loads((GOLDEN / "kv_plans.json").read_text())
@@ -24,11 +24,12 @@ PUBLISHED = Path(
 KINDS = {
     "FullAttentionSpec": "full",
     "SlidingWindowSpec": "sliding",
+    "SlidingWindowMLASpec": "sliding",
     "ChunkedLocalAttentionSpec": "chunked",
     "MLAAttentionSpec": "mla",
     "MambaSpec": "state",
 }
-OWN_LAYERS = ("MiniMax-M3",)
+OWN_LAYERS = ("MiniMax-M3", "DeepSeek-V4")
 """Models whose attention is a class of its own, which does not take the other formats up."""
 
 
@@ -44,10 +45,6 @@ def model_of(name):
 @pytest.mark.parametrize(("name", "degrees"), PLANS["plans"].items(), ids=list(PLANS["plans"]))
 def test_groups_are_those_of_the_engine(name, degrees):
     model = model_of(name)
-    if any(isinstance(layer.attention, CompressedAttention) for layer in model.layers):
-        with pytest.raises(NotSupportedError, match="compressed"):
-            kv_layers(model, "bfloat16")
-        return
     states = any(isinstance(layer.attention, Recurrent) for layer in model.layers)
     compared = 0
     for tp, plans in degrees.items():
@@ -127,6 +124,22 @@ class TestByHand:
         layers = layers * 18
         assert plan_groups(layers).num_blocks(3 << 29) == 2730
         assert plan_groups(layers, hybrid=False).num_blocks(3 << 29) == 1365
+
+    def test_pages_side_by_side(self):
+        """Three layers of a pattern of two sizes, and five of one size, in groups of three: 3, 3 and 2."""
+        pattern = [KvLayer("mla", 8, 64, None, size, packed=True) for size in (512, 64)] * 3
+        windows = [KvLayer("sliding", 4, 64, 16, 256, packed=True)] * 5
+        plan = plan_groups(pattern + windows)
+        assert [(group.kind, len(group.pages)) for group in plan.groups] == [
+            ("mla", 6), ("sliding", 3), ("sliding", 2),
+        ]  # fmt: skip
+        assert plan.bytes_per_block == 3 * (512 + 64)
+        assert plan.block_size == 8
+
+    @pytest.mark.parametrize(("kv", "size"), [("bfloat16", 16), ("nvfp4", 16), ("fp8_ds_mla", 32)])
+    def test_compressed_tokens_have_one_form(self, kv, size):
+        with pytest.raises(NotSupportedError, match="compressed tokens"):
+            kv_layers(model_of("deepseek-ai__DeepSeek-V4-Flash"), kv, 1, size)
 
     def test_windows_alone_stay_windows(self):
         """One manager keeps windows whole beside full attention only."""

@@ -88,6 +88,45 @@ def test_rows_of_a_gated_delta_net_come_back() -> None:
 
 
 @needs_silicon
+@pytest.mark.parametrize(("ratio", "label"), [(4, "attention"), (128, "attention_compressed")])
+def test_rows_of_compressed_tokens_come_back(ratio: int, label: str) -> None:
+    from servesim.profiler.silicon.tables import read_table
+
+    content = _made("deepseek-ai/DeepSeek-V4-Flash", "H200", "fp8_ds_mla")
+    found = _rows(content, f"{label}.csv")
+    table = read_table(
+        "h200_sxm", "sparse_attention", f"dsv4_{'csa' if ratio == 4 else 'hca'}_generation_module_perf"
+    )
+    like = {"model": "sgl-project/DeepSeek-V4-Flash-FP8", "num_heads": 8, "compress_ratio": ratio}
+    compared = 0
+    for batch in (1, 16, 256):
+        rows = table.where(**like, batch_size=batch)
+        for step, us in zip(rows.integers("step").tolist(), rows.latency_us, strict=True):
+            if (0, 0, batch, step) in found:
+                assert found[0, 0, batch, step] == us
+                compared += 1
+    assert compared > 20
+    window = _rows(content, "attention_compressed_2.csv")  # of 128 tokens, the context beyond is not read
+    assert window[0, 0, 16, 16384] == window[0, 0, 16, 128]
+
+
+@needs_silicon
+def test_hyper_connections_come_back() -> None:
+    """Rows of both halves of a block; what was not measured is computed from bytes."""
+    from servesim.profiler.silicon.tables import read_table
+
+    rows = {
+        row[:2]: row[2]
+        for row in _made("deepseek-ai/DeepSeek-V4-Flash", "H200", "fp8_ds_mla").tables[8, "dense.csv"]
+    }
+    table = read_table("h200_sxm", "mhc", "mhc_module_perf").where(hidden_size=4096)
+    for tokens in (16, 128, 1024):
+        parts = table.where(num_tokens=tokens)
+        assert len(parts) == 2
+        assert rows["hyper_connections", tokens] == pytest.approx(parts.latency_us.sum(), rel=1e-12)
+
+
+@needs_silicon
 def test_rows_of_a_window_come_back() -> None:
     from servesim.profiler.silicon.tables import read_table
 

@@ -11,24 +11,13 @@ from servesim.errors import InputError, NotSupportedError
 from servesim.memory.sizing import GIB, kv_bytes_per_token, weight_bytes_per_npu
 from servesim.specs.block_layers import architecture_of
 from servesim.specs.cluster import load_cluster
-from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model, model_from_config
 from servesim.specs.options import RuntimeOptions
-from servesim.specs.runnable import missing_kinds, why_not_simulated
+from servesim.specs.runnable import why_not_simulated
 from tests.specs.clusters import cluster, instance, node
 
 MODELS = Path(__file__).parents[1] / "golden/models"
-
-
-def missing(name):
-    config = json.loads((MODELS / f"{name}.json").read_text())
-    return " ".join(missing_kinds(model_from_config(config, name, name).layers))
-
-
-def test_a_cache_that_is_not_modelled_is_named():
-    kind = "attention over a window and compressed tokens, with pages of several sizes (43 of 43 layers)"
-    assert missing("deepseek-ai__DeepSeek-V4-Flash") == kind
 
 
 @pytest.mark.parametrize(
@@ -36,6 +25,7 @@ def test_a_cache_that_is_not_modelled_is_named():
     [
         *("Qwen__Qwen3-30B-A3B", "openai__gpt-oss-20b", "blis__yi-34b", "Qwen__Qwen3.5-27B"),
         *("deepseek-ai__DeepSeek-R1", "deepseek-ai__DeepSeek-V3.2", "google__gemma-4-26B-A4B"),
+        "deepseek-ai__DeepSeek-V4-Flash",
         *("meta-llama__Llama-4-Maverick-17B-128E-Instruct", "nvidia__NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"),
     ],
 )
@@ -60,12 +50,6 @@ def written(tmp_path, config, sidecar=None):
     if sidecar:
         (folder / "hf_quant_config.json").write_text(json.dumps(sidecar))
     return str(folder)
-
-
-def test_a_cluster_with_such_a_model_is_refused(tmp_path):
-    path = written(tmp_path, json.loads((MODELS / "deepseek-ai__DeepSeek-V4-Flash.json").read_text()))
-    with pytest.raises(InputError, match=r"model_name: .*cannot be simulated yet.*compressed tokens"):
-        check_cluster(load_cluster(cluster(nodes=[node(instance(model_name=path))])))
 
 
 def test_a_sidecar_sets_weights_and_kv_cache(tmp_path):

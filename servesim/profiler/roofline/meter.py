@@ -276,7 +276,7 @@ def layer_us(
     return moved_us(acc, wide * elements * ACTIVATION_BYTES, start)
 
 
-_MOVED = {"norm": 4, "rotary": 2, "activation": 3, "plain_activation": 2, "gated_norm": 3}
+_MOVED = {"norm": 4, "rotary": 2, "activation": 3, "plain_activation": 2, "gated_norm": 3, "hyper": 7}
 """Kind of a layer that its config tells of -> elements read and written for each of its width."""
 
 
@@ -285,7 +285,7 @@ def told_layer_us(
 ) -> NDArray[np.float64]:
     """Time of a layer without a product, as a model's config tells of it."""
     wide = count.astype(np.float64)
-    width = layer.width if layer.kind == "norm" else max(layer.width // tp, 1)
+    width = layer.width if layer.kind in ("norm", "hyper") else max(layer.width // tp, 1)
     if layer.kind == "head_norm":
         return np.asarray(acc.efficiency.moved_start_us + wide * width * HEAD_NORM_US / acc.units)
     return moved_us(acc, wide * width * _MOVED[layer.kind] * ACTIVATION_BYTES)

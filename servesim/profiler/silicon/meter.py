@@ -13,7 +13,7 @@ from servesim.profiler.silicon import comm
 from servesim.profiler.silicon.attention import AttentionShape, AttentionTimes, attention_times
 from servesim.profiler.silicon.gemm import products
 from servesim.profiler.silicon.kv_narrow import ADA, ConvertedTimes, ScaledTimes
-from servesim.profiler.silicon.modules import module_times
+from servesim.profiler.silicon.modules import hyper_us, module_times
 from servesim.profiler.silicon.moe import ExpertSizes, moe_times
 from servesim.profiler.silicon.provenance import Sources, provenance
 from servesim.profiler.silicon.skew import skew_rows
@@ -119,14 +119,15 @@ def _elementwise_us(
     return moved_us(gpu, wide * per_token, start_us)
 
 
-_MOVED = {"norm": 8.0, "rotary": 4.0, "activation": 6.0, "plain_activation": 4.0, "gated_norm": 6.0}
+_MOVED = {"norm": 8.0, "rotary": 4.0, "activation": 6.0, "plain_activation": 4.0, "gated_norm": 6.0,
+          "hyper": 14.0}  # fmt: skip
 """Kind of a layer that its config tells of -> bytes of one element read and written, 16 bit."""
 
 
 def _config_layer_us(layer: DenseLayer, gpu: Gpu, tp: int, count: NDArray[np.int64]) -> NDArray[np.float64]:
     """A layer without a product, as a model's config tells of it."""
     wide = count.astype(np.float64)
-    width = layer.width if layer.kind == "norm" else max(layer.width // tp, 1)
+    width = layer.width if layer.kind in ("norm", "hyper") else max(layer.width // tp, 1)
     if layer.kind == "head_norm":
         return head_norm_us(gpu, wide * width, 2.0)
     return moved_us(gpu, wide * width * _MOVED[layer.kind], 2.3)
@@ -149,6 +150,8 @@ class SiliconMeter:
         self._layers = block_layers(job.model.layers)
         rows, table = comm.all_reduce_rows(self._gpu) if job.collectives != "none" else ([], None)
         self._all_reduce = {(ranks, payload): time for _, ranks, payload, time in rows}
+        hyper = next((each for each in self._layers.dense.values() if each.kind == "hyper"), None)
+        self._hyper = hyper_us(self._gpu, hyper.width, job.model.hidden_size) if hyper else None
         self._sources = Sources(self._usual_products(), [], table, [], self._product_notes())
 
     @property
@@ -174,6 +177,8 @@ class SiliconMeter:
 
     def _product_notes(self) -> list[str]:
         told = [self._products(layer).note for layer in self._layers.dense.values() if layer.tensors]
+        if self._hyper is None and any(each.kind == "hyper" for each in self._layers.dense.values()):
+            told.append("hyper-connections from the bytes they move")
         return [note for note in dict.fromkeys(told) if note]
 
     def start_rank(self, tp: int) -> None:
@@ -287,6 +292,8 @@ class SiliconMeter:
         if told is not None and told.tensors:
             size = told.gemm(shapes.tp) if architecture.blocks else shapes.gemm(layer)
             return self._products(told).times.time_us(count, *size)
+        if told is not None and told.kind == "hyper" and self._hyper is not None:
+            return self._hyper(count)
         if told is not None and architecture.blocks:
             return _config_layer_us(told, gpu, shapes.tp, count)
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from servesim.errors import InputError
+from servesim.errors import InputError, MissingFileError
 from servesim.profiler.silicon.decode_grid import DecodeGrid, Prompts
 from servesim.profiler.silicon.head_shapes import on_the_line
 from servesim.profiler.silicon.tables import KernelTable, read_table
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from servesim.profiler.silicon.tables import Gpu
     from servesim.specs.block_layers import AttentionGroup
 
+    Floats = NDArray[np.float64]
     Product = tuple[int, int]
     """Output and inner size of a matrix product on one rank."""
     ProductUs = Callable[[int, Product, str], float]
@@ -233,7 +234,40 @@ def module_times(
         elif not attention.index_dim:
             notes.append("another layer's index is used: timed with an indexer, an upper bound")
     kept = attention.window if isinstance(attention, CompressedAttention) and not attention.ratio else 0
+    if kept:
+        notes.append(f"a window of {kept} tokens alone, timed with the compressor of other layers")
     return ModuleTimes(decodes, prompts, kept, correction, upper, family.flat_top, notes)
+
+
+def hyper_us(gpu: Gpu, streams_width: int, hidden: int) -> Callable[[NDArray[np.int64]], Floats] | None:
+    """us that mixing the streams of a block's residual takes (hyper-connections), before and after attention
+    and before and after its experts, at so many tokens; None: nobody measured it on this GPU.
+
+    Rows are of both halves of a block together. Those of the nearest hidden size are scaled by the width.
+    """
+    try:
+        table = read_table(gpu.folder, "mhc", "mhc_module_perf")
+    except MissingFileError:
+        return None
+    sizes = table.integers("hidden_size")
+    nearest = int(sizes[np.abs(sizes - hidden).argmin()])
+    rows = table.where(hidden_size=nearest, hc_mult=streams_width // hidden)
+    if not len(rows):
+        return None
+    parts = [rows.where(op_name=name) for name in rows.values("op_name")]
+    tokens = np.unique(rows.integers("num_tokens"))
+    us = np.zeros(len(tokens))
+    for part in parts:
+        order = np.argsort(part.integers("num_tokens"))
+        us = us + np.interp(tokens, part.integers("num_tokens")[order], part.latency_us[order])
+    scale, slope = hidden / nearest, (us[-1] - us[-2]) / (tokens[-1] - tokens[-2])
+
+    def at(count: NDArray[np.int64]) -> Floats:
+        beyond = np.maximum(count - tokens[-1], 0) * slope
+        result: Floats = (np.interp(count, tokens, us) + beyond) * scale
+        return result
+
+    return at
 
 
 def _family(group: AttentionGroup) -> Family:

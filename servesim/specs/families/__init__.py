@@ -119,5 +119,5 @@ def read_layers(
         tied=stack.tied,
         vision=tuple(stack.vision),
         mtp=tuple(stack.mtp),
-        kv_format=kv_format,
+        kv_format=stack.kv_format or kv_format,
     )

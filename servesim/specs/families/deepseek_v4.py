@@ -102,6 +102,7 @@ def _stack(c: Fields) -> Stack:
             blocks.experts(mlp, hidden, name="ffn", correction_itemsize=0 if by_hash else 4),
             (choice,) if by_hash else (),
         )
+    stack.kv_format = "fp8_ds_mla"
     stack.formats = partial(_formats, fp4=c.text("expert_dtype", "fp4") == "fp4")
     stack.head = (
         *stack.head,

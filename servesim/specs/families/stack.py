@@ -37,6 +37,8 @@ class Stack:
     vision: list[Tensor] = field(default_factory=list)
     formats: Callable[[WeightFormats], WeightFormats] | None = None
     """What the family makes of the config's weight formats, where it reads them in its own way."""
+    kv_format: str | None = None
+    """Format of the KV cache that the engine gives the family whatever is asked for."""
 
     def add(self, attention: AnyAttention | None, mlp: AnyMlp | None, *tensors: tuple[Tensor, ...]) -> None:
         """One more layer."""
