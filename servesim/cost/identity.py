@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 COMPUTED = ("silicon", "roofline")
 """Sources that make a bundle anew on any machine; the others measured it."""
+ON_DEMAND = "made_on_demand"
+"""Key of meta.yaml: nobody chose anything about this bundle, so that it may be replaced."""
 _PARTS = ("model", "hardware", "derivation")
 
 

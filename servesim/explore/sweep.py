@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -10,26 +9,24 @@ import socket
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim._version import __version__
 from servesim.api import check_used, loading_key, read_workload, simulate_loaded
 from servesim.engine.build import Kept
 from servesim.engine.request_state import BlockTables
-from servesim.errors import InputError, ServingError
+from servesim.errors import ServingError
 from servesim.explore.executors import RayPool, check_jobs, check_ray, run_parts
 from servesim.explore.journal import Journal
 from servesim.explore.notebook import rows_line
+from servesim.explore.row_key import row_key
 from servesim.explore.slo import num_gpus, parse_slo
-from servesim.explore.space import Space, cluster_with, file_digest, read_space, space_of, split
+from servesim.explore.space import Space, cluster_with, read_space, space_of, split
 from servesim.explore.sweep_table import Sweep
 from servesim.slotted import dataclass
 from servesim.specs.cluster import with_options
 from servesim.specs.options import RuntimeOptions
-from servesim.specs.paths import find
 from servesim.specs.validation import validated
-from servesim.workload.files import resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -167,7 +164,7 @@ class Runner:
         self._setting, self._jobs, self._progress = setting, jobs, progress
         self.rows: dict[str, dict[str, Any]] = {}
         """Key -> row of everything that has been run or was in the journal."""
-        self._digests: dict[str, str] = {}
+        self._digests: dict[str, Any] = {}
         self._bench: Bench | None = None
         self._journal = None if setting.journal is None else Journal(setting.journal)
         self._old_failures: set[str] = set()
@@ -187,7 +184,7 @@ class Runner:
 
     def run(self, configurations: Sequence[dict[str, Any]], total: int | None = None) -> list[dict[str, Any]]:
         """The rows of ``configurations``, in their order; ``total``: of all to come, for progress."""
-        keys = [key_of(self._setting, each, self._digests) for each in configurations]
+        keys = [_key(self._setting, each, self._digests) for each in configurations]
         keyed = dict(zip(keys, configurations, strict=True))
         self._look(keyed)
 
@@ -235,11 +232,11 @@ class Runner:
 
 def _ray_worker(setting: Setting) -> Callable[[tuple[str, dict[str, Any]]], dict[str, Any]]:
     """What a worker of Ray does with (key, configuration)."""
-    bench, digests = Bench(setting), dict[str, str]()
+    bench, digests = Bench(setting), dict[str, Any]()
 
     def row(item: tuple[str, dict[str, Any]]) -> dict[str, Any]:
         key, configuration = item
-        if key_of(setting, configuration, digests) != key:
+        if _key(setting, configuration, digests) != key:
             reason = (
                 f"the worker on {socket.gethostname()} sees another version of servesim, or other cluster "
                 "config or workload files; every node needs the same under the same paths"
@@ -367,28 +364,8 @@ def _provenance(result: Result) -> dict[str, Any]:
     }
 
 
-def key_of(setting: Setting, configuration: Mapping[str, Any], digests: dict[str, str]) -> str:
-    """What a row is known by: a digest of all options, of the content of its files, and of our version."""
-    changes, keys = split(configuration)
-    options = {**setting.options, **changes}
-    fields = RuntimeOptions.model_fields
-    workload = str(options.get("dataset", fields["dataset"].default))
-    cluster = setting.cluster or str(options.get("cluster_config", fields["cluster_config"].default))
-
-    def digest(path: str, found: Callable[[str], Path]) -> str:
-        if path not in digests:
-            try:
-                digests[path] = file_digest(str(found(path)))
-            except (OSError, InputError):
-                digests[path] = "missing"  # the run says so
-        return digests[path]
-
-    content: Any = cluster
-    if isinstance(cluster, str):
-        content = digest(cluster, lambda path: find(path, "cluster config"))
-    parts = [__version__, options, keys, content, digest(workload, resolve), setting.slo]
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _key(setting: Setting, configuration: Mapping[str, Any], digests: dict[str, Any]) -> str:
+    return row_key(setting.options, setting.cluster, setting.slo, configuration, digests)
 
 
 @contextmanager

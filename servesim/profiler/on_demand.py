@@ -24,7 +24,7 @@ from servesim.cost.finding import (
     variant_dtypes,
     variant_path,
 )
-from servesim.cost.identity import differences, is_computed
+from servesim.cost.identity import ON_DEMAND, differences, is_computed
 from servesim.errors import InputError, ServingError
 from servesim.profiler import roofline, silicon
 from servesim.specs import paths
@@ -44,8 +44,6 @@ SWITCH = "SERVESIM_AUTO_PROFILE"
 """Environment variable; 0 turns making on demand off, as --no-auto-profile does."""
 LIMITS: dict[str, Any] = {"max_num_batched_tokens": 8192, "max_num_seqs": 1024, "max_kv": 131072}
 """What the shipped bundles cover too, so that a degree made on demand is the one that would have shipped."""
-MARK = "made_on_demand"
-"""Key of meta.yaml: nobody chose anything about this bundle, so that it may be replaced."""
 REFUSED = "silicon_refused"
 """Key of meta.yaml: the better source was tried, with which version of its data, and what it said."""
 REVISIONS = {"silicon": silicon.DERIVATION, "roofline": roofline.DERIVATION}
@@ -89,7 +87,7 @@ def _make(asked: Wanted, tp: int, tell: Callable[[str], None]) -> Path | None:
     kept = set(degrees_in(folder)) if same else set()
     if tp in kept and not differing and outdated(meta) is None:
         return folder
-    if meta and not meta.get(MARK) and (differing or not same):
+    if meta and not meta.get(ON_DEMAND) and (differing or not same):
         raise InputError(
             f"{folder} holds a bundle that was not made on demand; remove it, or give the model or the "
             "hardware another name"
@@ -138,7 +136,7 @@ def _build(
         why = f"public kernel measurements do not cover it: {str(error).splitlines()[0]}"
         content.meta[REFUSED] = {"data_version": _installed_version(), "reason": why}
         source = "roofline"
-    content.meta[MARK] = True
+    content.meta[ON_DEMAND] = True
     write_bundle(folder, content)
     name = what.format(f"{asked.hardware}/{asked.model}/{asked.variant}")
     reason = f"; {why}" if why else ""
@@ -170,7 +168,7 @@ def refresher(
             return
         source = str(meta["source"])
         reason = outdated(meta)
-        ours = bool(meta.get(MARK)) and can_make
+        ours = bool(meta.get(ON_DEMAND)) and can_make
         chosen = None
         if ours and (reason is not None or source == "roofline"):
             from servesim.profiler.sources import source_for
@@ -183,7 +181,7 @@ def refresher(
             return
         degrees = degrees_in(folder)
         way_out = "it is made again where that is not switched off"
-        if not meta.get(MARK):
+        if not meta.get(ON_DEMAND):
             command = profile_command(asked.hardware, asked.named, asked.variant, *degrees, source=source)
             way_out = f"make it again: {command} --output-root {folder_root(folder)}"
         elif can_make and chosen is not None and (chosen[0] == source or better):

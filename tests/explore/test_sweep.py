@@ -354,3 +354,36 @@ def test_options_for_all_and_options_of_one() -> None:
     assert [each["block_size"] for each in options] == [32, 32]
     with pytest.raises(InputError, match="summary: sweep prints nothing"):
         sweep({"list": [{}]}, options=RuntimeOptions(summary="x.json"))
+
+
+@pytest.mark.parametrize(
+    ("path", "before", "after"),
+    [
+        ("configs/hardware/Toy.yaml", "prefill_step_overhead_us: 10", "prefill_step_overhead_us: 9000"),
+        ("configs/model/org/toy.json", '"max_position_embeddings": 2048', '"max_position_embeddings": 45'),
+        ("policy.py", "instances[0]", "instances[-1]"),
+        ("profiler/perf/Toy/org/toy/bf16/tp1/dense.csv", "\n", "\n\n"),
+        (CLUSTER, '"link_latency": 1000', '"link_latency": 9'),
+        (WORKLOAD, '"output_toks": 9', '"output_toks": 4'),
+    ],
+)
+def test_what_a_run_reads_is_part_of_its_row(path: str, before: str, after: str) -> None:
+    """An edited file gives the new answer, although its rows are in the journal."""
+    hardware = Path("configs/hardware/Toy.yaml")
+    hardware.parent.mkdir(parents=True, exist_ok=True)
+    hardware.write_text("engine:\n  prefill_step_overhead_us: 10\n")
+    Path("policy.py").write_text("def choose(request, instances):\n    return instances[0]\n")
+    Path(CLUSTER).write_text(json.dumps(toy_cluster([toy_instance(), toy_instance()])))
+    space = {"grid": {"max_num_seqs": [8]}}
+    options = RuntimeOptions(request_routing_policy="policy:choose")
+
+    def keys() -> list[str]:
+        return [row["key"] for row in sweep(space, options=options, journal="rows.jsonl").rows]
+
+    first = keys()
+    assert keys() == first
+    text = Path(path).read_text()
+    assert before in text
+    Path(path).write_text(text.replace(before, after))
+    assert keys() != first
+    assert len(Path("rows.jsonl").read_text().splitlines()) == 2
