@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from servesim.results.records import RunLog
     from servesim.workload.request import Workload
 
+TURNED_AWAY = "turned away (503)"
+"""How the reason begins of a request that found the server full."""
 _FRONT_END = 3  # what the random stream is for, the second word of its seed
 
 
@@ -54,7 +56,7 @@ class QueueLimits:
             del self._let_in[index]
         most, there = self._most_requests, len(self._let_in)
         if most is not None and there >= most:
-            return f"turned away (503): {there} requests are unfinished, and max_num_queued_reqs is {most}"
+            return f"{TURNED_AWAY}: {there} requests are unfinished, and max_num_queued_reqs is {most}"
         most = self._most_tokens
         if most is None:
             return ""
@@ -62,7 +64,7 @@ class QueueLimits:
         if waiting < most:
             return ""
         return (
-            f"turned away (503): {waiting} prompt tokens wait for their first token, and "
+            f"{TURNED_AWAY}: {waiting} prompt tokens wait for their first token, and "
             f"max_num_queued_tokens is {most}"
         )
 

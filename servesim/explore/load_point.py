@@ -6,6 +6,7 @@ import math
 from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
+from servesim.engine.arrivals import TURNED_AWAY
 from servesim.explore.limits import limits, percent
 from servesim.results.units import digits
 from servesim.slotted import dataclass
@@ -53,6 +54,9 @@ class LoadPoint:
     growing: bool = False
     """Whether the queue grew while requests arrived: a longer workload would do worse at this load."""
 
+    turned_away: int = 0
+    """Requests that found the server full, by ``--max-num-queued-reqs`` or ``--max-num-queued-tokens``."""
+
     @property
     def meets(self) -> bool:
         """Whether the load keeps the target."""
@@ -66,6 +70,9 @@ class LoadPoint:
     @property
     def held_back(self) -> str:
         """What requests waited for at this load, in words."""
+        if self.turned_away:
+            limits = "--max-num-queued-reqs or --max-num-queued-tokens"
+            return f"the server is full ({limits}) and turns {self.turned_away} away"
         name, share = max(self.waits.items(), key=lambda each: each[1], default=("", 0.0))
         if share < _NOTABLE:
             return "hardly a request waits: the steps themselves take as long as they do at this load"
@@ -108,6 +115,7 @@ class LoadPoint:
             "waits": {name: round(share, 6) for name, share in self.waits.items()},
             "complete": self.complete,
             "queue_grows": self.growing,
+            "turned_away": self.turned_away,
         }
 
 
@@ -136,6 +144,7 @@ def load_point(load: float, outcome: Outcome, target: Target) -> LoadPoint:
         },
         bounds_ms=[bound.value_ms(result) for bound in target.slo.bounds],
         waits={"blocks": held.blocks, "slots": held.slots, "budget": held.budget, **_links(result)},
+        turned_away=sum(each.reason.startswith(TURNED_AWAY) for each in result.rejected),
         growing=any("queue grew" in reason for reason in _reasons(summary["saturation"])),
     )
 

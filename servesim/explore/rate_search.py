@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from servesim.api import NOISE, check_used, making_bundles, read_cluster, read_workload, with_flags
+from servesim.engine.arrivals import TURNED_AWAY
 from servesim.errors import InputError, RunError
 from servesim.explore.bisection import Range, largest
 from servesim.explore.load_point import LoadPoint, load_point
@@ -408,12 +409,15 @@ _NEAR_RUNS = 4
 
 
 def _about_rejected(result: Result, target: Target) -> list[str]:
-    if not result.rejected:
+    """What never runs; whom a full server turns away at one load may be let in at another."""
+    never = [each for each in result.rejected if not each.reason.startswith(TURNED_AWAY)]
+    if not never:
         return []
-    count = len(result.rejected)
-    bad = "counts as bad" if target.goodput is not None else "misses every SLO"
-    are = "request is" if count == 1 else "requests are"
-    return [f"{count} {are} rejected at any load, and {bad}: {result.rejected[0].reason}"]
+    what = "count as bad" if target.goodput is not None else "miss every SLO"
+    if len(never) == 1:
+        what = what.replace("count", "counts").replace("miss", "misses")
+    are = "request is" if len(never) == 1 else "requests are"
+    return [f"{len(never)} {are} rejected at any load, and {what}: {never[0].reason}"]
 
 
 def _mean(loads: Sequence[float]) -> float:

@@ -476,3 +476,13 @@ def test_an_option_that_cannot_act_is_told(case: Case, capsys: pytest.CaptureFix
         before = outcome(case, "", capsys)
         for key in ("figures", "requests", "heartbeat"):
             assert after[key] == before[key]
+
+
+def test_a_seed_acts_where_front_end_times_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are drawn by the seed, from an instance's own constants or its hardware file."""
+    drawn = toy_cluster([toy_instance(engine={"front_end_jitter_us": 5000})])
+    Path("drawn.json").write_text(json.dumps(drawn), encoding="utf-8")
+    case = Case("--seed 7", "drawn")
+    before, after = outcome(case, "", capsys), outcome(case, case.words, capsys)
+    assert before["figures"]["mean_ttft_ms"] != after["figures"]["mean_ttft_ms"]
+    assert [note for note in after["notes"] if note.startswith("--seed")] == []

@@ -262,3 +262,15 @@ def test_the_text_says_rate_band_and_what_binds() -> None:
     text = limit_text(search("ttft:60"))
     for label in ("largest rate", "band", "binds", "keeps", "misses"):
         assert label in text
+
+
+def test_who_is_turned_away_is_told_by_the_load() -> None:
+    """A full server turns away by the load: that is what binds, and nothing holds at any load."""
+    found = search("e2el:1e9", max_num_queued_reqs=4, patterns=1, kernel_error=False)
+    assert found.load is not None
+    assert math.isfinite(found.load)
+    assert found.notes == []
+    assert "requests are rejected; the server is full (--max-num-queued-reqs" in found.binding
+    kept = servesim.simulate(CLUSTER, WORKLOAD, request_rate=found.load, max_num_queued_reqs=4)
+    assert kept.rejected == []
+    assert found.curve[-1].turned_away > 0
