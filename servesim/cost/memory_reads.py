@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from servesim.memory.placement import NPU
-from servesim.memory.traffic import expected_distinct_experts
+from servesim.memory.traffic import expected_distinct_experts, reaches_of
 from servesim.slotted import dataclass
 from servesim.specs.kv_formats import head_bytes
 
@@ -75,7 +75,12 @@ class StageReads:
         return ", ".join(queue.place for queue in self._queues if not queue.is_empty) or "nothing"
 
     def wait_ns(
-        self, tokens: int, sequences: int, attention_ns: float, kv_tokens: Mapping[str, int]
+        self,
+        tokens: int,
+        sequences: int,
+        attention_ns: float,
+        kv_tokens: Mapping[str, int],
+        within: Mapping[int, int] | None = None,
     ) -> float:
         """Time that a step takes longer than it computes.
 
@@ -83,7 +88,8 @@ class StageReads:
             tokens: that the dense layers compute, padding included.
             sequences: that get an output.
             attention_ns: of all blocks of the stage.
-            kv_tokens: tokens of KV that the attention of a block reads, by place.
+            kv_tokens: tokens of KV that the attention of a block reads that sees all, by place.
+            within: the same, wherever it is, of blocks that see so many tokens.
         """
         if tokens not in self._kept:
             if len(self._kept) >= _MOST_KEPT:
@@ -100,7 +106,8 @@ class StageReads:
         wait = 0.0
         for queue, arrival in zip(self._queues, arrivals, strict=True):
             if not queue.is_empty:
-                late = queue.arrival_ns(arrival, kv_tokens.get(queue.place, 0)) - computed[queue.layers]
+                own = kv_tokens.get(queue.place, 0)
+                late = queue.arrival_ns(arrival, own, within or {}) - computed[queue.layers]
                 wait = max(wait, float(late.max()))
         return wait
 
@@ -160,7 +167,12 @@ class _Queue:
         self._bytes, self._expert_bytes = column("read_bytes"), column("expert_bytes")
         self._bytes_per_token = column("bytes_per_token")
         self._reads = np.array([reads for _, reads in mine], dtype=float)
-        self._kv_reads = np.cumsum(np.array(kv, dtype=float)[self.layers])
+        seen, reaches = np.array(kv, dtype=float)[self.layers], reaches_of(model)
+        window = np.array([reaches.get(-1 if layer.block is None else layer.block, 0) for layer, _ in mine])
+        self._kv_reads = {
+            int(reach): np.cumsum(np.where(window == reach, seen, 0.0)) for reach in sorted({0, *window})
+        }
+        """Tokens that a layer sees (0: all) -> such layers up to and including each."""
         self._kv_bytes = kv_layer_bytes * ranks
 
     @property
@@ -176,12 +188,18 @@ class _Queue:
             sizes = sizes + self._expert_bytes * (distinct / experts)
         return np.cumsum(sizes / self._memory.bandwidth_gbs + self._reads * self._memory.latency_ns)
 
-    def arrival_ns(self, weights_ns: NDArray[np.float64], kv_tokens: int) -> NDArray[np.float64]:
-        """The same with the KV of ``kv_tokens`` tokens read in every block."""
+    def arrival_ns(
+        self, weights_ns: NDArray[np.float64], kv_tokens: int, within: Mapping[int, int]
+    ) -> NDArray[np.float64]:
+        """The same with the KV of ``kv_tokens`` tokens read in every block, or of those ``within`` what the
+        block sees."""
         if not kv_tokens:
             return weights_ns
-        read_ns = self._memory.latency_ns + kv_tokens * self._kv_bytes / self._memory.bandwidth_gbs
-        return weights_ns + self._kv_reads * read_ns
+        for reach, reads in self._kv_reads.items():
+            tokens = within[reach] if reach else kv_tokens
+            read_ns = self._memory.latency_ns + tokens * self._kv_bytes / self._memory.bandwidth_gbs
+            weights_ns = weights_ns + reads * read_ns
+        return weights_ns
 
 
 _REFERENCE_HEADS = 32 * 128

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from servesim.cost.memory_reads import HalfTimes, PimAttention, StageReads, halves, interleaved_ns
 from servesim.cost.terms import LayerCost, Role, Shape
 from servesim.memory.placement import NPU, PIM, kv_bytes_per_layer
+from servesim.memory.traffic import reaches_of, tokens_within
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from servesim.cost.stage_cost import StageCost
     from servesim.cost.step_terms import StageTerms
@@ -75,29 +76,43 @@ class Offload:
         )
         attention: Term = cost.attention
         if self.pim is not None:
-            attention = PimTerm(cost, self.pim, self.interleaved, self.architecture.sequence.pre_attn)
+            own = reaches_of(model)
+            windows = [own[layer.block] for layer in placed if layer.kv_place and layer.block in own]
+            attention = PimTerm(
+                cost, self.pim, self.interleaved, self.architecture.sequence.pre_attn, tuple(windows)
+            )
         places = {layer.kv_place for layer in placed}
         kv_places = sorted(place for place in places if place and place not in (NPU, PIM))
-        wait = ReadTerm(reads, attention, kv_places, pim=self.pim is not None)
+        reaches = tuple(sorted(set(reaches_of(model).values())))
+        wait = ReadTerm(reads, attention, kv_places, pim=self.pim is not None, reaches=reaches)
         return (*(attention if term is cost.attention else term for term in cost.terms), wait)
 
 
 class PimTerm:
     """Attention of decodes in memory, that of prefill chunks on the NPU at the same time."""
 
-    def __init__(self, cost: StageCost, pim: PimAttention, interleaved: bool, before: Sequence[str]) -> None:
+    def __init__(
+        self,
+        cost: StageCost,
+        pim: PimAttention,
+        interleaved: bool,
+        before: Sequence[str],
+        windows: Sequence[int] = (),
+    ) -> None:
         """
         Args:
             cost: the stage with everything on the NPUs.
             pim: what a decode takes in memory.
             interleaved: whether halves of a batch take turns on the NPU and in memory.
             before: the layers of a block before attention.
+            windows: tokens that each block sees that does not see all.
         """
         self.role = Role.BLOCKS
         self._cost = cost
         self._pim = pim
         self._interleaved = interleaved
         self._before = before
+        self._windows = {reach: windows.count(reach) for reach in sorted(set(windows))}
         self._parts_of_tokens: dict[int, tuple[float, float]] = {}
 
     def ns(self, batch: BatchShape, tokens: int) -> float:
@@ -112,7 +127,15 @@ class PimTerm:
                 for part in halves(batch.chunks, batch.kv_lengths, self._pim)
             ]
             return interleaved_ns(parts, self._cost.blocks) - self._cost.dense.of(tokens)
-        return max(self._prefill_ns(batch.chunks), self._cost.blocks * self._pim.block_ns(batch.kv_lengths))
+        return max(self._prefill_ns(batch.chunks), self._cost.blocks * self._in_memory_ns(batch.kv_lengths))
+
+    def _in_memory_ns(self, kv_lengths: Collection[int]) -> float:
+        """Decodes of the mean block; one with a window passes over what it sees."""
+        whole = mean = self._pim.block_ns(kv_lengths)
+        for reach, count in self._windows.items():
+            own = self._pim.block_ns(min(length, reach - 1) for length in kv_lengths)
+            mean -= count / self._cost.blocks * (whole - own)
+        return mean
 
     def explain(self, batch: BatchShape, tokens: int) -> list[LayerCost]:
         """See :class:`servesim.cost.terms.Term`."""
@@ -124,7 +147,7 @@ class PimTerm:
         if self._takes_turns(batch):
             origin = "two halves take turns on the NPU and in memory; what that adds to the dense layers"
             return [LayerCost("attention: halves", blocks, us, origin)]
-        in_memory_us = self._pim.block_ns(lengths) / 1000.0
+        in_memory_us = self._in_memory_ns(lengths) / 1000.0
         on_npu_us = self._prefill_ns(batch.chunks) / (1000.0 * blocks)
         origin = (
             f"the longer of decodes in memory ({in_memory_us:.3f} us a block on {self._pim.channels} "
@@ -139,7 +162,7 @@ class PimTerm:
     def _half(self, chunks: Sequence[tuple[int, int]], kv_lengths: Sequence[int]) -> HalfTimes:
         before, after = self._dense_parts(len(kv_lengths) + sum(tokens for tokens, _ in chunks))
         prefill = self._prefill_ns(chunks) / self._cost.blocks
-        return HalfTimes(before, prefill, self._pim.block_ns(kv_lengths), after)
+        return HalfTimes(before, prefill, self._in_memory_ns(kv_lengths), after)
 
     def _prefill_ns(self, chunks: Sequence[tuple[int, int]]) -> float:
         return self._cost.attention.ns(Shape(chunks), 0) if chunks else 0.0
@@ -160,19 +183,29 @@ class PimTerm:
 class ReadTerm:
     """What a step waits longer than it computes, for weights and KV that other memories deliver."""
 
-    def __init__(self, reads: StageReads, attention: Term, kv_places: Sequence[str], *, pim: bool) -> None:
+    def __init__(
+        self,
+        reads: StageReads,
+        attention: Term,
+        kv_places: Sequence[str],
+        *,
+        pim: bool,
+        reaches: Sequence[int] = (),
+    ) -> None:
         """
         Args:
             reads: of the stage.
             attention: its attention, during which reads go on.
             kv_places: memories whose KV the NPUs read.
             pim: whether decodes are computed in memory, which then delivers the history of chunks only.
+            reaches: tokens that some blocks see, of those that do not see all.
         """
         self.role = Role.BLOCKS
         self._reads = reads
         self._attention = attention
         self._kv_places = kv_places
         self._pim = pim
+        self._reaches = reaches
 
     def ns(self, batch: BatchShape, tokens: int) -> float:
         """See :class:`servesim.cost.terms.Term`."""
@@ -181,7 +214,12 @@ class ReadTerm:
             return self._reads.wait_ns(tokens, 0, 0.0, {})
         history = sum(history for _, history in batch.chunks)
         kv_tokens = {PIM: history} if self._pim else dict.fromkeys(self._kv_places, history + batch.kv_sum)
-        return self._reads.wait_ns(tokens, sequences, self._attention.ns(batch, tokens), kv_tokens)
+        within = None
+        if self._reaches:
+            histories = [history for _, history in batch.chunks]
+            decodes, kv_sum = (0, 0) if self._pim else (batch.num_decodes, batch.kv_sum)
+            within = {reach: tokens_within(reach, histories, decodes, kv_sum) for reach in self._reaches}
+        return self._reads.wait_ns(tokens, sequences, self._attention.ns(batch, tokens), kv_tokens, within)
 
     def explain(self, batch: BatchShape, tokens: int) -> list[LayerCost]:
         """See :class:`servesim.cost.terms.Term`."""

@@ -26,6 +26,7 @@ from servesim.memory.group_cache import kv_cache_of
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.plan import group_rules
 from servesim.memory.start_up import start_up
+from servesim.memory.traffic import reaches_of
 from servesim.results.records import InstanceLog, SpeculationLog
 from servesim.results.stated_errors import (
     PER_VERSION,
@@ -338,6 +339,9 @@ class Builder:
             pricing=pricing,
             notes=started.notes,
             kv_reads=array("q") if self._memories.resident(index) else None,
+            window_reads={reach: array("q") for reach in sorted(set(reaches_of(model).values()))}
+            if self._memories.resident(index)
+            else {},
             speculation=SpeculationLog() if options.speculative else None,
         )
         if options.speculative:

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from servesim.engine.request_state import RequestState
+from servesim.memory.traffic import tokens_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -142,6 +143,11 @@ class Instance:
                 steps.tier_bytes.put(step, moved)
         if self.log.kv_reads is not None:
             self.log.kv_reads.append(self._kv_read(batch))
+            for reach, reads in self.log.window_reads.items():
+                pim = self.log.options.enable_attn_offloading
+                decodes, kv_sum = (0, 0) if pim else (batch.num_decodes, batch.kv_sum)
+                histories = [history for _, history in batch.chunks]
+                reads.append(tokens_within(reach, histories, decodes, kv_sum))
         self._preempted = 0
         if batch.travelling is not None:
             batch.travelling.token_times.append(batch.end_ns)

@@ -10,7 +10,7 @@ import numpy as np
 
 from servesim.memory.placement import CPU, NPU, PIM, kv_bytes_per_layer, placed_stages
 from servesim.memory.sizing import kv_bytes_per_token
-from servesim.memory.traffic import traffic_by_place
+from servesim.memory.traffic import reaches_of, traffic_by_place
 from servesim.power.activity import Spans, link_bytes_per_token, moved_within
 from servesim.power.node import NodeActivity, NpuActivity, node_energy
 from servesim.power.quantities import mean_watts
@@ -53,7 +53,8 @@ class InstanceMeter:
             placed = self._model = load_model(spec.model_name)
             stages = placed_stages(spec, placed, log.options, architecture_of(placed))
             kv_layer_bytes = kv_bytes_per_layer(placed, log.options, spec.tp_size)
-            for place, traffic in traffic_by_place(stages, kv_layer_bytes, spec.tp_size).items():
+            by_place = traffic_by_place(stages, kv_layer_bytes, spec.tp_size, reaches_of(placed))
+            for place, traffic in by_place.items():
                 if place != NPU:
                     kind = split_place(CPU if place == PIM else place)[0]
                     self._traffic.setdefault(kind, []).append(traffic)
@@ -116,10 +117,14 @@ class InstanceMeter:
         kv_tokens = np.zeros_like(tokens)
         if log.kv_reads is not None:
             kv_tokens = _numbers(log.kv_reads[self._first : self._last])
+        within = {
+            reach: _numbers(reads[self._first : self._last]) for reach, reads in log.window_reads.items()
+        }
         one = np.ones(len(self._dummies.start_ns), dtype=np.int64)
         for traffic in self._traffic[kind]:
-            of_dummies = replace(traffic, kv_bytes=0).moved(one, one, model)
-            moved += moved_within(spans, traffic.moved(tokens, kv_tokens, model), begin_ns, end_ns)
+            of_dummies = replace(traffic, kv_bytes=0, window_bytes={}).moved(one, one, model)
+            sizes = traffic.moved(tokens, kv_tokens, model, within)
+            moved += moved_within(spans, sizes, begin_ns, end_ns)
             moved += moved_within(self._dummies, of_dummies, begin_ns, end_ns)
         return moved
 

@@ -239,6 +239,8 @@ class InstanceLog:
     kv_reads: array[int] | None = None
     """Tokens of KV that the NPUs read for the attention of each step; kept only where placement or offloading
     may have it in other memories."""
+    window_reads: dict[int, array[int]] = field(default_factory=dict)
+    """The same of layers that see so many tokens, where there are any."""
 
 
 @dataclass(slots=True)

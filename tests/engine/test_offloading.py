@@ -14,7 +14,7 @@ from servesim.errors import InputError
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
 from tests.engine.test_random_clusters import check_cluster_run
-from tests.engine.toy_world import LAYERS, MOE, toy_cluster, toy_instance, toy_world
+from tests.engine.toy_world import DENSE, LAYERS, MOE, WINDOWS, toy_cluster, toy_instance, toy_world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -267,3 +267,25 @@ def test_kv_that_steps_read_is_written_down_where_it_may_lie_elsewhere() -> None
         *(0, 0),
     ]
     assert run(toy_cluster([toy_instance()]), requests).instances[0].kv_reads is None
+
+
+def test_windows_read_what_they_see() -> None:
+    """Kept whole by one manager, the KV of two of five layers is read 99 tokens far, beside the new one."""
+    requests = [Request(0, 128, 3, 0)]
+    kept = {"placement": {"default": {"kv_loc": "cpu"}}}
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 64}
+
+    def kv_in_cpu(model: str, **more: Any) -> RunLog:
+        made = toy_cluster([toy_instance(model, **kept, **more)])
+        made["nodes"][0]["cpu_mem"]["mem_bw"] = 0.0001  # the step waits for it
+        return run(made, requests, **options)
+
+    windows = kv_in_cpu(WINDOWS, disable_hybrid_kv_cache_manager=True)
+    [log] = windows.instances
+    assert list(log.kv_reads or ()) == [0, 64, 128, 129]
+    assert {reach: list(reads) for reach, reads in log.window_reads.items()} == {100: [0, 64, 99, 99]}
+    whole = kv_in_cpu(DENSE)
+    assert whole.instances[0].window_reads == {}
+    # two layers of 5 read 29 and 30 tokens of 32 bytes less, at 0.1 bytes a us
+    saved = round(2 * (29 + 30) * 32 / 0.0001)
+    assert whole.end_ns - windows.end_ns == pytest.approx(saved, rel=1e-6)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from servesim.memory.placement import PlacedLayer
+from servesim.memory.traffic import reaches_of, tokens_within, traffic_by_place
 from servesim.power.activity import (
     all_reduce_bytes_per_token,
     expert_bytes_per_token,
@@ -57,3 +61,22 @@ def test_tokens_that_only_travel_to_their_experts_send_less() -> None:
     some = expert_bytes_per_token(QWEN, 1, 32, "all_to_all")
     # of 128 experts 4 are on a rank: a token of 8 experts goes there with probability 0.230
     assert 0.22 < some / (48 * 31 * 2 * 4096) < 0.24
+
+
+def test_a_window_is_read_as_far_as_it_reaches() -> None:
+    # a chunk behind 500 tokens and four decodes of 300 on average, of which 127 are seen beside the new one
+    assert tokens_within(128, [500], 4, 1200) == 127 + 4 * 127
+    assert tokens_within(128, [50], 4, 200) == 50 + 200
+
+
+def test_energy_of_windows_counts_what_is_read() -> None:
+    """Of gpt-oss's first two blocks one sees 128 tokens: 10 new tokens, 4 decodes of 1,000 in the cache."""
+    reaches = reaches_of(load_model("openai/gpt-oss-120b"))
+    assert (len(reaches), reaches[0]) == (18, 128)
+    layers = [PlacedLayer("attention", "npu", block=block, kv_place="cpu") for block in (0, 1)]
+    traffic = traffic_by_place([layers], 100, 2, reaches)["cpu"]
+    assert (traffic.kv_bytes, traffic.window_bytes) == (200, {128: 200})
+    tokens, kv = np.array([10]), np.array([4000])
+    within = {128: np.array([tokens_within(128, [], 4, 4000)])}
+    moved = traffic.moved(tokens, kv, load_model("openai/gpt-oss-120b"), within)
+    assert moved.tolist() == [200 * (10 + 4000) + 200 * (10 + 4 * 127)]
