@@ -190,15 +190,27 @@ def _reserve(
     )
 
 
-def mxfp4_tiles(hardware: HardwareSpec) -> tuple[tuple[int, int], tuple[int, int]]:
-    """What MXFP4 experts are padded to, as vLLM 0.24 to 0.33 choose kernels: likely, and at most.
+_TRITON_COMES_WITH = (0, 12)
+"""First version of vLLM whose wheel has ``third_party/triton_kernels``; that of 0.11.2 has not."""
 
-    Hopper: the Triton kernels that come with vLLM, which pad least; Marlin's where an older vLLM was
-    installed without them. Before Hopper and on compute capability 12: Marlin's. 10: FlashInfer's, which pad
-    as much (vllm/model_executor/layers/fused_moe/oracle/mxfp4.py).
+
+def mxfp4_tiles(
+    hardware: HardwareSpec, version: str | None = None
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What MXFP4 experts are padded to, as vLLM chooses kernels: likely, and at most.
+
+    Args:
+        hardware: whose compute capability decides.
+        version: of vLLM; None: the hardware file's.
+
+    Hopper: the Triton kernels that come with vLLM from 0.12 on, which pad least; before, Marlin's, unless the
+    other ones were installed beside it (``get_mxfp4_backend``). Before Hopper and on compute capability 12:
+    Marlin's. 10: FlashInfer's, which pad as much
+    (vllm/model_executor/layers/fused_moe/oracle/mxfp4.py of 0.24 to 0.33).
     """
     capability = hardware.compute_capability
-    if capability is None or int(float(capability)) in _HOPPER:
+    brought = engine_version(version or hardware.plan_as_vllm) >= _TRITON_COMES_WITH
+    if (capability is None or int(float(capability)) in _HOPPER) and brought:
         return MXFP4_TILE, MXFP4_TILE_MARLIN
     return MXFP4_TILE_MARLIN, MXFP4_TILE_MARLIN
 
@@ -264,7 +276,8 @@ def kv_cache_capacity(
         plan = kv_plan(model, options, tp, pp)
         size, per_token = plan.block_size, round(plan.bytes_per_token)
         likely, most = (
-            weight_bytes_per_npu(model, options.dtype, tp, pp, ep, tile) for tile in mxfp4_tiles(hardware)
+            weight_bytes_per_npu(model, options.dtype, tp, pp, ep, tile)
+            for tile in mxfp4_tiles(hardware, version)
         )
         on_npus, padding = [(likely, plan.bytes_per_block)], most - likely
         if options.speculative:

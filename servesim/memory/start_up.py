@@ -62,6 +62,11 @@ def start_up(
     capacity = memories.capacity(index)
     check_groups(instance, model, capacity, memories.tier_words[index], where)
     notes = memories.notes(index)
+    if model.layers.vision:
+        notes.append(
+            f"{model.name}: images are not simulated: its vision tower counts in weights, and its time is in "
+            "no figure"
+        )
     if wants_auto_model_len(asked, instance):
         fitting = _fitting(options, capacity, capacity.num_blocks)
         if not fitting:

@@ -93,6 +93,12 @@ def test_blocks_that_are_given_may_be_few() -> None:
     assert started({"num_gpu_blocks": 100}, max_model_len="auto").options.max_model_len == 1584
 
 
+def test_images_are_said_not_to_be_simulated() -> None:
+    seeing = started({"model_name": "google/gemma-3-27b-it"}, max_model_len=16384)
+    assert any("images are not simulated" in note for note in seeing.notes)
+    assert not started({}).notes
+
+
 def test_layers_with_a_window_keep_less(tmp_path: Path) -> None:
     shape = load_model(LLAMA).model_dump(exclude_none=True, exclude={"name"})
     kinds = ["sliding_attention", "full_attention"] * 16
