@@ -100,6 +100,9 @@ def with_extras(
         longest = min(longest, settings.max_model_len)
         threshold = min(settings.long_prefill_token_threshold, longest)
         settings = replace(settings, long_prefill_token_threshold=threshold)
+        if not settings.enable_chunked_prefill:  # vLLM refuses a smaller step than the longest context then
+            budget = max(budget, settings.max_model_len)
+            settings = replace(settings, max_num_batched_tokens=budget)
     if rng.random() < 0.15:
         entries = [{**entry, "salt": str(rng.choice(["a", "b"]))} for entry in entries]
     if rng.random() < 0.15:
