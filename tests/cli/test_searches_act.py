@@ -108,7 +108,7 @@ ACTS: dict[str, dict[str, str]] = {
         "--speed": "--speed 500",
         "--api-key": "--api-key sk",
         "--served-model-name": "--served-model-name another",
-        "--lora-modules": "--lora-modules adapter",
+        "--lora-modules": "--enable-lora --lora-modules adapter",
         "--tokenizer": "--tokenizer tokenizer.json",
         "--output-tokens": "--output-tokens echo",
         "--max-body-mib": "--max-body-mib 1",
