@@ -37,6 +37,10 @@ COMMANDS = {
     "twin": ("servesim.cli.twin", "follow a running vLLM by its metrics, and try changes on its traffic"),
     "profile": ("servesim.cli.profile", "make a profile bundle: kernel times of a model on a hardware"),
     "profile inspect": ("servesim.cli.profile_inspect", "what a bundle holds, as text and as plots"),
+    "profile import": (
+        "servesim.cli.profile_import",
+        "correct a bundle with whole steps that vllm bench forward measured",
+    ),
     "profile diff": ("servesim.cli.profile_diff", "how far two bundles are apart, table by table"),
     "support": ("servesim.cli.support", "what can be simulated, how far to trust it, and how to get more"),
     "workload": ("servesim.cli.workload", "make, inspect and convert workload files"),

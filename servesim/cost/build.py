@@ -183,11 +183,19 @@ class Costs:
     def bundle(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Bundle:
         """The profile bundle of an instance."""
         hardware, model = priced_hardware(instance, self._facts(instance.hardware)), options.kept(model)
-        key = (hardware.name, model, options.variant, instance.tp_size)
+        key = self._bundle_key(instance, model, options)
         if key not in self._bundles:
             wanted = wanted_for(model, hardware, options.variant)
             self._bundles[key] = find_bundle(wanted, instance.tp_size)
         return self._bundles[key]
+
+    def use(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, bundle: Bundle) -> None:
+        """Price an instance with this bundle, whichever would be found."""
+        self._bundles[self._bundle_key(instance, options.kept(model), options)] = bundle
+
+    def _bundle_key(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> Hashable:
+        hardware = priced_hardware(instance, self._facts(instance.hardware))
+        return (hardware.name, model, options.variant, instance.tp_size)
 
     def host(self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions) -> str:
         """One line: the host time of an instance's steps, and whose it is."""

@@ -170,6 +170,10 @@ class Bundle:
             self._tables[tp] = self._read(tp) if own else find_bundle(self._asked(), tp).tables(tp)
         return self._tables[tp]
 
+    def with_tables(self, tp: int, tables: RankTables) -> Bundle:
+        """The same bundle with other tables of one degree."""
+        return replace(self, _tables={tp: tables})
+
     def _asked(self) -> Wanted:
         return self.wanted or Wanted(self.hardware, self.model, self.variant)
 

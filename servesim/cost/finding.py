@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from glob import escape
 from typing import TYPE_CHECKING
 
+from servesim.cost.identity import FORWARD
 from servesim.errors import InputError, MissingFileError, ServingError
 from servesim.specs import paths
 from servesim.specs.dtypes import KV_CACHE_SIZED, WEIGHT_DTYPES, dtype_bytes, short_dtype
@@ -97,6 +98,11 @@ def profile_command(hardware: str, model: str, variant: str, *degrees: int, sour
         source = "silicon" if measured and has_public_format(variant) else "roofline"
     skipped = without_skipped(variant)[1]
     skip = f" {SKIP} {skipped.replace(',', ' ')}" if skipped else ""
+    if source == FORWARD:
+        return (
+            f"servesim profile import FORWARD.json --model {model} --hardware {hardware} --dtype {dtype} "
+            f"--kv-cache-dtype {kv_cache_dtype}{skip} --tp {degrees[0]}"
+        )
     return (
         f"servesim profile {model} --hardware {hardware} --source {source} "
         f"--dtype {dtype} --kv-cache-dtype {kv_cache_dtype}{skip} --tp {','.join(map(str, degrees))}"

@@ -24,6 +24,8 @@ COMPUTED = ("silicon", "roofline")
 """Sources that make a bundle anew on any machine; the others measured it."""
 ON_DEMAND = "made_on_demand"
 """Key of meta.yaml: nobody chose anything about this bundle, so that it may be replaced."""
+FORWARD = "forward"
+"""Source of bundles that measured whole steps have corrected; ``corrects`` names what they were before."""
 _PARTS = ("model", "hardware", "derivation")
 
 

@@ -8,6 +8,7 @@ are added up.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from servesim.slotted import dataclass
@@ -163,6 +164,9 @@ def reach_of(meta: Mapping[str, Any], measured: tuple[int, int] | None = None) -
 
 def stated_error(meta: Mapping[str, Any], hardware: str, kv_dtype: str) -> StatedError:
     """The error of a bundle with this ``meta.yaml``, for KV of ``kv_dtype``."""
+    if meta.get("source") == "forward":
+        known = stated_error({**meta, "source": meta.get("corrects")}, hardware, kv_dtype)
+        return replace(known, reason=f"before whole steps corrected it; {known.reason}")
     source = meta.get("source") or ("vllm" if meta.get("vllm_version") else "")
     derived = derived_formats(meta, kv_dtype) if source in ("silicon", "roofline") else ""
     if derived:
@@ -226,6 +230,10 @@ def uncertainty(
         calibrated: whether its hardware file has constants of a server.
         version: of vLLM as asked for; None: not said.
     """
+    if meta.get("source") == "forward":
+        before = {**meta, "source": meta.get("corrects")}
+        known = uncertainty(before, hardware, calibrated=calibrated, version=version)
+        return replace(known, reason=f"before whole steps corrected it: {known.reason}")
     source = meta.get("source") or ("vllm" if meta.get("vllm_version") else "")
     front_end = FRONT_END_KNOWN if calibrated and hardware in SERVED else FRONT_END_UNKNOWN
     if source == "silicon":
