@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     from servesim.workload.request import Request, Workload
 
+_MOST_FRUITLESS = 3
+"""Steps without a token, for every token of the workload, after which a recording is given up: a step
+computes a token at least, so that without preemptions there are fewer."""
 _STOP_TOKEN = 1 << 60
 PRIVATE_TOKEN = 1 << 40
 """Token ids from here on belong to one request each: the content of requests that come without ids."""
@@ -83,6 +86,10 @@ class Recorder:
     last_end: int = 0
     acceptance: DrawnAcceptance | None = None
     """How drafts fare, None without."""
+    fruitless: int = 0
+    """Steps since the last that produced a token."""
+    patience: int = 0
+    """Most of them before the recording is given up."""
 
     @property
     def depth(self) -> int:
@@ -97,7 +104,8 @@ class Recorder:
             else:
                 self.arrivals.append((request.arrival_ns, request.index))
         heapq.heapify(self.arrivals)
-        depth = self.depth
+        tokens = sum(request.input_tokens + request.output_tokens for request in self.workload)
+        depth, self.patience = self.depth, _MOST_FRUITLESS * tokens
         while True:
             self._take_arrivals()
             if self.scheduler.has_unfinished_requests():
@@ -207,6 +215,12 @@ class Recorder:
             self._propose(names)
         batch.step.free_after = self._free_blocks()
         self.log.steps.append(batch.step)
+        self.fruitless = 0 if any(sampled) else self.fruitless + 1
+        if self.fruitless > self.patience:
+            raise RunError(
+                f"vLLM's scheduler goes round in circles: {self.fruitless} steps without a token, in which "
+                "requests preempt each other before any of them has computed its prompt"
+            )
 
     def _next_tokens(self, index: int, drafts: int) -> list[int]:
         """A request's next token, and behind it as many more as drafts are accepted."""
