@@ -13,6 +13,7 @@ from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_cost import GroupStage, Member, StepCost
 from servesim.cost.step_terms import EIGHT_BIT, Gemms, stage_terms
 from servesim.cost.terms import Stage, pipeline_stages, whole_model
+from servesim.errors import InputError
 from servesim.memory.engine_memory import priced_hardware
 from servesim.network.topology import RankGroup, Topology
 from servesim.specs.block_layers import architecture_of, attention_groups
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from servesim.cost.bundle import Bundle, RankTables
     from servesim.cost.expert_stage import ExpertRouting, ExpertStage
     from servesim.cost.offload import Offload
+    from servesim.cost.tables import Curve
     from servesim.cost.terms import Term
     from servesim.specs.architecture import Architecture
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
@@ -266,7 +268,9 @@ class Costs:
                 by_chunk = experts_by_chunk(stage.model.model_type, tp, ep)
                 group = self.topology.data_parallel([node for node, _ in team], tp if by_chunk else 1)
                 member = RankGroup(((self.topology.tp, tp),)) if by_chunk else None
-                exchange = TokenExchange(stage.model, ep, group, own[first].cost.tables, member)
+                bundle, backend = own[first].cost.bundle, leader.moe_backend
+                measured = _own_exchange(bundle, backend, ep) if backend in OWN_EXCHANGES else None
+                exchange = TokenExchange(stage.model, ep, group, own[first].cost.tables, member, measured)
             stages.append(
                 ExpertStage(
                     routing,
@@ -279,6 +283,28 @@ class Costs:
                 )
             )
         return stages
+
+
+OWN_EXCHANGES = ("deepep_high_throughput", "deepep_low_latency")
+"""Backends whose kernels are not collectives, so that they have to be measured."""
+
+
+def _own_exchange(bundle: Bundle, backend: str, ranks: int) -> dict[str, Curve]:
+    """The measured exchange of a backend among so many ranks.
+
+    Raises:
+        InputError: the bundle has none.
+    """
+    found = bundle.exchanges()
+    if (backend, ranks) in found:
+        return {backend: found[backend, ranks]}
+    there = sorted(count for name, count in found if name == backend)
+    known = f"there are times for {', '.join(map(str, there))} ranks" if there else "it has no such times"
+    raise InputError(
+        f"{bundle.folder}: moe_backend {backend}: no exchange among {ranks} ranks; {known} (DeepEP was "
+        "measured for block-scaled fp8 experts of some sizes, on H100, H200 and Blackwell; bundles made "
+        "before have none: make it again with --force); use allgather_reducescatter or all_to_all"
+    )
 
 
 def _narrow_under_load(tables: RankTables, model: ModelSpec, factor: float) -> RankTables:

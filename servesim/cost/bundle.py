@@ -191,6 +191,22 @@ class Bundle:
                 self._whole_experts = find_bundle(self._asked(), 1).whole_experts()
         return self._whole_experts
 
+    def exchanges(self) -> dict[tuple[str, int], Curve]:
+        """(backend, ranks) → time of dispatch and combine over the tokens of a rank, in µs: of
+        ``tp1/exchange.csv``; empty where nobody measured any."""
+        folder = self if (self.folder / "tp1").is_dir() else find_bundle(self._asked(), 1)
+        path, stamp = folder._optional("tp1/exchange.csv")
+        if not path.is_file():
+            return {}
+        texts, rows = read_labelled(path, ("backend",), ("ranks", "tokens", "time_us"), stamp)
+        names, which = _numbered([name for (name,) in texts])
+        refuse_repeats(path, np.column_stack([which, rows[:, :2].astype(np.int64)]))
+        curves = {}
+        for i, ranks in sorted(set(zip(which.tolist(), rows[:, 0].astype(int).tolist(), strict=True))):
+            own = (which == i) & (rows[:, 0] == ranks)
+            curves[names[i], ranks] = Curve.from_rows(*rows[own, 1:].T)
+        return curves
+
     def describe(self) -> str:
         """One line for people: where the numbers come from and how far to trust them."""
         meta = self.meta

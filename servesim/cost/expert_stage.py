@@ -22,13 +22,13 @@ from servesim.memory.traffic import expected_distinct_experts
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from servesim.cost.bundle import RankTables
-    from servesim.cost.tables import Floats, Surface
+    from servesim.cost.tables import Curve, Floats, Surface
     from servesim.network.topology import RankGroup
     from servesim.specs.model import ModelSpec
 
@@ -74,6 +74,7 @@ class TokenExchange:
         group: RankGroup,
         tables: RankTables,
         member: RankGroup | None = None,
+        measured: Mapping[str, Curve] | None = None,
     ) -> None:
         """
         Args:
@@ -82,9 +83,11 @@ class TokenExchange:
             group: those that exchange: one rank of each member, or all of them, each with a chunk.
             tables: measured collectives, which win over the links where the members are on one node.
             member: the ranks of a member where each takes a chunk of its tokens.
+            measured: backend with kernels of its own → dispatch and combine over the tokens of a rank, in µs.
         """
         self._group = group
         self._member = member
+        self._measured = measured or {}
         _, nodes = group.spans[-1]
         self._tables = tables
         self._one_node = nodes == 1
@@ -114,6 +117,18 @@ class TokenExchange:
         """
         rows = self._group.ranks * self._chunk(tokens)
         return 2 * self._ns("all_to_all", rows * self._chance * self._row_bytes) + self._gather_ns(tokens)
+
+    def deepep_high_throughput_ns(self, tokens: int) -> float:
+        """DeepEP's kernels for long prompts, as measured."""
+        return self._deepep_ns("deepep_high_throughput", tokens)
+
+    def deepep_low_latency_ns(self, tokens: int) -> float:
+        """DeepEP's kernels for decodes, as measured."""
+        return self._deepep_ns("deepep_low_latency", tokens)
+
+    def _deepep_ns(self, backend: str, tokens: int) -> float:
+        rows = max(self._chunk(tokens), 1)
+        return float(self._measured[backend].at(rows)[0]) * 1000.0 + self._gather_ns(tokens)
 
     def _chunk(self, tokens: int) -> int:
         """What a rank brings of a member's tokens; vLLM pads them to whole chunks."""

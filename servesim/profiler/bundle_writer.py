@@ -23,6 +23,7 @@ HEADERS: dict[str, tuple[str, ...]] = {
     "per_sequence.csv": ("layer", "sequences", "time_us"),
     "attention.csv": ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"),
     "moe.csv": ("tokens", "activated_experts", "time_us"),
+    "exchange.csv": ("backend", "ranks", "tokens", "time_us"),
     "comm.csv": ("collective", "ranks", "bytes", "time_us"),
     "skew.csv": (
         *("regime", "n", "nb", "ratio", "skew", "pc", "kp", "kvs", "kv_big", "kv_mean"),

@@ -135,6 +135,9 @@ class Meter(Protocol):
         """Stem of a table -> its rows, for layers whose attention is of another kind than attention.csv has;
         empty where that holds the average block."""
 
+    def exchange_rows(self) -> list[Row]:
+        """Rows of exchange.csv, what ranks that share experts take to exchange tokens; empty: not known."""
+
     def skew_rows(self) -> list[Row]:
         """Rows of skew_fit.csv where the source derives them; empty: they are fitted to skew.csv, if any."""
 

@@ -73,6 +73,8 @@ def computed_bundle(job: ProfileJob, meter: Meter) -> BundleContent:
                 content.tables[tp, f"{category}.csv"] = table.rows
         for label, rows in meter.other_attention().items():
             content.tables[tp, f"{label}.csv"] = rows
+        if exchange := meter.exchange_rows():
+            content.tables[tp, "exchange.csv"] = exchange
         if skew := meter.skew_rows():
             content.tables[tp, "skew_fit.csv"] = skew
     content.meta = described(job, meter.provenance(content))

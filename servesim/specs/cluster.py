@@ -67,8 +67,12 @@ if TYPE_CHECKING:
 Degree = Annotated[int, Field(ge=1, le=65536)]
 
 
-_OTHER_NAMES = {"tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size"}
-"""vLLM's names of an instance's degrees."""
+_OTHER_NAMES = {
+    "tensor_parallel_size": "tp_size",
+    "pipeline_parallel_size": "pp_size",
+    "all2all_backend": "moe_backend",
+}
+"""vLLM's names of an instance's degrees and exchange."""
 
 
 def _check_one_line(value: str) -> str:
@@ -153,10 +157,11 @@ class InstanceSpec(Spec):
     engine: EngineSpec | None = None
     """What it states wins over the hardware file."""
     moe_backend: Annotated[
-        Literal["allgather_reducescatter", "all_to_all"],
+        Literal["allgather_reducescatter", "all_to_all", "deepep_high_throughput", "deepep_low_latency"],
         Field(description="how tokens reach experts on other members of the dp_group"),
     ] = "allgather_reducescatter"
-    """Every member sees the tokens of all (vLLM's default), or each token only travels to its experts."""
+    """Every member sees the tokens of all (vLLM's default), or each token only travels to its experts: as
+    collectives, or by DeepEP's kernels where they were measured."""
 
     # Runtime options of this instance; None: the flag holds.
     dtype: WeightDtype = None

@@ -94,7 +94,7 @@ NOT_SIMULATED = {
     "--enable-elastic-ep": "moving experts between ranks",
     "--expert-placement-strategy": "another than the linear placement of experts",
     "--all2all-backend": "another exchange of experts than allgather_reducescatter; moe_backend of an "
-    "instance in the cluster config can be all_to_all",
+    "instance in the cluster config can be all_to_all, deepep_high_throughput or deepep_low_latency",
     "--data-parallel-hybrid-lb": _BALANCERS,
     "-dph": _BALANCERS,
     "--data-parallel-external-lb": _BALANCERS,

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
+from servesim.cost.build import _own_exchange
+from servesim.cost.bundle import Bundle
 from servesim.cost.expert_stage import TokenExchange
+from servesim.cost.tables import Curve
+from servesim.errors import InputError
 from servesim.network.topology import Dimension, RankGroup, Topology
 from servesim.specs.model import load_model
 from servesim.specs.vllm_versions import experts_by_chunk
+from tests.cost.bundles import HARDWARE, MODEL, VARIANT, Toy
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 QWEN = load_model("Qwen/Qwen3-30B-A3B-Instruct-2507")  # rows of 4096 bytes, 128 logits of 2 bytes
 FASTER = 1.75
@@ -85,3 +94,27 @@ def test_models_take_chunks_only_where_members_have_several_ranks() -> None:
     assert not experts_by_chunk("qwen3_moe", 1, 4)
     assert not experts_by_chunk("qwen3_moe", 2, 2)
     assert not experts_by_chunk("mixtral", 2, 4)
+
+
+def test_kernels_of_their_own_go_by_the_tokens_of_a_rank() -> None:
+    # 2 members of 2 ranks with 100 tokens: chunks of 50, between 10 us for 10 and 90 us for 90; then a gather
+    measured = {"deepep_low_latency": Curve(np.array([10, 90]), np.array([10.0, 90.0]))}
+    topology = links()
+    member = RankGroup(((topology.tp, 2),))
+    group = topology.data_parallel([0, 0], 2)
+    own = TokenExchange(QWEN, 4, group, NOTHING, member, measured)
+    gather = 1000 + 100 * 4096 / FASTER / 2 / 10
+    assert own.deepep_low_latency_ns(100) == pytest.approx(50_000 + gather)
+
+
+def test_an_exchange_that_nobody_measured_is_refused(tmp_path: Path) -> None:
+    bundle = Toy().write(tmp_path)
+    found = Bundle(bundle, HARDWARE, MODEL, VARIANT, {})
+    with pytest.raises(InputError, match="no exchange among 2 ranks; it has no such times"):
+        _own_exchange(found, "deepep_low_latency", 2)
+    table = "backend,ranks,tokens,time_us\ndeepep_low_latency,8,1,20\ndeepep_low_latency,8,64,50\n"
+    (bundle / "tp1/exchange.csv").write_text(table)
+    with pytest.raises(InputError, match="among 2 ranks; there are times for 8 ranks"):
+        _own_exchange(found, "deepep_low_latency", 2)
+    [curve] = _own_exchange(found, "deepep_low_latency", 8).values()
+    assert curve.at(64)[0] == 50.0

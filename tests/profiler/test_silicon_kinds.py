@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import comb
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -267,3 +268,41 @@ def test_variants_share_the_tables_that_are_the_same(tmp_path: Path, monkeypatch
     assert share_tables(root) == 1
     assert not (root / "Toy" / name / "fp8/tp1/attention.csv").exists()
     assert (load_bundle("Toy", name, "fp8", 1).tables(1).attention.tensor == before).all()
+
+
+@needs_silicon
+def test_exchanges_of_deepep_come_back() -> None:
+    """For block-scaled fp8 experts alone, in tp1: 8 ranks of the newer table, 16 to 64 of the older one."""
+    from servesim.profiler.silicon.tables import read_exchange
+
+    rows = {
+        row[:3]: row[3] for row in _made("deepseek-ai/DeepSeek-R1", "H200", tp=1).tables[1, "exchange.csv"]
+    }
+    assert {backend: {ranks for name, ranks, _ in rows if name == backend} for backend, _, _ in rows} == {
+        "deepep_high_throughput": {8, 16, 32, 64},
+        "deepep_low_latency": {8, 16, 32, 64},
+    }
+    newer = read_exchange("h200_sxm", "wideep_deepep_ll_perf", "sglang", "0.5.12")
+    newer = newer.where(hidden_size=7168, num_topk=8, num_experts=256)
+    for tokens in (1, 64, 1024):
+        one = newer.where(num_token=tokens).columns
+        measured = float(one["dispatch_avg_t_us"][0] + one["combine_avg_t_us"][0])
+        assert rows["deepep_low_latency", 8, tokens] == pytest.approx(measured, rel=1e-12)
+    for name, tp in (("deepseek-ai/DeepSeek-R1", 8), ("Qwen/Qwen3-30B-A3B", 1)):
+        assert (tp, "exchange.csv") not in _made(name, "H200", tp=tp).tables
+
+
+@needs_silicon
+@pytest.mark.parametrize("hardware", ["H100", "H200", "B200"])
+def test_no_exchange_beats_its_link(hardware: str) -> None:
+    """A token goes to 4.6 of 7 other ranks on average, in 8 bit, and comes back in 16."""
+    content = _made("deepseek-ai/DeepSeek-R1", hardware, tp=1)
+    link = load_hardware(hardware).link
+    assert link is not None
+    away = 7 * (1 - comb(224, 8) / comb(256, 8))
+    before: dict[str, float] = {}
+    for backend, ranks, tokens, us in content.tables[1, "exchange.csv"]:
+        if ranks == 8:
+            assert us >= tokens * away * 7168 * 3 / link.bandwidth_gbs / 1e3
+            assert us >= 0.8 * before.get(backend, 0.0)  # measured: nearly rising
+            before[backend] = us

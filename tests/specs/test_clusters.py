@@ -71,7 +71,7 @@ def test_instances_are_numbered_node_by_node() -> None:
 
 def test_every_per_instance_option_stands_in_an_instance() -> None:
     names = per_instance_fields()
-    assert len(names) == 25
+    assert len(names) == 28
     for name in names:
         field = InstanceSpec.model_fields[name]
         assert field.default is None

@@ -1,4 +1,4 @@
-"""Measured times of the all-reduce that tensor parallelism does twice a block.
+"""Measured times of the all-reduce that tensor parallelism does twice a block, and of DeepEP's exchanges.
 
 The tables' ``message_size`` is a number of elements (see ``silicon/columns.py``); bundles and formulas count
 bytes.
@@ -11,11 +11,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from servesim.errors import InputError, MissingFileError
-from servesim.profiler.silicon.tables import has_fast_links, read_table
+from servesim.profiler.silicon.tables import (
+    gpus_a_node,
+    has_fast_links,
+    read_exchange,
+    read_table,
+    table_versions,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from servesim.profiler.silicon.moe import ExpertSizes
     from servesim.profiler.silicon.tables import Gpu, KernelTable
 
 ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "half": 2, "fp8": 1, "int8": 1}
@@ -63,3 +70,37 @@ def payload_bytes(rows: KernelTable) -> NDArray[np.int64]:
         )
     elements = np.array([ELEMENT_BYTES[str(name)] for name in names], dtype=np.int64)
     return sizes * elements
+
+
+EXCHANGES = {
+    "deepep_high_throughput": "wideep_deepep_normal_perf",
+    "deepep_low_latency": "wideep_deepep_ll_perf",
+}
+"""vLLM's all2all backend -> the table of the same kernels, measured with SGLang."""
+EXCHANGE_SMS = 20
+"""SMs that vLLM gives to DeepEP's high-throughput kernels (``DeepEPHTAll2AllManager``)."""
+EXCHANGE_ELEMENT = "fp8_block"
+"""Format of experts whose tokens travel in fp8, as they did where DeepEP was measured."""
+
+
+def exchange_rows(gpu: Gpu, sizes: ExpertSizes) -> list[tuple[str, int, int, float]]:
+    """Rows ``(backend, ranks, tokens of a rank, us)`` of dispatch and combine together, for experts of just
+    these sizes; empty: nobody measured them on this GPU.
+
+    Of two versions that have a number of ranks the newer one counts.
+    """
+    found: dict[tuple[str, int, int], float] = {}
+    for backend, table in EXCHANGES.items():
+        for version in table_versions(gpu.folder, "comm", table, "sglang"):
+            rows = read_exchange(gpu.folder, table, "sglang", version)
+            rows = rows.where(hidden_size=sizes.hidden, num_topk=sizes.top_k, num_experts=sizes.experts)
+            if "dispatch_sms" in rows.columns:
+                rows = rows.where(dispatch_sms=EXCHANGE_SMS, combine_sms=EXCHANGE_SMS)
+            ranks = rows.integers("node_num") * gpus_a_node(gpu.folder)
+            for key in set(ranks.tolist()):  # a newer version takes the place of all of an older one's
+                found = {at: us for at, us in found.items() if at[:2] != (backend, key)}
+            for count, tokens, us in zip(
+                ranks.tolist(), rows.integers("num_token").tolist(), rows.latency_us, strict=True
+            ):
+                found[backend, int(count), int(tokens)] = float(us)
+    return [(*at, us) for at, us in sorted(found.items())]

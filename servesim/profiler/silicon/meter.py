@@ -147,6 +147,8 @@ class SiliconMeter:
         self._gpu = silicon_gpu(job.hardware)
         self._limits = (job.max_num_batched_tokens, job.max_num_seqs, job.max_kv)
         self._stored = job.model.stored_as(job.dtype).formats
+        self._exchanged: ExpertSizes | None = None
+        """Experts whose tokens travel as DeepEP was measured with."""
         self._layers = block_layers(job.model.layers)
         rows, table = comm.all_reduce_rows(self._gpu) if job.collectives != "none" else ([], None)
         self._all_reduce = {(ranks, payload): time for _, ranks, payload, time in rows}
@@ -199,6 +201,7 @@ class SiliconMeter:
             stored = expert_format(job.model.layers, self._stored)
             assert stored is not None
             element = element_of(stored, job.fp8_scaling)
+            self._exchanged = sizes if element == comm.EXCHANGE_ELEMENT else None
             times = moe_times(self._gpu, element, bits_of(stored), sizes, tp, job.expert_load)
             self._sources.experts.append(times)
 
@@ -325,6 +328,12 @@ class SiliconMeter:
 
     def all_reduce_us(self, payloads: Sequence[int]) -> list[float]:
         return [self._all_reduce[self._shapes.tp, payload] for payload in payloads]
+
+    def exchange_rows(self) -> list[Row]:
+        """DeepEP's kernels, where they were measured with such experts; they belong to whole experts."""
+        if self._shapes.tp > 1 or self._exchanged is None:
+            return []
+        return list(comm.exchange_rows(self._gpu, self._exchanged))
 
     def skew_rows(self) -> list[Row]:
         first = self._kernels[0][1]

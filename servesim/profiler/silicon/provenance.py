@@ -159,6 +159,8 @@ def _table_claims(job: ProfileJob, gpu: Gpu, sources: Sources, content: BundleCo
                 "tp<N> holds a slice of every expert; with expert parallelism tp1 applies",
             ]
         )
+    if "exchange.csv" in names:
+        claims["exchange"] = "DeepEP's dispatch (tokens in fp8) and combine, measured with SGLang"
     claims["comm"] = (
         f"all_reduce measured over {comm.link_of(gpu)}"
         if "comm.csv" in names

@@ -184,14 +184,30 @@ def read_table(
     )
 
 
-@lru_cache(maxsize=64)
-def _read(path: Path) -> KernelTable:
+def read_exchange(gpu: str, table: str, framework: str, version: str) -> KernelTable:
+    """A table of exchanges of tokens; ``latency_us`` is the sum of its columns of times, in us there."""
+    columns = _columns(data_root() / "data" / gpu / "comm" / framework / version / f"{table}.parquet")
+    times = [columns[name].astype(np.float64) for name in columns if name.endswith("_us")]
+    return KernelTable(table, version, np.sum(times, axis=0), columns)
+
+
+def gpus_a_node(gpu: str) -> int:
+    """GPUs of one node of the machines that were measured."""
+    return int(_description(gpu)["node"]["num_gpus_per_node"])
+
+
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError:
         raise InputError(f"reading the kernel tables needs pyarrow; {INSTALL_HINT}") from None
     data = parquet.ParquetFile(path).read()  # read_table would import pandas
-    columns = {name: _column(data.column(name)) for name in data.column_names}
+    return {name: _column(data.column(name)) for name in data.column_names}
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path) -> KernelTable:
+    columns = _columns(path)
     latency = columns.pop("latency", None)
     if latency is None:
         raise InputError(f"{path.name} of {package_name()} {package_version()} has no column 'latency'")

@@ -121,6 +121,10 @@ class TorchMeter:
         """None: the average block is measured."""
         return {}
 
+    def exchange_rows(self) -> list[Row]:
+        """None."""
+        return []
+
     def skew_rows(self) -> list[Row]:
         """None: they are fitted to skew.csv."""
         return []

@@ -179,6 +179,10 @@ class VllmMeter:
         """None: the average block is measured."""
         return {}
 
+    def exchange_rows(self) -> list[Row]:
+        """None."""
+        return []
+
     def skew_rows(self) -> list[Row]:
         """None: they are fitted to skew.csv."""
         return []
