@@ -276,7 +276,7 @@ def workload_like(seen: Traffic, seed: int, most_tokens: int | None = None) -> W
             own = np.arange(length - shared, dtype=np.int64) + (index + 1) * 1_000_000_000
             ids = np.concatenate((common[:shared], own))
         requests.append(Request(index, length, int(outputs[index]), int(arrivals_s[index] * 1e9), ids))
-    return Workload(requests, source="traffic of a running server")
+    return Workload(requests, source="traffic of a running server", drawn_arrivals=True)
 
 
 @dataclass(slots=True, frozen=True)

@@ -216,6 +216,7 @@ def twin_text(source: str, seen: Traffic, fitted: Fit) -> str:
             f"({fitted.simulations} simulations)",
             "",
             table.plain(width=screen_width()),
+            *(f"note: {note}" for note in fitted.result.log.notes),
             "",
             "TTFT and ITL were fitted, the other rows were not. Lengths and arrivals are drawn to be like",
             "those counted; give --requests FILE for the requests themselves.",

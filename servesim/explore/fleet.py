@@ -149,6 +149,18 @@ class Fleet:
             told["kv_cache_dtype"] = self.kv_cache_dtype
         return {**told, **{name: getattr(self, name) for name in LIMITS}}
 
+    def idle_options(self) -> set[str]:
+        """Run options that have nothing to choose in this fleet, though they have in a larger one."""
+        idle = set()
+        taking = self.prefill or self.replicas
+        if max(taking, self.replicas - self.prefill) < 2:
+            idle |= {"request_routing_policy", "router_refresh"}
+        if taking < 2:
+            idle.add("sticky_sessions")
+        if not self.experts or self.tp < 2:
+            idle |= {"expert_routing_policy", "enable_block_copy"}
+        return idle
+
     def cluster(self, prices: Prices) -> dict[str, Any]:
         """The cluster config: nodes filled one after the other, links of the hardware file, power of the
         price file."""

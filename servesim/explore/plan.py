@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from servesim.api import LOADING, NOISE, check_used, making_bundles
+from servesim.api import LOADING, NOISE, check_used, making_bundles, without
 from servesim.engine.build import Kept
 from servesim.errors import InputError, ServingError
 from servesim.explore.capacity_band import band, with_blocks
@@ -21,6 +21,7 @@ from servesim.explore.slo import Slo, worst_error
 from servesim.explore.warm_runs import Target, Watch, one_run
 from servesim.results.units import SECOND
 from servesim.specs.cluster import load_cluster
+from servesim.specs.flags import flag_name
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.validation import validated
 
@@ -111,6 +112,7 @@ class _Search:
         """See :func:`plan`."""
         found, candidates = self._plan, self._question.candidates(self._prices)
         found.candidates = len(candidates)
+        self._check_choices(candidates)
         if not self._prune:
             able = candidates
         else:
@@ -130,6 +132,25 @@ class _Search:
         self._tell("")
         return found
 
+    def _check_choices(self, candidates: Sequence[Fleet]) -> None:
+        """Refuse options that have nothing to choose in any fleet.
+
+        Raises:
+            InputError: there is one.
+        """
+        fields = RuntimeOptions.model_fields
+        for name in sorted(self._options.model_fields_set):
+            if getattr(self._options, name) == fields[name].default:
+                continue
+            if all(name in fleet.idle_options() for fleet in candidates):
+                raise InputError(
+                    f"{flag_name(name)}: has no effect here: no fleet of the plan gives it a choice"
+                )
+        if self._options.sticky_sessions and self._entries == len(self._whole):
+            raise InputError(
+                "--sticky-sessions: has no effect here: the workload has no sessions; leave it out"
+            )
+
     def _part(self, share: float) -> str:
         """The name of the first part of the workload."""
         part = self._whole.first(max(round(self._entries * share), min(SHORT_LEAST, self._entries)))
@@ -145,7 +166,11 @@ class _Search:
         if shape not in self._bounds:
             cluster = load_cluster(shape.cluster(self._prices))
             self._bounds[shape] = ShapeBounds.of(
-                cluster, self._options, self._kept, self._whole, self._question.target
+                cluster,
+                without(self._options, *shape.idle_options()),
+                self._kept,
+                self._whole,
+                self._question.target,
             )
         reason = self._bounds[shape].reason(fleet)
         if reason:
@@ -277,7 +302,8 @@ class _Search:
             if blocks is not None:
                 cluster = with_blocks(cluster, tuple(blocks))
             kept = Kept(self._kept.costs, self._tables.get(load))
-            outcome = one_run(cluster, workload, self._options, kept, watch, slower)
+            options = without(self._options, *fleet.idle_options())
+            outcome = one_run(cluster, workload, options, kept, watch, slower)
             self._kept.costs, self._tables[load] = kept.costs, kept.tables
         except ServingError as error:
             trial = Trial(fleet, len(workload), load, reason=str(error).splitlines()[0])

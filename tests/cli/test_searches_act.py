@@ -523,3 +523,12 @@ def test_a_checkpoints_own_kv_format_is_profiled(capsys: pytest.CaptureFixture[s
     assert "/fp8-kvfp8: tp1" in capsys.readouterr().out
     assert main([*words, "--kv-cache-dtype", "bfloat16"]) == 0
     assert "/fp8: tp1" in capsys.readouterr().out
+
+
+def test_the_twin_tells_what_does_not_act(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its requests are drawn by the seed, which acts; priorities are not known to a counter."""
+    line = "scrapes.jsonl --cluster-config one.json"
+    told = outcome("twin", f"={line} --seed 7 --scheduling-policy priority", capsys)
+    assert told["status"] == 0, told["error"]
+    assert "note: --scheduling-policy priority has no effect here" in told["out"]
+    assert "--seed" not in told["out"]

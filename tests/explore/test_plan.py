@@ -321,3 +321,22 @@ def test_shipped_prices_have_a_date_and_sources() -> None:
 def test_a_question_is_checked_once() -> None:
     question = question_of(asked("ttft:p99<5 tpot:p95<2", goodput=None))
     assert question.target.words() == "TTFT P99 up to 5 ms, TPOT P95 up to 2 ms"
+
+
+def test_a_router_chooses_where_there_are_several() -> None:
+    """Its options hold for fleets of several instances, and rule no fleet of one out."""
+    one_ms = service_ms(HARDWARE)
+    write_workload(1000 / (0.4 * one_ms))
+    slo, routed = f"ttft:{1.5 * one_ms}", {**ONE, "request_routing_policy": "RR"}
+    best = servesim.plan(asked(slo, options=routed)).best
+    assert best is not None
+    assert (best.hardware, best.replicas) == (FAST, 2)
+    write_workload(1.0, count=20)
+    alone = servesim.plan(asked(slo, options=routed)).best
+    assert alone is not None
+    assert alone.replicas == 1
+    for words in ({"request_routing_policy": "RR"}, {"expert_routing_policy": "RAND"}):
+        with pytest.raises(InputError, match="no fleet of the plan gives it a choice"):
+            servesim.plan(asked(slo, max_gpus=1, options={**ONE, **words}))
+    with pytest.raises(InputError, match="the workload has no sessions"):
+        servesim.plan(asked(slo, options={**ONE, "sticky_sessions": True}))
