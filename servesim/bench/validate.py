@@ -306,6 +306,7 @@ def comparison_text(run: RecordedRun, agreement: Agreement) -> str:
     ]
     if run.kv_blocks:
         lines.append(f"           KV blocks: {run.kv_blocks}")
+    lines += [f"           note: {note}" for note in agreement.result.log.notes]
     if run.not_simulated:
         left = ", ".join(f"{name}={value}" for name, value in run.not_simulated.items())
         lines.append(f"           not simulated: {left}")

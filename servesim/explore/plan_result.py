@@ -45,6 +45,8 @@ class Trial:
     """Stated error of its kernel times."""
     blocks: list[tuple[int, int]] | None = None
     """Band of the KV blocks of every instance."""
+    notes: list[str] = field(default_factory=list)
+    """What was asked for and does not act, or not in full."""
 
     @classmethod
     def of(cls, fleet: Fleet, part: str, point: LoadPoint, result: Result, prices: Prices) -> Trial:
@@ -64,7 +66,7 @@ class Trial:
             **{name: round(value, 6) for name, value in point.figures.items()},
             "goodput": round(point.goodput, 6),
         }
-        return cls(fleet, len(result.workload), part, point, figures)
+        return cls(fleet, len(result.workload), part, point, figures, notes=list(result.log.notes))
 
     @property
     def meets(self) -> bool:
@@ -128,6 +130,7 @@ class Finalist:
         """Ready for JSON."""
         return {
             **self.trial.row(),
+            "notes": self.trial.notes,
             "binding": self.binding(question),
             "kernel_error_percent": self.trial.error_percent,
             "score_band": self.band and [end and round(end, 6) for end in self.band],

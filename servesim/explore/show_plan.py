@@ -53,6 +53,7 @@ def _answer(plan: Plan) -> list[str]:
     power = f"{digits(figures['mean_w'])} W on average, {digits(figures['g_co2_per_hour'])} g CO2 an hour"
     lines.append(_line("costs", f"{cost}, {tokens}; {power}"))
     lines.append(_line("binds", best.binding(plan.question)))
+    lines += [_line("note", note) for note in best.trial.notes]
     if plan.hours:
         lines.append(_line("by hour", _hours(plan)))
     return lines

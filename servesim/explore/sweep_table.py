@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -155,13 +156,13 @@ class Sweep:
             counted += f", {self.ruled_out:,} ruled out by constraints"
         lines.append(counted)
         lines += [wrapped(note, screen_width()) for note in self.notes]
-        reasons: dict[str, int] = {}
-        for row in self.failed:
-            reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
-        for reason, count in list(reasons.items())[:5]:
-            lines.append(wrapped(f"{count} x {reason}", screen_width(), indent="    "))
-        if len(reasons) > 5:
-            lines.append(f"and {len(reasons) - 5} more reasons" + (f" in {file}" if file else ""))
+        reasons = Counter(row["reason"] for row in self.failed)
+        told = Counter(str(row["notes"]) for row in self.rows if row.get("notes"))
+        for counts, what in ((reasons, "reasons"), (told, "notes")):
+            for text, count in list(counts.items())[:5]:
+                lines.append(wrapped(f"{count} x {text}", screen_width(), indent="    "))
+            if len(counts) > 5:
+                lines.append(f"and {len(counts) - 5} more {what}" + (f" in {file}" if file else ""))
         return lines
 
 

@@ -532,3 +532,17 @@ def test_the_twin_tells_what_does_not_act(capsys: pytest.CaptureFixture[str]) ->
     assert told["status"] == 0, told["error"]
     assert "note: --scheduling-policy priority has no effect here" in told["out"]
     assert "--seed" not in told["out"]
+
+
+NOTED = "--scheduling-policy priority has no effect here"
+
+
+@pytest.mark.parametrize("command", ["slo", "sweep", "plan", "twin", "bench validate"])
+def test_what_does_not_act_is_told_by_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Priorities that no request has: noted by a run, and by whatever runs runs."""
+    words = "--scheduling-policy priority"
+    if command == "twin":
+        words = f"=scrapes.jsonl --cluster-config one.json {words}"
+    told = outcome(command, words, capsys)
+    assert told["status"] == 0, told["error"]
+    assert NOTED in " ".join(told["out"].split())
