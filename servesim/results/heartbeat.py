@@ -103,10 +103,10 @@ class Heartbeat:
                 continue
             cursor.idle = after == before
             cursor.steps = after
-            hits = sum(instance.steps.hit_tokens[before:after])
+            hits = instance.steps.hit_tokens.total(before, after)
             cursor.hit_tokens += hits
-            cursor.lookup_tokens += sum(instance.steps.lookup_tokens[before:after])
-            again = sum(instance.steps.recomputed_tokens[before:after])
+            cursor.lookup_tokens += instance.steps.lookup_tokens.total(before, after)
+            again = instance.steps.recomputed_tokens.total(before, after)
             line = heartbeat_line(instance, before, after, elapsed_ns, hits - again)
             name = f" instance={instance.index}" if len(log.instances) > 1 else ""
             rate = cursor.hit_tokens / cursor.lookup_tokens if cursor.lookup_tokens else 0.0
@@ -125,7 +125,7 @@ def heartbeat_line(instance: InstanceLog, before: int, after: int, elapsed_ns: i
     is weights and KV blocks in use on one NPU after the last step, in units of 2^30 bytes.
     """
     steps, capacity = instance.steps, instance.capacity
-    prompt = max(sum(steps.prefill_tokens[before:after]) + more_tokens, 0) * SECOND / elapsed_ns
+    prompt = max(steps.prefill_tokens.total(before, after) + more_tokens, 0) * SECOND / elapsed_ns
     decode = sum(steps.decode_tokens[before:after]) * SECOND / elapsed_ns
     batch = steps.running[after - 1] if after else 0
     used = steps.kv_blocks_used[after - 1] if after else 0

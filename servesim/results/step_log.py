@@ -81,9 +81,12 @@ class SparseColumn(Sequence[int]):
             else:
                 yield self._expected(step)
 
-    def total(self) -> int:
-        """The sum of all steps."""
-        return sum(self._values)
+    def total(self, start: int = 0, stop: int | None = None) -> int:
+        """The sum of the steps from ``start`` to ``stop - 1``, of all by default; costs what is kept of
+        them."""
+        steps = self._steps
+        end = len(steps) if stop is None else bisect_left(steps, stop)
+        return sum(self._values[bisect_left(steps, start) : end])
 
     def array(self) -> NDArray[np.int64]:
         """All steps, shape (steps,)."""
@@ -108,9 +111,9 @@ class StartColumn(SparseColumn):
         every[1:] = np.frombuffer(self._rows, dtype=np.int64)[:-1]
         return every
 
-    def total(self) -> int:
-        """The sum of all steps."""
-        return int(self.array().astype(object).sum()) if len(self) else 0
+    def total(self, start: int = 0, stop: int | None = None) -> int:
+        """The sum of the steps from ``start`` to ``stop - 1``, of all by default."""
+        return int(self.array()[start:stop].astype(object).sum()) if len(self) else 0
 
 
 class StepLog:
