@@ -7,7 +7,10 @@ import shutil
 import subprocess
 import sys
 from hashlib import blake2b
+from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import hatch_build
 
@@ -16,6 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_every_module_to_compile_is_there() -> None:
     assert [name for name in hatch_build.MODULES if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.skipif(not (ROOT / hatch_build.MARK).is_file(), reason="nothing is compiled here")
+def test_what_is_compiled_is_what_runs() -> None:
+    homes = [
+        import_module(name.removesuffix(".py").replace("/", ".")).__file__ for name in hatch_build.MODULES
+    ]
+    assert [home for home in homes if home is None or not home.endswith((".so", ".pyd"))] == []
 
 
 def test_an_edited_source_is_refused(tmp_path: Path) -> None:

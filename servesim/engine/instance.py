@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.request_state import RequestState
 from servesim.memory.traffic import tokens_within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from servesim.engine.batch import Batch
     from servesim.engine.request_state import BlockTables
@@ -18,16 +18,30 @@ if TYPE_CHECKING:
     from servesim.workload.request import Request
 
 
+class StepHook(Protocol):
+    """Follows an instance step by step, for tests: a class of the engine cannot be derived from once it is
+    compiled."""
+
+    def holds_back(self, steps: int) -> bool:
+        """Whether nothing is scheduled now behind those in flight of the ``steps`` steps so far."""
+
+    def scheduled(self, batch: Batch) -> None:
+        """Called with every batch of the scheduler, also with those that came out empty."""
+
+    def ended(self, batch: Batch, start_ns: int, free_blocks: int) -> None:
+        """Called after every step."""
+
+
 class Instance:
     """A scheduler with the requests handed to it. When its steps run is up to its :class:`StepLoop`."""
 
     __slots__ = (
         "_inbox",
         "_preempted",
+        "hook",
         "log",
         "scheduler",
         "tables",
-        "trace",
     )
 
     def __init__(
@@ -35,20 +49,19 @@ class Instance:
         log: InstanceLog,
         scheduler: Scheduler,
         tables: BlockTables,
-        trace: Callable[[Batch, int, int], None] | None = None,
+        hook: StepHook | None = None,
     ) -> None:
         """
         Args:
             log: where it writes down what happens.
             scheduler: decides what it computes.
             tables: make the block tables of its requests.
-            trace: debugging hook, called after every step with its batch, its start in ns and the number of
-                free blocks.
+            hook: follows its steps; None: nobody.
         """
         self.log = log
         self.scheduler = scheduler
         self.tables = tables
-        self.trace = trace
+        self.hook = hook
         self._inbox: list[RequestState] = []
         self._preempted = 0
 
@@ -102,9 +115,13 @@ class Instance:
 
     def schedule(self, now_ns: int, in_flight: bool) -> Batch | None:
         """The next batch, None if there is nothing to compute; see :meth:`Scheduler.schedule`."""
-        scheduler = self.scheduler
+        scheduler, hook = self.scheduler, self.hook
+        if hook is not None and in_flight and hook.holds_back(len(self.log.steps)):
+            return None
         while scheduler.has_work:
             batch = scheduler.schedule(len(self.log.steps), now_ns, in_flight)
+            if hook is not None:
+                hook.scheduled(batch)
             self._preempted += len(batch.preempted)
             if not batch.is_empty:
                 return batch
@@ -163,8 +180,8 @@ class Instance:
             if written:
                 tier_bytes = self.log.steps.tier_bytes
                 tier_bytes.put(batch.step, tier_bytes[batch.step] + written)
-        if self.trace:
-            self.trace(batch, self.log.steps.start_ns[batch.step], self.scheduler.kv.pool.num_free)
+        if self.hook is not None:
+            self.hook.ended(batch, self.log.steps.start_ns[batch.step], self.scheduler.kv.pool.num_free)
         return leaving
 
     def _kv_read(self, batch: Batch) -> int:

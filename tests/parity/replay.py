@@ -1,8 +1,8 @@
 """Run a golden's workload through the simulator's engine and write the same log that vLLM's scheduler left.
 
-The engine runs with the golden's settings and its step formula in the place of a measured step timer. A
-scheduler that also takes notes (:class:`NotingScheduler`) records what the engine itself does not keep: which
-request got how many tokens, and who was preempted in a schedule that came out empty.
+The engine runs with the golden's settings and its step formula in the place of a measured step timer.
+:class:`Notes` keep what the engine itself does not: which request got how many tokens, and who was preempted
+in a schedule that came out empty.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ from tests.hand_made import OneInstance
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from servesim.engine.batch import Batch
-    from servesim.engine.decode_set import DecodeSet
+    from servesim.engine.instance import StepHook
+    from servesim.engine.request_state import RequestState
     from servesim.engine.speculation import Speculation
     from servesim.memory.kv_cache import AnyKvCache
     from servesim.specs.vllm_versions import VllmVersion
@@ -49,79 +50,69 @@ if TYPE_CHECKING:
     from tests.golden.golden_file import Golden
 
 
-class NotingScheduler(Scheduler):
-    """The engine's scheduler, with a note of every step it makes."""
+class Notes:
+    """A note of every step that a scheduler makes; follows its instance."""
 
-    __slots__ = ("notes", "pending")
-
-    def __init__(
-        self,
-        limits: SchedulerLimits,
-        kv: AnyKvCache,
-        policy: str = "fcfs",
-        new_decodes: Callable[[], DecodeSet] | None = None,
-        speculation: Speculation | None = None,
-    ) -> None:
-        super().__init__(
-            limits,
-            kv,
-            policy=queue_policy(policy),
-            new_decodes=new_decodes,
-            speculation=speculation,
-            list_requests=True,
-        )
-        self.notes: dict[int, LoggedStep] = {}
-        self.pending: list[int] = []
+    def __init__(self, scheduler: Scheduler, drained: bool) -> None:
+        self.steps: dict[int, LoggedStep] = {}
+        self._scheduler = scheduler
+        self._drained = drained
+        """Whether nothing is scheduled behind the steps that :func:`is_drained` names."""
+        self._held: set[RequestState] = set()
+        """Those that ran when the last batch was scheduled."""
+        self._pending: list[int] = []
         """Preempted by schedules that came out empty; they count with the next step."""
 
-    def schedule(self, step: int, now_ns: int, in_flight: bool) -> Batch:
-        held = set(self.running)
-        batch = super().schedule(step, now_ns, in_flight)
-        self.pending += [state.request.index for state in batch.preempted]
+    def holds_back(self, steps: int) -> bool:
+        return self._drained and is_drained(steps - 1)
+
+    def scheduled(self, batch: Batch) -> None:
+        running, held = self._scheduler.running, self._held
+        self._held = set(running)
+        self._pending += [state.request.index for state in batch.preempted]
         if batch.is_empty:
-            return batch
+            return
         entries = batch.entries
         assert entries is not None
         sched = dict(entries)
         assert len(sched) == len(entries), "a request was scheduled twice in one step"
-        admitted = [state for state in self.running if state not in held]
-        self.notes[step] = LoggedStep(
+        admitted = [state for state in running if state not in held]
+        self.steps[batch.step] = LoggedStep(
             start=-1,
             end=-1,
             sched=sched,
-            preempted=self.pending,
-            free=self.kv.pool.num_free,
+            preempted=self._pending,
+            free=self._scheduler.kv.pool.num_free,
             hits={s.request.index: s.computed - sched[s.request.index] for s in admitted},
         )
-        self.pending = []
-        return batch
+        self._pending = []
+
+    def ended(self, batch: Batch, start_ns: int, free_blocks: int) -> None:
+        note = self.steps[batch.step]
+        note.start, note.end, note.free_after = start_ns, batch.end_ns, free_blocks
+        note.finished = [state.request.index for state in batch.finishing]
 
 
 def replay(golden: Golden) -> SchedulerLog:
     """The engine's log of a golden's workload, every step taken one by one."""
     settings, formula = golden_settings(golden)
     tracks: list[array[int]] = []
-    new_decodes = track_maker(settings.block_size, tracks, 1) if is_pipeline(golden.name) else None
+    pipeline = is_pipeline(golden.name)
     version = version_of(golden)
-    scheduler = NotingScheduler(
+    scheduler = Scheduler(
         limits(settings, version),
         kv_cache(settings, version),
-        settings.scheduling_policy,
-        new_decodes,
-        speculation(settings, version),
+        policy=queue_policy(settings.scheduling_policy),
+        new_decodes=track_maker(settings.block_size, tracks, 1) if pipeline else None,
+        speculation=speculation(settings, version),
+        list_requests=True,
     )
-    workload = golden.workload()
-
-    def note_completion(batch: Batch, start_ns: int, free: int) -> None:
-        note = scheduler.notes[batch.step]
-        note.start, note.end, note.free_after = start_ns, batch.end_ns, free
-        note.finished = [state.request.index for state in batch.finishing]
-
+    workload, notes = golden.workload(), Notes(scheduler, drained=pipeline)
     tables = block_tables(golden, workload)
-    loop = build_loop(scheduler, settings, formula, tables, jump=False, trace=note_completion)
+    loop = build_loop(scheduler, settings, formula, tables, jump=False, hook=notes)
     run = simulate(loop, workload, tracks)
     scheduler.kv.pool.check_integrity()
-    steps = [scheduler.notes[step] for step in sorted(scheduler.notes)]
+    steps = [notes.steps[step] for step in sorted(notes.steps)]
     return SchedulerLog(golden.log.header, steps, [logged(record) for record in run.requests])
 
 
@@ -140,17 +131,6 @@ class FormulaStages:
 
     def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
         return [*self._whole.stages_ns(batches)] * STAGES
-
-
-class DrainedInstance(Instance):
-    """Schedules nothing behind the steps that :func:`is_drained` names."""
-
-    __slots__ = ()
-
-    def schedule(self, now_ns: int, in_flight: bool) -> Batch | None:
-        if in_flight and is_drained(len(self.log.steps) - 1):
-            return None
-        return super().schedule(now_ns, in_flight)
 
 
 def golden_settings(golden: Golden) -> tuple[SchedulerSettings, StepFormula]:
@@ -207,7 +187,7 @@ def build_loop(
     formula: StepFormula,
     tables: BlockTables,
     jump: bool,
-    trace: Callable[[Batch, int, int], None] | None = None,
+    hook: StepHook | None = None,
 ) -> LoopPlan:
     """The loop of one instance of a model that has no properties but a name: nothing else takes part in
     scheduling."""
@@ -225,11 +205,10 @@ def build_loop(
         bundle_source="formula",
         host="in the formula",
     )
+    member = Instance(log, scheduler, tables, hook)
     if scheduler.new_decodes is not None:
-        drained = DrainedInstance(log, scheduler, tables, trace)
-        return LoopPlan([drained], FormulaStages(formula), depth=STAGES, stages=STAGES, jump=False)
+        return LoopPlan([member], FormulaStages(formula), depth=STAGES, stages=STAGES, jump=False)
     depth = 2 if settings.async_scheduling else 1
-    member = Instance(log, scheduler, tables, trace)
     return LoopPlan([member], OneInstance(formula), depth=depth, jump=jump)
 
 

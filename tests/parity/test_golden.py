@@ -68,6 +68,7 @@ def test_jumping_over_quiet_stretches_changes_nothing(name: str) -> None:
     assert not differences(SchedulerLog(requests=reference.requests), requests)
 
 
+@pytest.mark.pure
 def test_the_goldens_drive_every_path_of_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Among them the walk of requests that the budget does not cover, and what comes back to a pipeline."""
     driven: Counter[str] = Counter()
