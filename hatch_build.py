@@ -29,6 +29,7 @@ MODULES = (
     "servesim/engine/batch.py",
     "servesim/engine/clock.py",
     "servesim/engine/decode_set.py",
+    "servesim/engine/glide.py",
     "servesim/engine/instance.py",
     "servesim/engine/scheduler.py",
     "servesim/engine/step_loop.py",

@@ -65,6 +65,11 @@ class Instance:
         self._inbox: list[RequestState] = []
         self._preempted = 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether nobody looks at its steps one by one, and its scheduler is :attr:`Scheduler.plain`."""
+        return self.hook is None and self.log.kv_reads is None and self.scheduler.plain
+
     def counts(self) -> tuple[int, int]:
         """Waiting and running requests."""
         scheduler = self.scheduler

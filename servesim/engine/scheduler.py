@@ -347,7 +347,7 @@ class Scheduler:
         if not prefilling and left >= 0 and not self._grouped:
             boundary = decodes.at_boundary()
             if len(boundary) <= self.kv.pool.num_free:
-                self._grow(boundary)
+                self.grow(boundary)
                 return left, [], []
         if self._policy.strikes_anywhere and self._may_run_short():
             return self._serve_in_turn(batch, in_flight)
@@ -376,7 +376,7 @@ class Scheduler:
         """Whether the present step computes no prompts."""
         return self._cadence is not None and self._cadence.holds
 
-    def _grow(self, boundary: Sequence[RequestState]) -> None:
+    def grow(self, boundary: Sequence[RequestState]) -> None:
         """One more block for each of these decoding requests, all of whose blocks are full."""
         taken = self.kv.pool.take(len(boundary))
         for state, block in zip(boundary, taken):  # noqa: B905 - of equal length; checking costs
@@ -901,6 +901,27 @@ class Scheduler:
 
     # ------------------------------------------------------------------ quiet stretches
 
+    @property
+    def plain(self) -> bool:
+        """Whether decodes that nothing else takes part with compute one token each and need no more than a
+        block now and then: no drafts, windows, pipeline, adapters, or steps held back for prefills."""
+        special = self.speculation or self._grouped or self.new_decodes or self._cadence
+        return not special and not self.limits.max_loras
+
+    def only_decodes(self) -> bool:
+        """Whether nothing but its decodes, all of them, can take part in the next step, and no block of
+        theirs has to be made visible to other requests; blocks may lack."""
+        count = self.decodes.count
+        if not count or self.prefilling or self.decodes.sharing:
+            return False
+        if count > self.limits.max_num_batched_tokens:
+            return False
+        return not self.waiting or self._is_blocked()
+
+    def stepped(self, *, alone: bool) -> None:
+        """Such steps were made; ``alone``: each with nothing in flight."""
+        self._last_alone = alone
+
     def quiet_ticks(self, most: int, in_flight: bool) -> int:
         """How many coming steps, up to ``most``, are sure to be the same decodes growing by a token and no
         more; ``in_flight``: each follows a step in flight.
@@ -909,14 +930,12 @@ class Scheduler:
         to be made visible to other requests.
         """
         decodes = self.decodes
-        count = decodes.count
-        if not count or self.prefilling or decodes.sharing or count > self.limits.max_num_batched_tokens:
-            return 0
-        if self._cadence and self.waiting:
+        if not self.only_decodes() or (self._cadence and self.waiting):
             return 0
         most = min(most, decodes.next_end - decodes.tick)
-        if most <= 0 or (self.waiting and not self._is_blocked()):
+        if most <= 0:
             return 0
+        count = decodes.count
         free = self.kv.pool.num_free
         if self._grouped:
             if self.waiting and len(self.running) < self.limits.max_num_seqs:
@@ -948,6 +967,6 @@ class Scheduler:
             for ahead in range(ticks):
                 boundary = decodes.at_boundary(ahead)
                 if boundary:
-                    self._grow(boundary)
+                    self.grow(boundary)
         decodes.skip(ticks)
         return used

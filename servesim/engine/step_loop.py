@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.batch import Batch
 from servesim.engine.clock import NEVER, Order
+from servesim.engine.glide import LONG, Glider
 from servesim.errors import RunError
 from servesim.results.records import StageLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from servesim.engine.clock import Clock
     from servesim.engine.decode_set import DecodeSet
+    from servesim.engine.glide import StepTimes
     from servesim.engine.instance import Instance
     from servesim.engine.noise import StepNoise, StepShift
     from servesim.engine.request_state import RequestState
@@ -33,16 +32,6 @@ if TYPE_CHECKING:
 _MIN_JUMP = 2  # steps; below this, there is nothing to gain
 _MIN_VECTOR = 16  # steps; below this, their durations are computed faster one by one
 _MAX_JUMP = 8192
-
-
-class StepTimes(Protocol):
-    """Durations of the steps of one instance; see :class:`servesim.cost.stage_cost.StageCost`."""
-
-    def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int: ...
-
-    def decode_run_ns(
-        self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
-    ) -> NDArray[np.int64]: ...
 
 
 class WaveTimes(Protocol):
@@ -158,6 +147,8 @@ class StepLoop:
         self._depth = plan.depth
         self._quiet: StepTimes | None = plan.times.alone if plan.jump else None
         self._sharing = sharing if coupling is not Coupling.STEPS else 1
+        self._glider = self._glider_of(plan)
+        self._min_jump = LONG if self._glider else _MIN_JUMP
         self._stretch: Stretch | None = None
         self._indices = [member.log.index for member in plan.members]
         self._acted = set() if acted is None else acted
@@ -176,6 +167,15 @@ class StepLoop:
         if self._piped:
             for member in plan.members:
                 member.log.stages.extend(StageLog() for _ in range(plan.stages))
+
+    def _glider_of(self, plan: LoopPlan) -> Glider | None:
+        """What takes steps of decodes alone one by one; None: they are launched, or laid out as stretches
+        that arrivals elsewhere do not cut."""
+        member = plan.members[0]
+        lone = self._sharing == 1 and self._coupling is not Coupling.STEPS
+        if self._quiet is None or not lone or self._connected or plan.noise or not member.plain:
+            return None
+        return Glider(member, self._quiet, plan.depth)
 
     def submit(self, member: Instance, state: RequestState, now_ns: int) -> None:
         """Hand a request to a member; it is taken in at the next step boundary, at once if nothing runs."""
@@ -223,6 +223,8 @@ class StepLoop:
                 self._jump_ahead(self._quiet, now_ns, horizon_ns)
                 if self._stretch is not None:
                     return
+                if self._glider and len(in_flight) == self._depth - 1:
+                    now_ns = self._glide(self._glider, now_ns, horizon_ns, one_finish)
             while not self._gated and len(in_flight) < self._depth and self._launch(now_ns):
                 pass
             if not in_flight:
@@ -330,7 +332,7 @@ class StepLoop:
             last_ns = steps.end_ns[-1] - steps.end_ns[-2]
             most = min(most, self._sharing * (horizon_ns - now_ns) // max(last_ns, 1) + 2)
         count = scheduler.quiet_ticks(most, bool(in_flight))
-        if count < _MIN_JUMP:
+        if count < self._min_jump:
             return
         start = max(self._stage_free_ns[0], now_ns)
         ends = list(accumulate(self._quiet_ns(times, scheduler.decodes, count), initial=start))
@@ -346,6 +348,20 @@ class StepLoop:
                 return
         if near >= self._depth:
             self._commit(Stretch(start, ends, known), near)
+
+    def _glide(self, glider: Glider, now_ns: int, horizon_ns: int, one_finish: bool) -> int:
+        """Take steps of decodes alone up to the horizon; returns when it stopped."""
+        in_flight = self._in_flight
+        flying = [batch for wave in in_flight for batch in wave.batches if batch is not None]
+        taken = glider.run(flying, self._stage_free_ns[0], now_ns, horizon_ns, one_finish)
+        if not taken:
+            return now_ns
+        self._launched += taken
+        self._leaving += glider.left
+        in_flight.clear()
+        in_flight.extend(Wave([batch], batch.end_ns) for batch in glider.in_flight)
+        self._stage_free_ns[0] = self.members[0].log.steps.end_ns[-1]
+        return glider.now_ns
 
     def settle(self, now_ns: int) -> None:
         """Do what is left of a quiet stretch: the steps that are scheduled before ``now_ns``.
