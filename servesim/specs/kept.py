@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 VARIABLE = "SERVESIM_CACHE"
 _MOST_ENTRIES = 512
+_CHECKSUM = 16
+"""Bytes at the end of an entry."""
 
 
 def key_of(what: str, *parts: bytes | str, by: Sequence[str]) -> str:
@@ -50,7 +52,7 @@ def key_of(what: str, *parts: bytes | str, by: Sequence[str]) -> str:
 def kept_value(key: str) -> Any:
     """What :func:`keep_value` kept under ``key``; None: nothing."""
     with suppress(OSError, ValueError, EOFError, TypeError):
-        return marshal.loads((_folder() / f"{key}.value").read_bytes())
+        return marshal.loads(_whole(f"{key}.value"))
     return None
 
 
@@ -61,11 +63,11 @@ def keep_value(key: str, value: object) -> None:
 
 
 def kept_arrays(key: str) -> list[Array] | None:
-    """The arrays that :func:`keep_arrays` kept under ``key``, mapped into memory; None: nothing."""
+    """The arrays that :func:`keep_arrays` kept under ``key``, not to be written to; None: nothing."""
     import numpy as np
 
     try:
-        flat = np.asarray(np.load(_folder() / f"{key}.npy", mmap_mode="r"))
+        flat = np.frombuffer(_whole(f"{key}.floats"))
         arrays, at = [], 1
         for _ in range(int(flat[0])):
             shape = flat[at + 1 : at + 1 + int(flat[at])].astype(np.int64).tolist()
@@ -80,16 +82,12 @@ def kept_arrays(key: str) -> list[Array] | None:
 
 def keep_arrays(key: str, arrays: Sequence[NDArray[Any]]) -> None:
     """Keep arrays of numbers that floats of 64 bits represent."""
-    from io import BytesIO
-
     import numpy as np
 
     parts: list[NDArray[Any]] = [np.array([len(arrays)])]
     for array in arrays:
         parts += [np.array([array.ndim, *array.shape]), array.ravel()]
-    file = BytesIO()
-    np.save(file, np.concatenate([part.astype(np.float64) for part in parts]))
-    _keep(f"{key}.npy", file.getvalue())
+    _keep(f"{key}.floats", np.concatenate([part.astype(np.float64) for part in parts]).tobytes())
 
 
 def _folder() -> Path:
@@ -104,6 +102,19 @@ def _folder() -> Path:
     return Path(chosen) if chosen else user_data_dir() / "compiled"
 
 
+def _whole(name: str) -> bytes:
+    """What an entry holds, if that is what was kept: disks and crashes leave files of the right size too.
+
+    Raises:
+        OSError: there is no such entry; ValueError: it is damaged.
+    """
+    entry = (_folder() / name).read_bytes()
+    data = entry[:-_CHECKSUM]
+    if blake2b(data, digest_size=_CHECKSUM).digest() != entry[-_CHECKSUM:]:
+        raise ValueError(name)
+    return data
+
+
 def _keep(name: str, data: bytes) -> None:
     """Put an entry into the folder, if that is possible."""
     with suppress(OSError):
@@ -113,5 +124,5 @@ def _keep(name: str, data: bytes) -> None:
         for old in entries[: max(len(entries) - _MOST_ENTRIES + 1, 0)]:
             old.unlink()
         temporary = folder / f"{name}.{os.getpid()}.tmp"
-        temporary.write_bytes(data)
+        temporary.write_bytes(data + blake2b(data, digest_size=_CHECKSUM).digest())
         temporary.replace(folder / name)

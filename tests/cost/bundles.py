@@ -41,6 +41,7 @@ def instance_options(**changes: Any) -> Any:
         "variant": "bf16",
         "dtype": "bfloat16",
         "kv_dtype": "bfloat16",
+        "kept": lambda model: model,
         "async_scheduling": True,
         "plan_as_vllm": None,
         "speculative": None,

@@ -42,7 +42,7 @@ def test_a_kept_table_equals_the_one_that_was_read(folder: Path) -> None:
         assert all(
             np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(found.axes, plain.axes, strict=True)
         )
-    assert [entry.suffix for entry in folder.iterdir()] == [".npy"]
+    assert [entry.suffix for entry in folder.iterdir()] == [".floats"]
 
 
 def test_a_kept_table_is_checked_like_one_that_is_read(folder: Path) -> None:
@@ -75,6 +75,21 @@ def test_a_broken_entry_is_passed_over(folder: Path, tmp_path: Path, junk: bytes
     for entry in folder.iterdir():
         entry.write_bytes(junk)
     assert read_yaml_object(path) == {"a": 1}
+    assert kept.kept_arrays("0") is None
+
+
+@pytest.mark.parametrize("at", [0, 8, -1, -20])
+def test_a_changed_byte_is_noticed(folder: Path, tmp_path: Path, at: int) -> None:
+    """Whatever the disk has done to an entry, what it holds is what was kept, or nothing."""
+    path = tmp_path / "x.yaml"
+    path.write_text("bandwidth: 1597.5")
+    read_yaml_object(path)
+    kept.keep_arrays("0", [np.arange(3.0)])
+    for entry in folder.iterdir():
+        data = bytearray(entry.read_bytes())
+        data[at] ^= 1
+        entry.write_bytes(data)
+    assert read_yaml_object(path) == {"bandwidth": 1597.5}
     assert kept.kept_arrays("0") is None
 
 
