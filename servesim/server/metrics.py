@@ -119,6 +119,14 @@ class Metrics:
             (*_LABELS, "source"),
             registry=registry,
         )
+        adapted = [instance.log.options for instance in engine.instances if instance.log.options.enable_lora]
+        self._max_lora = str(adapted[0].max_loras) if adapted else ""
+        self._adapters = Gauge(
+            name("lora_requests_info"),
+            "LoRA adapters that have requests; the value is the time.",
+            ("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+            registry=registry if adapted else None,
+        )
         self._rows = [0] * len(engine.instances)
         """Steps of each instance that are counted."""
         info = Gauge(
@@ -150,6 +158,8 @@ class Metrics:
 
         for index, instance in enumerate(self._engine.instances):
             self._look_at(index, instance)
+        if self._max_lora:
+            self._look_at_adapters()
         text: bytes = generate_latest(self._registry)
         return text
 
@@ -163,6 +173,14 @@ class Metrics:
         self._waiting_by_reason.labels(*labels, "deferred").set(0)
         self._gauges["kv_cache_usage_perc"].labels(*labels).set(pool.num_used / pool.usable)
         self._count_steps(index, instance)
+
+    def _look_at_adapters(self) -> None:
+        """Both labels name all adapters that have requests, waiting or running, as vLLM's do."""
+        schedulers = [instance.scheduler for instance in self._engine.instances]
+        requests = [state.request for each in schedulers for state in (*each.waiting, *each.running)]
+        requests.sort(key=lambda request: request.index)
+        names = ",".join(dict.fromkeys(request.lora for request in requests if request.lora is not None))
+        self._adapters.labels(self._max_lora, names, names).set(self._engine.pace.now_ns() * _NS)
 
     def _count_steps(self, index: int, instance: Instance) -> None:
         """Take in the steps since the last time, as far as the log still has them."""

@@ -203,11 +203,26 @@ def test_adapters_take_slots_and_have_prefixes_of_their_own() -> None:
     words = "--cluster-config two.json --lora-modules sql=/adapters/sql chat"
     with serving(f"{words} --enable-lora --max-loras 1 --virtual-time 1") as server:
         assert [each["id"] for each in server.get("/v1/models")["data"]] == [DENSE, "sql", "chat"]
+        idle = 'lora_requests_info{max_lora="1",running_lora_adapters="",waiting_lora_adapters=""}'
+        assert idle in server.get("/metrics")
         usages = [
             server.post("/v1/completions", {"model": name, "prompt": [9] * 200, "max_tokens": 1})[1]["usage"]
             for name in (DENSE, "sql", "chat", "sql", "chat", DENSE)
         ]
     assert [each["prompt_tokens_details"]["cached_tokens"] for each in usages] == [0, 0, 0, 192, 192, 192]
+
+
+def test_metrics_name_the_adapters_that_have_requests() -> None:
+    words = "--cluster-config two.json --enable-lora --lora-modules sql --max-loras 3 --virtual-time 2"
+    with serving(words) as server, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(
+            server.post, "/v1/completions", {"model": "sql", "prompt": [9] * 200, "max_tokens": 400}
+        )
+        server.post("/v1/completions", {"prompt": [8] * 20, "max_tokens": 2})  # time stands still after it
+        told = server.get("/metrics")
+        server.post("/virtual_time", {"leave": True})
+        assert long.result()[0] == 200
+    assert 'lora_requests_info{max_lora="3",running_lora_adapters="sql",waiting_lora_adapters="sql"}' in told
 
 
 @pytest.mark.parametrize(
