@@ -6,9 +6,10 @@ the time of a step from a formula, and returns one token per request whose known
 result is what any simulator of that scheduler must reproduce, see :mod:`servesim.bench.scheduler_log`.
 
 The loop is the one of vLLM's engine core (``EngineCore.step`` and ``EngineCore.step_with_batch_queue``):
-requests are taken in between steps only; with asynchronous scheduling a second batch is scheduled while the
-first one runs, and from then on every batch is scheduled right after the output of the one before the running
-one was processed.
+requests are taken in between steps only; batches are scheduled until as many are in flight as vLLM allows,
+and from then on one whenever the oldest has ended. An empty schedule takes a place in that queue too, until
+those before it have ended: in a pipeline that decides when the next one comes. The pauses of a millisecond
+that vLLM makes after an empty schedule are left out.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class _Batch:
     """Requests that get a token from this batch."""
     drafts: dict[str, int]
     """Request -> drafts that it verifies, without those that only fill it up."""
+    called: int
+    """Number of the call that scheduled it."""
 
 
 @dataclass(slots=True)
@@ -71,7 +74,12 @@ class Recorder:
     now: int = 0
     arrivals: list[tuple[int, int]] = field(default_factory=list)
     """Heap of (release time, request index)."""
-    in_flight: deque[_Batch] = field(default_factory=deque)
+    in_flight: deque[_Batch | None] = field(default_factory=deque)
+    """Oldest first; None: an empty schedule."""
+    calls: int = 0
+    """Calls of the scheduler, as its ``current_step`` counts them."""
+    stage_ends: list[int] = field(default_factory=list)
+    """Until when the stages of a pipeline are taken."""
     records: dict[int, LoggedRequest] = field(default_factory=dict)
     produced: dict[int, int] = field(default_factory=dict)
     """Tokens each request has received."""
@@ -83,7 +91,6 @@ class Recorder:
     released: list[tuple[int, int]] = field(default_factory=list)
     """Follow-ups of requests that ended at this boundary. They are not handed over before the next one, even
     without any tool time: a client has to read the answer first."""
-    last_end: int = 0
     acceptance: DrawnAcceptance | None = None
     """How drafts fare, None without."""
     fruitless: int = 0
@@ -94,7 +101,7 @@ class Recorder:
     @property
     def depth(self) -> int:
         """Most batches in flight."""
-        return 2 if self.settings.async_scheduling else 1
+        return self.settings.batches_in_flight
 
     def run(self) -> SchedulerLog:
         """Play the whole workload and return the log."""
@@ -105,31 +112,40 @@ class Recorder:
                 self.arrivals.append((request.arrival_ns, request.index))
         heapq.heapify(self.arrivals)
         tokens = sum(request.input_tokens + request.output_tokens for request in self.workload)
-        depth, self.patience = self.depth, _MOST_FRUITLESS * tokens
+        idle, self.patience = 0, _MOST_FRUITLESS * tokens
         while True:
             self._take_arrivals()
-            if self.scheduler.has_unfinished_requests():
+            if self.scheduler.has_requests():
                 before = len(self.preempted)
                 batch = self._schedule()
-                if batch is None and not self.in_flight and len(self.preempted) > before:
-                    continue  # blocks are free now, and an engine with nothing to wait for tries again
-                if batch is not None:
-                    self.in_flight.append(batch)
-                    if len(self.in_flight) < depth:
-                        continue
-            for follow_up in self.released:
-                heapq.heappush(self.arrivals, follow_up)
-            self.released.clear()
-            if self.in_flight:
-                self._finish_oldest()
-            elif self.arrivals:
+                self.in_flight.append(batch)
+                # blocks may be free now, which an empty schedule after it would find
+                idle = idle + 1 if batch is None and len(self.preempted) == before else 0
+                if len(self.in_flight) < self.depth and (batch or self.scheduler.has_requests()):
+                    continue
+            if self.in_flight and (any(self.in_flight) or idle <= 2 * self.depth):
+                oldest = self.in_flight.popleft()
+                if oldest is not None:
+                    self._release()
+                    self._finish(oldest)
+                continue
+            self.in_flight.clear()
+            self._release()
+            if self.arrivals:
                 self.now = max(self.now, self.arrivals[0][0])
             elif self.scheduler.has_unfinished_requests():
                 raise RunError(f"vLLM's scheduler makes no progress at {self.now} ns with nothing in flight")
             else:
                 break
+            idle = 0
         self.log.requests = [self.records[index] for index in sorted(self.records)]
         return self.log
+
+    def _release(self) -> None:
+        """Let follow-ups arrive that were released at this boundary."""
+        for follow_up in self.released:
+            heapq.heappush(self.arrivals, follow_up)
+        self.released.clear()
 
     def _take_arrivals(self) -> None:
         """Hand over every request released by now, in order of (release time, index)."""
@@ -145,6 +161,7 @@ class Recorder:
     def _schedule(self) -> _Batch | None:
         """One call of schedule(); None when it scheduled no token."""
         output = self.scheduler.schedule()
+        self.calls += 1
         self.preempted += self._newly_preempted(output)
         tokens: dict[str, int] = dict(output.num_scheduled_tokens)
         if not tokens:
@@ -153,11 +170,10 @@ class Recorder:
         context = sum(requests[name].num_computed_tokens - count for name, count in tokens.items())
         admitted = {data.req_id for data in output.scheduled_new_reqs}
         admitted |= set(output.scheduled_cached_reqs.resumed_req_ids)
-        start = max(self.now, self.last_end)
-        self.last_end = start + self.formula.step_ns(sum(tokens.values()), len(tokens), context)
+        start, end = self._run(self.formula.step_ns(sum(tokens.values()), len(tokens), context))
         step = LoggedStep(
             start=start,
-            end=self.last_end,
+            end=end,
             sched={int(name): count for name, count in tokens.items()},
             preempted=self.preempted,
             free=self._free_blocks(),
@@ -178,7 +194,41 @@ class Recorder:
             name: 0 if name in admitted else len(ids)
             for name, ids in output.scheduled_spec_decode_tokens.items()
         }
-        return _Batch(output, step, sampled, drafts)
+        return _Batch(output, step, sampled, drafts, self.calls)
+
+    def _run(self, took: int) -> tuple[int, int]:
+        """Start and end of the batch that was just scheduled; each stage of a pipeline takes ``took`` ns.
+
+        The first stage of vLLM's second model runner waits for the tokens of the batch that was scheduled
+        ``pipeline_parallel_size`` calls before, unless all who got one have left.
+        """
+        stages = self.settings.pipeline_parallel_size
+        if len(self.stage_ends) < stages:
+            self.stage_ends = [0] * stages
+        ends = self.stage_ends
+        start = max(self.now, ends[0])
+        for batch in self.in_flight:
+            if batch and batch.called == self.calls - stages and stages > 1 and self._go_on(batch):
+                start = max(start, batch.step.end)
+        at = start
+        for stage in range(stages):
+            at = ends[stage] = max(at, ends[stage]) + took
+        return start, at
+
+    def _go_on(self, batch: _Batch) -> bool:
+        """Whether any request that gets a token from a batch in flight needs it to go on."""
+        from vllm.v1.request import RequestStatus
+
+        for name in batch.sampled:
+            request = self.scheduler.requests.get(name)
+            if request is None or request.status != RequestStatus.RUNNING:
+                continue
+            index = int(name)
+            if self.produced[index] + 1 < min(
+                request.max_tokens, self.settings.max_model_len - request.num_prompt_tokens
+            ):
+                return True
+        return False
 
     def _newly_preempted(self, output: Any) -> list[int]:
         """Requests preempted by this schedule, in the order in which it happened."""
@@ -190,9 +240,8 @@ class Recorder:
             self.records[index].preemptions += 1
         return victims
 
-    def _finish_oldest(self) -> None:
-        """Wait for the oldest batch in flight and give its tokens to the scheduler."""
-        batch = self.in_flight.popleft()
+    def _finish(self, batch: _Batch) -> None:
+        """Wait for a batch and give its tokens to the scheduler."""
         self.now = batch.step.end
         names = list(batch.output.num_scheduled_tokens)
         sampled = [
@@ -327,7 +376,7 @@ def _resolved(workload: Workload, settings: SchedulerSettings) -> SchedulerSetti
     longest = min(longest, resolved.max_model_len)
     # A request's last token is never fed back, so its KV takes one token less than it is long.
     groups = resolved.groups or (KvGroup("full", settings.block_size, (1,)),)
-    in_flight = settings.max_num_batched_tokens * (2 if settings.async_scheduling else 1)
+    in_flight = settings.max_num_batched_tokens * settings.batches_in_flight
     blocks = KvPlan(groups).request_blocks(longest - 1, in_flight)
     if blocks > settings.num_gpu_blocks - 1:
         raise InputError(

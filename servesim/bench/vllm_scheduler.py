@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +32,7 @@ _DRAFTERS = {
     "eagle3": "LlamaForCausalLMEagle3",
 }
 """Method -> architecture of its drafter."""
+_SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _VLLM_NAMES = {"reserve_full_isl": "scheduler_reserve_full_isl", "scheduling_policy": "policy"}
 
 
@@ -62,11 +64,18 @@ class SchedulerSettings:
     """Groups of layers, ``full,sliding:128``; empty: one that keeps every token. See :func:`parse_groups`."""
     speculative_config: str = ""
     """vLLM's JSON, with the rates of acceptance; names of drafters stand for a tiny one. Empty: none."""
+    pipeline_parallel_size: int = 1
+    """Stages; with asynchronous scheduling, of vLLM's second model runner."""
 
     @property
     def groups(self) -> tuple[KvGroup, ...]:
         """The groups; none: one that keeps every token."""
         return parse_groups(self) if self.kv_groups else ()
+
+    @property
+    def batches_in_flight(self) -> int:
+        """Most batches in flight, as ``VllmConfig.max_concurrent_batches`` says."""
+        return self.pipeline_parallel_size + self.async_scheduling
 
     @property
     def speculative(self) -> SpeculativeSpec | None:
@@ -166,7 +175,23 @@ def _kv_config(settings: SchedulerSettings, config: Any) -> Any:
 
 def build_scheduler(settings: SchedulerSettings) -> Any:
     """vLLM's scheduler for a model of one layer a group; the model's size does not matter to it."""
-    from vllm.config import CacheConfig, DeviceConfig, LoRAConfig, ModelConfig, SchedulerConfig, VllmConfig
+    stages = settings.pipeline_parallel_size
+    if stages > 1 and (settings.kv_groups or settings.speculative_config):
+        raise InputError(
+            f"pipeline_parallel_size {stages}: pipelines are recorded with one KV cache group and without "
+            "speculative decoding; leave one out"
+        )
+    if stages > 1:
+        os.environ.pop(_SECOND_RUNNER, None)
+    from vllm.config import (
+        CacheConfig,
+        DeviceConfig,
+        LoRAConfig,
+        ModelConfig,
+        ParallelConfig,
+        SchedulerConfig,
+        VllmConfig,
+    )
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
     from vllm.v1.structured_output import StructuredOutputManager
 
@@ -202,11 +227,15 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         device_config=DeviceConfig(device="cpu"),
         speculative_config=speculative,
         lora_config=LoRAConfig(max_loras=settings.max_loras) if settings.max_loras else None,
+        **({"parallel_config": ParallelConfig(pipeline_parallel_size=stages)} if stages > 1 else {}),
     )
     cache.num_gpu_blocks = settings.num_gpu_blocks
     if settings.enable_prefix_caching and any(group.kind == "state" for group in settings.groups):
         cache.mamba_cache_mode = "align"  # as vLLM does for such models
     _undo_platform(config, settings)
+    if stages > 1:
+        # vLLM refuses its second runner without Triton, but its scheduler does not need any
+        os.environ[_SECOND_RUNNER] = str(int(settings.async_scheduling))
     layout = _kv_config(settings, config)
     scheduler_block, hash_block = resolve_kv_cache_block_sizes(layout, config)
     scheduler = _scheduler_class(settings.async_scheduling)(
@@ -287,6 +316,12 @@ def check_scheduler(scheduler: Any, settings: SchedulerSettings) -> None:
     wanted = "AsyncScheduler" if settings.async_scheduling else "Scheduler"
     if wanted not in names or ("AsyncScheduler" in names) != settings.async_scheduling:
         raise RunError(f"vLLM built its {names[0]} where {wanted} was asked for; nothing is recorded")
+    depth = scheduler.vllm_config.max_concurrent_batches
+    if depth != settings.batches_in_flight:
+        raise RunError(
+            f"vLLM keeps {depth} batches in flight where {settings.batches_in_flight} were expected; nothing "
+            "is recorded"
+        )
     for part, names_in_part in _PLACES.items():
         for name in names_in_part:
             if name in _ONLY_IF_ASKED and not _is_asked_for(name, settings):

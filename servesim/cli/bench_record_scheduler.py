@@ -58,7 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_switch(scheduling, "enable-chunked-prefill", "split prompts over steps")
     _add_switch(scheduling, "reserve-full-isl", "admit only if the whole prompt fits")
     _add_switch(scheduling, "enable-prefix-caching", "reuse blocks of equal content")
-    _add_switch(scheduling, "async-scheduling", "two batches in flight")
+    _add_switch(scheduling, "async-scheduling", "one batch in flight beyond those of the stages")
+    scheduling.add_argument(
+        "--pipeline-parallel-size",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="stages, each of which takes the step time below (default: 1)",
+    )
     scheduling.add_argument(
         "--scheduling-policy",
         choices=("fcfs", "priority"),

@@ -36,6 +36,8 @@ class EasyScheduler:
     def has_unfinished_requests(self) -> bool:
         return bool(self.waiting or self.running)
 
+    has_requests = has_unfinished_requests
+
     def take_victims(self) -> list[int]:
         return []
 
@@ -191,7 +193,10 @@ class Scheduler:
             **changes,
         }
         part = SimpleNamespace(**values)
-        self.vllm_config = SimpleNamespace(scheduler_config=part, cache_config=part)
+        depth = 1 + isinstance(self, AsyncScheduler)
+        self.vllm_config = SimpleNamespace(
+            scheduler_config=part, cache_config=part, max_concurrent_batches=depth
+        )
 
 
 class AsyncScheduler(Scheduler):
@@ -205,6 +210,8 @@ def test_the_scheduler_asked_for_is_recorded_or_none() -> None:
         check_scheduler(Scheduler(settings), settings)
     with pytest.raises(RunError, match="works with block_size 128 where 16 was asked for"):
         check_scheduler(AsyncScheduler(settings, block_size=128), settings)
+    with pytest.raises(RunError, match="vLLM keeps 2 batches in flight where 5 were expected"):
+        check_scheduler(AsyncScheduler(settings), replace(settings, pipeline_parallel_size=4))
     settings = replace(settings, async_scheduling=False)
     check_scheduler(Scheduler(settings), settings)
     with pytest.raises(RunError, match="vLLM built its AsyncScheduler where Scheduler was asked for"):
