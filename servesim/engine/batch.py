@@ -35,6 +35,7 @@ class Batch:
     tokens."""
 
     __slots__ = (
+        "after",
         "awaited_by",
         "chunks",
         "draft_tokens",
@@ -54,6 +55,7 @@ class Batch:
         "recalls",
         "recomputed_tokens",
         "step",
+        "track_step",
         "travelling",
     )
 
@@ -63,6 +65,10 @@ class Batch:
         self.end_ns: int = end_ns
         self.travelling: DecodeSet | None = None
         """In a pipeline: the decoding requests that travel with this batch."""
+        self.track_step: int = 0
+        """Index of this batch on their track."""
+        self.after: Batch | None = None
+        """In a pipeline: the batch in flight whose tokens the first stage has to wait for."""
         self.awaited_by: Sequence[RequestState] = ()
         """Requests preempted while this batch, with a token of theirs, was in flight."""
         self.chunks: Sequence[tuple[int, int]] = ()

@@ -13,6 +13,7 @@ from servesim.engine.clock import Clock
 from servesim.engine.connector import Connector, HandOver, LowerTierConnector, LowerTiers
 from servesim.engine.decode_set import DecodeSet
 from servesim.engine.instance import Instance
+from servesim.engine.pipeline import Pipeline
 from servesim.engine.pricing import StepPricing
 from servesim.engine.queue_policy import queue_policy
 from servesim.engine.request_state import BlockTables
@@ -43,7 +44,14 @@ from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.instance_options import resolve
 from servesim.specs.options import UNLIMITED
 from servesim.specs.speculative import OPTION
-from servesim.specs.vllm_versions import COUNTS_VICTIMS, LONE_PREFILL, RUNNING_LORAS, SERVES_ON
+from servesim.specs.vllm_versions import (
+    AWAITS_BATCHES,
+    COUNTS_VICTIMS,
+    LONE_PREFILL,
+    ONE_QUEUE,
+    RUNNING_LORAS,
+    SERVES_ON,
+)
 from servesim.workload.request import Workload
 
 if TYPE_CHECKING:
@@ -259,7 +267,7 @@ class Builder:
         return LoopPlan(
             members,
             pricing.cost,
-            depth=stages if stages > 1 else 2 if first.options.async_scheduling else 1,
+            depth=stages + first.options.async_scheduling,
             stages=stages,
             jump=not self._options.stepped,
             noise=noise(first.index) if noise else None,
@@ -355,9 +363,13 @@ class Builder:
         connectors: list[Connector] = [self.hand_over] if self.hand_over and spec.pd_type else []
         if tier:
             connectors.append(LowerTierConnector(tier.view, tier.route, self.transfers))
-        new_decodes = None
+        pipeline = None
         if spec.pp_size > 1:
-            new_decodes = track_maker(capacity.block_size, self.pipeline_tracks, len(self._placed))
+            pipeline = Pipeline(
+                track_maker(capacity.block_size, self.pipeline_tracks, len(self._placed)),
+                spec.pp_size if options.async_scheduling else 0,
+                awaits_chunks=AWAITS_BATCHES.holds(options.vllm_version),
+            )
         scheduler = Scheduler(
             limits_of(options, self._options.skip_prefill, capacity.num_blocks),
             kv_cache_of(
@@ -369,7 +381,7 @@ class Builder:
             ),
             policy=queue_policy(options.scheduling_policy),
             connectors=connectors,
-            new_decodes=new_decodes,
+            pipeline=pipeline,
             speculation=self._speculation(options, log),
             list_requests=spec.pd_type == "prefill",
             list_lengths=options.enable_attn_offloading,
@@ -485,6 +497,7 @@ def limits_of(options: InstanceOptions, skip_prefill: bool, num_blocks: int) -> 
         counts_all_victims=COUNTS_VICTIMS.holds(options.vllm_version),
         max_loras=options.max_loras if options.enable_lora else 0,
         counts_all_loras=RUNNING_LORAS.holds(options.vllm_version),
+        deferred_first=not ONE_QUEUE.holds(options.vllm_version),
     )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from servesim.engine.batch import Batch
     from servesim.engine.request_state import RequestState
 
 by_order = attrgetter("order")
@@ -35,6 +36,9 @@ class DecodeSet:
         "_ends",
         "_sum",
         "count",
+        "flying",
+        "joined",
+        "knew",
         "sharing",
         "tick",
         "token_times",
@@ -48,6 +52,12 @@ class DecodeSet:
         """The track itself: end in ns of every step of these requests."""
         self.tick = 0
         self.count = 0
+        self.flying: Batch | None = None
+        """In a pipeline: the newest batch of these requests, while it is in flight."""
+        self.knew = True
+        """Whether nothing of them was in flight when that batch was scheduled."""
+        self.joined: set[RequestState] = set()
+        """Requests that came since from another set: nothing of them is in flight."""
         self.sharing: set[RequestState] = set()
         """Requests with blocks yet to be made visible to other requests."""
         self._ends: dict[int, list[RequestState]] = {}
@@ -99,6 +109,7 @@ class DecodeSet:
         self.count -= 1
         self._boundaries[-base % self._block_size].remove(state)
         self.sharing.discard(state)
+        self.joined.discard(state)
 
     def length(self, state: RequestState) -> int:
         """Computed tokens of a decoding request before the present tick."""

@@ -37,9 +37,9 @@ class Instance:
 
     __slots__ = (
         "_inbox",
-        "_preempted",
         "hook",
         "log",
+        "preempted",
         "scheduler",
         "tables",
     )
@@ -63,7 +63,8 @@ class Instance:
         self.tables = tables
         self.hook = hook
         self._inbox: list[RequestState] = []
-        self._preempted = 0
+        self.preempted = 0
+        """Preemptions that are not in the log of steps yet."""
 
     @property
     def plain(self) -> bool:
@@ -127,10 +128,10 @@ class Instance:
             batch = scheduler.schedule(len(self.log.steps), now_ns, in_flight)
             if hook is not None:
                 hook.scheduled(batch)
-            self._preempted += len(batch.preempted)
+            self.preempted += len(batch.preempted)
             if not batch.is_empty:
                 return batch
-            if in_flight or not batch.preempted:
+            if in_flight or not batch.preempted or scheduler.pipeline:
                 break
         return None
 
@@ -147,8 +148,8 @@ class Instance:
         )
         if batch.chunks:
             steps.prefill_tokens.put(step, sum(tokens for tokens, _ in batch.chunks))
-        if self._preempted:
-            steps.preempted.put(step, self._preempted)
+        if self.preempted:
+            steps.preempted.put(step, self.preempted)
         if batch.lookup_tokens:
             steps.lookup_tokens.put(step, batch.lookup_tokens)
         if batch.hit_tokens:
@@ -170,7 +171,7 @@ class Instance:
                 decodes, kv_sum = (0, 0) if pim else (batch.num_decodes, batch.kv_sum)
                 histories = [history for _, history in batch.chunks]
                 reads.append(tokens_within(reach, histories, decodes, kv_sum))
-        self._preempted = 0
+        self.preempted = 0
         if batch.travelling is not None:
             batch.travelling.token_times.append(batch.end_ns)
         for connector in connectors:

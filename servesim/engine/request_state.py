@@ -12,6 +12,7 @@ from servesim.workload.hashes import block_ids
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from servesim.engine.batch import Batch
     from servesim.engine.decode_set import DecodeSet
     from servesim.memory.kv_cache import AnyKvCache
     from servesim.workload.hashes import BlockIds
@@ -39,6 +40,7 @@ class RequestState:
 
     __slots__ = (
         "awaits_token",
+        "chunk",
         "computed",
         "decode_base",
         "drafts",
@@ -120,9 +122,12 @@ class RequestState:
         self.home: DecodeSet | None = None
         """The decode set it is filed in, or was last."""
         self.awaits_token = False
-        """Preempted while a token was in flight in a pipeline; not admitted again before that is known."""
+        """Preempted while a batch in flight computed for it; not admitted again before that has ended."""
         self.passed_over = False
-        """Waiting; when it was looked at last, the adapters of a step left no slot for its own."""
+        """Waiting; when it was looked at last, the adapters of a step left no slot for its own, or a batch in
+        flight computed for it."""
+        self.chunk: Batch | None = None
+        """In a pipeline: the last batch that computed a chunk of its known tokens."""
         self.kv_arrived = handed_over is not None
         """The KV of its prompt was computed elsewhere and has arrived; true until a preemption loses it."""
         self.stops = output_tokens is None and wanted < longest and request.max_tokens > request.output_tokens

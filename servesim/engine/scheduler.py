@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Any, cast
 from servesim.engine.batch import Batch, Outputs
 from servesim.engine.decode_set import DecodeSet, by_order
 from servesim.engine.group_changes import GroupChanges
+from servesim.engine.pipeline import took_part
 from servesim.engine.queue_policy import FirstComeFirstServed
 from servesim.engine.request_state import Phase
 from servesim.errors import RunError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     from servesim.engine.connector import Connector
+    from servesim.engine.pipeline import Pipeline
     from servesim.engine.queue_policy import QueuePolicy
     from servesim.engine.request_state import RequestState
     from servesim.engine.speculation import Speculation
@@ -42,6 +44,7 @@ class SchedulerLimits:
         "chunked_prefill",
         "counts_all_loras",
         "counts_all_victims",
+        "deferred_first",
         "long_prefill_token_threshold",
         "max_loras",
         "max_num_batched_tokens",
@@ -70,6 +73,7 @@ class SchedulerLimits:
         counts_all_victims: bool = True,
         max_loras: int = 0,
         counts_all_loras: bool = True,
+        deferred_first: bool = False,
     ) -> None:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -98,8 +102,9 @@ class SchedulerLimits:
         self.max_loras = max_loras
         """Most LoRA adapters at once; 0: requests have none."""
         self.counts_all_loras = counts_all_loras
-        """Whether running requests keep their adapters' slots in steps that they sit out, and preempted ones
-        come before those whose adapter found none."""
+        """Whether running requests keep their adapters' slots in steps that they sit out."""
+        self.deferred_first = deferred_first
+        """Whether waiting requests that were passed over go before those that are preempted later."""
 
 
 class PrefillCadence:
@@ -166,14 +171,12 @@ class Scheduler:
         "_list_requests",
         "_passed_over",
         "_policy",
-        "_spare_sets",
-        "_travelling",
         "connectors",
         "decodes",
         "held",
         "kv",
         "limits",
-        "new_decodes",
+        "pipeline",
         "prefilling",
         "running",
         "speculation",
@@ -187,7 +190,7 @@ class Scheduler:
         *,
         policy: QueuePolicy | None = None,
         connectors: Sequence[Connector] = (),
-        new_decodes: Callable[[], DecodeSet] | None = None,
+        pipeline: Pipeline | None = None,
         speculation: Speculation | None = None,
         list_requests: bool = False,
         list_lengths: bool = False,
@@ -198,9 +201,7 @@ class Scheduler:
             kv: the blocks that requests compete for.
             policy: order of the queue and choice of a victim; first come, first served by default.
             connectors: bring KV from elsewhere and take it there.
-            new_decodes: makes a decode set with a track of its own; given where a request is in one batch at
-                a time, as in a pipeline. Then every batch takes its decoding requests along, and they come
-                back when it has ended.
+            pipeline: which decoding requests can be scheduled when; given where there are several stages.
             speculation: how drafts are scheduled and verified; None: one token a step.
             list_requests: whether batches list their requests one by one (:attr:`Batch.entries`).
             list_lengths: whether batches list the KV lengths of their decodes (:attr:`Batch.kv_lengths`).
@@ -214,16 +215,13 @@ class Scheduler:
         """Every running request, in admission order; at most ``max_num_seqs``."""
         self.prefilling: list[RequestState] = []
         """Those of ``running`` that still lack known tokens, in admission order."""
-        self.new_decodes = new_decodes
-        self.decodes = new_decodes() if new_decodes else DecodeSet(kv.period)
+        self.pipeline = pipeline
+        self.decodes = pipeline.first() if pipeline else DecodeSet(kv.period)
         """Decoding requests that can be scheduled."""
         self.speculation = speculation
-        self._travelling: list[Batch] = []
-        """Batches in flight in a pipeline."""
-        self._spare_sets: list[DecodeSet] = []
         self.held = 0
         """Finished requests that keep their blocks for now."""
-        self._grouped = GroupChanges(kv, pipelined=new_decodes is not None) if kv.several else None
+        self._grouped = GroupChanges(kv, pipelined=pipeline is not None) if kv.several else None
         self._list_requests = list_requests
         self._list_lengths = list_lengths
         self._admissions = 0
@@ -245,7 +243,9 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step could compute something."""
+        """Whether a step could compute something; in a pipeline, whether anybody is here."""
+        if self.pipeline:
+            return bool(self.running or self.waiting)
         busy = self.decodes.count or self.prefilling or self.waiting
         return bool(busy or (self.speculation and self.running))
 
@@ -263,7 +263,11 @@ class Scheduler:
             batch.kv_lengths = []
         if self.speculation:
             batch.outputs = Outputs()
-        decodes, cadence = self.decodes, self._cadence
+        pipeline, cadence = self.pipeline, self._cadence
+        if pipeline:
+            self.decodes = pipeline.next_set() or self.decodes
+            in_flight = self.decodes.flying is not None
+        decodes = self.decodes
         if self._grouped:
             self._grouped.new_step(in_flight)
         if self._cap_varies:
@@ -275,6 +279,8 @@ class Scheduler:
         left, completed, stalled = self._serve_running(batch, in_flight)
         if self.limits.max_loras:
             self._note_adapters()
+        if decodes.count > len(decodes.joined):
+            batch.after = decodes.flying
         if decodes.count:
             batch.add_decodes(decodes.count, *decodes.lengths())
             if batch.kv_lengths is not None:
@@ -288,6 +294,10 @@ class Scheduler:
                 full = decodes.everyone() if self._grouped and sharing else decodes.at_boundary(1)
                 for state in [s for s in full if s in sharing] if sharing else ():
                     self._publish(state, decodes.length(state) + 1)
+            elif decodes.joined and decodes.sharing:
+                for state in decodes.at_boundary(1):
+                    if state in decodes.sharing and not took_part(state, decodes):
+                        self._publish(state, decodes.length(state) + 1)
         if not batch.preempted:
             if self.waiting:
                 self._admit(batch, left, now_ns, completed)
@@ -298,7 +308,7 @@ class Scheduler:
             if self.speculation:
                 self.speculation.sample(batch, state, state.computed - state.known)
                 continue
-            if self.new_decodes:
+            if pipeline:
                 state.track, state.run_start = decodes.track, len(decodes.token_times)
             else:
                 state.run_start = step
@@ -319,13 +329,14 @@ class Scheduler:
                 self._grouped.scheduled(completed, stalled)
         if cadence:
             cadence.end(batch)
-        if self.new_decodes and not batch.is_empty:
-            batch.travelling = decodes
-            self._travelling.append(batch)
-            self.decodes = self._spare_sets.pop() if self._spare_sets else self.new_decodes()
+        if pipeline:
+            if not batch.is_empty:
+                pipeline.sent(batch, decodes)
+            self.decodes = pipeline.behind(decodes, not batch.is_empty)
         for state in stalled:
-            if self.new_decodes:
+            if pipeline:
                 state.track, state.run_start = self.decodes.track, len(self.decodes.token_times)
+                self.decodes.joined.add(state)
             self.decodes.add(state)
         return batch
 
@@ -427,7 +438,7 @@ class Scheduler:
             kv.grow(table, reach)
             if state.phase is Phase.DECODE:
                 if state in decodes.sharing:
-                    self._publish(state, reach if self._knows_tokens(in_flight) else computed)
+                    self._publish(state, reach if self._knows_token(state, in_flight) else computed)
                 continue
             self._computed(table, reach)
             left -= tokens
@@ -436,12 +447,17 @@ class Scheduler:
         if completed:
             self.prefilling = [state for state in self.prefilling if state.computed < state.known]
         for state in stalled:
-            self._stall(state, batch.step)
+            self._stall(state, batch)
         return left, completed, stalled
 
     def _knows_tokens(self, in_flight: bool) -> bool:
         """Whether the last tokens of the requests that can decode now are known already."""
-        return not in_flight or self.new_decodes is not None
+        return not in_flight or (self.pipeline is not None and not self.pipeline.ring)
+
+    def _knows_token(self, state: RequestState, in_flight: bool) -> bool:
+        """Whether the last token of a request that can decode now is known already."""
+        joined = self.pipeline is not None and not took_part(state, self.decodes)
+        return joined or self._knows_tokens(in_flight)
 
     def _may_run_short(self) -> bool:
         """Whether blocks may be missing for what this step could serve of the running requests."""
@@ -495,7 +511,7 @@ class Scheduler:
                 if self._cadence:
                     self._cadence.note_prefill()
             elif state in decodes.sharing:
-                self._publish(state, reach if self._knows_tokens(in_flight) else reach - tokens)
+                self._publish(state, reach if self._knows_token(state, in_flight) else reach - tokens)
             served[state] = tokens
             left -= tokens + beside
         completed = []
@@ -512,7 +528,7 @@ class Scheduler:
             if state.phase is Phase.DECODE and state.home is decodes and state not in served
         ]
         for state in stalled:
-            self._stall(state, batch.step)
+            self._stall(state, batch)
         return left, completed, stalled
 
     def _due(self, state: RequestState, left: int) -> tuple[int, int]:
@@ -538,6 +554,8 @@ class Scheduler:
         if self._cadence:
             self._cadence.note_prefill()
         self._note_adapter(state)
+        if self.pipeline:
+            state.chunk = batch
         batch.add_request(tokens, computed)
         if state.lost:
             batch.note_again(state.lost, computed, reach)
@@ -572,7 +590,7 @@ class Scheduler:
         """Give back what a request with ``computed`` tokens needs no more, where groups of layers do."""
         assert self._grouped is not None
         known = computed
-        unnoted = in_flight and not self.new_decodes and not self._last_alone
+        unnoted = in_flight and not self.pipeline and not self._last_alone
         if unnoted and state.phase is Phase.DECODE and state.run_start < step:
             known = max(state.known, computed - 1)  # as in a preemption
         self._grouped.release(state, computed, known)
@@ -583,13 +601,15 @@ class Scheduler:
         for connector in self.connectors:
             connector.computed(table, tokens)
 
-    def _stall(self, state: RequestState, step: int) -> None:
+    def _stall(self, state: RequestState, batch: Batch) -> None:
         """Take a decoding request out for one step."""
+        if state not in self.decodes.joined:
+            batch.after = self.decodes.flying
         state.known = self.decodes.length(state)
         self.decodes.remove(state)
         state.home = None
-        state.end_run(len(self.decodes.token_times) - 1 if self.new_decodes else step - 1)
-        state.run_start = step + 1
+        state.end_run(len(self.decodes.token_times) - 1 if self.pipeline else batch.step - 1)
+        state.run_start = batch.step + 1
 
     # ------------------------------------------------------------------ preemption
 
@@ -608,34 +628,36 @@ class Scheduler:
         step; the prefix cache has taken note of their blocks already."""
         # `cached`: tokens whose blocks the prefix cache has taken note of so far; those of prompt chunks
         # when they are scheduled, generated ones once they are known. With a batch in flight, the token it
-        # computed was known when it was scheduled only if nothing else was in flight then; in a pipeline
-        # it always was, since a request is in one batch at a time.
+        # computed was known when it was scheduled only if nothing else was in flight then.
         if victim.phase is Phase.PREFILL:
             self.prefilling.remove(victim)
             computed = victim.computed
             cached = computed + taken_back
+        pipeline = self.pipeline
+        flight = pipeline.computes(victim) if pipeline else None
         if self.speculation:
             computed, cached = self.speculation.preempt(victim)
         elif victim.phase is not Phase.PREFILL:
             home = victim.home
+            token_in_flight, unnoted = flight is not None, False
+            if pipeline:
+                unnoted = token_in_flight and pipeline.was_ahead(victim)
             if victim.phase is Phase.DRAINING or home is None:
                 computed, token_in_flight = victim.total_tokens - 1, True
             else:
                 computed = home.length(victim)
                 home.remove(victim)
-                if self.new_decodes:
-                    token_in_flight = home is not self.decodes
-                    victim.end_run(len(home.token_times) - 1)
-                else:
+                if not pipeline:
                     token_in_flight = in_flight and victim.run_start < batch.step
-                    victim.end_run(batch.step - 1)
-            if self.new_decodes and token_in_flight:
-                self._await_token(victim)
-            unnoted = token_in_flight and not self.new_decodes and not self._last_alone
+                victim.end_run(len(home.token_times) - 1 if pipeline else batch.step - 1)
+            if not pipeline:
+                unnoted = token_in_flight and not self._last_alone
             cached = max(victim.known, computed - unnoted)
             if taken_back:
                 cached = computed + self._knows_tokens(token_in_flight)
             victim.known = computed + 1
+        if pipeline and flight is not None:
+            pipeline.await_batch(flight, victim)
         for connector in self.connectors:
             connector.computed(victim.table, cached)
         self.kv.preempt(victim.table, cached)
@@ -644,7 +666,7 @@ class Scheduler:
         victim.kv_arrived = False
         victim.computed = computed
         victim.record.note_lost(batch.step)
-        before = 0 if self.limits.counts_all_loras else self._passed_over
+        before = self._passed_over if self.limits.deferred_first else 0
         self._policy.put_back(self.waiting, victim, before)
         batch.preempted = [*batch.preempted, victim]
 
@@ -655,25 +677,24 @@ class Scheduler:
         if state.record.queued_ns < 0:
             state.record.queued_ns = now_ns
         self._policy.add(self.waiting, state)
-        if self.waiting[0] is state:
+        if self.waiting[0] is state or self._passed_over:
             self._blocked_at = None  # that was said of another head
 
     def _admit(self, batch: Batch, left: int, now_ns: int, completed: list[RequestState]) -> None:
         """Admit waiting requests while token budget, ``max_num_seqs`` and blocks last.
 
         The first that cannot be admitted ends it: nobody behind the head of the queue overtakes it. Only
-        those whose adapter finds no slot are passed over.
+        those whose adapter finds no slot, and those that a batch in flight still computes for, are passed
+        over.
         """
         limits, kv, waiting, speculation = self.limits, self.kv, self.waiting, self.speculation
         place = 0  # of the first that was not looked at in this step
         while len(waiting) > place and left > 0 and len(self.running) < limits.max_num_seqs:
-            cache_state = (self._frees, kv.registrations)
-            if cache_state == self._blocked_at:
-                return
             state = waiting[place]
-            if state.awaits_token:
+            cache_state = (self._frees, kv.registrations)
+            if cache_state == self._blocked_at and not state.awaits_token:
                 return
-            if self._lacks_slot(state):
+            if state.awaits_token or self._lacks_slot(state):
                 self._passed_over += not state.passed_over
                 state.passed_over = True
                 place += 1
@@ -715,6 +736,8 @@ class Scheduler:
                 return
             self._take_out(state, place)
             self._note_adapter(state)
+            if self.pipeline:
+                state.chunk = batch
             kv.admit(table, hits, done, slots)
             self._computed(table, speculation.note(state, reach) if speculation else reach)
             state.order = self._admissions
@@ -827,11 +850,13 @@ class Scheduler:
                 else:
                     self.kv.free(state.table, whole)
             state.phase = Phase.FINISHED
-            state.end_run(batch.step if batch.travelling is None else len(batch.travelling.token_times) - 1)
+            state.end_run(batch.step if batch.travelling is None else batch.track_step)
             state.record.end_ns = batch.end_ns
             self._frees += 1
-        if batch.travelling is not None:
-            self._bring_back(batch, batch.travelling)
+        if self.pipeline:
+            if batch.awaited_by:
+                self._blocked_at = None
+            self.decodes = self.pipeline.back(batch, self.decodes)
         return leaving
 
     def _taken_on(self, state: RequestState) -> bool:
@@ -878,34 +903,13 @@ class Scheduler:
         self._blocked_at = None
         return True
 
-    # ------------------------------------------------------------------ pipelines
-
-    def _await_token(self, victim: RequestState) -> None:
-        """Keep a preempted request from being admitted until the batch that has its token has ended."""
-        for batch in self._travelling:
-            if batch.travelling is victim.home or victim in batch.finishing:
-                batch.awaited_by = [*batch.awaited_by, victim]
-                victim.awaits_token = True
-
-    def _bring_back(self, batch: Batch, back: DecodeSet) -> None:
-        """Make the requests of a batch that has ended available again."""
-        self._travelling.remove(batch)
-        for state in batch.awaited_by:
-            state.awaits_token = False
-        # the smaller set moves into the larger one: filing a request costs
-        ready, other = (self.decodes, back) if self.decodes.count > back.count else (back, self.decodes)
-        if other.count:
-            ready.absorb(other)
-        self.decodes = ready
-        self._spare_sets.append(other)
-
     # ------------------------------------------------------------------ quiet stretches
 
     @property
     def plain(self) -> bool:
         """Whether decodes that nothing else takes part with compute one token each and need no more than a
         block now and then: no drafts, windows, pipeline, adapters, or steps held back for prefills."""
-        special = self.speculation or self._grouped or self.new_decodes or self._cadence
+        special = self.speculation or self._grouped or self.pipeline or self._cadence
         return not special and not self.limits.max_loras
 
     def only_decodes(self) -> bool:

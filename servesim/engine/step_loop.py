@@ -47,13 +47,14 @@ class WaveTimes(Protocol):
 
 
 class Wave:
-    """One batch (or None) of every member, on its way through the stages."""
+    """One batch (or None) of every member, on its way through the stages; in a pipeline perhaps of none."""
 
-    __slots__ = ("batches", "end_ns")
+    __slots__ = ("batches", "empty", "end_ns")
 
     def __init__(self, batches: Sequence[Batch | None], end_ns: int) -> None:
         self.batches = batches
         self.end_ns = end_ns
+        self.empty = not any(batches)
 
 
 class Stretch:
@@ -113,8 +114,9 @@ class StepLoop:
 
     With synchronous scheduling (``depth`` 1) a wave is scheduled when the one before has ended. With
     asynchronous scheduling (``depth`` 2), vLLM's default, it is scheduled while the one before still runs,
-    before its tokens are known. A pipeline holds as many waves as it has stages, and a request is in one of
-    them at a time. Requests that arrive during a step are seen at the next step boundary.
+    before its tokens are known. A pipeline holds as many waves as it has stages, and one more with
+    asynchronous scheduling; a wave in which nothing could be scheduled takes a place there too, until those
+    before it have ended. Requests that arrive during a step are seen at the next step boundary.
     """
 
     def __init__(
@@ -225,8 +227,11 @@ class StepLoop:
                     return
                 if self._glider and len(in_flight) == self._depth - 1:
                     now_ns = self._glide(self._glider, now_ns, horizon_ns, one_finish)
-            while not self._gated and len(in_flight) < self._depth and self._launch(now_ns):
-                pass
+            if self._piped:
+                self._fill(now_ns)
+            while not self._piped and not self._gated and len(in_flight) < self._depth:
+                if not self._launch(now_ns):
+                    break
             if not in_flight:
                 for member in members:
                     if member.scheduler.waiting and not member.scheduler.held:
@@ -239,12 +244,36 @@ class StepLoop:
                 self._clock.at(now_ns, self._actor)
                 return
 
+    def _fill(self, now_ns: int) -> None:
+        """Schedule waves of a pipeline until as many as may be are in flight and the oldest is not empty.
+
+        Empty ones pass at once; they are what vLLM's ``step_with_batch_queue`` puts into its queue.
+        """
+        in_flight, idle = self._in_flight, 0
+        while not self._gated and idle <= 2 * self._depth:
+            before = [member.preempted for member in self.members]
+            if not any(member.scheduler.has_work for member in self.members):
+                break
+            if self._launch(now_ns):
+                idle = 0
+            else:
+                in_flight.append(Wave([None] * len(self.members), 0))
+                moved = before != [member.preempted for member in self.members]
+                idle = 0 if moved else idle + 1
+            while len(in_flight) >= self._depth and in_flight[0].empty:
+                in_flight.popleft()
+            if len(in_flight) >= self._depth:
+                return
+        while in_flight and in_flight[0].empty:
+            in_flight.popleft()
+
     def _launch(self, now_ns: int) -> bool:
         """Schedule a wave and put it behind those in flight; False if no member has work."""
         in_flight = self._in_flight
         batches: Sequence[Batch | None]
         if len(self.members) == 1:
-            batch = self.members[0].schedule(now_ns, bool(in_flight))
+            flying = bool(in_flight) and not (self._piped and all(wave.empty for wave in in_flight))
+            batch = self.members[0].schedule(now_ns, flying)
             if batch is None:
                 return False
             batches = (batch,)
@@ -258,6 +287,10 @@ class StepLoop:
         wave = Wave(batches, NEVER)
         in_flight.append(wave)
         start = max(self._stage_free_ns[0], now_ns)
+        if self._piped:
+            for batch in batches:
+                if batch is not None and batch.after is not None:
+                    start = max(start, batch.after.end_ns)
         if not self._connected or not self._read(wave, start):
             self._start(wave, start, start)
         return True

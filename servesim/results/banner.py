@@ -182,7 +182,6 @@ def _options_of(instance: InstanceLog) -> dict[str, Any]:
         for name, value in chosen.items()
         if name not in _ALREADY_SHOWN
         and name != "speculative"  # a note says it, and where its acceptance comes from
-        and not (name == "async_scheduling" and instance.spec.pp_size > 1)  # its stages say how many batches
         and not (name in _SHOWN_WHEN_CHANGED and _is_default(name, value))
         and (name, value) != ("long_prefill_token_threshold", UNLIMITED)
     }

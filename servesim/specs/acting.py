@@ -23,7 +23,7 @@ from servesim.specs.hardware import load_hardware, resolve_engine
 from servesim.specs.kv_skip import skipped_layers
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.model import shape_twin
-from servesim.specs.vllm_versions import QUEUE_LIMITS
+from servesim.specs.vllm_versions import AWAITS_BATCHES, QUEUE_LIMITS, runs_v2
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -111,6 +111,7 @@ def notes_of(scene: Scene) -> list[str]:
         *_twins(scene),
         *_notes_of_serve_line(scene.options),
         *_notes_of_speculation(scene),
+        *_notes_of_pipelines(scene),
         *_notes_of_workload(scene),
         *_notes_of_flags(scene),
         *_notes_of_instances(scene),
@@ -385,13 +386,6 @@ def adapter_kernels(scene: Scene) -> str:
     )
 
 
-def no_pipelines(scene: Scene) -> str:
-    """Pipelines have as many batches in flight as stages, whatever the flag says."""
-    if all(instance.pp_size > 1 for instance in scene.instances):
-        return "a pipeline has one batch in flight for each of its stages"
-    return ""
-
-
 def narrow_caches(scene: Scene) -> str:
     """A layer can be left in 16 bit where its cache would be narrower."""
     own = [
@@ -404,6 +398,53 @@ def narrow_caches(scene: Scene) -> str:
     if all(options.kv_dtype == options.wide_dtype for _, options in own):
         return "the KV cache is in 16 bit anyway; give --kv-cache-dtype fp8, say"
     return "no layer's cache would be narrower that is not left out anyway"
+
+
+def second_runners(scene: Scene) -> str:
+    """Pipelines of vLLM's first model runner are simulated with synchronous scheduling, whatever the flag
+    says."""
+    if len(_first_runners(scene)) == len(scene.instances):
+        return _FIRST_RUNNER
+    return ""
+
+
+_FIRST_RUNNER = (
+    "vLLM's first model runner puts every running request into every batch of a pipeline, which is not "
+    "simulated; a batch is in flight for each stage, and a request is in one of them"
+)
+
+
+def _first_runners(scene: Scene) -> list[int]:
+    """Indices of the pipelines that this version of vLLM runs with its first model runner."""
+    version = scene.options.vllm_version
+    return [
+        index
+        for index, instance in enumerate(scene.instances)
+        if instance.pp_size > 1
+        and not runs_v2(
+            version,
+            scene.models[instance.model_name].model_type,
+            moe=scene.models[instance.model_name].is_moe,
+        )
+    ]
+
+
+def _notes_of_pipelines(scene: Scene) -> Iterator[str]:
+    """Where asynchronous scheduling, the default, is switched off."""
+    version = scene.options.vllm_version
+    if any(one.pp_size > 1 for one in scene.instances) and not AWAITS_BATCHES.holds(version):
+        yield (
+            f"vLLM {version} may admit a preempted request again while a batch of a pipeline still computes "
+            f"for it; simulated as in {AWAITS_BATCHES.since}, which waits for that batch"
+        )
+    asked = "async_scheduling" in scene.options.model_fields_set
+    held = [
+        index
+        for index in _first_runners(scene)
+        if not asked and scene.instances[index].async_scheduling is None and scene.options.async_scheduling
+    ]
+    if held:
+        yield f"async_scheduling of instance {', '.join(map(str, held))} is off: {_FIRST_RUNNER}"
 
 
 def windows_or_chunks(scene: Scene) -> str:

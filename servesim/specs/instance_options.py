@@ -14,7 +14,7 @@ from servesim.specs.layers import Recurrent
 from servesim.specs.options import UNLIMITED, per_instance_fields
 from servesim.specs.presets import serve_defaults
 from servesim.specs.speculative import OPTION, SpeculativeSpec, speculative_spec
-from servesim.specs.vllm_versions import NEWEST, STATE_STOPS, V2_NGRAM, VllmVersion
+from servesim.specs.vllm_versions import NEWEST, STATE_STOPS, V2_NGRAM, VllmVersion, runs_v2
 
 if TYPE_CHECKING:
     from servesim.specs.cluster import InstanceSpec
@@ -194,6 +194,10 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
     skipped = skipped_layers(model.layers, chosen["kv_cache_dtype_skip_layers"], chosen["kv_cache_dtype"])
     if skipped:
         _check_skipped(options, instance, chosen)
+    if instance.pp_size > 1 and not runs_v2(options.vllm_version, model.model_type, moe=model.is_moe):
+        # The first model runner puts every running request into every batch of a pipeline, and its first
+        # stage waits for the last one; that is not simulated (a note says so).
+        chosen["async_scheduling"] = False
     utilization = chosen.pop("npu_memory_utilization")
     if instance.npu_mem.mem_util is not None:
         utilization = instance.npu_mem.mem_util

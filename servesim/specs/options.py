@@ -241,10 +241,10 @@ DisableHybridKvCacheManager = Annotated[
 AsyncScheduling = Annotated[
     bool,
     Flag(
-        "keep two batches in flight, as vLLM does",
+        "keep one more batch in flight than there are stages, as vLLM does",
         _ENGINE,
         per_instance=True,
-        acts=acting.no_pipelines,
+        acts=acting.second_runners,
         noted=True,
     ),
 ]

@@ -67,13 +67,23 @@ LOOKAHEAD_HASHES = Difference(
 V2_NGRAM = Difference(
     "0.33", "n-gram drafts go with asynchronous scheduling, which they switch off before (0.29-0.32: unknown)"
 )
+AWAITS_BATCHES = Difference(
+    "0.28",
+    "in a pipeline, a request preempted while a batch in flight computes for it is admitted again only after "
+    "that (0.25 to 0.27: unknown); before, simulated for chunks of prompts only, not where a token is due",
+)
+ONE_QUEUE = Difference(
+    "0.33",
+    "a preempted request comes before those that were passed over, for max_loras or since a batch of a "
+    "pipeline still computed for them; before, these have a queue of their own (0.29 to 0.32: unknown)",
+)
 LOCAL_CADENCE = Difference(
     "0.33", "prefill_schedule_interval acts on every engine, not only on data-parallel groups with experts"
 )
 RUNNING_LORAS = Difference(
     "0.33",
-    "max_loras counts the adapters of all running requests, where before it counted those of the step, and a "
-    "preempted request comes before those that max_loras passed over (0.29 to 0.32: unknown)",
+    "max_loras counts the adapters of all running requests, where before it counted those of the step (0.29 "
+    "to 0.32: unknown)",
 )
 ACTIVE_SEQS = Difference("0.31", "max_num_active_seqs limits the running requests below max_num_seqs")
 ADAPTIVE_THRESHOLD = Difference("0.31", "long_prefill_token_threshold_adaptive")
@@ -87,8 +97,7 @@ CUTS_ANSWERS = Difference(
 DIFFERENCES = (
     *(LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON),
     *(SETTLED_FREES, STATE_STOPS, SPARSE_WINDOWS, SLOTS_BY_REQUEST, LOOKAHEAD_HASHES),
-    V2_NGRAM,
-    RUNNING_LORAS,
+    *(V2_NGRAM, RUNNING_LORAS, AWAITS_BATCHES, ONE_QUEUE),
     *(LOCAL_CADENCE, ACTIVE_SEQS, ADAPTIVE_THRESHOLD, CUTS_ANSWERS, LONG_THRESHOLD, QUEUE_LIMITS),
 )
 

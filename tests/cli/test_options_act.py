@@ -45,6 +45,7 @@ CLUSTERS: dict[str, dict[str, Any]] = {
     "two": toy_cluster([roomy(), roomy()]),
     "two_tight": toy_cluster([toy_instance(num_gpu_blocks=81), toy_instance(num_gpu_blocks=81)]),
     "stages": toy_cluster([roomy(pp_size=2)]),
+    "first_runner": toy_cluster([roomy(MOE, pp_size=2)]),
     "windows": toy_cluster([roomy(WINDOWS)]),
     "experts": toy_cluster([roomy(MOE, tp_size=2, ep_size=2)]),
     "one_rank": toy_cluster([roomy(MOE)]),
@@ -195,7 +196,8 @@ OPTIONS: dict[str, Option] = {
         [Case("--disable-hybrid-kv-cache-manager", told=REFUSED)],
     ),
     "async_scheduling": Option(
-        Case("--no-async-scheduling"), [Case("--no-async-scheduling", "stages", told=NOTED)]
+        Case("--no-async-scheduling"),
+        [Case("--no-async-scheduling", "first_runner", beside="--vllm-version 0.30", told=NOTED)],
     ),
     "scheduling_policy": Option(
         Case("--scheduling-policy priority", workload="ranked", beside="--max-num-seqs 2"),

@@ -8,6 +8,7 @@ import numpy as np
 
 from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
+from servesim.engine.pipeline import Pipeline
 from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
 from servesim.engine.simulation import Simulation
@@ -105,14 +106,16 @@ def small_loop(
 ) -> LoopPlan:
     """The loop of an instance with ``blocks`` blocks, vLLM's null block included.
 
-    ``stages`` makes it a pipeline, which notes the times of its tokens in ``tracks``.
+    ``stages`` makes it a pipeline, which notes the times of its tokens in ``tracks``; ``depth`` 2: one that
+    schedules asynchronously.
     """
+    count = len(stages.each) if stages is not None else 0
+    ring = count if depth > 1 else 0
     member = small_member(
-        workload, index, tables, blocks, block_size, max_num_seqs, budget, caching, tracks, **limits
+        workload, index, tables, blocks, block_size, max_num_seqs, budget, caching, tracks, ring, **limits
     )
     if stages is not None:
-        count = len(stages.each)
-        return LoopPlan([member], stages, depth=count, stages=count, jump=False)
+        return LoopPlan([member], stages, depth=count + (depth > 1), stages=count, jump=False)
     return LoopPlan([member], OneInstance(times or LinearTimes()), depth=depth, jump=jump, noise=noise)
 
 
@@ -126,6 +129,7 @@ def small_member(
     budget: int = 64,
     caching: bool = True,
     tracks: list[array[int]] | None = None,
+    ring: int = 0,
     instances: int = 1,
     pd_type: str | None = None,
     node: int = 0,
@@ -154,7 +158,7 @@ def small_member(
         SchedulerLimits(max_num_seqs, budget, **limits),
         KvCache(blocks, block_size, caching),
         connectors=connectors,
-        new_decodes=None if tracks is None else track_maker(block_size, tracks, instances),
+        pipeline=None if tracks is None else Pipeline(track_maker(block_size, tracks, instances), ring),
         list_requests=pd_type == "prefill",
     )
     return Instance(log, scheduler, tables or BlockTables(workload))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 
 from servesim.workload.request import Workload
@@ -58,9 +59,44 @@ def test_requests_that_come_back_together_go_on_together() -> None:
     assert sum(log.instances[0].steps.decode_tokens) == 6
 
 
-@settings(max_examples=150, deadline=None)
-@given(workloads(), engines)
-def test_nothing_is_lost_in_a_pipeline(workload: Workload, engine: dict[str, Any]) -> None:
-    engine = {**engine, "stages": ConstantStages(3, hand_over=7)}
-    del engine["depth"]
+def test_empty_schedules_take_a_place_in_flight() -> None:
+    # When the first prompt is done, the second is in flight, and two schedules that came out empty. So only
+    # one chunk of the third prompt is scheduled then; the next goes with the second request.
+    log = run_small(requests((61, 9, 0), (61, 9, 0), (180, 1, 500)), stages=ConstantStages(4), budget=61)
+    steps = log.instances[0].steps
+    assert [steps.prefill_tokens[step] for step in range(5)] == [61, 61, 60, 60, 60]
+    assert [steps.decode_tokens[step] for step in range(5)] == [0, 0, 1, 1, 0]
+    assert list(steps.start_ns)[:5] == [0, 1000, 4000, 5000, 6000]
+
+
+def test_a_ring_lets_a_request_wait_for_its_turn() -> None:
+    # Scheduled ahead, the second token starts when the first one is known: the first stage waits for it.
+    log = run_small(requests((8, 3, 0)), stages=ConstantStages(4), depth=2)
+    assert list(log.instances[0].steps.start_ns) == [0, 4000, 8000]
+    assert ends(log) == [4000, 8000, 12000]
+
+
+def test_a_ring_keeps_requests_of_different_turns_apart() -> None:
+    # Two prompts of the whole budget are in two batches of two stages, and so are their tokens for ever.
+    log = run_small(requests((64, 3, 0), (64, 3, 0)), stages=ConstantStages(2), depth=2)
+    assert ends(log) == [2000, 3000, 4000, 5000, 6000, 7000]
+    assert list(log.instances[0].steps.decode_tokens) == [0, 0, 1, 1, 1, 1]
+
+
+def test_a_ring_admits_a_step_ahead() -> None:
+    # What arrives while a token is computed joins the batch after the one that is scheduled already.
+    shapes = (8, 4, 0), (8, 4, 500)
+    ahead = run_small(requests(*shapes), stages=ConstantStages(2), depth=2)
+    behind = run_small(requests(*shapes), stages=ConstantStages(2))
+    assert behind.requests[1].queued_ns == ahead.requests[1].queued_ns == 2000
+    assert list(behind.instances[0].steps.decode_tokens)[:2] == [0, 1]
+    assert list(ahead.instances[0].steps.decode_tokens)[:3] == [0, 1, 0]
+    assert ahead.requests[1].first_token_ns == 5000, "its own turn, behind the first stage of the other's"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@settings(max_examples=100, deadline=None)
+@given(workload=workloads(), engine=engines)
+def test_nothing_is_lost_in_a_pipeline(workload: Workload, engine: dict[str, Any], depth: int) -> None:
+    engine = {**engine, "stages": ConstantStages(3, hand_over=7), "depth": depth}
     check_run(run_small(workload, **engine), workload, engine)

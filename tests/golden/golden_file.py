@@ -28,9 +28,6 @@ STREAM = 1 << 20
 OUTPUT_STREAM = 1_000_000
 """Request i generates the tokens of stream OUTPUT_STREAM + i unless its entry names another stream."""
 
-STAGES = 3
-"""Of the pipelines; each stage takes as long as the formula says of the whole."""
-
 
 @dataclass(slots=True)
 class Golden:
@@ -79,22 +76,14 @@ def tokens(stream: int, first: int, count: int) -> NDArray[np.int64]:
     return stream * STREAM + np.arange(first, first + count, dtype=np.int64)
 
 
-def is_pipeline(name: str) -> bool:
-    """Whether a golden is of a pipeline of :data:`STAGES` stages."""
-    return name.rpartition("/")[2].startswith("pipeline")
+def is_drained(name: str) -> bool:
+    """Whether a golden is of a pipeline that now and then runs dry; see :func:`drains`."""
+    return "pipeline_drained" in name
 
 
-def is_drained(step: int) -> bool:
-    """Whether nothing is scheduled behind step ``step`` while it is in flight."""
+def drains(step: int) -> bool:
+    """Whether nothing is scheduled behind step ``step`` while it is in flight, in such a golden."""
     return step % 7 in (2, 3)
-
-
-def pass_stages(now: int, took: int, ends: list[int]) -> tuple[int, int]:
-    """Start and end of a batch on its way through stages that are taken until ``ends``, which move on."""
-    start = at = max(now, ends[0])
-    for stage, taken in enumerate(ends):
-        at = ends[stage] = max(at, taken) + took
-    return start, at
 
 
 def golden_path(name: str) -> Path:

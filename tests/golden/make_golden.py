@@ -28,14 +28,12 @@ from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings
 from servesim.specs.vllm_versions import NEWEST, VERSIONS, VllmVersion, minor_version
 from tests.golden.golden_file import (
-    STAGES,
     Golden,
     build_workload,
+    drains,
     golden_name,
     golden_names,
     is_drained,
-    is_pipeline,
-    pass_stages,
     read_golden,
     version_of,
     write_golden,
@@ -89,7 +87,13 @@ SYNC = {"async_scheduling": False}
 NO_CACHE = {"enable_prefix_caching": False}
 PRIORITY = {"scheduling_policy": "priority"}
 
-PIPELINE = {"max_num_seqs": 16, "max_num_batched_tokens": 16, "long_prefill_token_threshold": 12, **SYNC}
+PIPELINE = {
+    "max_num_seqs": 16, "max_num_batched_tokens": 16, "long_prefill_token_threshold": 12,
+    "pipeline_parallel_size": 3, **SYNC,
+}  # fmt: skip
+WAITS: VllmVersion = "0.28"
+"""Before, a request that is preempted while a batch computes for it may be admitted again meanwhile."""
+TWO, FOUR = {"pipeline_parallel_size": 2}, {"pipeline_parallel_size": 4}
 
 
 def drafts(method: str, *rates: float) -> dict[str, Any]:
@@ -99,23 +103,15 @@ def drafts(method: str, *rates: float) -> dict[str, Any]:
     return {"speculative_config": json.dumps({"method": method, **drafter, **tokens})}
 
 
-class PipelineRecorder(Recorder):
-    """vLLM's scheduler with :data:`STAGES` batches in flight. Behind a batch that :func:`is_drained` names
-    nothing is scheduled until all in flight have ended, as if it waited for something from outside."""
-
-    depth = STAGES  # type: ignore[assignment]
+class DrainingRecorder(Recorder):
+    """Behind a batch that :func:`drains` names nothing is scheduled until all in flight have ended, as if it
+    waited for something from outside."""
 
     def _schedule(self) -> Any:
-        scheduled = len(self.log.steps) + len(self.in_flight)
-        if self.in_flight and is_drained(scheduled - 1):
+        in_flight = sum(batch is not None for batch in self.in_flight)
+        if in_flight and drains(len(self.log.steps) + in_flight - 1):
             return None
-        self.last_end = 0
-        batch = super()._schedule()
-        if batch is not None:
-            took = batch.step.end - batch.step.start
-            ends = self.__dict__.setdefault("ends", [0] * STAGES)
-            batch.step.start, batch.step.end = pass_stages(self.now, took, ends)
-        return batch
+        return super()._schedule()
 
 
 RECIPES: dict[str, Recipe] = {
@@ -317,6 +313,41 @@ RECIPES: dict[str, Recipe] = {
     "pipeline_alone": Recipe(
         "a pipeline, a threshold, and few requests at once",
         lambda r: unrelated(r, 50, 250, (1, 120), (1, 30)), settings(2000, **PIPELINE),
+    ),
+    "sync_pipeline_two": Recipe(
+        "two stages, shared prefixes, ample memory",
+        lambda r: shared_prefixes(r, 50, 12, output=(5, 60)), settings(900, **SYNC, **TWO),
+    ),
+    "async_pipeline_two": Recipe(
+        "two stages, shared prefixes, ample memory",
+        lambda r: shared_prefixes(r, 50, 12, output=(5, 60)), settings(900, **TWO),
+    ),
+    "sync_pipeline_two_tight": Recipe(
+        "two stages and memory for a few requests: preemptions",
+        lambda r: unrelated(r, 45, 6, (5, 120), (20, 120)), settings(60, **SYNC, **TWO),
+    ),
+    "async_pipeline_two_tight": Recipe(
+        "two stages and memory for a few requests: preemptions",
+        lambda r: unrelated(r, 45, 6, (5, 120), (20, 120)), settings(60, **TWO), since=WAITS,
+    ),
+    "sync_pipeline_four_tight": Recipe(
+        "four stages, prompts that quote earlier answers, preemptions, 48 tokens a step",
+        lambda r: echoes(r, 70, 6), settings(30, **SYNC, **FOUR, max_num_seqs=24, max_num_batched_tokens=48),
+    ),
+    "async_pipeline_four_tight": Recipe(
+        "four stages, prompts that quote earlier answers, preemptions, 48 tokens a step",
+        lambda r: echoes(r, 70, 6), settings(30, **FOUR, max_num_seqs=24, max_num_batched_tokens=48),
+        since=WAITS,
+    ),
+    "async_pipeline_four": Recipe(
+        "four stages, conversations, 16 tokens a step: decodes wait for those before them",
+        lambda r: conversations(r, 24, 20, output=(1, 40)),
+        settings(300, **FOUR, max_num_seqs=16, max_num_batched_tokens=16),
+    ),
+    "async_pipeline_four_stops": Recipe(
+        "four stages, priorities, answers that end by a stop token, preemptions",
+        lambda r: with_priorities(r, with_stops(r, shared_prefixes(r, 45, 8, output=(1, 60)), 0.5), 3),
+        settings(50, **FOUR, **PRIORITY), since=WAITS,
     ),
     "async_priority": Recipe(
         "three priorities and little memory: victims were served in the same step, or preempt themselves",
@@ -545,7 +576,11 @@ RECIPES: dict[str, Recipe] = {
 
 ACROSS = (
     *(name for name, recipe in RECIPES.items() if recipe.settings.long_prefill_token_threshold),
-    *(name for name in RECIPES if any(word in name for word in ("priority", "stops", "cadence", "loras"))),
+    *(
+        name
+        for name in RECIPES
+        if any(word in name for word in ("priority", "stops", "cadence", "loras", "pipeline"))
+    ),
     *("async_context_full", "async_watermark"),
     *("async_two_seats_tight", "sync_prefix_tight", "async_last_token_victims_cached", "async_echoes"),
     *("async_sessions_tight", "sync_sessions_long_answers", "async_no_full_gate", "async_block_edges"),
@@ -573,7 +608,7 @@ def record(name: str) -> Golden:
     # Both modes of a pair get the same workload: the seed depends on the name without its first word.
     seed = [ord(letter) for letter in name.partition("_")[2]]
     entries = recipe.entries(np.random.default_rng(seed))
-    recorder = PipelineRecorder if is_pipeline(name) else Recorder
+    recorder = DrainingRecorder if is_drained(name) else Recorder
     log = record_scheduler(build_workload(entries, name), recipe.settings, recipe.formula, recorder)
     golden = Golden(name, recipe.about, entries, log)
     golden.name = golden_name(name, version_of(golden))

@@ -210,6 +210,12 @@ def random_loras(seed: int, entries: list[Entry], settings: SchedulerSettings) -
     return entries, replace(settings, max_loras=int(rng.choice([1, 1, 2, 3, 5])))
 
 
+def random_pipeline(seed: int, settings: SchedulerSettings) -> SchedulerSettings:
+    """The same in a pipeline, drawn on its own so that the rest of a seed stays as it is."""
+    rng = np.random.default_rng([seed, 2])
+    return replace(settings, pipeline_parallel_size=int(rng.choice([2, 2, 3, 4, 4, 7])))
+
+
 def installed_version() -> VllmVersion:
     """The version of the vLLM that is driven."""
     found = str(minor_version(version("vllm")))
@@ -220,9 +226,18 @@ def random_formula(rng: np.random.Generator) -> StepFormula:
     return [ODD, ROUND, CONTEXT][int(rng.integers(3))]
 
 
-def compare(seed: int, grouped: bool = False, speculative: bool = False, loras: bool = False) -> Outcome:
-    """Run one seed through vLLM and through the engine, stepped and jumping; ``grouped``: with several groups
-    of layers; ``speculative``: with speculative decoding; ``loras``: with LoRA adapters."""
+def compare(
+    seed: int,
+    grouped: bool = False,
+    speculative: bool = False,
+    loras: bool = False,
+    pipelined: bool = False,
+) -> Outcome:
+    """Run one seed through vLLM and through the engine, stepped and, but for pipelines, jumping.
+
+    ``grouped``: with several groups of layers; ``speculative``: with speculative decoding; ``loras``: with
+    LoRA adapters; ``pipelined``: in a pipeline.
+    """
     rng = np.random.default_rng(seed)
     entries = random_entries(rng)
     settings = random_settings(rng, entries)
@@ -233,12 +248,16 @@ def compare(seed: int, grouped: bool = False, speculative: bool = False, loras: 
         settings = (random_groups if grouped else random_speculation)(rng, settings)
     if loras:
         entries, settings = random_loras(seed, entries, settings)
+    if pipelined:
+        settings = random_pipeline(seed, settings)
     try:
         log = record_scheduler(build_workload(entries, "random"), settings, random_formula(rng))
     except RunError:  # vLLM comes to a halt: a step holds less than the block of a state (0.24)
         return settings, SchedulerLog(), []
     golden = Golden(f"seed {seed}", "", entries, log)
     found = differences(log, replay(golden), limit=3)
+    if pipelined:
+        return settings, log, found
     jumped = replay_in_jumps(golden)
     requests = SchedulerLog(requests=[logged(record) for record in jumped.requests])
     found += differences(SchedulerLog(requests=log.requests), requests, limit=3)
@@ -253,12 +272,15 @@ def main(arguments: list[str]) -> int:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--groups", action="store_true", help="with several groups of layers")
     kinds.add_argument("--speculative", action="store_true", help="with speculative decoding")
+    kinds.add_argument("--pipelines", action="store_true", help="in pipelines")
     parser.add_argument("--loras", action="store_true", help="with LoRA adapters, also beside the others")
     parser.add_argument("--first", type=int, default=0, help="first seed (default: 0)")
     options = parser.parse_args(arguments)
     failures = steps = preemptions = halted = 0
     for seed in range(options.first, options.first + options.seeds):
-        settings, log, found = compare(seed, options.groups, options.speculative, options.loras)
+        settings, log, found = compare(
+            seed, options.groups, options.speculative, options.loras, options.pipelines
+        )
         steps += len(log.steps)
         halted += not log.steps
         preemptions += sum(request.preemptions for request in log.requests)

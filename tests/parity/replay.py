@@ -16,6 +16,7 @@ from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings
 from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
+from servesim.engine.pipeline import Pipeline
 from servesim.engine.queue_policy import queue_policy
 from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler, SchedulerLimits
@@ -26,14 +27,16 @@ from servesim.memory.group_cache import GroupRules, kv_cache_of
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.vllm_versions import (
+    AWAITS_BATCHES,
     COUNTS_VICTIMS,
     LOCAL_CADENCE,
     LONE_PREFILL,
     NEWEST,
+    ONE_QUEUE,
     RUNNING_LORAS,
     SERVES_ON,
 )
-from tests.golden.golden_file import STAGES, is_drained, is_pipeline, version_of
+from tests.golden.golden_file import drains, is_drained, version_of
 from tests.hand_made import OneInstance
 
 if TYPE_CHECKING:
@@ -57,14 +60,14 @@ class Notes:
         self.steps: dict[int, LoggedStep] = {}
         self._scheduler = scheduler
         self._drained = drained
-        """Whether nothing is scheduled behind the steps that :func:`is_drained` names."""
+        """Whether nothing is scheduled behind the steps that :func:`drains` names."""
         self._held: set[RequestState] = set()
         """Those that ran when the last batch was scheduled."""
         self._pending: list[int] = []
         """Preempted by schedules that came out empty; they count with the next step."""
 
     def holds_back(self, steps: int) -> bool:
-        return self._drained and is_drained(steps - 1)
+        return self._drained and drains(steps - 1)
 
     def scheduled(self, batch: Batch) -> None:
         running, held = self._scheduler.running, self._held
@@ -97,17 +100,16 @@ def replay(golden: Golden) -> SchedulerLog:
     """The engine's log of a golden's workload, every step taken one by one."""
     settings, formula = golden_settings(golden)
     tracks: list[array[int]] = []
-    pipeline = is_pipeline(golden.name)
     version = version_of(golden)
     scheduler = Scheduler(
         limits(settings, version),
         kv_cache(settings, version),
         policy=queue_policy(settings.scheduling_policy),
-        new_decodes=track_maker(settings.block_size, tracks, 1) if pipeline else None,
+        pipeline=pipeline_of(settings, version, tracks),
         speculation=speculation(settings, version),
         list_requests=True,
     )
-    workload, notes = golden.workload(), Notes(scheduler, drained=pipeline)
+    workload, notes = golden.workload(), Notes(scheduler, drained=is_drained(golden.name))
     tables = block_tables(golden, workload)
     loop = build_loop(scheduler, settings, formula, tables, jump=False, hook=notes)
     run = simulate(loop, workload, tracks)
@@ -121,16 +123,30 @@ def simulate(loop: LoopPlan, workload: Workload, tracks: list[array[int]] | None
     return Simulation([loop], workload, RuntimeOptions(), pipeline_tracks=tracks).run()
 
 
+def pipeline_of(
+    settings: SchedulerSettings, version: VllmVersion, tracks: list[array[int]]
+) -> Pipeline | None:
+    """What a pipeline needs beside, None with one stage."""
+    stages = settings.pipeline_parallel_size
+    if stages == 1:
+        return None
+    return Pipeline(
+        track_maker(settings.block_size, tracks, 1),
+        stages if settings.async_scheduling else 0,
+        awaits_chunks=AWAITS_BATCHES.holds(version),
+    )
+
+
 class FormulaStages:
     """Every stage of a pipeline takes what the formula says of the whole."""
 
     alone = None
 
-    def __init__(self, formula: StepFormula) -> None:
-        self._whole = OneInstance(formula)
+    def __init__(self, formula: StepFormula, stages: int) -> None:
+        self._whole, self._stages = OneInstance(formula), stages
 
     def stages_ns(self, batches: Sequence[Batch | None]) -> Sequence[tuple[int, int]]:
-        return [*self._whole.stages_ns(batches)] * STAGES
+        return [*self._whole.stages_ns(batches)] * self._stages
 
 
 def golden_settings(golden: Golden) -> tuple[SchedulerSettings, StepFormula]:
@@ -155,6 +171,7 @@ def limits(settings: SchedulerSettings, version: VllmVersion) -> SchedulerLimits
         counts_all_victims=COUNTS_VICTIMS.holds(version),
         max_loras=settings.max_loras,
         counts_all_loras=RUNNING_LORAS.holds(version),
+        deferred_first=not ONE_QUEUE.holds(version),
     )
 
 
@@ -205,11 +222,10 @@ def build_loop(
         bundle_source="formula",
         host="in the formula",
     )
+    depth, stages = settings.batches_in_flight, settings.pipeline_parallel_size
+    times = FormulaStages(formula, stages) if stages > 1 else OneInstance(formula)
     member = Instance(log, scheduler, tables, hook)
-    if scheduler.new_decodes is not None:
-        return LoopPlan([member], FormulaStages(formula), depth=STAGES, stages=STAGES, jump=False)
-    depth = 2 if settings.async_scheduling else 1
-    return LoopPlan([member], OneInstance(formula), depth=depth, jump=jump)
+    return LoopPlan([member], times, depth=depth, stages=stages, jump=jump and stages == 1)
 
 
 def logged(record: RequestRecord) -> LoggedRequest:
