@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 
-from servesim.workload.request import Workload
+from servesim.api import simulate
+from servesim.workload.request import Request, Workload
 from tests.engine.small_engine import ConstantStages, requests, run_small
 from tests.engine.test_properties import check_run, engines, workloads
+from tests.engine.toy_world import DENSE, MOE, toy_cluster, toy_instance, toy_world
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from servesim.results.result import Result
 
 
 def ends(log: Any) -> list[int]:
@@ -100,3 +107,23 @@ def test_a_ring_admits_a_step_ahead() -> None:
 def test_nothing_is_lost_in_a_pipeline(workload: Workload, engine: dict[str, Any], depth: int) -> None:
     engine = {**engine, "stages": ConstantStages(3, hand_over=7), "depth": depth}
     check_run(run_small(workload, **engine), workload, engine)
+
+
+def run_version(model: str, version: str, **flags: Any) -> Result:
+    work = Workload([Request(i, 300, 20, i * 1_000_000) for i in range(12)], "hand-made")
+    return simulate(toy_cluster([toy_instance(model, pp_size=2)]), work, vllm_version=version, **flags)
+
+
+def test_the_runner_of_a_version_decides_how_a_pipeline_schedules(tmp_path: Path) -> None:
+    with toy_world(tmp_path):
+        newest, slow = run_version(MOE, "0.33"), run_version(MOE, "0.33", async_scheduling=False)
+        first = run_version(MOE, "0.30")  # its first runner takes a model with experts
+        old = run_version(DENSE, "0.24", async_scheduling=False)
+    assert newest.steps.tobytes() != slow.steps.tobytes()
+    assert first.steps["end_ns"].tolist() == slow.steps["end_ns"].tolist()
+    assert [log.options.async_scheduling for run in (newest, first) for log in run.instances] == [True, False]
+    off = [note for note in first.summary["notes"] if "async_scheduling of instance 0 is off" in note]
+    assert len(off) == 1
+    assert "first model runner" in off[0]
+    assert not any("async_scheduling" in note for note in newest.summary.get("notes", []))
+    assert any("may admit a preempted request again" in note for note in old.summary["notes"])

@@ -131,6 +131,23 @@ def test_goldens_speculate_in_every_version() -> None:
     assert sum(bool(step.preempted) for one in speculating for step in one.log.steps) > 30
 
 
+def test_pipelines_are_in_every_version() -> None:
+    pipelines = [golden(name) for name in NAMES if stages_of(name) > 1]
+    counted = Counter(version_of(one) for one in pipelines)
+    assert counted == {"0.24": 8, "0.28": 11, "0.33": 11}
+    shapes = {(stages_of(one.name), settings_of(one.name)["async_scheduling"]) for one in pipelines}
+    assert shapes >= {(2, True), (2, False), (4, True), (4, False)}
+    preempting = [one for one in pipelines if any(step.preempted for step in one.log.steps)]
+    assert Counter(version_of(one) for one in preempting) == {"0.24": 2, "0.28": 5, "0.33": 5}
+
+
+def test_a_pipeline_of_other_depth_is_not_taken_for_it() -> None:
+    """The place more of asynchronous scheduling, and the turns of the ring, can be told from the log."""
+    one = golden("vllm-0.33/async_pipeline_two")
+    header = {**one.log.header, "settings": {**one.log.header["settings"], "async_scheduling": False}}
+    assert differences(one.log, replay(replace(one, log=replace(one.log, header=header))))
+
+
 def settings_of(name: str) -> dict[str, Any]:
     settings: dict[str, Any] = golden(name).log.header["settings"]
     return settings
