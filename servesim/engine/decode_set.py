@@ -111,6 +111,17 @@ class DecodeSet:
         self.sharing.discard(state)
         self.joined.discard(state)
 
+    def send(self, batch: Batch) -> None:
+        """A batch of these requests is in flight from now on."""
+        self.knew = self.flying is None
+        self.flying = batch
+        self.joined.clear()
+
+    def receive(self, batch: Batch) -> None:
+        """A batch of these requests has ended."""
+        if self.flying is batch:
+            self.flying = None
+
     def length(self, state: RequestState) -> int:
         """Computed tokens of a decoding request before the present tick."""
         return state.decode_base + self.tick

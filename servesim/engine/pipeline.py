@@ -61,9 +61,7 @@ class Pipeline:
         batch.travelling = decodes
         batch.track_step = len(decodes.token_times)
         self.in_flight.append(batch)
-        decodes.knew = decodes.flying is None
-        decodes.flying = batch
-        decodes.joined.clear()
+        decodes.send(batch)
 
     def behind(self, decodes: DecodeSet, sent: bool) -> DecodeSet:
         """Where requests go that this schedule could not serve any more."""
@@ -78,8 +76,7 @@ class Pipeline:
         self.in_flight.remove(batch)
         back = batch.travelling
         assert back is not None
-        if back.flying is batch:
-            back.flying = None
+        back.receive(batch)
         for state in batch.awaited_by:
             state.awaits_token = False
         if self.ring:
