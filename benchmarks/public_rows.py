@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import math
 import os
 import sys
@@ -36,9 +37,11 @@ from servesim.workload.generators import SynthSpec, synthesise  # noqa: E402
 from servesim.workload.request import Request  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from servesim.results.result import Result
+    from servesim.results.stated_errors import Uncertainty
+    from servesim.specs.hardware import EngineSpec
 
 FOLDER = Path(os.environ.get("SERVESIM_PUBLIC_ROWS") or ROOT.parent / "shared" / "data" / "public_rows")
 CLUSTER = ROOT / "configs" / "cluster" / "single_node_single_instance.json"
@@ -101,14 +104,66 @@ class Figure:
         return 100 * (self.high_ms - self.low_ms) / self.simulated_ms
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A measured mean of a run, and what was simulated."""
+
+    metric: str
+    key: str
+    """Of the summary figure whose band, as a share, is that of the mean."""
+    measured_ms: float
+    simulated_ms: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A simulated run of one row, or of the stages of an experiment."""
+
+    source: str
+    gpu: str
+    model: str
+    version: str
+    tp: str
+    result: Result
+    means: tuple[Mean, ...]
+
+    def figures(self, stated: Uncertainty | None = None) -> list[Figure]:
+        """Its means with their bands; ``stated`` in place of what the run states of its step times."""
+        bands = error_bands(self.result, stated=stated)
+        assert bands is not None
+        found = []
+        for mean in self.means:
+            whole, (low, high) = self.result.figure(mean.key), bands.of(mean.key)
+            found.append(
+                Figure(
+                    *(self.source, self.gpu, self.model, self.version, self.tp),
+                    *(mean.metric, mean.measured_ms, mean.simulated_ms),
+                    mean.simulated_ms * low / whole,
+                    mean.simulated_ms * high / whole,
+                    mean.label,
+                )
+            )
+        return found
+
+
 def read_rows(name: str) -> list[Row]:
     """The rows of one file."""
     with (FOLDER / name).open(encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
 
 
-def closed_loop(row: Row) -> list[Figure]:
-    """Means of TTFT and TPOT of one closed-loop row."""
+def cluster(engine: EngineSpec | None) -> dict[str, object]:
+    """The cluster config of all rows; ``engine``: constants in place of the hardware file's."""
+    spec: dict[str, object] = json.loads(CLUSTER.read_text(encoding="utf-8"))
+    if engine is not None:
+        nodes: list[dict[str, list[dict[str, object]]]] = spec["nodes"]  # type: ignore[assignment]
+        nodes[0]["instances"][0]["engine"] = engine.model_dump()
+    return spec
+
+
+def closed_loop(row: Row, engine: EngineSpec | None = None) -> Run:
+    """The run of one closed-loop row, with means of TTFT and TPOT."""
     concurrency, model = int(row["concurrency"]), row["model"]
     varied = model == "meta-llama/Llama-3.1-70B"
 
@@ -127,7 +182,6 @@ def closed_loop(row: Row) -> list[Figure]:
         )
     )
     options = RuntimeOptions(
-        cluster_config=str(CLUSTER),
         hardware=row["hardware"],
         model=model,
         tp=int(row["tp"]),
@@ -139,25 +193,13 @@ def closed_loop(row: Row) -> list[Figure]:
         async_scheduling=False,  # the default of these versions
         seed=SEED,
     )
-    result = simulate(None, workload, options)
-    bands = error_bands(result)
-    assert bands is not None
+    result = simulate(cluster(engine), workload, options)
     label = f"{row['input_tokens']}/{row['output_tokens']} x {concurrency}"
-    return [
-        Figure(
-            "closed loop",
-            row["hardware"],
-            model,
-            row["engine"],
-            row["tp"],
-            metric,
-            float(row[f"mean_{metric.lower()}_ms"]),
-            result.figure(f"mean_{metric.lower()}_ms"),
-            *bands.of(f"mean_{metric.lower()}_ms"),
-            label,
-        )
-        for metric in ("TTFT", "TPOT")
-    ]
+    means = []
+    for metric in ("TTFT", "TPOT"):
+        key = f"mean_{metric.lower()}_ms"
+        means.append(Mean(metric, key, float(row[key]), result.figure(key), label))
+    return Run("closed loop", row["hardware"], model, row["engine"], row["tp"], result, tuple(means))
 
 
 def open_loop_workload(name: str) -> tuple[Workload, list[int]]:
@@ -181,12 +223,11 @@ def open_loop_workload(name: str) -> tuple[Workload, list[int]]:
     return Workload(requests), stages
 
 
-def open_loop(rows: Sequence[Row]) -> list[Figure]:
-    """Means of TTFT, ITL and latency of the stages of one experiment."""
+def open_loop(rows: Sequence[Row], engine: EngineSpec | None = None) -> Run:
+    """The run of one experiment, with means of TTFT, ITL and latency of its stages."""
     first = rows[0]
     workload, stages = open_loop_workload(first["workload"])
     options = RuntimeOptions(
-        cluster_config=str(CLUSTER),
         hardware=GPUS.get(first["hardware"], first["hardware"]),
         model=SAME_SHAPE.get(first["model"], first["model"]),
         tp=int(first["tp"]),
@@ -194,38 +235,23 @@ def open_loop(rows: Sequence[Row]) -> list[Figure]:
         max_num_seqs=128,
         max_num_batched_tokens=int(first["max_num_batched_tokens"]),
     )
-    result = simulate(None, workload, options)
-    bands = error_bands(result)
-    assert bands is not None
-    found = []
+    result = simulate(cluster(engine), workload, options)
+    means = []
     for row in rows:
         counted = _of_stage(result, stages, int(row["stage"]))
-        for metric, column, key in (
-            ("TTFT", "ttft_mean_ms", "ttft"),
-            ("ITL", "itl_mean_ms", "tpot"),
-            ("latency", "e2e_mean_ms", "e2el"),
+        label = f"experiment {row['experiment']} stage {row['stage']}"
+        for metric, column, key, name in (
+            ("TTFT", "ttft_mean_ms", "mean_ttft_ms", "TTFT"),
+            ("ITL", "itl_mean_ms", "mean_tpot_ms", "TPOT"),
+            ("latency", "e2e_mean_ms", "mean_e2el_ms", "latency"),
         ):
-            name = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "latency"}[key]
             simulated = float(result.requests[name][counted].mean()) / 1e6
-            # the band of a stage is that of the run, as shares
-            low, high = bands.of(f"mean_{key}_ms")
-            whole = result.figure(f"mean_{key}_ms")
-            found.append(
-                Figure(
-                    "open loop",
-                    options.hardware or "",
-                    row["model"],
-                    "vLLM 0.15.1",
-                    row["tp"],
-                    metric,
-                    float(row[column]),
-                    simulated,
-                    simulated * low / whole,
-                    simulated * high / whole,
-                    f"experiment {row['experiment']} stage {row['stage']}",
-                )
-            )
-    return found
+            means.append(Mean(metric, key, float(row[column]), simulated, label))
+    return Run(
+        *("open loop", options.hardware or "", first["model"], "vLLM 0.15.1", first["tp"]),
+        result,
+        tuple(means),
+    )
 
 
 def _of_stage(result: Result, stages: Sequence[int], stage: int) -> np.ndarray:
@@ -235,21 +261,19 @@ def _of_stage(result: Result, stages: Sequence[int], stage: int) -> np.ndarray:
     return np.flatnonzero((np.array(stages)[ids] == stage) & (ids >= first))
 
 
-def every_figure(hardware: str | None = None) -> list[Figure]:
-    """All figures of all rows."""
-    figures: list[Figure] = []
+def every_run(hardware: str | None = None, engine: EngineSpec | None = None) -> Iterator[Run]:
+    """The runs of all rows; ``engine``: constants in place of the hardware files'."""
     for row in read_rows("closed_loop.csv"):
         if hardware in (None, row["hardware"]):
-            figures += closed_loop(row)
+            yield closed_loop(row, engine)
             print(".", end="", file=sys.stderr, flush=True)
     experiments: dict[str, list[Row]] = defaultdict(list)
     for row in read_rows("open_loop.csv"):
         if row["stage"] != "-1" and hardware in (None, GPUS.get(row["hardware"], row["hardware"])):
             experiments[row["experiment"]].append(row)
     for rows in experiments.values():
-        figures += open_loop(rows)
+        yield open_loop(rows, engine)
     print(file=sys.stderr)
-    return figures
 
 
 def table(figures: Sequence[Figure], name: str, of: Callable[[Figure], str]) -> list[str]:
@@ -386,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (FOLDER / "closed_loop.csv").is_file():
         print(f"no closed_loop.csv at {FOLDER}; set SERVESIM_PUBLIC_ROWS to the folder that holds it")
         return 2
-    figures = every_figure(args.hardware)
+    figures = [figure for run in every_run(args.hardware) for figure in run.figures()]
     if not figures:
         print(f"--hardware: {args.hardware} has no rows in {FOLDER}")
         return 2

@@ -73,14 +73,18 @@ class ErrorBands:
         }
 
 
-def error_bands(result: Result, kept: Kept | None = None) -> ErrorBands | None:
+def error_bands(
+    result: Result, kept: Kept | None = None, stated: Uncertainty | None = None
+) -> ErrorBands | None:
     """The 80 % intervals of all figures of a run; None where nothing ran, or nothing is known of its errors.
 
     Args:
         result: the run.
         kept: what the run left, so that tables are not read again.
+        stated: what the step times of every instance may be off by, where that is better known than by kind
+            of table, GPU and version; the interval is then of the share that it is of.
     """
-    found = [_uncertainty(result, index) for index in range(len(result.instances))]
+    found = [_uncertainty(result, index, stated) for index in range(len(result.instances))]
     if result.nothing_ran or result.cluster is None or None in found:
         return None
     known = [each for each in found if each is not None]
@@ -107,9 +111,9 @@ def _marches(result: Result) -> bool:
     )
 
 
-def _uncertainty(result: Result, index: int) -> Uncertainty | None:
+def _uncertainty(result: Result, index: int, stated: Uncertainty | None) -> Uncertainty | None:
     log, rows = result.instances[index], result.requests
-    found = log.uncertainty
+    found = stated or log.uncertainty
     reach = log.reach.context_tokens if log.reach is not None else None
     if found is None or not reach or not len(rows):
         return found

@@ -92,14 +92,17 @@ class Uncertainty:
     front_end_ms: tuple[float, float]
     """What a client's TTFT may hold less, and more, than the modelled front end."""
     reason: str
+    beyond: float = 0.12
+    """Of decodes, on top, where contexts are longer than any that was measured."""
 
     def beyond_range(self) -> Uncertainty:
         """The same where contexts are longer than any that was measured."""
         return Uncertainty(
             math.hypot(self.prefill, BEYOND_RANGE),
-            math.hypot(self.decode, BEYOND_RANGE),
+            math.hypot(self.decode, self.beyond),
             self.front_end_ms,
-            self.reason,
+            f"{self.reason}, contexts beyond the measured ones",
+            self.beyond,
         )
 
 
@@ -121,7 +124,11 @@ PER_VERSION = 0.003
 """For every minor version of vLLM between the tables and the one asked for: 0.19 to 0.28 moved the mean TPOT
 of one model by 3 %."""
 BEYOND_RANGE = 0.12
-"""Contexts beyond the measured ones: 9 to 14 % off where longer ones are known."""
+"""Contexts beyond the measured ones, along the last two points of a table: 9 to 14 % off where longer ones
+are known."""
+BEYOND_TABLES = 0.05
+"""The same of decodes in silicon bundles, which go on by bytes and rate: P80 of the errors of the longest
+rows of all tables, predicted from those up to a half, a quarter and an eighth as long."""
 FRONT_END_KNOWN, FRONT_END_UNKNOWN = (3.0, 3.0), (0.0, 12.0)
 """ms: the spread over H100 servers; what public servers show on top of kernel times."""
 
@@ -260,7 +267,8 @@ def uncertainty(
         drift = apart * PER_VERSION
         prefill, decode = math.hypot(prefill, drift), math.hypot(decode, drift)
         reason += f", {apart} minor versions of vLLM apart"
-    return Uncertainty(prefill, decode, front_end, reason)
+    beyond = BEYOND_TABLES if source == "silicon" else BEYOND_RANGE
+    return Uncertainty(prefill, decode, front_end, reason, beyond)
 
 
 def minor_versions_apart(meta: Mapping[str, Any], version: str | None) -> int:

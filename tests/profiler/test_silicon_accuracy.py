@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import silicon_error
+from long_contexts import errors as decode_errors
 
 from servesim.profiler.inspection import open_bundle
+from servesim.results.stated_errors import BEYOND_TABLES
+from tests.profiler.silicon_data import needs_silicon
 from tests.profiler.whole_steps import HARDWARE, MODELS, STEPS, errors_percent, step_timer
 from tests.recorded import recorded_path
 
@@ -88,3 +91,13 @@ def test_fp8_kv_pays_on_long_decodes_and_not_on_short_ones(model: str) -> None:
     short = narrow.at(0, 1, 0, 16) / wide.at(0, 1, 0, 16)
     assert 0.45 < long < 0.6
     assert short > 0.85
+
+
+@needs_silicon
+def test_the_longest_rows_are_predicted_from_shorter_ones() -> None:
+    found = np.array(list(decode_errors("H100", 2)))
+    ours, in_proportion = np.median(abs(found), axis=0)
+    assert len(found) > 100
+    assert ours < 2.0
+    assert in_proportion > 5.0
+    assert np.percentile(abs(found[:, 0]), 80) < 100 * BEYOND_TABLES

@@ -209,3 +209,31 @@ def test_unequal_lengths_are_priced_at_the_sizes_between_which_a_run_interpolate
 
 def test_split_decodes_have_no_skew() -> None:
     assert SkewModel(toy_attention(), token_us=0.02).alpha(0, 0, 2, 0.55, 8192) == (0.0, 0)
+
+
+def test_longer_decodes_than_measured_go_on_by_bytes_and_rate() -> None:
+    # every toy decode takes 5 us and its bytes at 1 TB/s, so that a time in proportion is too long
+    times = toy_attention()
+    for sequences in (1, 4, 64):
+        exact = 5.0 + times.shape.kv_bytes(sequences, 131072) / 1e6
+        assert times.measured_us(sequences, 131072) == pytest.approx(exact, rel=1e-9)
+
+
+def test_large_batches_go_on_from_the_lengths_they_have() -> None:
+    whole = toy_attention()
+    rows = whole.generation
+    sizes, lengths = rows.integers("batch_size"), rows.integers("step") + 1
+    keep = ~((sizes == 64) & (lengths == 16384))
+    columns = {name: values[keep] for name, values in rows.columns.items()}
+    short = replace(whole, generation=replace(rows, latency_us=rows.latency_us[keep], columns=columns))
+    assert short.measured_us(64, 16384) == pytest.approx(whole.measured_us(64, 16384), rel=1e-9)
+    # 40 decodes lie between 16 and 64, of which one length less is known
+    assert short.measured_us(40, 16384) == pytest.approx(5.0 + short.shape.kv_bytes(40, 16384) / 1e6, rel=0.1)
+
+
+def test_no_decode_reads_faster_than_the_memory() -> None:
+    times = toy_attention()
+    times.bandwidth_bytes_s = 5e12  # a table whose rows were warm
+    times._lengths, times._grid = times._lengths[:2], times._grid[:, :2]
+    longer = times.measured_us(1, 4096) - times.measured_us(1, 64)
+    assert longer == pytest.approx(times.shape.kv_bytes(1, 4096 - 64) / 1e6)

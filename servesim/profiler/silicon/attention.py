@@ -92,9 +92,11 @@ class AttentionTimes:
     _grid: NDArray[np.float64] = field(init=False)
     _prompts: NDArray[np.float64] = field(init=False)
     _prompt_us: NDArray[np.float64] = field(init=False)
+    _reaches: dict[int, int] = field(init=False)
     _decode_cache: dict[tuple[int, int], float] = field(init=False)
 
     def __post_init__(self) -> None:
+        self._reaches = {}
         self._decode_cache = {}
         self._read_generation(self.generation)
         self._read_context(self.context)
@@ -202,13 +204,44 @@ class AttentionTimes:
         return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(times[known]))))
 
     def measured_us(self, size: int, length: int) -> float:
-        """The table's own time, log-log bilinear; proportional beyond its largest batch and length."""
-        if length >= self._lengths[-1]:
-            return self._at_size(len(self._lengths) - 1, size) * length / float(self._lengths[-1])
+        """The table's own time, log-log bilinear; beyond the longest decodes of this many, see
+        :meth:`_token_us`."""
+        reach = self._reach(size)
+        if length > self._lengths[reach]:
+            beyond = length - int(self._lengths[reach])
+            return self._at_size(reach, size) + self._token_us(size, reach) * beyond
         above = max(int(np.searchsorted(self._lengths, length)), 1)
         low, high = float(self._lengths[above - 1]), float(self._lengths[above])
         weight = math.log(length / low) / math.log(high / low)
         return float(self._at_size(above - 1, size) ** (1 - weight) * self._at_size(above, size) ** weight)
+
+    def _reach(self, size: int) -> int:
+        """The column of the longest decodes that so many were measured with, at least the first.
+
+        Large batches were measured over short lengths alone.
+        """
+        if size not in self._reaches:
+            known = [self._sizes[np.isfinite(column)][-1] >= size for column in self._grid.T]
+            self._reaches[size] = max((at for at, there in enumerate(known) if there), default=0)
+        return self._reaches[size]
+
+    def _token_us(self, size: int, reach: int) -> float:
+        """What ``size`` decodes take longer for every token beyond column ``reach``: bytes at a rate.
+
+        The rate is that of the same decodes where their KV comes from DRAM, by least squares; of too few such
+        lengths the table's, and never more than the nominal one. The longest decodes of ten GPUs follow from
+        those up to half as long within 3.5 % (P80) where time in proportion to the length is 7 % too long in
+        the median, and time in proportion to the batch 4 % (benchmarks/long_contexts.py).
+        """
+        token_bytes = self.shape.kv_bytes(size, 1)
+        lengths = self._lengths[: reach + 1]
+        far = np.flatnonzero(lengths * token_bytes >= WARM_BYTES * self.gpu.l2_bytes)
+        rate_us = token_bytes / self.bandwidth_bytes_s * 1e6
+        if len(far) > 1:
+            times = np.array([self._at_size(int(column), size) for column in far])
+            x = lengths[far] - lengths[far].mean()
+            rate_us = float((x * times).sum() / (x * x).sum())
+        return max(rate_us, token_bytes / self.gpu.bandwidth_bytes_s * 1e6)
 
     def decode_us(self, sequences: int, kv: int) -> float:
         """``sequences`` decodes with ``kv`` tokens in cache each (the new token makes it kv + 1)."""
