@@ -8,7 +8,7 @@ and preemptions are those of each run, so a figure near saturation gets the wide
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from servesim.explore.ensemble import figures_of, silence
 from servesim.explore.slo import FIGURES, num_gpus
@@ -18,9 +18,10 @@ from servesim.slotted import dataclass
 from servesim.terminal import screen_width, wrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from servesim.engine.build import Kept
+    from servesim.engine.noise import StepShift
     from servesim.results.result import Result
     from servesim.results.stated_errors import Uncertainty
 
@@ -84,21 +85,37 @@ def error_bands(
         stated: what the step times of every instance may be off by, where that is better known than by kind
             of table, GPU and version; the interval is then of the share that it is of.
     """
-    found = [_uncertainty(result, index, stated) for index in range(len(result.instances))]
-    if result.nothing_ran or result.cluster is None or None in found:
+    found = error_runs(result, kept, stated)
+    return None if found is None else found.bands
+
+
+class ErrorRuns(NamedTuple):
+    """The bands of a run, and the runs that they are made from."""
+
+    bands: ErrorBands
+    runs: tuple[Result, Result]
+    """With shorter and with longer kernel times."""
+
+
+def error_runs(
+    result: Result, kept: Kept | None = None, stated: Uncertainty | None = None
+) -> ErrorRuns | None:
+    """:func:`error_bands` with its runs."""
+    known = uncertainties(result, stated)
+    if known is None or result.cluster is None:
         return None
-    known = [each for each in found if each is not None]
-    fast, slow = (figures_of(_shifted(result, known, sign, kept)) for sign in (-1, 1))
+    runs = (_shifted(result, known, -1, kept), _shifted(result, known, 1, kept))
     ends = [each.front_end_ms for each in known]
-    return ErrorBands(
+    bands = ErrorBands(
         nominal=figures_of(result),
-        fast=fast,
-        slow=slow,
+        fast=figures_of(runs[0]),
+        slow=figures_of(runs[1]),
         front_end_ms=(max(less for less, _ in ends), max(more for _, more in ends)),
         lock_step=_LOCK_STEP if _marches(result) else 0.0,
         reasons=tuple(dict.fromkeys(each.reason for each in known)),
         tables=tuple(sorted({log.bundle_source for log in result.instances})),
     )
+    return ErrorRuns(bands, runs)
 
 
 def _marches(result: Result) -> bool:
@@ -109,6 +126,26 @@ def _marches(result: Result) -> bool:
         float(result.requests[name].std()) < _NEARLY_EQUAL * float(result.requests[name].mean())
         for name in ("input", "output")
     )
+
+
+def uncertainties(result: Result, stated: Uncertainty | None = None) -> list[Uncertainty] | None:
+    """What the step times of every instance may be off by; None where nothing ran, or nothing is known.
+
+    ``stated``: in place of what is known by kind of table, GPU and version.
+    """
+    found = [_uncertainty(result, index, stated) for index in range(len(result.instances))]
+    known = [each for each in found if each is not None]
+    return None if result.nothing_ran or len(known) < len(found) else known
+
+
+def shifted(known: Sequence[Uncertainty], sign: int) -> Callable[[int], StepShift]:
+    """Of every instance, by its position, its steps at one end of their interval: -1 shorter, 1 longer."""
+    from servesim.engine.noise import StepShift
+
+    def shift(index: int) -> StepShift:
+        return StepShift(1 + sign * known[index].prefill, 1 + sign * known[index].decode)
+
+    return shift
 
 
 def _uncertainty(result: Result, index: int, stated: Uncertainty | None) -> Uncertainty | None:
@@ -125,15 +162,11 @@ def _shifted(result: Result, known: Sequence[Uncertainty], sign: int, kept: Kept
     """The run with the step times of every instance at one end of their interval."""
     from servesim.api import single
     from servesim.engine.build import build_simulation
-    from servesim.engine.noise import StepShift
     from servesim.results.result import Result
 
     assert result.cluster is not None
     assert result.options is not None
-
-    def shift(index: int) -> StepShift:
-        return StepShift(1 + sign * known[index].prefill, 1 + sign * known[index].decode)
-
+    shift = shifted(known, sign)
     with silence():  # the run itself has said what there is to say
         simulation = build_simulation(result.cluster, result.workload, single(result.options), kept, shift)
     return Result(simulation.run(), result.workload, result.options, result.cluster)

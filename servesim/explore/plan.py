@@ -11,13 +11,14 @@ from servesim.api import LOADING, NOISE, check_used, making_bundles, without
 from servesim.engine.build import Kept
 from servesim.errors import InputError, ServingError
 from servesim.explore.capacity_band import band, with_blocks
+from servesim.explore.error_band import SHARE, error_runs, shifted, uncertainties
 from servesim.explore.fleet import NOT_HERE, read_prices
 from servesim.explore.fleet_bounds import CANNOT_START, NO_TIMES, ShapeBounds
 from servesim.explore.fleet_space import Question, question_of
 from servesim.explore.load_point import load_point
 from servesim.explore.notebook import line
 from servesim.explore.plan_result import Change, Finalist, Plan, Trial
-from servesim.explore.slo import Slo, worst_error
+from servesim.explore.slo import Slo
 from servesim.explore.warm_runs import Target, Watch, one_run
 from servesim.results.units import SECOND
 from servesim.specs.cluster import load_cluster
@@ -284,17 +285,21 @@ class _Search:
         fleet: Fleet,
         load: str = _WHOLE,
         *,
-        slower: float = 1.0,
+        longer: bool = False,
         blocks: Sequence[int] | None = None,
     ) -> Trial:
-        """A candidate on the whole workload, or on a part of it with some slack."""
-        plain = slower == 1.0 and blocks is None
+        """A candidate on the whole workload, or on a part of it with some slack.
+
+        ``longer``: kernel times at the long end of their interval, where that is known.
+        """
+        plain = not longer and blocks is None
         if plain and (fleet, load) in self._done:
             return self._done[fleet, load]
         workload = self._loads[load]
         target = self._question.target
         if len(workload) < len(self._whole):
             target = _relaxed(target)
+        known = self._run(fleet).uncertain if longer else None
         watch = Watch(target, len(workload), max(self._length_ns, SECOND) // 50)
         self._plan.runs += 1
         try:
@@ -303,7 +308,8 @@ class _Search:
                 cluster = with_blocks(cluster, tuple(blocks))
             kept = Kept(self._kept.costs, self._tables.get(load))
             options = without(self._options, *fleet.idle_options())
-            outcome = one_run(cluster, workload, options, kept, watch, slower)
+            shift = shifted(known, 1) if known else None
+            outcome = one_run(cluster, workload, options, kept, watch, shift=shift)
             self._kept.costs, self._tables[load] = kept.costs, kept.tables
         except ServingError as error:
             trial = Trial(fleet, len(workload), load, reason=str(error).splitlines()[0])
@@ -312,7 +318,7 @@ class _Search:
             if outcome.complete:
                 self._length_ns = max(self._length_ns, result.log.end_ns)
             trial = Trial.of(fleet, load, load_point(math.inf, outcome, target), result, self._prices)
-            trial.error_percent, trial.blocks = worst_error([result]).percent, band(result)
+            trial.uncertain, trial.blocks = uncertainties(result), band(result)
         if plain:
             self._done[fleet, load] = trial
         return trial
@@ -344,13 +350,7 @@ class _Search:
         for number, trial in enumerate(chosen):
             self._tell(f"what would change the choice: {trial.fleet.words()}")
             finalist = Finalist(trial)
-            percent = trial.error_percent
-            if percent and percent < 100:
-                shorter, longer = (
-                    self._run(trial.fleet, slower=1 + sign * percent / 100) for sign in (-1, 1)
-                )
-                finalist.if_slower = longer.meets
-                finalist.band = _kept_score(shorter), _kept_score(longer)
+            self._band(finalist)
             if trial.blocks:
                 low = [ends[0] for ends in trial.blocks]
                 finalist.if_less_kv = self._run(trial.fleet, blocks=low).meets
@@ -361,13 +361,28 @@ class _Search:
         self._price_changes(kept)
         self._hours(kept[0].fleet)
 
+    def _band(self, finalist: Finalist) -> None:
+        """The 80 % intervals of a fleet's figures, and whether it keeps the bounds with longer kernels."""
+        fleet, kept = finalist.trial.fleet, Kept(self._kept.costs, self._tables.get(_WHOLE))
+        cluster, target = load_cluster(fleet.cluster(self._prices)), self._question.target
+        options = without(self._options, *fleet.idle_options())
+        outcome = one_run(cluster, self._whole, options, kept)
+        ends = error_runs(outcome.result, kept)
+        if ends is None:
+            return
+        self._plan.runs += 3
+        scores = [target.score(result) for result in (outcome.result, *ends.runs)]
+        finalist.band = min(scores), max(scores)
+        finalist.if_slower = target.score(ends.runs[1]) <= 1
+        known = finalist.trial.figures.keys() & ends.bands.nominal.keys()
+        finalist.bands = {key: ends.bands.of(key) for key in sorted(known)}
+
     def _changes(self, best: Finalist, others: Sequence[Trial], more_load: str) -> None:
         """The fleet to take instead where the chosen one would miss the bounds."""
-        percent = best.trial.error_percent
         if best.if_slower is False:
-            found = self._instead(others, lambda fleet: self._run(fleet, slower=1 + percent / 100))
+            found = self._instead(others, lambda fleet: self._run(fleet, longer=True))
             self._plan.changes.append(
-                Change(f"kernel times {percent:g} % longer (their stated error)", found)
+                Change(f"kernel times at the long end of their {SHARE} % interval", found)
             )
         if best.if_less_kv is False:
 
@@ -428,10 +443,6 @@ class _Search:
                 count -= 1
             need[rate] = count
         self._plan.hours = [(rate, need[rate]) for rate in rates]
-
-
-def _kept_score(trial: Trial) -> float | None:
-    return trial.score if trial.meets else None
 
 
 def _missed(part: str) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from servesim.explore.fleet_space import Question
     from servesim.explore.load_point import LoadPoint
     from servesim.results.result import Result
+    from servesim.results.stated_errors import Uncertainty
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Workload
 
@@ -41,8 +42,8 @@ class Trial:
     """None: it could not be run."""
     figures: dict[str, float] = field(default_factory=dict)
     reason: str = ""
-    error_percent: float = 0.0
-    """Stated error of its kernel times."""
+    uncertain: list[Uncertainty] | None = None
+    """What the step times of every instance may be off by; None: not known."""
     blocks: list[tuple[int, int]] | None = None
     """Band of the KV blocks of every instance."""
     notes: list[str] = field(default_factory=list)
@@ -104,10 +105,12 @@ class Finalist:
 
     trial: Trial
     if_slower: bool | None = None
-    """Kernel times longer by their stated error."""
-    band: tuple[float | None, float | None] | None = None
-    """Worst figure as a share of its bound with kernel times shorter, and longer, by their stated error; None
-    for an end that misses."""
+    """Kernel times at the long end of their 80 % interval."""
+    band: tuple[float, float] | None = None
+    """Worst figure as a share of its bound with kernel times at the short end of their interval, and at the
+    long one."""
+    bands: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """80 % intervals of its figures, by their keys."""
     if_less_kv: bool | None = None
     """KV caches at the low end of their band."""
     if_more_load: bool | None = None
@@ -132,8 +135,8 @@ class Finalist:
             **self.trial.row(),
             "notes": self.trial.notes,
             "binding": self.binding(question),
-            "kernel_error_percent": self.trial.error_percent,
-            "score_band": self.band and [end and round(end, 6) for end in self.band],
+            "score_band": self.band and [round(end, 6) for end in self.band],
+            "bands": {key: [round(end, 6) for end in ends] for key, ends in self.bands.items()},
             "keeps_if_slower": self.if_slower,
             "keeps_if_less_kv": self.if_less_kv,
             "keeps_if_more_load": self.if_more_load,

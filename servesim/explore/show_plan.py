@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.explore.error_band import SHARE
 from servesim.explore.plan_result import LATENCY
 from servesim.results.table import Table
 from servesim.results.units import digits
@@ -90,8 +91,8 @@ def _finalists(plan: Plan) -> Table:
                 trial.fleet.words(),
                 str(trial.fleet.gpus),
                 f"{trial.figures['cost_per_hour']:,.2f}",
-                digits(trial.figures["p99_ttft_ms"]),
-                digits(trial.figures["p99_tpot_ms"]),
+                _with_band(finalist, "p99_ttft_ms"),
+                _with_band(finalist, "p99_tpot_ms"),
                 digits(trial.figures["j_per_output_token"]),
                 _of_bound(finalist),
                 _keeps(finalist),
@@ -105,8 +106,17 @@ def _of_bound(finalist: Finalist) -> str:
     share = f"{finalist.trial.score * 100:.0f} %"
     if finalist.band is None:
         return share
-    low, high = ("over 100" if end is None else f"{end * 100:.0f}" for end in finalist.band)
+    low, high = (f"{end * 100:.0f}" for end in finalist.band)
     return f"{share} ({low} to {high})"
+
+
+def _with_band(finalist: Finalist, key: str) -> str:
+    """A figure with the ends of its 80 % interval."""
+    told = digits(finalist.trial.figures[key])
+    if key not in finalist.bands:
+        return told
+    low, high = finalist.bands[key]
+    return f"{told} ({digits(low)} to {digits(high)})"
 
 
 def _keeps(finalist: Finalist) -> str:
@@ -116,13 +126,15 @@ def _keeps(finalist: Finalist) -> str:
 
 
 def _conditions(plan: Plan) -> list[str]:
-    error = plan.finalists[0].trial.error_percent
+    known = plan.finalists[0].trial.uncertain
+    first = known and max(known, key=lambda each: each.decode)
+    reason = f"for the first: {first.reason}; " if first else ""
     return [
         _line(
             "keeps",
-            f"k: with kernel times longer by their stated error ({error:g} % for the first; in brackets the "
-            "worst figure with times shorter and longer by it); c: with KV caches as small as their band "
-            "says; r: with 20 % more load; -: not",
+            f"k: with kernel times at the long end of their {SHARE} % interval ({reason}in brackets what "
+            "this interval makes of a figure); c: with KV caches as small as their band says; r: with 20 % "
+            "more load; -: not",
         )
     ]
 

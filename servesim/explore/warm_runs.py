@@ -17,6 +17,9 @@ from servesim.slotted import dataclass
 from servesim.workload.arrivals import change_rate, reshuffle
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from servesim.engine.noise import StepShift
     from servesim.explore.slo import Bound, Slo
     from servesim.results.records import RequestRecord, RunLog
     from servesim.specs.cluster import ClusterSpec
@@ -169,14 +172,19 @@ def one_run(
     kept: Kept,
     watch: Watch | None = None,
     slower: float = 1.0,
+    shift: Callable[[int], StepShift] | None = None,
 ) -> Outcome:
     """One run, which ``watch`` may end early, with the time of every step times ``slower``.
+
+    ``shift``: of the steps of every instance, by its position, in place of ``slower``.
 
     Raises:
         InputError: the cluster cannot be built as described.
         RunError: the run could not be finished.
     """
-    noise = None if slower == 1.0 else lambda _: StepNoise(0.0, (0,), slower)
+    noise: Callable[[int], StepNoise | StepShift] | None = shift
+    if shift is None and slower != 1.0:
+        noise = lambda _: StepNoise(0.0, (0,), slower)  # noqa: E731
     with silence():
         simulation = build_simulation(cluster, workload, options, kept, noise)
     complete = True

@@ -233,11 +233,29 @@ def test_finalists_have_a_band_of_their_worst_figure() -> None:
     best = found.finalists[0]
     assert best.band is not None
     low, high = best.band
-    assert low is not None
-    assert low < best.trial.score
-    assert high is None or high > best.trial.score
-    assert (high is not None) == best.if_slower
-    assert found.to_dict()["finalists"][0]["score_band"][0] == round(low, 6)
+    assert low < best.trial.score < high
+    assert (high <= 1) == best.if_slower
+    told = found.to_dict()["finalists"][0]
+    assert told["score_band"][0] == round(low, 6)
+    for finalist in found.finalists:
+        for key, (least, most) in finalist.bands.items():
+            assert least <= finalist.trial.figures[key] + 1e-6, key
+            assert most >= finalist.trial.figures[key] - 1e-6, key
+    least, most = best.bands["p99_tpot_ms"]
+    assert told["bands"]["p99_tpot_ms"] == [round(least, 6), round(most, 6)]
+    assert f"{least:.3g}"[:3] in found.text()
+
+
+def test_the_band_of_a_finalist_is_that_of_its_own_run() -> None:
+    from servesim.explore.error_band import error_bands
+
+    write_workload(1000, tokens=12)
+    found = servesim.plan(asked("ttft:9 tpot:9", fleet={"max_num_seqs": [8]}))
+    best = found.finalists[0]
+    alone = servesim.simulate(found.cluster(), found.workload, found.options)
+    bands = error_bands(alone)
+    assert bands is not None
+    assert best.bands["p99_tpot_ms"] == pytest.approx(bands.of("p99_tpot_ms"))
 
 
 def test_the_peak_of_a_day_sizes_the_fleet() -> None:
