@@ -245,10 +245,10 @@ def _has_windows(model: ModelSpec) -> bool:
 def _memory(asked: _Asked, kv_format: str, *, hybrid: bool) -> KvRow:
     """The row without its times."""
     spec, options = asked.spec, asked.options
-    refused = why_not(kv_format, spec.layers, asked.hardware)
     skipped = skipped_layers(spec.layers, options.kv_cache_dtype_skip_layers, kv_format)
+    model = with_wide_layers(spec.layers, skipped, asked.base)
+    refused = why_not(kv_format, model, asked.hardware)
     try:
-        model = with_wide_layers(spec.layers, skipped, asked.base)
         layers = kv_layers(model, kv_format, asked.tp, options.block_size)
         plan = plan_groups(layers, hybrid=hybrid)
     except (InputError, NotSupportedError) as error:

@@ -50,6 +50,8 @@ _PAGE_STEP = 576
 """Bytes that a page is a multiple of."""
 _KERNEL, _LATENT_KERNEL = 16, 64
 """Tokens of the smallest blocks that kernels take; of latent attention in 8 bit (FlashMLA)."""
+_FEW_BLOCKS = {"nvfp4": (16, 32, 64)}
+"""Formats whose kernels take blocks of these sizes alone (FlashInfer before Blackwell)."""
 _MANY_MORE = 1.5
 """From this ratio of layers on, the larger bucket is cut into groups of the smaller's size."""
 
@@ -220,7 +222,9 @@ def kv_layers(
     first = _first_token(layers, kv_format, tp, block_size)
     wide = _first_token(layers, "bfloat16", tp, block_size)
     found = _with_states(model, found, first.token_bytes if first else 0)
-    return found if alike or first is None or wide is None else _beside_wide(found, layers, first, wide)
+    if alike or first is None or wide is None:
+        return found
+    return _beside_wide(found, layers, first, wide, _FEW_BLOCKS.get(kv_format, ()))
 
 
 def _own_format(layer: Layer) -> str | None:
@@ -271,13 +275,18 @@ def _kept(a: AnyAttention | None, kv_format: str, tp: int, block_size: int) -> l
 
 
 def _beside_wide(
-    layers: list[KvLayer], of: Sequence[Layer], first: KvLayer, in_16_bit: KvLayer
+    layers: list[KvLayer],
+    of: Sequence[Layer],
+    first: KvLayer,
+    in_16_bit: KvLayer,
+    blocks: tuple[int, ...],
 ) -> list[KvLayer]:
     """Blocks raised until their page covers the page of a layer that keeps 16 bit.
 
     Where the first layer is such a one, its backend computes the page that has to be large enough, and takes
     every narrow element for a byte. Layers with a window get blocks of as many tokens as the page holds, and
-    are padded to it; full ones are left as large as they come out.
+    are padded to it; full ones are left as large as they come out. ``blocks``: tokens that a block of the
+    narrow format may have; none: any multiple of its kernel's.
     """
     wide, token = in_16_bit.token_bytes, first.token_bytes
     kernel = _LATENT_KERNEL if first.kind == "mla" else _KERNEL
@@ -293,6 +302,8 @@ def _beside_wide(
     for layer in layers:
         if layer.kind == "sliding":
             fits = max(page // layer.token_bytes // kernel, 1) * kernel
+            if blocks and layer.token_bytes != wide:
+                fits = max(size for size in blocks if size <= max(fits, blocks[0]))
             raised.append(replace(layer, block_size=fits, padded_bytes=page))
         elif layer.kind == "state":
             raised.append(replace(layer, block_size=size, padded_bytes=page))

@@ -254,7 +254,7 @@ def check_kv_format(instance: InstanceSpec, model: ModelSpec, options: InstanceO
     wanted = options.kv_dtype
     if wanted != "fp8" and wanted not in KV_CACHE_SIZED:
         return
-    if reason := why_not(wanted, model.layers, load_hardware(instance.hardware)):
+    if reason := why_not(wanted, options.kept(model).layers, load_hardware(instance.hardware)):
         raise InputError(f"{where}: kv_cache_dtype: {wanted!r} is not allowed for {model.name}: {reason}")
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from servesim.slotted import dataclass
-from servesim.specs.layers import CompressedAttention, LatentAttention
+from servesim.specs.layers import Attention, CompressedAttention, LatentAttention
 
 if TYPE_CHECKING:
     from servesim.specs.hardware import HardwareSpec
-    from servesim.specs.layers import ModelLayers
+    from servesim.specs.layers import AnyAttention, ModelLayers
 
 AttentionKind = Literal["heads", "mla", "sparse_mla", "compressed"]
 """Keys and values a head; latent vectors; latent vectors with an indexer; those of compressed tokens."""
@@ -38,6 +38,8 @@ class Backend:
     """Greatest compute capability."""
     sinks: bool = False
     """Whether it takes attention sinks on these GPUs."""
+    windows: bool = True
+    """Whether it takes sliding windows."""
     source: str = ""
     """File of vLLM 0.33.0 below ``vllm/v1/attention/backends``."""
 
@@ -67,7 +69,7 @@ BACKENDS: tuple[Backend, ...] = (
         sinks=True,
         source="triton_attn.py",
     ),
-    Backend("TURBOQUANT", "heads", _TURBO, 0.0, source="turboquant_attn.py"),
+    Backend("TURBOQUANT", "heads", _TURBO, 0.0, windows=False, source="turboquant_attn.py"),
     Backend("TRITON_MLA", "mla", SIXTEEN, 0.0, source="mla/triton_mla.py"),
     Backend("TRITON_MLA", "mla", _FP8, _ADA, source="mla/triton_mla.py"),
     Backend("FLASHMLA_SPARSE", "sparse_mla", ("bfloat16", "fp8_ds_mla"), 9.0, 10.3,
@@ -96,13 +98,19 @@ def attention_kind(model: ModelLayers) -> AttentionKind:
     return "sparse_mla" if any(a.index_top_k for a in latent) else "mla"
 
 
+def _slides(a: AnyAttention | None) -> bool:
+    """Whether a layer has a window and the instance's own KV format."""
+    return isinstance(a, Attention) and a.kind == "sliding" and a.kv_format is None
+
+
 def has_sinks(model: ModelLayers) -> bool:
     """Whether its attention has sinks, which not every backend takes."""
     return any(tensor.name.endswith("sinks") for layer in model.layers for tensor in layer.tensors)
 
 
 def why_not(kv_format: str, model: ModelLayers, hardware: HardwareSpec) -> str | None:
-    """Why vLLM does not run the format on the GPU, in a line; None: it does, or nobody knows."""
+    """Why vLLM does not run the format on the GPU, in a line; None: it does, or nobody knows. Layers of
+    ``model`` with a format of their own do not count."""
     kind = attention_kind(model)
     taking = [each for each in BACKENDS if each.kind == kind and kv_format in each.formats]
     if not taking:
@@ -114,6 +122,10 @@ def why_not(kv_format: str, model: ModelLayers, hardware: HardwareSpec) -> str |
         taking = [each for each in taking if each.sinks]
     if not taking:
         return f"no attention backend of vLLM {VLLM} takes it beside attention sinks"
+    if any(_slides(layer.attention) for layer in model.layers):
+        taking = [each for each in taking if each.windows]
+    if not taking:
+        return f"no attention backend of vLLM {VLLM} takes it for layers with a sliding window"
     if hardware.compute_capability is None:
         return None
     have = float(hardware.compute_capability)

@@ -168,6 +168,7 @@ ACTS: dict[str, dict[str, str]] = {
         "--source": "--source silicon",
         "--dtype": "--dtype fp8",
         "--kv-cache-dtype": "--kv-cache-dtype fp8",
+        "--kv-cache-dtype-skip-layers": "--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 0",
         "--tp": "--tp 1,2",
         "--max-num-batched-tokens": "--max-num-batched-tokens 128",
         "--max-num-seqs": "--max-num-seqs 32",

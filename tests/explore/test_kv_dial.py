@@ -229,6 +229,7 @@ class TestRefusals:
             (LLAMA, "A100", "int8_per_token_head", True),
             (LLAMA, "MI300X", "fp8_per_token_head", True),  # not in the table
             (GPT_OSS, "A100", "fp8", False),
+            ("google/gemma-3-27b", "H100", "turboquant_k8v4", False),  # sliding windows
             (GPT_OSS, "H100", "nvfp4", False),
             (GPT_OSS, "B200", "nvfp4", True),
             ("deepseek-ai/DeepSeek-R1", "A100", "fp8", False),

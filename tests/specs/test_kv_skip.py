@@ -13,6 +13,7 @@ from servesim.errors import InputError
 from servesim.memory.plan import kv_cache_capacity
 from servesim.specs.block_layers import attention_groups
 from servesim.specs.cluster import cluster_of
+from servesim.specs.hardware import load_hardware
 from servesim.specs.instance_options import resolve
 from servesim.specs.kv_skip import (
     as_kept,
@@ -20,8 +21,10 @@ from servesim.specs.kv_skip import (
     skipped_layers,
     variant_with,
     wide_layers,
+    with_wide_layers,
     without_skipped,
 )
+from servesim.specs.kv_support import why_not
 from servesim.specs.model import load_model
 from servesim.specs.serve_line import read_serve_line, write_serve_line
 from servesim.specs.shape import shape_of
@@ -135,3 +138,10 @@ def test_as_a_serve_line():
     told = RuntimeOptions(**options).kv_cache_dtype_skip_layers
     assert told == "0,1"
     assert write_serve_line({**options, "kv_cache_dtype_skip_layers": told}).split() == text.split()
+
+
+def test_turboquant_runs_where_windows_are_left_out():
+    gemma, gpu = load_model("google/gemma-3-27b").layers, load_hardware("H100")
+    assert "sliding window" in str(why_not("turboquant_k8v4", gemma, gpu))
+    skipped = skipped_layers(gemma, "sliding_window", "turboquant_k8v4")
+    assert why_not("turboquant_k8v4", with_wide_layers(gemma, skipped, "bfloat16"), gpu) is None
