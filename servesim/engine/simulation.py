@@ -258,7 +258,7 @@ class Simulation:
             self._ended(index, now)
 
     def _check_all_ended(self) -> None:
-        ended = {record.request for record in self.log.requests}
+        ended = set(self.log.requests.column("request").tolist())
         ended.update(rejected.request for rejected in self.log.rejected)
         left = [request.index for request in self._workload if request.index not in ended]
         if left:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -108,8 +108,10 @@ def text_columns(result: Result) -> dict[str, list[str]]:
     models = [instance.spec.model_name for instance in result.instances]
     requests = result.workload.requests
     return {
-        MODEL_COLUMN: [models[record.instance] for record in result.records],
-        SESSION_COLUMN: [requests[record.request].session_id or "" for record in result.records],
+        MODEL_COLUMN: [models[instance] for instance in result.records.column("instance").tolist()],
+        SESSION_COLUMN: [
+            requests[request].session_id or "" for request in result.records.column("request").tolist()
+        ],
     }
 
 
@@ -121,9 +123,10 @@ def _write_csv(result: Result, handle: IO[str], *, itl: bool) -> None:
     gap_text = GapText(result.token_gaps) if itl else None
     texts = zip(*text_columns(result).values(), strict=True)
     places = COLUMNS.index(MODEL_COLUMN), COLUMNS.index(ITL_COLUMN), COLUMNS.index(SESSION_COLUMN)
-    for row, record, (model, session) in zip(chain.from_iterable(parts), result.records, texts, strict=True):
+    records = result.records if itl else repeat(None, len(numbers))
+    for row, record, (model, session) in zip(chain.from_iterable(parts), records, texts, strict=True):
         fields = list(map(str, row))
-        gaps = f'"{gap_text.of(record)}"' if gap_text is not None else ""
+        gaps = f'"{gap_text.of(record)}"' if gap_text is not None and record is not None else ""
         for place, text in zip(places, (_csv_text(model), gaps, _csv_text(session)), strict=True):
             fields.insert(place, text)
         handle.write(",".join(fields) + "\n")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from servesim.results.request_log import RequestLog
+from servesim.results.request_log import RequestRecord as RequestRecord
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 
@@ -23,79 +25,6 @@ if TYPE_CHECKING:
     from servesim.results.stated_errors import Reach, StatedError, Uncertainty
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.instance_options import InstanceOptions
-
-
-@dataclass(slots=True)
-class RequestRecord:
-    """What happened to one finished request. Times in ns on the simulation clock."""
-
-    request: int
-    """Index of the request in the workload."""
-    instance: int
-    """Instance that took the request in (the prefill side when prefill and decode are separate)."""
-    arrival_ns: int
-    queued_ns: int
-    """Step boundary at which the engine took the request in."""
-    scheduled_ns: int
-    """Start of scheduling of the first step that worked on the request."""
-    first_token_ns: int
-    end_ns: int
-    token_steps: list[tuple[int, int, int]] = field(default_factory=list)
-    """(track, first, last): runs of consecutive entries, ``last`` included, of a track of :class:`RunLog`;
-    each is
-    the time of one token, or of several that came together (:attr:`extra_tokens`)."""
-    extra_tokens: int = 0
-    """Tokens that came together with another one: accepted drafts."""
-    npu_hit: int = 0
-    """Prompt tokens found in the NPU's prefix cache at first admission."""
-    storage_hit: int = 0
-    """Prompt tokens recalled from a lower tier at first admission."""
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-    decode_instance: int = -1
-    """Instance that decoded the request; equals ``instance`` unless prefill and decode are separate."""
-    front_end_ns: int = 0
-    """What of its latency it spent between the client and the engine, before it was queued."""
-    handed_over_ns: int = -1
-    """When it was queued at another instance that decodes it; -1 where there is none."""
-    cut_tokens: int = 0
-    """Tokens that its answer lacks, since the context was full."""
-
-    def note_cut(self, tokens: int) -> None:
-        """Its answer is shorter by so many tokens."""
-        self.cut_tokens = tokens
-
-    prefill_step: tuple[int, int] | None = None
-    """(track, entry) of the token that the prefill side ended with, where another instance decodes."""
-    away: list[tuple[int, int, int]] | None = None
-    """(instance, step while which it was preempted, time in ns at which it was admitted again, -1 before)."""
-
-    def note_lost(self, step: int) -> None:
-        """It is preempted while step ``step`` is scheduled."""
-        self.preemptions += 1
-        where = self.instance if self.handed_over_ns < 0 else self.decode_instance
-        self.away = [*(self.away or ()), (where, step, -1)]
-
-    def note_back(self, now_ns: int) -> None:
-        """It is admitted again."""
-        if self.away:
-            self.away[-1] = (*self.away[-1][:2], now_ns)
-
-    def add_output(self, track: int, step: int, tokens: int) -> None:
-        """Note ``tokens`` tokens that came together with the entry ``step`` of ``track``."""
-        runs = self.token_steps
-        if runs and runs[-1][2] == step - 1:
-            runs[-1] = (track, runs[-1][1], step)
-        else:
-            runs.append((track, step, step))
-        self.extra_tokens += tokens - 1
-
-    def hand_over(self, instance: int, now_ns: int) -> None:
-        """Go on at ``instance``, which gives the user the first token once more."""
-        if self.token_steps:
-            self.prefill_step = self.token_steps[-1][0], self.token_steps[-1][2]
-        self.token_steps.clear()
-        self.decode_instance, self.handed_over_ns = instance, now_ns
 
 
 @dataclass(slots=True)
@@ -248,7 +177,7 @@ class RunLog:
     """Raw outcome of a run; :class:`servesim.results.result.Result` is the public view of it."""
 
     instances: list[InstanceLog]
-    requests: list[RequestRecord] = field(default_factory=list)
+    requests: RequestLog = field(default_factory=RequestLog)
     rejected: list[RejectedRequest] = field(default_factory=list)
     end_ns: int = 0
     pipeline_tracks: list[array[int]] = field(default_factory=list)
@@ -268,8 +197,8 @@ class RunLog:
 
     def close(self) -> None:
         """Bring everything into its final order once nothing happens any more."""
-        self.end_ns = max((record.end_ns for record in self.requests), default=0)
-        self.requests.sort(key=lambda record: record.request)
+        self.end_ns = int(self.requests.column("end_ns").max(initial=0))
+        self.requests = self.requests.in_order()
         self.rejected.sort(key=lambda rejected: rejected.request)
 
     def tracks(self) -> list[NDArray[np.int64]]:

@@ -11,6 +11,7 @@ import numpy as np
 from servesim._version import __version__
 from servesim.results.csv import COLUMNS, NUMERIC_COLUMNS, save_requests, text_columns
 from servesim.results.energy import power_series, series_interval_ns
+from servesim.results.request_log import RequestLog
 from servesim.results.stats import TokenGaps
 from servesim.results.steps import draft_columns, save_steps, steps_array
 from servesim.results.summary import save_summary, summarise
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    from servesim.results.records import InstanceLog, RejectedRequest, RequestRecord, RunLog
+    from servesim.results.records import InstanceLog, RejectedRequest, RunLog
     from servesim.results.summary import Summary
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
@@ -63,9 +64,10 @@ class Result:
         return float(cast("dict[str, Any]", self.summary)[key])
 
     @cached_property
-    def records(self) -> list[RequestRecord]:
+    def records(self) -> RequestLog:
         """The engine's record of each finished request, ordered by request id."""
-        return sorted(self.log.requests, key=lambda record: record.request)
+        found = self.log.requests
+        return (found if isinstance(found, RequestLog) else RequestLog(found)).in_order()
 
     @property
     def rejected(self) -> list[RejectedRequest]:
@@ -109,34 +111,32 @@ class Result:
         asked = self.workload.requests
         table = np.empty(len(records), dtype=REQUEST_DTYPE)
 
-        def fill(name: str, values: list[int]) -> NDArray[np.int64]:
+        def fill(name: str, values: NDArray[np.int64] | list[int]) -> NDArray[np.int64]:
             table[name] = values
             column: NDArray[np.int64] = table[name]
             return column
 
-        fill("instance_id", [record.instance for record in records])
-        fill("request_id", [record.request for record in records])
-        fill("input", [asked[record.request].input_tokens for record in records])
-        fill("sub_request", [asked[record.request].sub_request for record in records])
-        fill("queued", [record.queued_ns for record in records])
-        fill("preemptions", [record.preemptions for record in records])
-        fill("decode_instance", [record.decode_instance for record in records])
+        fill("instance_id", records.column("instance"))
+        requests = fill("request_id", records.column("request")).tolist()
+        fill("input", [asked[request].input_tokens for request in requests])
+        fill("sub_request", [asked[request].sub_request for request in requests])
+        fill("queued", records.column("queued_ns"))
+        fill("preemptions", records.column("preemptions"))
+        fill("decode_instance", records.column("decode_instance"))
         undivided = table["decode_instance"] < 0
         table["decode_instance"][undivided] = table["instance_id"][undivided]
-        arrival = fill("arrival", [record.arrival_ns for record in records])
-        end = fill("end_time", [record.end_ns for record in records])
-        table["queuing_delay"] = (
-            np.array([record.scheduled_ns - record.front_end_ns for record in records], dtype=np.int64)
-            - arrival
-        )
-        first_token = np.array([record.first_token_ns for record in records], dtype=np.int64)
+        arrival = fill("arrival", records.column("arrival_ns"))
+        end = fill("end_time", records.column("end_ns"))
+        scheduled, front_end = records.column("scheduled_ns"), records.column("front_end_ns")
+        table["queuing_delay"] = scheduled - front_end - arrival
+        first_token = records.column("first_token_ns")
         table["latency"] = end - arrival
         table["TTFT"] = first_token - arrival
         tokens = self.token_gaps.tokens()
         table["output"] = tokens
         table["TPOT"] = np.where(tokens > 1, (end - first_token) // np.maximum(tokens - 1, 1), 0)
-        npu_hit = fill("npu_hit", [record.npu_hit for record in records])
-        table["prefix_hit"] = npu_hit + fill("storage_hit", [record.storage_hit for record in records])
+        npu_hit = fill("npu_hit", records.column("npu_hit"))
+        table["prefix_hit"] = npu_hit + fill("storage_hit", records.column("storage_hit"))
         return table
 
     @cached_property

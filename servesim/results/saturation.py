@@ -65,10 +65,12 @@ class Saturation:
 def saturation(result: Result) -> list[Saturation]:
     """How close every instance came to its limits."""
     arrivals: list[list[int]] = [[] for _ in result.instances]
-    for record in result.records:
-        arrivals[record.instance].append(record.arrival_ns)
-        if record.handed_over_ns >= 0:
-            arrivals[record.decode_instance].append(record.handed_over_ns)
+    names = ("instance", "arrival_ns", "decode_instance", "handed_over_ns")
+    columns = [result.records.column(name).tolist() for name in names]
+    for instance, arrival_ns, decodes, handed_over_ns in zip(*columns, strict=True):
+        arrivals[instance].append(arrival_ns)
+        if handed_over_ns >= 0:
+            arrivals[decodes].append(handed_over_ns)
     return [_of_instance(instance, times) for instance, times in zip(result.instances, arrivals, strict=True)]
 
 

@@ -89,7 +89,7 @@ def _front_end_entry(result: Result) -> dict[str, dict[str, float]]:
 
     Nothing where no front end is modelled.
     """
-    front_end = np.array([record.front_end_ns for record in result.records], dtype=np.int64)
+    front_end = result.records.column("front_end_ns")
     if not front_end.any():
         return {}
     engine = describe(result.requests["TTFT"] - front_end)
@@ -228,7 +228,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "duration": elapsed / SECOND,
         "completed": len(rows),
         "failed": len(result.rejected),
-        "cut_answers": sum(record.cut_tokens > 0 for record in result.records),
+        "cut_answers": int((result.records.column("cut_tokens") > 0).sum()),
         "total_input_tokens": input_tokens,
         "total_output_tokens": output_tokens,
         "request_throughput": _per_second(len(rows), elapsed),
@@ -241,7 +241,7 @@ def summarise(result: Result) -> dict[str, Any]:
         "steps": sum(len(instance.steps) for instance in result.instances),
         **speculation_keys([instance.speculation for instance in result.instances if instance.speculation]),
         "preemptions": int(rows["preemptions"].sum()),
-        "recomputed_tokens": sum(record.recomputed_tokens for record in result.records),
+        "recomputed_tokens": result.records.total("recomputed_tokens"),
         "prefix_cache": prefix_cache_entry(result.instances, rows),
         "saturation": saturation_entry(result),
         "extrapolated": extrapolation_entry(result),

@@ -20,7 +20,7 @@ def with_tier(storage: str = "CPU", shared: bool = False) -> Result:
     (log,) = result.instances
     log.tier = TierMemory(storage, 0, shared, 10 * GIB, 256, GIB, 60.0, 250)
     step = list(log.steps.hit_tokens).index(32)
-    second = result.records[1]
+    second = result.log.requests[1]
     second.npu_hit, second.storage_hit = 12, 20
     log.steps.recalled_tokens.put(step, 20)
     log.steps.recalled_bytes.put(step, 3 * GIB)

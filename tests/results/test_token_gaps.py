@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from servesim.results.records import RequestRecord
+from servesim.results.request_log import RequestLog
 from servesim.results.stats import GapText, TokenGaps
 from tests.hand_made import MS, two_requests
 
@@ -31,7 +32,7 @@ def test_the_histogram_counts_a_shared_step_once_per_request() -> None:
 
 def test_a_request_without_tokens_has_no_gaps() -> None:
     record = RequestRecord(0, 0, 0, 0, 0, 0, 0)
-    gaps = TokenGaps([np.array([5], dtype=np.int64)], [record])
+    gaps = TokenGaps([np.array([5], dtype=np.int64)], RequestLog([record]))
     assert (len(gaps.of(record)), gaps.tokens().tolist(), GapText(gaps).of(record)) == (0, [0], "[]")
 
 
@@ -48,7 +49,7 @@ def token_gaps(draw: st.DrawFn) -> TokenGaps:
         bounds = sorted(draw(st.sets(st.integers(0, len(ends[instance]) - 1), max_size=6)))
         runs = [(instance, low, high) for low, high in zip(bounds[::2], bounds[1::2], strict=False)]
         records.append(RequestRecord(index, instance, 0, 0, 0, 0, 0, token_steps=runs))
-    return TokenGaps(ends, records)
+    return TokenGaps(ends, RequestLog(records))
 
 
 @given(token_gaps())

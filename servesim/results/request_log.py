@@ -1,0 +1,245 @@
+"""What happened to each request, and how that is kept: packed, in a fifth of the memory of as many objects.
+
+Six numbers and one run of tokens are kept for every request, everything else only where there is something.
+Whoever asks for a record gets one that is made for them: what they change in it stays theirs.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import field
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from servesim.slotted import dataclass
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+_EACH = ("request", "arrival_ns", "queued_ns", "scheduled_ns", "first_token_ns", "end_ns", "first", "last")
+"""Numbers of every request, in 64 bits; ``first`` and ``last`` of its first run of tokens."""
+_SMALL = ("instance", "decode_instance", "track")
+"""The same in 32 bits."""
+_FEW = {
+    "extra_tokens": 0,
+    "npu_hit": 0,
+    "storage_hit": 0,
+    "preemptions": 0,
+    "recomputed_tokens": 0,
+    "front_end_ns": 0,
+    "handed_over_ns": -1,
+    "cut_tokens": 0,
+}
+"""Numbers that mostly are what they say here, and are kept where not."""
+_NO_TRACK = -1
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What happened to one finished request. Times in ns on the simulation clock."""
+
+    request: int
+    """Index of the request in the workload."""
+    instance: int
+    """Instance that took the request in (the prefill side when prefill and decode are separate)."""
+    arrival_ns: int
+    queued_ns: int
+    """Step boundary at which the engine took the request in."""
+    scheduled_ns: int
+    """Start of scheduling of the first step that worked on the request."""
+    first_token_ns: int
+    end_ns: int
+    token_steps: list[tuple[int, int, int]] = field(default_factory=list)
+    """(track, first, last): runs of consecutive entries, ``last`` included, of a track of :class:`RunLog`;
+    each is
+    the time of one token, or of several that came together (:attr:`extra_tokens`)."""
+    extra_tokens: int = 0
+    """Tokens that came together with another one: accepted drafts."""
+    npu_hit: int = 0
+    """Prompt tokens found in the NPU's prefix cache at first admission."""
+    storage_hit: int = 0
+    """Prompt tokens recalled from a lower tier at first admission."""
+    preemptions: int = 0
+    recomputed_tokens: int = 0
+    decode_instance: int = -1
+    """Instance that decoded the request; equals ``instance`` unless prefill and decode are separate."""
+    front_end_ns: int = 0
+    """What of its latency it spent between the client and the engine, before it was queued."""
+    handed_over_ns: int = -1
+    """When it was queued at another instance that decodes it; -1 where there is none."""
+    cut_tokens: int = 0
+    """Tokens that its answer lacks, since the context was full."""
+
+    def note_cut(self, tokens: int) -> None:
+        """Its answer is shorter by so many tokens."""
+        self.cut_tokens = tokens
+
+    prefill_step: tuple[int, int] | None = None
+    """(track, entry) of the token that the prefill side ended with, where another instance decodes."""
+    away: list[tuple[int, int, int]] | None = None
+    """(instance, step while which it was preempted, time in ns at which it was admitted again, -1 before)."""
+
+    def note_lost(self, step: int) -> None:
+        """It is preempted while step ``step`` is scheduled."""
+        self.preemptions += 1
+        where = self.instance if self.handed_over_ns < 0 else self.decode_instance
+        self.away = [*(self.away or ()), (where, step, -1)]
+
+    def note_back(self, now_ns: int) -> None:
+        """It is admitted again."""
+        if self.away:
+            self.away[-1] = (*self.away[-1][:2], now_ns)
+
+    def add_output(self, track: int, step: int, tokens: int) -> None:
+        """Note ``tokens`` tokens that came together with the entry ``step`` of ``track``."""
+        runs = self.token_steps
+        if runs and runs[-1][2] == step - 1:
+            runs[-1] = (track, runs[-1][1], step)
+        else:
+            runs.append((track, step, step))
+        self.extra_tokens += tokens - 1
+
+    def hand_over(self, instance: int, now_ns: int) -> None:
+        """Go on at ``instance``, which gives the user the first token once more."""
+        if self.token_steps:
+            self.prefill_step = self.token_steps[-1][0], self.token_steps[-1][2]
+        self.token_steps.clear()
+        self.decode_instance, self.handed_over_ns = instance, now_ns
+
+
+class RequestLog(Sequence[RequestRecord]):
+    """Records in the order in which they were added, or by request once sorted."""
+
+    __slots__ = ("_each", "_few", "_more_runs", "_rest", "_small")
+
+    def __init__(self, records: Iterable[RequestRecord] = ()) -> None:
+        self._each = {name: array("q") for name in _EACH}
+        self._small = {name: array("i") for name in _SMALL}
+        self._few: dict[str, dict[int, int]] = {name: {} for name in _FEW}
+        self._more_runs: dict[int, list[tuple[int, int, int]]] = {}
+        """Row → runs of tokens after the first."""
+        self._rest: dict[int, tuple[Any, Any]] = {}
+        """Row → ``prefill_step`` and ``away``."""
+        for record in records:
+            self.append(record)
+
+    def append(self, record: RequestRecord) -> None:
+        """Keep a record as it is now."""
+        row, each, small, runs = len(self), self._each, self._small, record.token_steps
+        track, first, last = runs[0] if runs else (_NO_TRACK, 0, 0)
+        if len(runs) > 1:
+            self._more_runs[row] = runs[1:]
+        each["request"].append(record.request)
+        each["arrival_ns"].append(record.arrival_ns)
+        each["queued_ns"].append(record.queued_ns)
+        each["scheduled_ns"].append(record.scheduled_ns)
+        each["first_token_ns"].append(record.first_token_ns)
+        each["end_ns"].append(record.end_ns)
+        each["first"].append(first)
+        each["last"].append(last)
+        small["instance"].append(record.instance)
+        small["decode_instance"].append(record.decode_instance)
+        small["track"].append(track)
+        for name, usual in _FEW.items():
+            value = getattr(record, name)
+            if value != usual:
+                self._few[name][row] = value
+        if record.prefill_step is not None or record.away is not None:
+            self._rest[row] = record.prefill_step, record.away
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self.__init__()  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return len(self._each["request"])
+
+    @overload
+    def __getitem__(self, row: int) -> RequestRecord: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[RequestRecord]: ...
+    def __getitem__(self, row: int | slice) -> RequestRecord | list[RequestRecord]:
+        if isinstance(row, slice):
+            return [self._record(at) for at in range(*row.indices(len(self)))]
+        at = row if row >= 0 else row + len(self)
+        if not 0 <= at < len(self):
+            raise IndexError(f"record {row} of {len(self)}")
+        return self._record(at)
+
+    def __iter__(self) -> Iterator[RequestRecord]:
+        return map(self._record, range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+    def _record(self, row: int) -> RequestRecord:
+        each, small, track = self._each, self._small, self._small["track"][row]
+        record = RequestRecord(
+            each["request"][row],
+            small["instance"][row],
+            each["arrival_ns"][row],
+            each["queued_ns"][row],
+            each["scheduled_ns"][row],
+            each["first_token_ns"][row],
+            each["end_ns"][row],
+            decode_instance=small["decode_instance"][row],
+        )
+        if track != _NO_TRACK:
+            record.token_steps.append((track, each["first"][row], each["last"][row]))
+            record.token_steps += self._more_runs.get(row, ())
+        for name, kept in self._few.items():
+            if row in kept:
+                setattr(record, name, kept[row])
+        if row in self._rest:
+            record.prefill_step, away = self._rest[row]
+            record.away = away and [*away]
+        return record
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """One number of every record, shape (records,)."""
+        if name in _FEW:
+            kept = self._few[name]
+            column = np.full(len(self), _FEW[name], dtype=np.int64)
+            column[np.fromiter(kept, np.int64, len(kept))] = np.fromiter(kept.values(), np.int64, len(kept))
+            return column
+        return np.array(self._each[name] if name in self._each else self._small[name], dtype=np.int64)
+
+    def total(self, name: str) -> int:
+        """The exact sum of a number that is mostly 0."""
+        return sum(self._few[name].values())
+
+    def runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(track, first, last) of the first run of tokens of every record, shape (records,); a track below
+        0 where there is none."""
+        return self.column("track"), self.column("first"), self.column("last")
+
+    @property
+    def later_runs(self) -> dict[int, list[tuple[int, int, int]]]:
+        """Row → the runs of tokens after its first, where there are any."""
+        return self._more_runs
+
+    def in_order(self) -> RequestLog:
+        """Sorted by request: itself if it is."""
+        requests = np.frombuffer(self._each["request"], dtype=np.int64)
+        if (requests[1:] >= requests[:-1]).all():
+            return self
+        rows = np.argsort(requests, kind="stable")
+        place = np.empty_like(rows)
+        place[rows] = np.arange(len(rows))
+        ordered = RequestLog()
+        for kind, own, theirs in (("q", self._each, ordered._each), ("i", self._small, ordered._small)):
+            for name, column in own.items():
+                dtype = np.int64 if kind == "q" else np.int32
+                theirs[name] = array(kind, np.frombuffer(column, dtype=dtype)[rows].tobytes())
+        for name, kept in self._few.items():
+            ordered._few[name] = {int(place[row]): value for row, value in kept.items()}
+        ordered._more_runs = dict(sorted((int(place[row]), runs) for row, runs in self._more_runs.items()))
+        ordered._rest = {int(place[row]): rest for row, rest in self._rest.items()}
+        return ordered
