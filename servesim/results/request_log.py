@@ -1,6 +1,6 @@
 """What happened to each request, and how that is kept: packed, in a fifth of the memory of as many objects.
 
-Six numbers and one run of tokens are kept for every request, everything else only where there is something.
+A few numbers and one run of tokens are kept for every request, everything else only where there is something.
 Whoever asks for a record gets one that is made for them: what they change in it stays theirs.
 """
 
@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_EACH = ("request", "arrival_ns", "queued_ns", "scheduled_ns", "first_token_ns", "end_ns", "first", "last")
+_EACH = (
+    "request",
+    "arrival_ns",
+    "queued_ns",
+    "scheduled_ns",
+    "first_token_ns",
+    "end_ns",
+    "front_end_ns",
+    "first",
+    "last",
+)
 """Numbers of every request, in 64 bits; ``first`` and ``last`` of its first run of tokens."""
 _SMALL = ("instance", "decode_instance", "track")
 """The same in 32 bits."""
@@ -30,7 +40,6 @@ _FEW = {
     "storage_hit": 0,
     "preemptions": 0,
     "recomputed_tokens": 0,
-    "front_end_ns": 0,
     "handed_over_ns": -1,
     "cut_tokens": 0,
 }
@@ -139,6 +148,7 @@ class RequestLog(Sequence[RequestRecord]):
         each["scheduled_ns"].append(record.scheduled_ns)
         each["first_token_ns"].append(record.first_token_ns)
         each["end_ns"].append(record.end_ns)
+        each["front_end_ns"].append(record.front_end_ns)
         each["first"].append(first)
         each["last"].append(last)
         small["instance"].append(record.instance)
@@ -190,6 +200,7 @@ class RequestLog(Sequence[RequestRecord]):
             each["first_token_ns"][row],
             each["end_ns"][row],
             decode_instance=small["decode_instance"][row],
+            front_end_ns=each["front_end_ns"][row],
         )
         if track != _NO_TRACK:
             record.token_steps.append((track, each["first"][row], each["last"][row]))

@@ -64,14 +64,14 @@ class Saturation:
 
 def saturation(result: Result) -> list[Saturation]:
     """How close every instance came to its limits."""
-    arrivals: list[list[int]] = [[] for _ in result.instances]
-    names = ("instance", "arrival_ns", "decode_instance", "handed_over_ns")
-    columns = [result.records.column(name).tolist() for name in names]
-    for instance, arrival_ns, decodes, handed_over_ns in zip(*columns, strict=True):
-        arrivals[instance].append(arrival_ns)
-        if handed_over_ns >= 0:
-            arrivals[decodes].append(handed_over_ns)
-    return [_of_instance(instance, times) for instance, times in zip(result.instances, arrivals, strict=True)]
+    records = result.records
+    arrival_ns, handed_over_ns = records.column("arrival_ns"), records.column("handed_over_ns")
+    first, second = records.column("instance"), records.column("decode_instance")
+    found = []
+    for at, instance in enumerate(result.instances):
+        handed = handed_over_ns[(handed_over_ns >= 0) & (second == at)]
+        found.append(_of_instance(instance, np.concatenate([arrival_ns[first == at], handed])))
+    return found
 
 
 def saturation_entry(result: Result) -> dict[str, Any]:
@@ -102,19 +102,21 @@ def saturation_line(entry: dict[str, Any]) -> str | None:
     return f"near saturation: {'; '.join(found)}"
 
 
-def _of_instance(instance: InstanceLog, arrivals: list[int]) -> Saturation:
+def _of_instance(instance: InstanceLog, arrivals: NDArray[np.int64]) -> Saturation:
     steps = instance.steps
-    start = steps.column("start_ns")
-    durations = steps.column("end_ns") - start
-    waiting = steps.column("waiting")
-    full = steps.column("running") >= instance.options.max_num_seqs
+    durations = steps.durations()
     early = late = 0.0
-    if arrivals and max(arrivals) > min(arrivals):
-        first, last = min(arrivals), max(arrivals)
+    if len(arrivals) and arrivals.max() > arrivals.min():
+        first, last = int(arrivals.min()), int(arrivals.max())
         middle = (first + last) // 2
-        early = _weighted_mean(waiting, durations, (start >= first) & (start < middle))
-        late = _weighted_mean(waiting, durations, (start >= middle) & (start <= last))
+        start = steps.start_ns.array()  # rises, so that a time is a slice
+        a, b, c = (int(np.searchsorted(start, at)) for at in (first, middle, last + 1))
+        del start
+        waiting = np.asarray(steps.waiting)
+        early = _weighted_mean(waiting[a:b], durations[a:b])
+        late = _weighted_mean(waiting[b:c], durations[b:c])
     busy = exact_sum(durations)
+    full = np.asarray(steps.running) >= instance.options.max_num_seqs
     return Saturation(
         instance=instance.index,
         full_share=exact_sum(durations[full]) / busy if busy else 0.0,
@@ -125,6 +127,6 @@ def _of_instance(instance: InstanceLog, arrivals: list[int]) -> Saturation:
     )
 
 
-def _weighted_mean(values: NDArray[np.int64], weights: NDArray[np.int64], where: NDArray[np.bool_]) -> float:
-    total = exact_sum(weights[where])
-    return exact_sum(values[where], weights[where]) / total if total else 0.0
+def _weighted_mean(values: NDArray[np.signedinteger[Any]], weights: NDArray[np.int64]) -> float:
+    total = exact_sum(weights)
+    return exact_sum(values, weights) / total if total else 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from operator import mul
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
     from servesim.results.request_log import RequestLog, RequestRecord
 
+    Integers = NDArray[np.signedinteger[Any]]
+
 PERCENTILES = (50, 90, 95, 99)
 _SORTED = 1 << 12
 """Values that are sorted as they are."""
 _BINS = 1 << 14
+_PART = 1 << 20
+"""Values that are computed with at once."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,25 +42,27 @@ class Distribution:
     maximum: int
 
 
-def exact_sum(values: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> int:
+def exact_sum(values: Integers, counts: Integers | None = None) -> int:
     """Sum of ``values``, or of ``values * counts``: exact, so the same on every machine, and of any size.
 
     Sums of times in ns do not fit 64 bits for long: 60,000 requests that wait a hundred days are too much.
     """
+    if len(values) > _PART:  # a part at a time, so that nothing as large is copied
+        parts = [slice(at, at + _PART) for at in range(0, len(values), _PART)]
+        return sum(exact_sum(values[part], None if counts is None else counts[part]) for part in parts)
     if not len(values):
         return 0
     most = float(max(int(values.max()), -int(values.min()))) * len(values)
     if counts is not None:
         most *= float(counts.max())
     if most < 2.0**62:
-        return int(values.sum() if counts is None else np.dot(values, counts))
+        wide = values.astype(np.int64)
+        return int(wide.sum() if counts is None else np.dot(wide, counts.astype(np.int64)))
     listed: list[int] = values.tolist()
     return sum(listed) if counts is None else sum(map(mul, listed, counts.tolist()))
 
 
-def weighted_percentiles(
-    values: NDArray[np.int64], counts: NDArray[np.int64], percents: Sequence[float]
-) -> list[float]:
+def weighted_percentiles(values: Integers, counts: Integers, percents: Sequence[float]) -> list[float]:
     """Percentiles of the sample in which ``values[i]`` occurs ``counts[i]`` times.
 
     The sample is never written out: equal to ``np.percentile(np.repeat(values, counts), percents)`` (linear
@@ -77,7 +83,7 @@ def weighted_percentiles(
     return results
 
 
-def _at_rank(values: NDArray[np.int64], counts: NDArray[np.int64], rank: int) -> int:
+def _at_rank(values: Integers, counts: Integers, rank: int) -> int:
     """The value at ``rank`` (from 0) of the ordered sample.
 
     Values are counted into bins, and those of the bin with the rank are looked at again: so nothing as large
@@ -105,7 +111,7 @@ def _at_rank(values: NDArray[np.int64], counts: NDArray[np.int64], rank: int) ->
     return int(values[order[np.searchsorted(last_rank, rank, side="right")]])
 
 
-def describe(values: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> Distribution:
+def describe(values: Integers, counts: Integers | None = None) -> Distribution:
     """Mean, standard deviation, percentiles and maximum of integer times in ns.
 
     Args:
@@ -121,13 +127,24 @@ def describe(values: NDArray[np.int64], counts: NDArray[np.int64] | None = None)
     if total == 0:
         return Distribution(0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
     mean = exact_sum(values, counts) / total
-    squares = values - mean  # in place from here on: a long run has ten million values
-    np.square(squares, out=squares)
-    squares *= counts
-    variance = float(squares.sum()) / total
-    del squares
+    squares = 0.0
+    for at in range(0, len(values), _PART):
+        part = slice(at, at + _PART)
+        squares += float((counts[part] * (values[part] - mean) ** 2).sum())
+    variance = squares / total
     median, p90, p95, p99 = weighted_percentiles(values, counts, PERCENTILES)
     return Distribution(total, mean, math.sqrt(variance), median, p90, p95, p99, int(values.max()))
+
+
+def _differences(values: NDArray[np.int64]) -> Integers:
+    """Those between neighbours, shape (n - 1,), in 32 bits if they fit."""
+    found = np.empty(max(len(values) - 1, 0), dtype=np.int32)
+    for at in range(0, len(found), _PART):
+        part = np.diff(values[at : at + _PART + 1])
+        if part.max() > np.iinfo(np.int32).max:
+            return np.diff(values)
+        found[at : at + _PART] = part
+    return found
 
 
 @dataclass(slots=True)
@@ -154,7 +171,7 @@ class TokenGaps:
         every = np.concatenate(times)
         return every[1:] - every[:-1]
 
-    def histogram(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def histogram(self) -> tuple[Integers, Integers]:
         """All gaps of all requests as (values in ns, how often each occurs, at least once); a value may be
         listed twice.
 
@@ -171,16 +188,20 @@ class TokenGaps:
                 more[track][0].append(start)
                 more[track][1].append(end)
                 previous, last = track, end
-        values = []
-        counts = []
+        values: list[Integers] = []
+        counts: list[Integers] = []
         for track, (ends, (starts, stops)) in enumerate(zip(self.tracks, more, strict=True)):
-            size, here = len(ends) + 1, on == track
-            occurs = np.bincount(np.append(firsts[here], starts).astype(np.int64) + 1, minlength=size)
-            occurs -= np.bincount(np.append(lasts[here], stops).astype(np.int64) + 1, minlength=size)
-            occurs = np.cumsum(occurs, out=occurs)[1:-1]
-            present = occurs > 0
-            counts.append(occurs[present])
-            values.append(np.diff(ends)[present])
+            here = on == track
+            occurs = np.zeros(len(ends) + 1, dtype=np.int32)
+            np.add.at(occurs, np.append(firsts[here], starts).astype(np.int64) + 1, 1)
+            np.subtract.at(occurs, np.append(lasts[here], stops).astype(np.int64) + 1, 1)
+            occurs = np.cumsum(occurs, dtype=np.int32, out=occurs)[1:-1]
+            gaps = _differences(ends)
+            if not occurs.all():
+                present = occurs > 0
+                occurs, gaps = occurs[present], gaps[present]
+            counts.append(occurs)
+            values.append(gaps)
         if between:
             values.append(np.array(between, dtype=np.int64))
             counts.append(np.ones(len(between), dtype=np.int64))

@@ -216,7 +216,14 @@ class StepLog:
 
     def most(self, name: str) -> int:
         """The largest number of a column; 0 without steps."""
-        return int(self.column(name).max()) if len(self) else 0
+        found: Any = getattr(self, name)
+        return int(np.asarray(found.array() if isinstance(found, SparseColumn) else found).max(initial=0))
+
+    def durations(self) -> NDArray[np.int64]:
+        """ns of every step, shape (steps,)."""
+        durations = self.start_ns.array()
+        np.subtract(np.asarray(self.end_ns), durations, out=durations)
+        return durations
 
     def column(self, name: str) -> NDArray[np.int64]:
         """A copy of one column, shape (steps,)."""

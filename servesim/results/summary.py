@@ -160,7 +160,7 @@ def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, 
         "dummy_steps": len(instance.dummies),
         "peak_batch": steps.most("running"),
         "preemptions": steps.preempted.total(),
-        "busy_s": round(exact_sum(steps.column("end_ns") - steps.column("start_ns")) / SECOND, 9),
+        "busy_s": round(exact_sum(steps.durations()) / SECOND, 9),
     }
 
 

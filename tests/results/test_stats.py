@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from servesim.results import stats
 from servesim.results.stats import describe, exact_sum, weighted_percentiles
 
 
@@ -54,3 +57,26 @@ def test_weighted_percentiles_equal_those_of_the_sample_written_out(sample: list
     percents = (0, 12.5, 50, 90, 99, 100)
     expected = np.percentile(np.repeat(values, counts), percents)
     assert weighted_percentiles(values, counts, percents) == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("spread", [3, 10**5, 10**12])
+def test_long_samples_have_the_percentiles_of_numpy(spread: int) -> None:
+    rng = np.random.default_rng(spread)
+    values = rng.integers(0, spread, 20_000)
+    values[7] = 10**15  # far from the rest
+    counts = rng.integers(0, 4, len(values))
+    written_out = np.repeat(values, counts)
+    percents = (0, 0.01, 50, 90, 99, 99.99, 100)
+    expected = np.percentile(written_out, percents)
+    assert weighted_percentiles(values, counts, percents) == pytest.approx(expected.tolist())
+
+
+def test_a_part_at_a_time_everything_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    values, counts = rng.integers(0, 10**9, 5000), rng.integers(1, 4, 5000)
+    whole = describe(values, counts)
+    monkeypatch.setattr(stats, "_PART", 64)
+    in_parts = describe(values, counts)
+    assert in_parts.std == pytest.approx(whole.std, rel=1e-14)
+    assert replace(in_parts, std=whole.std) == whole
+    assert exact_sum(values, counts) == sum(map(int, values * counts))
