@@ -92,11 +92,16 @@ def install(peer: Peer, folder: Path) -> Path:
         pip = [str(python), "-m", "pip", "install", "-q", *peer.packages]
         done = subprocess.run(pip, capture_output=True, text=True, timeout=_INSTALL_S, check=False)
         if done.returncode:
-            told = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            raise OSError(
-                f"pip install {' '.join(peer.packages)}: {told[-1] if told else done.stderr[-200:]}"
-            )
+            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            told = [
+                line
+                for line in lines
+                if line.startswith(("ERROR", "The installation of")) or "not reach" in line
+            ]
+            raise OSError(f"pip install {' '.join(peer.packages)}: {' '.join(told or lines[-1:])}")
         (home / "installed").touch()
+    if peer.arguments is None:
+        raise OSError("it installs here, but this benchmark has no command for it; add one to PEERS")
     with tempfile.TemporaryDirectory() as scratch:
         started = subprocess.run(
             [str(python), *peer.arguments(2)], cwd=scratch, env=environment(), timeout=_START_S,
@@ -172,6 +177,10 @@ def _command(python: Path, peer: Peer, requests: int) -> list[str]:
     return [str(python), *peer.arguments(requests)]
 
 
+def _core() -> str:
+    return "core compiled" if (ROOT / "servesim" / "_compiled.json").exists() else "pure Python"
+
+
 def section(tools: Sequence[Tool], sizes: Sequence[int], repeats: int, refused: Sequence[str]) -> str:
     """The measurements as Markdown."""
     ours, *others = tools
@@ -187,7 +196,8 @@ def section(tools: Sequence[Tool], sizes: Sequence[int], repeats: int, refused: 
     ]
     parts = [
         paragraph(
-            "CPU time and peak memory of whole processes of servesim, divided by those of other simulators: "
+            f"CPU time and peak memory of whole processes of servesim ({_core()}), divided by those of other "
+            "simulators: "
             "512 in / 512 out at 10 req/s on one instance, the least CPU time of "
             f"{repeats} runs each, taken in turns, by `python benchmarks/peers.py` on {machine()}. Each "
             "tool has kernel times of its own; this compares what they take, not what they predict."

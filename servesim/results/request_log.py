@@ -226,10 +226,11 @@ class RequestLog(Sequence[RequestRecord]):
         """The exact sum of a number that is mostly 0."""
         return sum(self._few[name].values())
 
-    def runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def runs(self) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
         """(track, first, last) of the first run of tokens of every record, shape (records,); a track below
         0 where there is none."""
-        return self.column("track"), self.column("first"), self.column("last")
+        each = self._each  # no copies: nothing can be added while somebody looks at them
+        return np.asarray(self._small["track"]), np.asarray(each["first"]), np.asarray(each["last"])
 
     @property
     def later_runs(self) -> dict[int, list[tuple[int, int, int]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -109,9 +110,8 @@ def _of_instance(instance: InstanceLog, arrivals: NDArray[np.int64]) -> Saturati
     if len(arrivals) and arrivals.max() > arrivals.min():
         first, last = int(arrivals.min()), int(arrivals.max())
         middle = (first + last) // 2
-        start = steps.start_ns.array()  # rises, so that a time is a slice
-        a, b, c = (int(np.searchsorted(start, at)) for at in (first, middle, last + 1))
-        del start
+        # starts rise, so that a time is a slice
+        a, b, c = (bisect_left(steps.start_ns, at) for at in (first, middle, last + 1))
         waiting = np.asarray(steps.waiting)
         early = _weighted_mean(waiting[a:b], durations[a:b])
         late = _weighted_mean(waiting[b:c], durations[b:c])

@@ -193,8 +193,9 @@ class TokenGaps:
         for track, (ends, (starts, stops)) in enumerate(zip(self.tracks, more, strict=True)):
             here = on == track
             occurs = np.zeros(len(ends) + 1, dtype=np.int32)
-            np.add.at(occurs, np.append(firsts[here], starts).astype(np.int64) + 1, 1)
-            np.subtract.at(occurs, np.append(lasts[here], stops).astype(np.int64) + 1, 1)
+            for change, first_runs, later_runs in ((1, firsts, starts), (-1, lasts, stops)):
+                np.add.at(occurs, first_runs[here] + 1, change)
+                np.add.at(occurs, np.array(later_runs, dtype=np.int64) + 1, change)
             occurs = np.cumsum(occurs, dtype=np.int32, out=occurs)[1:-1]
             gaps = _differences(ends)
             if not occurs.all():
