@@ -40,7 +40,7 @@ _MOST_LOAD_FOR_PREFIX = 2.0
 class Candidate:
     """An instance as the router sees it: its counts may be as old as the last refresh."""
 
-    __slots__ = ("_instance", "_npus", "_seen", "index", "on_the_way")
+    __slots__ = ("_instance", "_npus", "_seen", "in_front", "index", "on_the_way")
 
     def __init__(self, instance: Instance, live: bool) -> None:
         self._instance = instance
@@ -48,24 +48,26 @@ class Candidate:
         self._npus = instance.log.spec.num_npus
         self.index = instance.log.index
         """Number of the instance in the cluster."""
+        self.in_front = 0
+        """Requests that were given to the instance and are still in its front end: whoever gave them knows."""
         self.on_the_way = 0
         """Requests whose prompt is being computed elsewhere and that will be decoded here."""
 
     @property
     def num_waiting(self) -> int:
         """Requests that wait, those on their way included."""
-        return (self._seen or self._instance.counts())[0] + self.on_the_way
+        return (self._seen or self._counts())[0] + self.on_the_way
 
     @property
     def num_running(self) -> int:
         """Requests that run: admitted, and not ended or preempted."""
-        return (self._seen or self._instance.counts())[1]
+        return (self._seen or self._counts())[1]
 
     @property
     def load(self) -> float:
         """vLLM's measure of how busy an instance is, per NPU."""
         seen = self._seen
-        waiting, running = self._instance.counts() if seen is None else seen
+        waiting, running = self._counts() if seen is None else seen
         return (_WAITING_WEIGHT * (waiting + self.on_the_way) + running) / self._npus
 
     def cached_tokens(self, request: Request) -> int:
@@ -82,7 +84,11 @@ class Candidate:
 
     def refresh(self) -> None:
         """See the counts of now."""
-        self._seen = self._instance.counts()
+        self._seen = self._counts()
+
+    def _counts(self) -> tuple[int, int]:
+        waiting, running = self._instance.counts()
+        return waiting + self.in_front, running
 
     def expect_one(self) -> None:
         """Count a request that is queued there since the last refresh; live counts have it already."""
@@ -134,6 +140,16 @@ class Router:
         if role not in self._policies:
             self._policies[role] = load_policy(self._policy, self._seed + len(self._policies))
         return candidates[0] if len(candidates) == 1 else self._policies[role](request, candidates)
+
+    def sent(self, index: int) -> None:
+        """A request enters the front end of instance ``index``."""
+        self._candidates[index].in_front += 1
+        self.acted.add(index)
+
+    def received(self, index: int) -> None:
+        """One has left the front end of instance ``index`` for its engine."""
+        self._candidates[index].in_front -= 1
+        self.acted.add(index)
 
     def _least_loaded(self) -> Candidate:
         """What LOAD chooses of all instances, after a look at those alone that have done something."""

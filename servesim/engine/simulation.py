@@ -187,6 +187,7 @@ class Simulation:
             self._submit(instance, state, now)
             return
         state.record.front_end_ns = time_ns
+        self._router.sent(instance.log.index)
         ends.send(state, now + time_ns)
         self._clock.at(ends.next_ns, self._received)
 
@@ -196,6 +197,7 @@ class Simulation:
         assert ends is not None
         state = ends.pop()
         self._clock.at(ends.next_ns, self._received)
+        self._router.received(state.record.instance)
         self._submit(self.instances[state.record.instance], state, now)
 
     def _submit(self, instance: Instance, state: RequestState, now: int) -> None:

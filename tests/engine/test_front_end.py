@@ -61,3 +61,20 @@ def test_late_requests_may_overtake() -> None:
     received = [record.arrival_ns + record.front_end_ns for record in jittered.records]
     assert received != sorted(received)
     assert all(record.queued_ns >= record.arrival_ns + record.front_end_ns for record in jittered.records)
+
+
+@pytest.mark.parametrize("policy", ["LOAD", "PREFIX"])
+@pytest.mark.parametrize("refresh_s", [0.0, 0.1])
+@pytest.mark.parametrize("front_end_us", [0.0, 8000.0])
+def test_a_router_counts_who_is_in_a_front_end(policy: str, refresh_s: float, front_end_us: float) -> None:
+    """It knows whom it gave them to, though the engines have not seen them yet."""
+    workload = Workload([Request(i, 16, 4, 1_000 * i) for i in range(12)])
+    engine = {"front_end_us": front_end_us}
+    for sides in ((None, None, None), ("prefill", "prefill", "decode")):
+        instances = [toy_instance(engine=engine, pd_type=side) for side in sides]
+        result = servesim.simulate(
+            toy_cluster(instances), workload, request_routing_policy=policy, router_refresh=refresh_s
+        )
+        taken = np.bincount(result.requests["instance_id"], minlength=3)
+        fronts = sum(side != "decode" for side in sides)
+        assert taken[:fronts].tolist() == [12 // fronts] * fronts
