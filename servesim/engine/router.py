@@ -49,7 +49,7 @@ class Candidate:
         self.index = instance.log.index
         """Number of the instance in the cluster."""
         self.in_front = 0
-        """Requests that were given to the instance and are still in its front end: whoever gave them knows."""
+        """Requests that were given to the instance and are still in its front end."""
         self.on_the_way = 0
         """Requests whose prompt is being computed elsewhere and that will be decoded here."""
 
