@@ -74,6 +74,14 @@ class Candidate:
         """Tokens of the request's prompt in the instance's prefix cache right now."""
         return self._instance.cached_tokens(request)
 
+    def enter_front(self) -> None:
+        """Count a request that was given to the instance and is in its front end."""
+        self.in_front += 1
+
+    def leave_front(self) -> None:
+        """One of them is about to be queued here."""
+        self.in_front -= 1
+
     def announce(self) -> None:
         """Count a request whose prompt is being computed elsewhere and that will be decoded here."""
         self.on_the_way += 1
@@ -143,12 +151,12 @@ class Router:
 
     def sent(self, index: int) -> None:
         """A request enters the front end of instance ``index``."""
-        self._candidates[index].in_front += 1
+        self._candidates[index].enter_front()
         self.acted.add(index)
 
     def received(self, index: int) -> None:
         """One has left the front end of instance ``index`` for its engine."""
-        self._candidates[index].in_front -= 1
+        self._candidates[index].leave_front()
         self.acted.add(index)
 
     def _least_loaded(self) -> Candidate:
