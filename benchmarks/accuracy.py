@@ -3,6 +3,8 @@
     python benchmarks/accuracy.py            every run, and the section of benchmarks/RESULTS.md
     python benchmarks/accuracy.py --print    the section on the screen only
 
+The section of ``left_out.py``, the bands on public rows, follows where those rows are.
+
 The recordings, their workloads and the bundles measured on the recorded GPU are used where they are: in the
 folder that ``SERVESIM_RECORDED`` names, or beside the checkout. They are not part of the project.
 """
@@ -21,6 +23,7 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import left_out  # noqa: E402
 from results_page import measured_against_recordings  # noqa: E402
 
 from servesim.bench.agreement import METRICS, STATISTICS, Agreement  # noqa: E402
@@ -79,8 +82,14 @@ Outcomes = list["Agreement | str"]
 
 
 def main() -> int:
-    """Measure, and replace the section of RESULTS.md; returns the exit status."""
-    return measured_against_recordings("accuracy", (__doc__ or "").splitlines()[0], section, RECORDED)
+    """Measure, and replace the section of RESULTS.md; returns the exit status.
+
+    Then the same of the bands on the public rows, where those are.
+    """
+    status = measured_against_recordings("accuracy", (__doc__ or "").splitlines()[0], section, RECORDED)
+    if status or not (left_out.FOLDER / "closed_loop.csv").is_file():
+        return status
+    return left_out.main()
 
 
 def section() -> str:
