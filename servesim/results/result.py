@@ -172,7 +172,9 @@ class Result:
         """
         if self.options is not None and self.options.run_id:
             return self.options.run_id
-        return hashlib.sha256(__version__.encode() + self.requests.tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(__version__.encode())
+        digest.update(self.requests.view(np.uint8).data)  # no copy
+        return digest.hexdigest()[:16]
 
     @property
     def metadata(self) -> dict[str, str]:
