@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from servesim.api import load_cluster, simulate
-from servesim.engine.build import build_simulation
+from servesim.cost.terms import Shape
+from servesim.engine.build import build_simulation, step_pricing
 from servesim.errors import InputError
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
@@ -152,6 +153,20 @@ def test_halves_of_a_batch_overlap() -> None:
     assert step_us(log) == pytest.approx(10 + LAYERS * 2 * 100 + 20 + once)
     apart = run(pim_cluster(mem_size=1), decodes(990, 990), skip_prefill=True)
     assert step_us(apart) == pytest.approx(LAYERS * (3 * 11 + 200) + once)
+
+
+def test_a_half_attends_to_its_own_prompts() -> None:
+    """The NPU has the dense layers of both halves to do, and the attention of the prompt."""
+
+    def us(cluster: dict[str, Any], batch: Shape, **flags: Any) -> float:
+        options = RuntimeOptions(block_size=8, cudagraph=False, **flags)
+        return step_pricing(load_cluster(cluster), options, 0).us(batch)
+
+    chunk = ((64, 0),)
+    prompt_us = us(toy_cluster([toy_instance()]), Shape(chunk, 0, 0, 0, 0, []))
+    both = Shape(chunk, 1, 50, 50, 50, [50])
+    split_us = us(pim_cluster(), both, enable_sub_batch_interleaving=True)
+    assert split_us >= prompt_us + LAYERS * NPU_BLOCK
 
 
 def test_one_request_is_not_split() -> None:
