@@ -56,17 +56,23 @@ class Recorded:
     workload: str
     published_percent: tuple[float, float, float]
     """Errors of the means of TTFT, TPOT and latency, as LLMServingSim publishes them."""
+    has_links: bool = True
+    """Whether anything goes over a link, so that the unit of ``link_bw`` matters."""
 
     def run(self, *, link_gib: bool = True, **flags: Any) -> RecordedRun:
         return recorded_run(
             load_recording(RECORDED / "runs" / "RTXPRO6000" / self.folder),
             dataset=RECORDED / "workloads" / f"{self.workload}.jsonl.gz",
-            link_gib=link_gib,
+            link_gib=link_gib and self.has_links,
             flags=flags,
         )
 
 
-LLAMA = Recorded("Llama-3.1-8B, TP 1", "Llama-3.1-8B", "sharegpt-llama-3.1-8b-300-sps10", (-4.0, -1.0, -1.8))
+LLAMA = Recorded(
+    *("Llama-3.1-8B, TP 1", "Llama-3.1-8B", "sharegpt-llama-3.1-8b-300-sps10"),
+    published_percent=(-4.0, -1.0, -1.8),
+    has_links=False,
+)
 DENSE = Recorded("Qwen3-32B, TP 2", "Qwen3-32B", "sharegpt-qwen3-300-sps10", (1.3, 0.8, 1.0))
 MOE = Recorded(
     "Qwen3-30B-A3B, DP 2 × EP 2",
