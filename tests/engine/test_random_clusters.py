@@ -258,7 +258,7 @@ def test_random_clusters_recall_from_their_tiers() -> None:
     recalled = []
 
     @settings(
-        max_examples=150,
+        max_examples=200,
         derandomize=True,
         deadline=None,
         database=None,
