@@ -1,8 +1,8 @@
 """``python benchmarks/server.py [late|speed|abort|soak MINUTES]``: what the emulated server holds.
 
-late: 256 streams at speed 1, how long after their time tokens go out. speed: 1,000 requests at speed 100.
-abort: 10,000 streams that clients leave. soak: 64 streams for so many minutes, and the memory of the server
-at the end against that after the first tenth.
+late: 256 streams at speed 1, how long after their time tokens go out, and what one costs. speed: 1,000
+requests at speed 100. abort: 10,000 streams that clients leave. soak: 64 streams for so many minutes, and the
+memory of the server at the end against that after the first tenth.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class Server:
             told: dict[str, Any] = json.load(answer)
         return told
 
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"{self.url}/metrics") as answer:
+            return float(re.findall(rf"^vllm:{name}{{\S* (\S+)", answer.read().decode(), re.M)[0])
+
     def resident_mib(self) -> float:
         text = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
@@ -59,9 +63,7 @@ class Server:
 def server(*words: str) -> Iterator[Server]:
     process = subprocess.Popen([*SERVE, *words], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    line = process.stdout.readline()
-    while "http://" not in line:
-        line = process.stdout.readline()
+    line = next(line for line in process.stdout if "http://" in line)
     try:
         yield Server(process, re.findall(r"http://\S+", line)[0])
     finally:
@@ -89,12 +91,25 @@ async def stream(
     return got
 
 
-async def late(port: int) -> None:
+async def late(run: Server) -> None:
     async def one(number: int) -> None:
         await asyncio.sleep(number * 0.01)
-        await stream(port, 200, 400)
+        await stream(run.port, 200, 1000)
 
-    await asyncio.gather(*(one(number) for number in range(256)))
+    calls = asyncio.gather(*(one(number) for number in range(256)))
+    await asyncio.sleep(4)
+    cpu_s, tokens, readings = run.cpu_s(), run.metric("generation_tokens_total"), []
+    for _ in range(5):  # each of the latest 64 steps, while all streams run
+        await asyncio.sleep(1)
+        told = await asyncio.to_thread(run.status)
+        assert told["open"] == 256, told["open"]
+        assert run.metric("num_requests_running") == 256
+        readings.append(told["late_ms"])
+    cpu_s, tokens = run.cpu_s() - cpu_s, run.metric("generation_tokens_total") - tokens
+    medians, p99s = ([f"{each[name]:.2f}" for each in readings] for name in ("median", "p99"))
+    print(f"late: median {', '.join(medians)} ms, P99 {', '.join(p99s)} ms in five readings of 256 streams")
+    print(f"{1e6 * cpu_s / tokens:.1f} us of CPU a token: {cpu_s:.2f} s for {tokens:.0f} tokens in 5 s")
+    await calls
 
 
 async def paced(port: int) -> None:
@@ -130,9 +145,8 @@ async def soak(port: int, minutes: float) -> None:
 def main(words: list[str]) -> None:
     what = words[0] if words else "late"
     if what == "late":
-        with server() as run:
-            asyncio.run(late(run.port))
-            print(run.status()["late_ms"], f"{run.cpu_s():.1f} CPU s for 102,400 tokens")
+        with server("--max-num-seqs", "256") as run:
+            asyncio.run(late(run))
     elif what == "speed":
         with server("--speed", "100") as run:
             start = time.monotonic()

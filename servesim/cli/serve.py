@@ -130,9 +130,11 @@ def server_config(app: Starlette) -> uvicorn.Config:
     """How HTTP is spoken."""
     import uvicorn
 
+    from servesim.server.answer import HttpProtocol
+
     return uvicorn.Config(
         app,
-        http="h11",  # bounds the size of headers
+        http=HttpProtocol,  # h11 bounds the size of headers
         log_level="warning",
         access_log=False,
         timeout_keep_alive=30,

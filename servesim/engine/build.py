@@ -366,7 +366,9 @@ class Builder:
         pipeline = None
         if spec.pp_size > 1:
             pipeline = Pipeline(
-                track_maker(capacity.block_size, self.pipeline_tracks, len(self._placed)),
+                track_maker(
+                    capacity.block_size, self.pipeline_tracks, len(self._placed), self._new_steps
+                ),
                 spec.pp_size if options.async_scheduling else 0,
                 awaits_chunks=AWAITS_BATCHES.holds(options.vllm_version),
             )
@@ -465,12 +467,15 @@ def weight_warnings(model: ModelSpec) -> list[str]:
 
 
 def track_maker(
-    block_size: int, pipeline_tracks: list[array[int]], num_instances: int
+    block_size: int,
+    pipeline_tracks: list[array[int]],
+    num_instances: int,
+    new_steps: Callable[[], StepLog] = StepLog,
 ) -> Callable[[], DecodeSet]:
     """A function that makes decode sets, each with a new track at the end of ``pipeline_tracks``."""
 
     def new_decodes() -> DecodeSet:
-        times = array("q")
+        times = new_steps().end_ns  # a column of the kind that step ends are kept in
         pipeline_tracks.append(times)
         return DecodeSet(block_size, num_instances + len(pipeline_tracks) - 1, times)
 

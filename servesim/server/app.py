@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from servesim._version import __version__
 from servesim.results.units import SECOND
+from servesim.server.answer import Answer
 from servesim.server.asked import ApiError, Asked, chat_limit, read_chat, read_completion, read_response
 from servesim.server.live import Stream, why_refused
 from servesim.server.pace import VirtualPace
@@ -24,7 +25,7 @@ from servesim.server.prompts import chat_text
 from servesim.server.replies import ChatReply, CompletionReply, Reply, ResponseReply
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
     from servesim.server.live import LiveEngine
     from servesim.server.metrics import Metrics
     from servesim.server.prompts import Filler, OutputLength, Tokenizer
-
-    Scope = MutableMapping[str, Any]
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -177,9 +173,8 @@ class Server:
             raise ApiError(
                 503, f"{settings.most_open} answers are in the making already", "ServiceUnavailableError"
             )
-        news = asyncio.Event()
         streams = [
-            self._stream(asked, ids, model, most_tokens, news)
+            self._stream(asked, ids, model, most_tokens)
             for ids in asked.prompts
             for _ in range(asked.answers)
         ]
@@ -189,14 +184,13 @@ class Server:
         created = int(time.time())
         if isinstance(self.engine.pace, VirtualPace):
             created = self.engine.pace.now_ns() // SECOND
-        reply = form(given_id, created, model, streams, self.filler.text)
+        reply = form(given_id, created, model, streams, self.filler)
+        answer = Answer(self.engine, reply, stream=asked.stream, usage=asked.include_usage)
         self.engine.submit(streams)
         self.metrics.asked(streams[0], asked.answers, asked.max_tokens)
-        return Answer(self.engine, reply, news, stream=asked.stream, usage=asked.include_usage)
+        return answer
 
-    def _stream(
-        self, asked: Asked, ids: NDArray[np.int64], model: str, most_tokens: int | None, news: asyncio.Event
-    ) -> Stream:
+    def _stream(self, asked: Asked, ids: NDArray[np.int64], model: str, most_tokens: int | None) -> Stream:
         context = self.engine.max_model_len
         if not len(ids):
             raise ApiError(400, "the prompt is empty", param="prompt")
@@ -224,7 +218,7 @@ class Server:
         if reason:
             raise ApiError(400, reason)
         request.lora = model if model in self.settings.adapters else None
-        return Stream(request, asked.salt, ids.tobytes(), limited=limited, news=news)
+        return Stream(request, asked.salt, ids.tobytes(), limited=limited)
 
     def _cut(
         self, words: NDArray[np.int64], stop: str, least: int, limited: bool
@@ -362,81 +356,6 @@ class Server:
                     raise ApiError(400, "sleep_s: must be seconds from 0 to 1e8", param="sleep_s")
                 await pace.sleep(sleep_s, self.engine.woken)
         return JSONResponse({"now_s": pace.now_ns() / 1e9, "clients": pace.clients})
-
-
-class Answer(Response):
-    """Sends what a call asked for as it comes, and takes the call back if the client goes away."""
-
-    def __init__(
-        self, engine: LiveEngine, reply: Reply, news: asyncio.Event, *, stream: bool, usage: bool
-    ) -> None:
-        self._engine = engine
-        self._reply = reply
-        self._news = news
-        self._stream = stream
-        self._usage = usage
-        self._gone = False
-        self.background = None
-        self.status_code = 200
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        del scope
-        listener = asyncio.create_task(self._listen(receive))
-        try:
-            await (self._send_parts(send) if self._stream else self._send_whole(send))
-        finally:
-            listener.cancel()
-            self._engine.abort(self._reply.streams)
-
-    async def _listen(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self._gone = True
-        self._news.set()
-
-    async def _send_whole(self, send: Send) -> None:
-        streams = self._reply.streams
-        while not all(stream.done for stream in streams):
-            await self._news.wait()
-            self._news.clear()
-            if self._gone:
-                return
-        refused = next((stream.refused for stream in streams if stream.refused), "")
-        if refused:
-            error = ApiError(400, refused)
-            await _send_json(send, error.status, error.body())
-        else:
-            await _send_json(send, 200, self._reply.whole())
-
-    async def _send_parts(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        sent = [0] * len(self._reply.streams)
-        left = set(range(len(sent)))
-        parts = [self._reply.opening()]
-        while left:
-            if any(parts):
-                await send({"type": "http.response.body", "body": b"".join(parts), "more_body": True})
-            await self._news.wait()
-            self._news.clear()
-            if self._gone:
-                return
-            parts = []
-            for place in sorted(left):
-                stream = self._reply.streams[place]
-                parts.append(self._reply.part(place, sent[place], stream.tokens))
-                sent[place] = stream.tokens
-                if stream.done:
-                    left.remove(place)
-        parts.append(self._reply.closing(usage=self._usage))
-        await send({"type": "http.response.body", "body": b"".join(parts), "more_body": False})
-
-
-async def _send_json(send: Send, status: int, body: Mapping[str, Any]) -> None:
-    raw = orjson.dumps(body)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": raw, "more_body": False})
 
 
 async def _not_found(request: HttpRequest, error: Exception) -> Response:

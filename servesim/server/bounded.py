@@ -47,6 +47,11 @@ class Tail:
         """The entry; the oldest that is left, for one that is forgotten."""
         return self._values[index if index < 0 else max(index - self._first, 0)]
 
+    def since(self, index: int) -> array[int]:
+        """The entries from this one on; the oldest that is left, for each that is forgotten."""
+        place, values = index - self._first, self._values
+        return values[place:] if place >= 0 else values[:1] * -place + values
+
 
 class FewTail:
     """The last entries of a column that is 0 in most steps."""
@@ -95,7 +100,8 @@ class LiveTables(BlockTables):
         self._numbers = count(1)
         self._own = _OWN_BLOCKS
         self._salts: dict[int, str] = {}
-        self._ids: dict[tuple[int, int], list[int]] = {}
+        self._ids: dict[int, dict[int, list[int]]] = {}
+        """Index of a request → block size → its full blocks."""
 
     def remember(self, blocks: int) -> None:
         """Remember what caches of so many blocks can hold, and some more, from now on."""
@@ -127,14 +133,13 @@ class LiveTables(BlockTables):
     def forget(self, request: Request) -> None:
         """A request has left."""
         self._salts.pop(request.index, None)
-        for key in [key for key in self._ids if key[0] == request.index]:
-            del self._ids[key]
+        self._ids.pop(request.index, None)
 
     def shared_ids(self, request: Request, block_size: int) -> Sequence[int]:
-        key = (request.index, block_size)
-        if key not in self._ids:
-            self._ids[key] = list(self._chain(request, block_size))
-        return self._ids[key]
+        known = self._ids.setdefault(request.index, {})
+        if block_size not in known:
+            known[block_size] = list(self._chain(request, block_size))
+        return known[block_size]
 
     def new_table(self, request: Request, kv: AnyKvCache, *, lasting: bool = True) -> Any:
         own = self._own

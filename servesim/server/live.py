@@ -8,11 +8,10 @@ by then gives its tokens to the requests that wait for them.
 from __future__ import annotations
 
 import asyncio
-from array import array
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from servesim.engine.build import Builder
 from servesim.engine.clock import NEVER
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from servesim.engine.instance import Instance
     from servesim.engine.request_state import RequestState
     from servesim.engine.step_loop import LoopPlan
+    from servesim.server.bounded import Tail
     from servesim.server.kv_events import KvEvents
     from servesim.server.pace import Pace
     from servesim.specs.cluster import ClusterSpec
@@ -59,7 +59,7 @@ class Stream:
     last_token_ns: int = 0
     instance: int = 0
     cached_tokens: int = 0
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    receiver: Receiver | None = None
     state: RequestState | None = None
 
     @property
@@ -67,12 +67,18 @@ class Stream:
         return self.finish_reason is not None
 
 
+class Receiver(Protocol):
+    """To whom a stream goes; see :class:`servesim.server.answer.Answer`."""
+
+    def tell(self, stream: Stream) -> None: ...
+
+
 class Audience(Protocol):
     """Who counts what happens; see :class:`servesim.server.metrics.Metrics`."""
 
     def taken(self, stream: Stream) -> None: ...
 
-    def tokens(self, stream: Stream, times_ns: Sequence[int]) -> None: ...
+    def tokens(self, stream: Stream, before_ns: int, times_ns: Sequence[int]) -> None: ...
 
     def ended(self, stream: Stream, reason: str) -> None: ...
 
@@ -147,7 +153,8 @@ class LiveEngine:
         self.warnings = list(builder.warnings)
         self.tables = tables
         self._clock = builder.clock
-        self._pipeline_tracks = builder.pipeline_tracks
+        self._pipeline_tracks = cast("Sequence[Tail]", builder.pipeline_tracks)  # LiveSteps makes them
+        self._moved = builder.transfers.moved
         self._simulation = _LiveSimulation(
             plans, options, builder, self._submitted, self._ended, self._refused
         )
@@ -158,6 +165,7 @@ class LiveEngine:
         tables.remember(blocks)
         self.notes = list(builder.notes)
         self.woken = asyncio.Event()
+        self._speed = pace.speed if isinstance(pace, WallPace) else 0.0
         self.late_ns: deque[int] = deque(maxlen=KEPT_STEPS)
         """How long after their time the latest tokens went out, in wall-clock ns."""
         self._audience: Audience | None = None
@@ -262,12 +270,30 @@ class LiveEngine:
                 self.tables.salt(stream.request, stream.salt)
             self._simulation.take(stream.request, arrival_ns)
         due_ns = clock.run_until(now_ns)
-        for stream in list(self._streams.values()):
-            if stream.state is not None and not stream.done:
-                self._hand_out(stream, stream.state, now_ns)
+        self._hand_out(now_ns)
         if self._events:
             self._events.flush(now_ns)
+        del self._moved[:-KEPT_STEPS]
         return due_ns
+
+    def _hand_out(self, now_ns: int) -> None:
+        """Give every stream the tokens of the steps that have ended by ``now_ns``, then count them."""
+        handed: list[tuple[Stream, int, list[int]]] = []
+        latest: dict[tuple[int, int], list[int]] = {}
+        for stream in list(self._streams.values()):
+            state = stream.state
+            if state is None or stream.finish_reason is not None:
+                continue
+            times = self._token_times(state, stream.tokens, now_ns, latest)
+            if times:
+                handed.append((stream, stream.last_token_ns, times))
+                self._take_tokens(stream, state, times)
+                if stream.receiver:
+                    stream.receiver.tell(stream)
+                self._note_lateness(times)
+        if self._audience:
+            for stream, before_ns, times in handed:
+                self._audience.tokens(stream, before_ns, times)
 
     # ------------------------------------------------------------------ from the simulation
 
@@ -284,8 +310,14 @@ class LiveEngine:
         self.tables.forget(state.request)
         if stream.done:
             return
-        self._hand_out(stream, state, state.record.end_ns)
+        before_ns = stream.last_token_ns
+        times = self._token_times(state, stream.tokens, state.record.end_ns, {})
+        if times:
+            self._take_tokens(stream, state, times)
+            if self._audience:
+                self._audience.tokens(stream, before_ns, times)
         self._finish(stream, "length" if stream.limited else "stop")
+        self._note_lateness(times)
 
     def _refused(self, index: int, reason: str) -> None:
         stream = self._streams.pop(index)
@@ -295,59 +327,65 @@ class LiveEngine:
             self._audience.refused(stream)
         stream.finish_reason = "error"
         self._count_calls(-1)
-        stream.news.set()
+        if stream.receiver:
+            stream.receiver.tell(stream)
 
     def _finish(self, stream: Stream, reason: str) -> None:
         stream.finish_reason = reason
         self._count_calls(-1)
         if self._audience:
             self._audience.ended(stream, reason)
-        stream.news.set()
+        if stream.receiver:
+            stream.receiver.tell(stream)
 
     def _count_calls(self, calls: int) -> None:
         if isinstance(self.pace, VirtualPace):
             self.pace.enter(calls)
             self.woken.set()
 
-    def _hand_out(self, stream: Stream, state: RequestState, now_ns: int) -> None:
-        """Give a stream the tokens of the steps that have ended by ``now_ns``."""
-        times = self._token_times(state, stream.tokens, now_ns)
-        if not times:
-            return
+    @staticmethod
+    def _take_tokens(stream: Stream, state: RequestState, times_ns: Sequence[int]) -> None:
+        """A stream has got the tokens of steps that ended at these times."""
         if not stream.tokens:
             stream.cached_tokens = state.record.npu_hit + state.record.storage_hit
-            stream.first_token_ns = times[0]
-        stream.tokens += len(times)
-        if self._audience:
-            self._audience.tokens(stream, times)
-        stream.last_token_ns = times[-1]
-        if isinstance(self.pace, WallPace):
-            self.late_ns.append(int((self.pace.now_ns() - times[-1]) / self.pace.speed))
-        stream.news.set()
+            stream.first_token_ns = times_ns[0]
+        stream.tokens += len(times_ns)
+        stream.last_token_ns = times_ns[-1]
 
-    def _token_times(self, state: RequestState, seen: int, now_ns: int) -> list[int]:
-        """Ends in ns of the steps that made the tokens after the first ``seen``, up to ``now_ns``."""
+    def _note_lateness(self, times_ns: Sequence[int]) -> None:
+        """Tokens have gone out now."""
+        if self._speed:
+            now_ns = self.pace.now_ns()
+            for time_ns in times_ns:
+                self.late_ns.append(int((now_ns - time_ns) / self._speed))
+
+    def _token_times(
+        self, state: RequestState, seen: int, now_ns: int, latest: dict[tuple[int, int], list[int]]
+    ) -> list[int]:
+        """Ends in ns of the steps that made the tokens after the first ``seen``, up to ``now_ns``.
+
+        ``latest`` keeps the step ends of a track from an entry on, for requests that go on together.
+        """
         times: list[int] = []
-        runs = state.record.token_steps
         before = 0
-        for track, first, last in runs:
+        for track, first, last in state.record.token_steps:
             if seen < before + last - first + 1:
-                ends = self._track(track)
-                times += [ends[entry] for entry in range(first + max(seen - before, 0), last + 1)]
+                start = first + max(seen - before, 0)
+                times += self._track(track).since(start)[: last + 1 - start]
             before += last - first + 1
         if state.run_start >= 0:
-            ends = self._track(state.track)
-            entry, length = state.run_start + max(seen - before, 0), len(ends)
-            while entry < length and ends[entry] <= now_ns:
-                times.append(ends[entry])
-                entry += 1
+            key = state.track, state.run_start + max(seen - before, 0)
+            if key not in latest:
+                latest[key] = self._track(state.track).since(key[1]).tolist()
+            times += latest[key]
         while times and times[-1] > now_ns:
             times.pop()
         return times
 
-    def _track(self, track: int) -> array[int]:
+    def _track(self, track: int) -> Tail:
         beyond = track - len(self.instances)
-        return self._pipeline_tracks[beyond] if beyond >= 0 else self.instances[track].log.steps.end_ns
+        ends = self._pipeline_tracks[beyond] if beyond >= 0 else self.instances[track].log.steps.end_ns
+        return cast("Tail", ends)
 
 
 def why_refused(engine: LiveEngine, request: Request) -> str:

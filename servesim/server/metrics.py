@@ -5,12 +5,17 @@ What has no meaning here (multi-modal caches, corrupted logits, remote stages of
 
 from __future__ import annotations
 
+import time
+from bisect import bisect_left
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from prometheus_client import Metric
 
     from servesim.engine.instance import Instance
     from servesim.server.live import LiveEngine, Stream
@@ -66,6 +71,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...] | None]] = {
 }
 """Buckets None: 1, 2, 5, 10 … up to the longest context."""
 _LABELS = ("model_name", "engine")
+_GAPS = "inter_token_latency_seconds"
 
 
 class Metrics:
@@ -103,7 +109,12 @@ class Metrics:
         self._histograms = {
             key: Histogram(name(key), text, _LABELS, buckets=buckets or steps_of_tokens, registry=registry)
             for key, (text, buckets) in HISTOGRAMS.items()
+            if key != _GAPS
         }
+        self._gaps = _TokenGaps(name(_GAPS), HISTOGRAMS[_GAPS][0], model_name, len(engine.instances))
+        registry.register(self._gaps)
+        self._new_tokens = [0] * len(engine.instances)
+        """Tokens of each instance since the last look."""
         self._by_reason = Counter(
             name("request_success"), "Requests that ended.", (*_LABELS, "finished_reason"), registry=registry
         )
@@ -172,6 +183,8 @@ class Metrics:
         self._waiting_by_reason.labels(*labels, "capacity").set(waiting)
         self._waiting_by_reason.labels(*labels, "deferred").set(0)
         self._gauges["kv_cache_usage_perc"].labels(*labels).set(pool.num_used / pool.usable)
+        self._counters["generation_tokens"].labels(*labels).inc(self._new_tokens[index])
+        self._new_tokens[index] = 0
         self._count_steps(index, instance)
 
     def _look_at_adapters(self) -> None:
@@ -207,18 +220,15 @@ class Metrics:
         if max_tokens is not None:
             self._observe(stream, "request_params_max_tokens", max_tokens)
 
-    def tokens(self, stream: Stream, times_ns: Sequence[int]) -> None:
-        """Tokens went out."""
-        labels = (self._model, str(stream.instance))
-        self._counters["generation_tokens"].labels(*labels).inc(len(times_ns))
-        before = stream.last_token_ns
-        gaps = self._histograms["inter_token_latency_seconds"].labels(*labels)
+    def tokens(self, stream: Stream, before_ns: int, times_ns: Sequence[int]) -> None:
+        """Tokens went out, after one at ``before_ns``; 0: after none."""
+        self._new_tokens[stream.instance] += len(times_ns)
         for time_ns in times_ns:
-            if before:
-                gaps.observe((time_ns - before) * _NS)
+            if before_ns:
+                self._gaps.observe(stream.instance, time_ns - before_ns)
             else:
                 self._first(stream, time_ns)
-            before = time_ns
+            before_ns = time_ns
 
     def _first(self, stream: Stream, time_ns: int) -> None:
         labels = (self._model, str(stream.instance))
@@ -261,6 +271,33 @@ class Metrics:
 
     def _observe(self, stream: Stream, name: str, value: float) -> None:
         self._histograms[name].labels(self._model, str(stream.instance)).observe(value)
+
+
+class _TokenGaps:
+    """The histogram of the times between two tokens. It counts each token, so it does without locks."""
+
+    def __init__(self, name: str, text: str, model: str, instances: int) -> None:
+        self._name, self._text, self._model = name, text, model
+        self._bounds_ns = [round(bound / _NS) for bound in _ITL_S]
+        self._counts = [[0] * (len(_ITL_S) + 1) for _ in range(instances)]
+        self._sums_ns = [0] * instances
+        self._created_s = time.time()
+
+    def observe(self, instance: int, gap_ns: int) -> None:
+        self._counts[instance][bisect_left(self._bounds_ns, gap_ns)] += 1
+        self._sums_ns[instance] += gap_ns
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import HistogramMetricFamily
+
+        family = HistogramMetricFamily(self._name, self._text, labels=_LABELS)
+        for index, counts in enumerate(self._counts):
+            ends = [*(str(bound) for bound in _ITL_S), "+Inf"]
+            buckets = list(zip(ends, accumulate(counts), strict=True))
+            family.add_metric((self._model, str(index)), buckets, self._sums_ns[index] * _NS)
+            labels = dict(zip(_LABELS, (self._model, str(index)), strict=True))
+            family.add_sample(f"{self._name}_created", labels, self._created_s)
+        yield family
 
 
 _OFTEN = 10_000

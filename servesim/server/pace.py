@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Protocol
 
 from servesim.engine.clock import NEVER
 from servesim.results.units import SECOND
+
+_TIMER_S = 0.001
+"""The event loop waits in whole milliseconds, rounded up; the rest of one is slept, and nothing else runs."""
 
 
 class Pace(Protocol):
@@ -34,15 +37,21 @@ class WallPace:
         if due_ns >= NEVER:
             await woken.wait()
             return
-        left_s = (due_ns - self.now_ns()) / SECOND / self.speed
+        left_s = self._left_s(due_ns)
         if left_s <= 0 or woken.is_set():
             await asyncio.sleep(0)
             return
-        timer = asyncio.get_running_loop().call_later(left_s, woken.set)
+        early_s = _TIMER_S if left_s > _TIMER_S else 0.0
+        timer = asyncio.get_running_loop().call_later(left_s - early_s, woken.set)
         try:
             await woken.wait()
         finally:
             timer.cancel()
+        if 0 < (left_s := self._left_s(due_ns)) <= early_s:
+            sleep(left_s)
+
+    def _left_s(self, due_ns: int) -> float:
+        return (due_ns - self.now_ns()) / SECOND / self.speed
 
 
 class VirtualPace:

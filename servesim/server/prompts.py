@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
 import numpy as np
+import orjson
 
 from servesim.errors import InputError
 from servesim.workload.texts import load_tokenizer
@@ -89,6 +90,7 @@ class Filler:
             raise InputError("--tokenizer: none of its tokens is an English word, so it has no filler")
         self._ids = np.array(list(words), dtype=np.int64)
         self._text = words
+        self._quoted = {number: orjson.dumps(word) for number, word in words.items()}
 
     def ids(self, length: int, number: int) -> NDArray[np.int64]:
         """The tokens of answer ``number``, shape (length,)."""
@@ -99,6 +101,10 @@ class Filler:
     def text(self, ids: NDArray[np.int64], start: int, end: int) -> str:
         """The text of tokens ``start`` to ``end``."""
         return "".join(self._text[number] for number in ids[start:end].tolist())
+
+    def quoted(self, ids: NDArray[np.int64], start: int, end: int) -> list[bytes]:
+        """The texts of tokens ``start`` to ``end``, each as JSON."""
+        return [self._quoted[ids.item(place)] for place in range(start, end)]
 
 
 class OutputLength:

@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
     from servesim.server.live import Stream
-
-    TextOf = Callable[[NDArray[np.int64], int, int], str]
+    from servesim.server.prompts import Filler
 
 _HERE = "@text@"
 _DONE = b"data: [DONE]\n\n"
@@ -28,7 +24,7 @@ class Reply:
     part_kind = ""
 
     def __init__(
-        self, number: str, created: int, model: str, streams: Sequence[Stream], text_of: TextOf
+        self, number: str, created: int, model: str, streams: Sequence[Stream], filler: Filler
     ) -> None:
         """
         Args:
@@ -36,11 +32,13 @@ class Reply:
             created: time in s.
             model: the name that the client asked for.
             streams: its answers, in order.
-            text_of: the text of tokens ``start`` to ``end`` of an answer.
+            filler: what they say.
         """
         self.streams = streams
-        self._text_of = text_of
-        self._around: dict[tuple[int, str | None], tuple[bytes, bytes]] = {}
+        self._filler = filler
+        self._places = {stream: place for place, stream in enumerate(streams)}
+        self._between: dict[Stream, tuple[bytes, bytes]] = {}
+        """What comes before and after the text of a token that is not the last."""
         self._head = {"id": f"{self.prefix}{number}", "created": created, "model": model}
 
     def whole(self) -> dict[str, Any]:
@@ -55,15 +53,18 @@ class Reply:
         """What comes before the first token."""
         return b""
 
-    def part(self, place: int, start: int, end: int) -> bytes:
-        """Tokens ``start`` to ``end`` of one answer, one event each; the last one says why it ended."""
-        stream = self.streams[place]
-        events = [
-            self._event(place, self._text(stream, token, token + 1), None) for token in range(start, end)
-        ]
-        if stream.done:
-            last = self._text(stream, end - 1, end) if end > start else ""
-            events[-1:] = [self._event(place, last, stream.finish_reason)]
+    def part(self, stream: Stream, start: int, end: int, *, last: bool) -> bytes:
+        """Tokens ``start`` to ``end`` of one answer, one event each; the ``last`` one says why it ended."""
+        between = self._between.get(stream)
+        if between is None:
+            between = self._between[stream] = self._event_around(stream, None)
+        before, after = between
+        texts = self._quoted(stream, start, end)
+        if not last:
+            return b"".join([before + text + after for text in texts])
+        events = [before + text + after for text in texts[:-1]]
+        before, after = self._event_around(stream, stream.finish_reason)
+        events.append(before + (texts[-1] if texts else b'""') + after)
         return b"".join(events)
 
     def closing(self, *, usage: bool) -> bytes:
@@ -73,18 +74,20 @@ class Reply:
         told = {**self._head, "object": self.part_kind, "choices": [], "usage": self._usage()}
         return _event(told) + _DONE
 
-    def _event(self, place: int, text: str, reason: str | None) -> bytes:
-        around = self._around.get((place, reason))
-        if around is None:  # events of one answer differ in their text alone
-            choices = [self._part_choice(place, _HERE, reason)]
-            event = _event({**self._head, "object": self.part_kind, "choices": choices})
-            before, after = event.split(f'"{_HERE}"'.encode())
-            around = self._around[place, reason] = before, after
-        return around[0] + orjson.dumps(text) + around[1]
+    def _event_around(self, stream: Stream, reason: str | None) -> tuple[bytes, bytes]:
+        """What comes before and after the text of an event: events of one answer differ in that alone."""
+        choices = [self._part_choice(self._places[stream], _HERE, reason)]
+        event = _event({**self._head, "object": self.part_kind, "choices": choices})
+        before, after = event.split(f'"{_HERE}"'.encode())
+        return before, after
 
     def _text(self, stream: Stream, start: int, end: int) -> str:
         assert stream.request.output_ids is not None
-        return self._text_of(stream.request.output_ids, start, end)
+        return self._filler.text(stream.request.output_ids, start, end)
+
+    def _quoted(self, stream: Stream, start: int, end: int) -> list[bytes]:
+        assert stream.request.output_ids is not None
+        return self._filler.quoted(stream.request.output_ids, start, end)
 
     def _choice(self, place: int, text: str, reason: str | None) -> dict[str, Any]:
         raise NotImplementedError
@@ -173,8 +176,8 @@ class ResponseReply(Reply):
             ]
         )
 
-    def part(self, place: int, start: int, end: int) -> bytes:
-        stream = self.streams[place]
+    def part(self, stream: Stream, start: int, end: int, *, last: bool) -> bytes:
+        del last
         texts = [self._text(stream, token, token + 1) for token in range(start, end)]
         delta = "response.output_text.delta"
         return b"".join(self._told(delta, {**self._place, "delta": text, "logprobs": []}) for text in texts)
