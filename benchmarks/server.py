@@ -164,11 +164,13 @@ def main(words: list[str]) -> None:
     elif what == "soak":
         minutes = float(words[1]) if len(words) > 1 else 30.0
         with server() as run:
-            asyncio.run(soak(run.port, minutes / 10))
-            first = run.resident_mib()
-            asyncio.run(soak(run.port, minutes * 0.9))
-            last, told = run.resident_mib(), run.status()
-            print(f"{minutes:g} min, 64 streams: {first:.1f} -> {last:.1f} MiB ({last / first - 1:+.1%})")
+            held = []
+            for _ in range(10):
+                asyncio.run(soak(run.port, minutes / 10))
+                held.append(run.resident_mib())
+                print(f"{held[-1]:.1f} MiB, {run.metric('generation_tokens_total'):.0f} tokens", flush=True)
+            told, grown = run.status(), held[-1] / held[0] - 1
+            print(f"{minutes:g} min, 64 streams: {held[0]:.1f} -> {held[-1]:.1f} MiB ({grown:+.1%})")
             print({key: told[key] for key in ("late_ms", "free_blocks", "usable_blocks", "whole")})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from servesim.cli.parts import add_command
@@ -28,6 +29,9 @@ times as fast; --virtual-time N lets it pass only while N calls wait.
 """
 _NOT_SERVED = ("max_concurrency", "skip_prefill", "stepped", "sticky_sessions", "router_refresh")
 """Run flags that a server has no use for, beside those of workloads, ensembles and files."""
+
+_SPARE_CONNECTIONS = 1024
+"""Connections beside those of open answers: for short questions, and clients that keep theirs."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -122,12 +126,13 @@ def run(args: argparse.Namespace) -> int:
     listening = listen(args.host, args.port)
     host, port = listening.getsockname()[:2]
     say(f"{about}: listening on http://{f'[{host}]' if ':' in host else host}:{port}")
-    uvicorn.Server(server_config(app)).run([listening])
+    raise_file_limit()
+    uvicorn.Server(server_config(app, args.max_open)).run([listening])
     return 0
 
 
-def server_config(app: Starlette) -> uvicorn.Config:
-    """How HTTP is spoken."""
+def server_config(app: Starlette, most_open: int) -> uvicorn.Config:
+    """How HTTP is spoken, for so many open answers."""
     import uvicorn
 
     from servesim.server.answer import HttpProtocol
@@ -135,11 +140,21 @@ def server_config(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=HttpProtocol,  # h11 bounds the size of headers
+        limit_concurrency=most_open + _SPARE_CONNECTIONS,
         log_level="warning",
         access_log=False,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=2,
     )
+
+
+def raise_file_limit() -> None:
+    """Let the process have as many connections as the system lets it have."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -237,7 +252,9 @@ def build_app(args: argparse.Namespace, options: RuntimeOptions) -> tuple[Starle
             f"--cluster-config: has several models ({', '.join(sorted(names))}); a server has one"
         )
     model = load_model(names.pop())
-    tokenizer = LocalTokenizer(args.tokenizer) if args.tokenizer else Estimate(model.vocab_size)
+    tokenizer = (
+        LocalTokenizer(args.tokenizer) if args.tokenizer else Estimate(model.vocab_size, engine.max_model_len)
+    )
     served = tuple(args.served_model_name or [model.name])
     settings = Settings(
         models=(*served, *adapters),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import h11
 import orjson
 from starlette.responses import Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -27,24 +28,66 @@ if TYPE_CHECKING:
     Receive = Callable[[], Awaitable[Message]]
     Send = Callable[[Message], Awaitable[None]]
 
+PATIENCE_S = 60
+"""How long a client may take to send its request, or to read what waits for it."""
 _TRANSPORT = "transport"
 _MOST_AT_ONCE = 256
 """Tokens of an answer that are made text for one write: what a client who reads slowly can occupy."""
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, whose applications find the connection in ``scope["state"]``."""
+    """uvicorn's HTTP/1.1, whose applications find the connection in ``scope["state"]``.
+
+    It lets go of clients that open a connection and send no request, and of connections beyond
+    ``limit_concurrency``.
+    """
+
+    _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.app_state = {**self.app_state, _TRANSPORT: transport}
+        most = self.config.limit_concurrency
+        if most is not None and len(self.connections) > most:
+            transport.abort()
+        self._deadline = self.loop.call_later(PATIENCE_S, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:  # part of a head has come
+            if self._deadline is None:
+                self._deadline = self.loop.call_later(PATIENCE_S, self._give_up)
+        elif self._deadline:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._deadline:
+            self._deadline.cancel()
+
+    def _give_up(self) -> None:
+        """No whole head of a request has come in time."""
+        self._deadline = None
+        self.transport.abort()
 
 
 class Answer(Response):
     """Sends what a call asked for as it comes, and takes the call back if the client goes away."""
 
-    def __init__(self, engine: LiveEngine, reply: Reply, *, stream: bool, usage: bool) -> None:
+    def __init__(
+        self, engine: LiveEngine, reply: Reply, hold: Callable[[int], None], *, stream: bool, usage: bool
+    ) -> None:
+        """
+        Args:
+            engine: what makes the answer.
+            reply: its form.
+            hold: told 1 now and -1 once it needs no memory any more.
+            stream: whether it comes in parts.
+            usage: whether the last part tells the tokens.
+        """
         self._engine = engine
+        self._hold = hold
         self._reply = reply
         self._stream = stream
         self._usage = usage
@@ -57,22 +100,31 @@ class Answer(Response):
         self.status_code = 200
         for each in reply.streams:
             each.receiver = self
+        hold(1)
 
     def tell(self, stream: Stream) -> None:
         """A stream has new tokens, or has ended."""
-        transport = self._transport
-        if transport is None or stream.done or transport.is_closing() or transport.get_write_buffer_size():
+        transport, sent = self._transport, self._sent[stream]
+        if transport is None or stream.done or stream.tokens - sent > _MOST_AT_ONCE:
             self._news.set()
             return
-        part = self._reply.part(stream, self._sent[stream], stream.tokens, last=False)
+        if transport.is_closing() or transport.get_write_buffer_size():
+            self._news.set()
+            return
+        part = self._reply.part(stream, sent, stream.tokens, last=False)
         self._sent[stream] = stream.tokens
         transport.write(b"%x\r\n%b\r\n" % (len(part), part))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         listener = asyncio.create_task(self._listen(receive))
+
+        async def patient(message: Message) -> None:
+            async with asyncio.timeout(PATIENCE_S):  # for a client that does not read
+                await send(message)
+
         try:
-            await (self._send_parts(scope, send) if self._stream else self._send_whole(send))
-        except asyncio.CancelledError:  # the server ends; uvicorn would show where each answer was
+            await (self._send_parts(scope, patient) if self._stream else self._send_whole(patient))
+        except (TimeoutError, asyncio.CancelledError):  # or the server ends: no reason for a traceback
             connection = scope.get("state", {}).get(_TRANSPORT)
             if connection is None:
                 raise
@@ -82,6 +134,7 @@ class Answer(Response):
             self._transport = None
             listener.cancel()
             self._engine.abort(self._reply.streams)
+            self._hold(-1)
 
     async def _listen(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

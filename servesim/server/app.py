@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from servesim._version import __version__
 from servesim.results.units import SECOND
-from servesim.server.answer import Answer
+from servesim.server.answer import PATIENCE_S, Answer
 from servesim.server.asked import ApiError, Asked, chat_limit, read_chat, read_completion, read_response
 from servesim.server.live import Stream, why_refused
 from servesim.server.pace import VirtualPace
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from servesim.server.live import LiveEngine
     from servesim.server.metrics import Metrics
     from servesim.server.prompts import Filler, OutputLength, Tokenizer
+
+_TOKENS_OF_AN_ANSWER = 4096
+"""As many, times the most open answers, can be in the making: 200 MiB with the default."""
 
 
 @dataclass(slots=True)
@@ -71,6 +75,8 @@ class Server:
         self.settings = settings
         self._sleeping = False
         self._calls = count()
+        self._held = [0, 0]
+        """Answers that clients have not got in full yet, and their tokens."""
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -133,10 +139,16 @@ class Server:
     async def _body(self, request: HttpRequest) -> dict[str, Any]:
         """The JSON object that the client sent."""
         most, raw = self.settings.most_body_bytes, bytearray()
-        async for part in request.stream():
-            raw += part
-            if len(raw) > most:
-                raise ApiError(413, f"the body is longer than {most} bytes", "RequestEntityTooLarge")
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                async for part in request.stream():
+                    raw += part
+                    if len(raw) > most:
+                        raise ApiError(413, f"the body is longer than {most} bytes", "RequestEntityTooLarge")
+        except TimeoutError:
+            raise ApiError(408, f"the body has not come within {PATIENCE_S} s", "RequestTimeout") from None
+        except ClientDisconnect:
+            raise ApiError(400, "the client has gone before its body came") from None
         try:
             body = orjson.loads(bytes(raw))
         except orjson.JSONDecodeError as error:
@@ -169,7 +181,7 @@ class Server:
         if self._sleeping:
             raise ApiError(503, "the engine sleeps; POST /wake_up first", "ServiceUnavailableError")
         count_of = len(asked.prompts) * asked.answers
-        if self.engine.open_streams + count_of > settings.most_open:
+        if self._held[0] + count_of > settings.most_open:
             raise ApiError(
                 503, f"{settings.most_open} answers are in the making already", "ServiceUnavailableError"
             )
@@ -184,8 +196,19 @@ class Server:
         created = int(time.time())
         if isinstance(self.engine.pace, VirtualPace):
             created = self.engine.pace.now_ns() // SECOND
+        held = len(streams), sum(stream.request.output_tokens for stream in streams)
+        most_tokens_held = max(settings.most_open * _TOKENS_OF_AN_ANSWER, self.engine.max_model_len)
+        if self._held[1] and self._held[1] + held[1] > most_tokens_held:
+            raise ApiError(
+                503, f"{self._held[1]} tokens are in the making already", "ServiceUnavailableError"
+            )
+
+        def hold(sign: int) -> None:
+            for place in (0, 1):
+                self._held[place] += sign * held[place]
+
         reply = form(given_id, created, model, streams, self.filler)
-        answer = Answer(self.engine, reply, stream=asked.stream, usage=asked.include_usage)
+        answer = Answer(self.engine, reply, hold, stream=asked.stream, usage=asked.include_usage)
         self.engine.submit(streams)
         self.metrics.asked(streams[0], asked.answers, asked.max_tokens)
         return answer
@@ -197,7 +220,7 @@ class Server:
         if len(ids) >= context:
             raise ApiError(
                 400,
-                f"This model's maximum context length is {context} tokens. However, your prompt has "
+                f"This model's maximum context length is {context} tokens. However, your prompt has at least "
                 f"{len(ids)} tokens. Please reduce its length.",
             )
         request = self.engine.new_request(ids, ids[:0], None)
@@ -264,6 +287,10 @@ class Server:
         if not isinstance(text, str):
             raise ApiError(400, "prompt: must be a text", param="prompt")
         ids = self.tokenizer.encode(text)
+        if len(ids) > self.engine.max_model_len:
+            raise ApiError(
+                400, f"prompt: has more tokens than the {self.engine.max_model_len} of the context"
+            )
         return JSONResponse(
             {
                 "count": len(ids),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from servesim.server.prompts import Tokenizer
 
 _MOST_ANSWERS = 128
+_MOST_STOPS = 32
 _CHAT_TOKENS = 256
 """Length of a chat's answer where the client sets no limit: a model would end it, and here nothing does."""
 _COMPLETION_TOKENS = 16
@@ -125,6 +126,10 @@ def _common(body: Mapping[str, Any], *lengths: str) -> Asked:
     asked.stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(asked.stop, list) or not all(isinstance(word, str) for word in asked.stop):
         raise ApiError(400, "stop: must be a text or a list of texts", param="stop")
+    if len(asked.stop) > _MOST_STOPS:
+        raise ApiError(
+            400, f"stop: {len(asked.stop)} texts; at most {_MOST_STOPS} are looked for", param="stop"
+        )
     salt = body.get("cache_salt") or ""
     if not isinstance(salt, str):
         raise ApiError(400, "cache_salt: must be a text", param="cache_salt")
@@ -170,7 +175,7 @@ def _prompts(given: Any, tokenizer: Tokenizer, vocab_size: int) -> list[NDArray[
 
 
 def _ids(given: Sequence[Any], vocab_size: int) -> NDArray[np.int64]:
-    if not all(type(number) is int and 0 <= number < vocab_size for number in given):
+    if not set(map(type, given)) <= {int} or (given and not 0 <= min(given) <= max(given) < vocab_size):
         raise ApiError(400, f"prompt: token ids must be whole numbers below {vocab_size}", param="prompt")
     return np.array(given, dtype=np.int64)
 

@@ -8,6 +8,7 @@ it had, and hits the prefix cache as it would in a real server.
 from __future__ import annotations
 
 import re
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 from zlib import crc32
 
@@ -42,12 +43,19 @@ class Tokenizer(Protocol):
 class Estimate:
     """A tokenizer that needs no file; equal beginnings of two texts have equal tokens."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, most_tokens: int) -> None:
+        """
+        Args:
+            vocab_size: token ids are below it.
+            most_tokens: of a text that are of interest; one more of a longer text is given, and no others.
+        """
         self._vocab_size = vocab_size
+        self._most_tokens = most_tokens
         self._words = {self._id(f" {word}"): f" {word}" for word in _WORDS}
 
     def encode(self, text: str) -> list[int]:
-        return [self._id(piece) for piece in _PIECE.findall(text)]
+        pieces = islice(_PIECE.finditer(text), self._most_tokens + 1)
+        return [self._id(piece.group()) for piece in pieces]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Filler words as they were; other tokens by their number, for their text is not known."""

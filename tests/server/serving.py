@@ -70,7 +70,7 @@ def serving(words: str) -> Iterator[Served]:
     serve.check(args)
     app, _, _ = serve.build_app(args, from_namespace(args))
     listening = serve.listen(args.host, args.port)
-    server = uvicorn.Server(serve.server_config(app))
+    server = uvicorn.Server(serve.server_config(app, args.max_open))
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     try:
