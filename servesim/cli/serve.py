@@ -167,6 +167,8 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, number)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # else the system keeps megabytes for every client that reads slowly
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 128 << 10)
         listening.bind(address)
         listening.listen(2048)
     except OSError as error:
