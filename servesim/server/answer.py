@@ -134,6 +134,8 @@ class Answer(Response):
             self._transport = None
             listener.cancel()
             self._engine.abort(self._reply.streams)
+            for each in self._reply.streams:
+                each.receiver = None  # no cycle, so that its memory is free at once
             self._hold(-1)
 
     async def _listen(self, receive: Receive) -> None:
