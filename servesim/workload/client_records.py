@@ -28,14 +28,17 @@ _LATEST_S = 2**62 / 1e9  # clocks count from 1970
 
 
 def load_aiperf(source: str, lines: Iterator[tuple[int, bytes]], loading: Loading) -> Workload:
-    """AIPerf's ``profile_export.jsonl``: a request a line; warm-up and failed requests are left out."""
+    """AIPerf's ``profile_export.jsonl``: a request a line; warm-up, failed and cancelled
+    requests are left out."""
 
     def requests(line: bytes, index: int) -> list[Request]:
         entry = json_object(line)
         told, metrics = entry.get("metadata"), entry.get("metrics")
         if not isinstance(told, dict) or not isinstance(metrics, dict):
             raise EntryError("metadata, metrics: are missing; must be objects")
-        if entry.get("error") or told.get("benchmark_phase", "profiling") != "profiling":
+        if entry.get("error") or told.get("was_cancelled"):
+            return []
+        if told.get("benchmark_phase", "profiling") != "profiling":
             return []
         start_ns = whole_number(told.get("request_start_ns"), "metadata.request_start_ns", 0, 2**63 - 1)
         lengths = []

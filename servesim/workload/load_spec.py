@@ -2,10 +2,10 @@
 
 Read are ``load`` (``type`` constant or poisson, ``stages`` of ``rate`` per second and ``duration`` in s,
 and ``interval``, the pause in s between stages) and ``data`` (``type`` random or synthetic with
-``input_distribution`` and ``output_distribution`` of ``min``, ``max``, ``mean``, ``std_dev``; or
-shared_prefix with ``num_groups``, ``num_prompts_per_group``, ``system_prompt_len``, ``question_len``,
-``output_len``). What else is in the file is about servers and reports, and is not used. Chance comes from
-the seed.
+``input_distribution`` and ``output_distribution``; or shared_prefix). Names, defaults and the ways of drawing
+are those of inference-perf 0.7; it also waits for the last answer of a stage before the next one, which no
+spec can tell. What else is in the file is about servers and reports, and is not used. Chance comes from the
+seed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from servesim.errors import InputError
 from servesim.workload.entries import MAX_TOKENS, REQUEST_BYTES, MemoryBudget, shown
-from servesim.workload.generators import Distribution
+from servesim.workload.generators import Distribution, normal
 from servesim.workload.request import Request, Workload
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def load_spec(source: str, lines: Iterator[tuple[int, bytes]], loading: Loading)
     )
     arrivals = _arrivals_ns(source, _section(source, spec, "load"), rng_times)
     data = _section(source, spec, "data")
+    _refuse(source, "data", data, ("multimodal", "trace"))
     kind = data.get("type")
     if kind not in _DATA:
         raise InputError(
@@ -53,8 +54,8 @@ def load_spec(source: str, lines: Iterator[tuple[int, bytes]], loading: Loading)
         _add_shared(workload, source, data, arrivals[:count], rng_lengths)
         return workload
     lengths = [
-        _distribution(source, data, f"{side}_distribution").draw_whole(count, rng_lengths)
-        for side in ("input", "output")
+        _lengths(source, f"data.{name}", data.get(name), count, rng_lengths)
+        for name in ("input_distribution", "output_distribution")
     ]
     for index, arrival_ns in enumerate(arrivals[:count].tolist()):
         workload.requests.append(Request(index, int(lengths[0][index]), int(lengths[1][index]), arrival_ns))
@@ -91,8 +92,15 @@ def _number(source: str, where: str, value: object, low: float, high: float) -> 
     return float(value)
 
 
+def _refuse(source: str, where: str, section: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        if section.get(name):
+            raise InputError(f"{source}: {where}.{name}: cannot be drawn here; leave it out")
+
+
 def _arrivals_ns(source: str, load: dict[str, Any], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Arrival times in ns, ascending; a constant load sends at equal distances, any other as Poisson does."""
+    """Arrival times in ns, ascending."""
+    _refuse(source, "load", load, ("sweep", "trace", "lora_traffic_split"))
     stages = load.get("stages")
     if not isinstance(stages, list) or not stages:
         raise InputError(f"{source}: load.stages: {shown(stages)} must be a list of rate and duration")
@@ -112,10 +120,12 @@ def _arrivals_ns(source: str, load: dict[str, Any], rng: np.random.Generator) ->
         duration_s = _number(source, f"{where}.duration", stage.get("duration"), 1e-3, 1e7)
         count = math.floor(rate * duration_s)
         budget.take(16 * count)
-        # a Poisson process of a given count: so many independent times within the stage
-        drawn = np.sort(rng.random(count)) * duration_s
-        times.append(begun_s + (np.arange(count) / rate if kind == "constant" else drawn))
-        begun_s += duration_s + pause_s
+        # inference-perf's constant load has exponential gaps too, but they add up to the duration
+        drawn = np.cumsum(-np.log1p(-rng.random(count))) / rate
+        if kind == "constant" and count:
+            drawn *= duration_s / drawn[-1]
+        times.append(begun_s + drawn)
+        begun_s += max(duration_s, *drawn[-1:].tolist(), 0.0) + pause_s
     found = np.rint(np.concatenate(times) * 1e6).astype(np.int64) * 1000
     if not len(found):
         raise InputError(f"{source}: load.stages: send no request; raise rate or duration")
@@ -123,20 +133,46 @@ def _arrivals_ns(source: str, load: dict[str, Any], rng: np.random.Generator) ->
     return arrivals
 
 
-def _distribution(source: str, data: dict[str, Any], name: str) -> Distribution:
-    """A normal distribution of lengths, cut off at its ends."""
-    given = data.get(name)
+def _lengths(
+    source: str, where: str, given: object, count: int, rng: np.random.Generator, *, shared: bool = False
+) -> NDArray[np.int64]:
+    """``count`` lengths of a distribution, shape (count,).
+
+    ``shared``: as for shared prefixes, where a lognormal distribution does not start at ``min``, a uniform
+    one has one number more, and a number alone is fixed.
+    """
+    if shared and isinstance(given, int) and not isinstance(given, bool):
+        return np.full(count, int(_number(source, where, given, 1, MAX_TOKENS)), dtype=np.int64)
     if not isinstance(given, dict):
-        raise InputError(f"{source}: data.{name}: {shown(given)} must have min, max, mean and std_dev")
-    low, high = (
-        _number(source, f"data.{name}.{key}", given.get(key, default), 1, MAX_TOKENS)
-        for key, default in (("min", 10), ("max", 1024))
-    )
-    mean = _number(source, f"data.{name}.mean", given.get("mean", (low + high) / 2), 1, MAX_TOKENS)
-    std = _number(source, f"data.{name}.std_dev", given.get("std_dev", 0), 0, MAX_TOKENS)
+        raise InputError(f"{source}: {where}: {shown(given)} must have min, max, mean and std_dev")
+    low = _number(source, f"{where}.min", given.get("min", 10), 0 if shared else 1, MAX_TOKENS)
+    high = _number(source, f"{where}.max", given.get("max", 1024), 1, MAX_TOKENS)
+    mean = _number(source, f"{where}.mean", given.get("mean", 512), 1, MAX_TOKENS)
+    std = _number(source, f"{where}.std_dev", given.get("std_dev", 200), 0, MAX_TOKENS)
+    if given.get("variance") is not None:
+        std = math.sqrt(_number(source, f"{where}.variance", given["variance"], 0, MAX_TOKENS**2))
     if low > high:
-        raise InputError(f"{source}: data.{name}: min is above max")
-    return Distribution("normal", mean, std, low, high)
+        raise InputError(f"{source}: {where}: min is above max")
+    kind = given.get("type", "normal")
+    if kind == "fixed":
+        drawn = np.full(count, math.floor(mean), dtype=np.float64)
+        low, high = 1, MAX_TOKENS
+    elif kind == "uniform":
+        drawn = low + (high + shared - low) * rng.random(count)
+    elif kind == "lognormal":
+        start = 0.0 if shared else low
+        above = mean - start if mean > start else 1.0
+        drawn = start + Distribution(kind, above, std, 0.0, math.inf).draw(count, rng)
+    elif kind == "normal":
+        if not shared and not low <= mean <= high:
+            raise InputError(f"{source}: {where}.mean: {mean:g} is not possible; must be from min to max")
+        drawn = mean + std * normal(count, rng)
+    else:
+        raise InputError(
+            f"{source}: {where}.type: {shown(kind)} cannot be drawn here; must be normal, lognormal, uniform "
+            "or fixed"
+        )
+    return np.maximum(np.rint(np.clip(drawn, low, high)), 1).astype(np.int64)
 
 
 def _add_shared(
@@ -147,37 +183,45 @@ def _add_shared(
     rng: np.random.Generator,
 ) -> None:
     """Prompts of groups that begin with the group's own text; every prompt of every group comes in turn."""
-    given = _section(source, data, "shared_prefix")
-    groups, per_group, prefix, question, output = (
-        int(_number(source, f"data.shared_prefix.{key}", given.get(key, default), 1, 2**24))
-        for key, default in (
-            ("num_groups", 10),
-            ("num_prompts_per_group", 10),
-            ("system_prompt_len", 100),
-            ("question_len", 50),
-            ("output_len", 50),
+    given, where = _section(source, data, "shared_prefix"), "data.shared_prefix"
+    _refuse(source, where, given, ("enable_multi_turn_chat", "multimodal"))
+    groups, per_group, prefix = (
+        int(_number(source, f"{where}.{names[0]}", _named(given, names, default), 1, 2**24))
+        for names, default in (
+            (("num_groups", "num_unique_system_prompts"), 10),
+            (("num_prompts_per_group", "num_users_per_system_prompt"), 10),
+            (("system_prompt_len",), 100),
         )
     )
-    order = np.argsort(rng.random(groups * per_group), kind="stable")
-    # a hash a token would be the prompt again: the group's text is one hash, the question another
-    per_hash = math.gcd(prefix, question)
-    head, tail = prefix // per_hash, question // per_hash
+    count = groups * per_group
+    MemoryBudget(source).take(32 * count)
+    questions, outputs = (
+        _lengths(source, f"{where}.{names[0]}", _named(given, names, 50), count, rng, shared=True)
+        for names in (("question_distribution", "question_len"), ("output_distribution", "output_len"))
+    )
+    order = np.argsort(rng.random(count), kind="stable")
+    # a hash a token would be the prompt again: one stands for the group's text, others for the question
+    tails = -(-questions // prefix)
+    ends = groups + np.cumsum(tails)
     for index, arrival_ns in enumerate(arrivals.tolist()):
-        prompt = int(order[index % len(order)])
-        first = prompt % groups * head
-        hashes = np.concatenate(
-            (np.arange(first, first + head), groups * head + prompt * tail + np.arange(tail))
-        )
+        prompt = int(order[index % count])
+        tail = np.arange(ends[prompt] - tails[prompt], ends[prompt])
+        tokens = prefix + int(questions[prompt])
         workload.requests.append(
             Request(
-                *(index, prefix + question, output, arrival_ns),
-                hashes=hashes.astype(np.int64),
-                tokens_per_hash=per_hash,
-                hashed_tokens=prefix + question,
+                *(index, tokens, int(outputs[prompt]), arrival_ns),
+                hashes=np.concatenate(([prompt // per_group], tail)).astype(np.int64),
+                tokens_per_hash=prefix,
+                hashed_tokens=tokens,
             )
         )
-    if len(arrivals) > len(order):
+    if len(arrivals) > count:
         _log.warning(
             "%s: %d requests come of %d prompts, so that whole prompts repeat",
-            *(source, len(arrivals), len(order)),
+            *(source, len(arrivals), count),
         )
+
+
+def _named(given: dict[str, Any], names: tuple[str, ...], default: int) -> object:
+    """What is there under one of several names."""
+    return next((given[name] for name in names if given.get(name) is not None), default)

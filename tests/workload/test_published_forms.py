@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import tracemalloc
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -225,9 +226,11 @@ def test_aiperf_records_are_read(tmp_path: Path) -> None:
     warm = aiperf(0, 3, 3)
     warm["metadata"]["benchmark_phase"] = "warmup"
     failed = aiperf(3, 1, 1, error={"code": 500})
-    workload = loaded(tmp_path, [warm, aiperf(5, 550, 80), aiperf(2, 12.0, 9), failed])
+    cancelled = aiperf(4, 1, 1)
+    cancelled["metadata"]["was_cancelled"] = True
+    workload = loaded(tmp_path, [warm, aiperf(5, 550, 80), aiperf(2, 12.0, 9), failed, cancelled])
     assert rows(workload) == [(3, 550, 80), (0, 12, 9)]
-    assert workload.skipped == 2
+    assert workload.skipped == 3
     with pytest.raises(InputError, match="holds statistics of a run, and no request; give AIPerf's"):
         loaded(tmp_path, json.dumps({"aiperf_version": "0.13", "request_throughput": {"avg": 1}}, indent=1))
 
@@ -367,18 +370,39 @@ data:
 
 
 def test_a_spec_sends_its_stages(tmp_path: Path) -> None:
+    """inference-perf's constant load has drawn gaps that add up to the duration of the stage."""
     spec = SPEC % "random" + "  input_distribution: {min: 10, max: 100, mean: 50, std_dev: 0}\n"
     spec += "  output_distribution: {min: 5, max: 20, mean: 12, std_dev: 100}\n"
     workload = loaded(tmp_path, spec)
     times = [request.arrival_ns / S for request in workload]
-    assert times == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5, *(8 + i / 10 for i in range(10))])
+    assert times == sorted(times)
+    assert len(times) == 16
+    assert times[15] - times[5] == pytest.approx(5 + 1)  # the pause, and the second stage to its end
+    assert len({round(late - early, 6) for early, late in pairwise(times)}) == 15
     assert {request.input_tokens for request in workload} == {50}
     assert {request.output_tokens for request in workload} <= set(range(5, 21))
     assert rows(loaded(tmp_path, spec)) == rows(workload)
     assert rows(loaded(tmp_path, spec, seed=7)) != rows(workload)
     drawn = loaded(tmp_path, spec.replace("constant", "poisson"), num_reqs=9)
     assert len(drawn) == 9
-    assert max(request.arrival_ns for request in drawn.requests[:6]) < 3 * S
+
+
+@pytest.mark.parametrize(
+    ("given", "mean", "low", "high"),
+    [
+        ("{}", 512, 10, 1024),  # its defaults: a deviation of 200
+        ("{type: fixed, mean: 700.9}", 700, 700, 700),
+        ("{type: uniform, min: 100, max: 300}", 200, 100, 300),
+        ("{type: lognormal, min: 100, max: 100000, mean: 400, std_dev: 150}", 400, 100, 100000),
+        ("{mean: 300, std_dev: 0, variance: 900, min: 1}", 300, 1, 1024),
+    ],
+)
+def test_a_spec_draws_lengths(tmp_path: Path, given: str, mean: float, low: int, high: int) -> None:
+    spec = (SPEC % "synthetic").replace("rate: 10", "rate: 4000")
+    spec += f"  input_distribution: {given}\n  output_distribution: {{type: fixed, mean: 3}}\n"
+    lengths = [request.input_tokens for request in loaded(tmp_path, spec)]
+    assert sum(lengths) / len(lengths) == pytest.approx(mean, rel=0.02)
+    assert low <= min(lengths) <= max(lengths) <= high
 
 
 def test_a_spec_shares_prefixes(tmp_path: Path) -> None:
@@ -389,6 +413,13 @@ def test_a_spec_shares_prefixes(tmp_path: Path) -> None:
     workload = loaded(tmp_path, spec)
     assert {row[1:] for row in rows(workload)} == {(160, 9)}
     assert describe(workload)["reusable_prompt_tokens"] == 14 * 128
+    newer = spec.replace("num_groups", "num_unique_system_prompts")
+    newer = newer.replace("num_prompts_per_group", "num_users_per_system_prompt")
+    assert rows(loaded(tmp_path, newer)) == rows(workload)
+    drawn = loaded(tmp_path, spec.replace("32", "{min: 20, max: 300, mean: 200, std_dev: 90}"))
+    assert len({request.input_tokens for request in drawn}) > 8
+    assert all(148 <= request.input_tokens <= 428 for request in drawn)
+    assert describe(drawn)["reusable_prompt_tokens"] == 14 * 128
 
 
 @pytest.mark.parametrize(
@@ -398,6 +429,10 @@ def test_a_spec_shares_prefixes(tmp_path: Path) -> None:
         (("rate: 2", "rate: -2"), r"load.stages\[0\].rate: -2 is not possible"),
         (("type: constant", "type: trace_replay"), "load.type: 'trace_replay' cannot be drawn here"),
         (("data:", "date:"), "is YAML without load and data"),
+        (("interval: 5", "sweep: {type: linear}"), "load.sweep: cannot be drawn here; leave it out"),
+        (("data:", "data:\n  multimodal: {image: {count: 1}}"), "data.multimodal: cannot be drawn here"),
+        (("data:", "data:\n  input_distribution: {type: poisson}"), "type: 'poisson' cannot be drawn here"),
+        (("data:", "data:\n  input_distribution: {mean: 2000}"), "mean: 2000 is not possible"),
         (("- rate: 2", "- rate: [2"), "is no YAML file"),
     ],
 )
