@@ -189,7 +189,7 @@ def load_timed_texts(source: str, lines: Iterator[tuple[int, bytes]], loading: L
 def load_genai_perf(source: str, lines: Iterator[tuple[int, bytes]], loading: Loading) -> Workload:
     """What genai-perf sent in the first experiment of its ``profile_export.json``.
 
-    An output has as many tokens as responses with content came.
+    An output has the tokens that its usage tells, else as many as parts with content came.
     """
     from servesim.workload.bench_result import of_document, whole_document
 
@@ -210,7 +210,7 @@ def load_genai_perf(source: str, lines: Iterator[tuple[int, bytes]], loading: Lo
         except (TypeError, ValueError):
             raise EntryError("request_inputs.payload: is no JSON; must be the body of a call") from None
         outputs = entry.get("response_outputs")
-        answered = sum(map(_has_content, outputs)) if isinstance(outputs, list) else 0
+        answered = _answered(outputs, encode) if isinstance(outputs, list) else 0
         if not answered:
             return []
         stamp = whole_number(entry.get("timestamp"), "timestamp", 0, 2**63 - 1)
@@ -219,16 +219,31 @@ def load_genai_perf(source: str, lines: Iterator[tuple[int, bytes]], loading: Lo
     return of_document(source, sent, requests, loading)
 
 
-def _has_content(output: object) -> bool:
-    """Whether a response of a stream brought a token: the last ones bring ``[DONE]`` and the usage."""
-    words = output.get("response", "") if isinstance(output, dict) else ""
-    try:
-        chunk = json.loads(str(words).removeprefix("data:"))
-        choice = chunk["choices"][0]
-    except (ValueError, KeyError, IndexError, TypeError):
-        return False
-    said = choice.get("delta", choice) if isinstance(choice, dict) else {}
-    return bool(said.get("content") or said.get("text") or said.get("reasoning_content"))
+def _answered(outputs: list[Any], encode: Encoder) -> int:
+    """Tokens of an answer: as its usage says, else the parts with content, else those of its text.
+
+    What perf_analyzer notes as one response can hold several events, or a piece of one.
+    """
+    words = ""
+    for output in outputs:
+        piece = str(output.get("response") or "") if isinstance(output, dict) else ""
+        words += ("\n\n" if piece.startswith(("data:", "event:", ":", "{")) else "") + piece
+    parts = 0
+    for event in words.split("\n\n"):
+        data = "".join(line.removeprefix("data:") for line in event.splitlines() if line[:1] in ("d", "{"))
+        try:
+            told = json.loads(data)
+            counted = (told.get("usage") or {}).get("completion_tokens")
+            choice = (told.get("choices") or [{}])[0]
+        except (ValueError, AttributeError, IndexError, TypeError):
+            continue  # the last event is [DONE]
+        if isinstance(counted, int) and counted > 0 and not isinstance(counted, bool):
+            return counted
+        said = choice.get("delta", choice) if isinstance(choice, dict) else {}
+        if isinstance(whole := said.get("message"), dict):
+            return len(encode(str(whole.get("content") or ""), prompt=False))
+        parts += bool(said.get("content") or said.get("text") or said.get("reasoning_content"))
+    return parts
 
 
 def _request(index: int, prompt: NDArray[np.int64], output_tokens: int, arrival_ns: int) -> Request:

@@ -285,6 +285,28 @@ def test_genai_perf_records_are_read_by_an_estimate(tmp_path: Path) -> None:
     assert workload.skipped == 1
 
 
+@pytest.mark.parametrize(
+    ("pieces", "tokens"),
+    [
+        ([chunk("a")["response"] + "\n\n" + chunk("b")["response"] + "\n\n", "data: [DONE]\n\n"], 2),
+        ([chunk("a")["response"] + "\n\n", 'data: {"choices": [{"del', 'ta": {"content": "b"}}]}\n\n'], 2),
+        (['data: {"choices": [], "usage": {"completion_tokens": 7}}\n\n', chunk("a")["response"]], 7),
+        (['{"choices": [{"message": {"content": "eight ch"}}]}'], 2),
+        (['{"object": "error", "message": "no"}'], 0),
+    ],
+)
+def test_genai_perf_answers_are_counted(tmp_path: Path, pieces: list[str], tokens: int) -> None:
+    """perf_analyzer notes what it reads at once: several events, or a piece of one."""
+    request = {
+        "timestamp": 1_700_000_000 * S,
+        "request_inputs": {"payload": json.dumps({"prompt": "who wrote it"})},
+        "response_outputs": [{"response": piece} for piece in pieces],
+    }
+    document = {"experiments": [{"requests": [request, request | {"response_outputs": [chunk("a")]}]}]}
+    workload = loaded(tmp_path, document, estimate_tokens=4.0)
+    assert [row[2] for row in rows(workload)] == ([tokens] if tokens else []) + [1]
+
+
 # ---------------------------------------------------------------------- texts
 
 
