@@ -1,4 +1,4 @@
-"""``python benchmarks/server.py [late|speed|abort|soak MINUTES]``: what the emulated server holds.
+"""``python benchmarks/server.py [late|speed|abort|soak MINUTES [SPEED]]``: what the emulated server holds.
 
 late: 256 streams at speed 1, how long after their time tokens go out, and what one costs. speed: 1,000
 requests at speed 100. abort: 10,000 streams that clients leave. soak: 64 streams for so many minutes, and the
@@ -163,7 +163,7 @@ def main(words: list[str]) -> None:
             print(f"{run.resident_mib():.0f} MiB")
     elif what == "soak":
         minutes = float(words[1]) if len(words) > 1 else 30.0
-        with server() as run:
+        with server("--speed", words[2] if len(words) > 2 else "1") as run:
             held = []
             for _ in range(10):
                 asyncio.run(soak(run.port, minutes / 10))

@@ -366,9 +366,7 @@ class Builder:
         pipeline = None
         if spec.pp_size > 1:
             pipeline = Pipeline(
-                track_maker(
-                    capacity.block_size, self.pipeline_tracks, len(self._placed), self._new_steps
-                ),
+                track_maker(capacity.block_size, self.pipeline_tracks, len(self._placed), self._new_steps),
                 spec.pp_size if options.async_scheduling else 0,
                 awaits_chunks=AWAITS_BATCHES.holds(options.vllm_version),
             )

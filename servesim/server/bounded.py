@@ -64,8 +64,8 @@ class FewTail:
     def put(self, step: int, value: int) -> None:
         values = self._values
         values[step] = value
-        if len(values) > KEPT_STEPS:
-            del values[next(iter(values))]
+        while (oldest := next(iter(values))) < step - KEPT_STEPS:
+            del values[oldest]
 
     def __getitem__(self, step: int) -> int:
         return self._values.get(step, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import socket
@@ -108,6 +109,22 @@ def test_a_client_may_leave_amid_its_request() -> None:
                 connection.sendall(raw)
         wait_for(server, 200)
         assert server.wait_until_idle()["whole"] == [True]
+
+
+def test_closed_connections_are_collected() -> None:
+    """Each is a cycle of objects, which the command line would leave until it has 200,000 of them."""
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(200_000)
+        serve.collect_garbage()
+        with serving(FAST) as server:
+            for _ in range(1000):
+                server.get("/health")
+        kept = sum(type(each).__name__ == "_SelectorSocketTransport" for each in gc.get_objects())
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
+    assert kept < 700
 
 
 def test_the_server_ends_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
