@@ -76,20 +76,20 @@ class Answer(Response):
     """Sends what a call asked for as it comes, and takes the call back if the client goes away."""
 
     def __init__(
-        self, engine: LiveEngine, reply: Reply, hold: Callable[[int], None], *, stream: bool, usage: bool
+        self, engine: LiveEngine, reply: Reply, hold: Callable[[int], None], *, in_parts: bool, usage: bool
     ) -> None:
         """
         Args:
             engine: what makes the answer.
             reply: its form.
             hold: told 1 now and -1 once it needs no memory any more.
-            stream: whether it comes in parts.
+            in_parts: whether it is streamed.
             usage: whether the last part tells the tokens.
         """
         self._engine = engine
         self._hold = hold
         self._reply = reply
-        self._stream = stream
+        self._in_parts = in_parts
         self._usage = usage
         self._gone = False
         self._news = asyncio.Event()
@@ -98,8 +98,8 @@ class Answer(Response):
         self._sent = dict.fromkeys(reply.streams, 0)
         self.background = None
         self.status_code = 200
-        for each in reply.streams:
-            each.receiver = self
+        for stream in reply.streams:
+            stream.receiver = self
         hold(1)
 
     def tell(self, stream: Stream) -> None:
@@ -123,7 +123,7 @@ class Answer(Response):
                 await send(message)
 
         try:
-            await (self._send_parts(scope, patient) if self._stream else self._send_whole(patient))
+            await (self._send_parts(scope, patient) if self._in_parts else self._send_whole(patient))
         except (TimeoutError, asyncio.CancelledError):  # or the server ends: no reason for a traceback
             connection = scope.get("state", {}).get(_TRANSPORT)
             if connection is None:
@@ -134,8 +134,8 @@ class Answer(Response):
             self._transport = None
             listener.cancel()
             self._engine.abort(self._reply.streams)
-            for each in self._reply.streams:
-                each.receiver = None  # no cycle, so that its memory is free at once
+            for stream in self._reply.streams:
+                stream.receiver = None  # no cycle, so that its memory is free at once
             self._hold(-1)
 
     async def _listen(self, receive: Receive) -> None:

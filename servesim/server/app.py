@@ -208,7 +208,7 @@ class Server:
                 self._held[place] += sign * held[place]
 
         reply = form(given_id, created, model, streams, self.filler)
-        answer = Answer(self.engine, reply, hold, stream=asked.stream, usage=asked.include_usage)
+        answer = Answer(self.engine, reply, hold, in_parts=asked.stream, usage=asked.include_usage)
         self.engine.submit(streams)
         self.metrics.asked(streams[0], asked.answers, asked.max_tokens)
         return answer
