@@ -300,6 +300,10 @@ class LiveEngine:
     def _submitted(self, state: RequestState, instance: Instance) -> None:
         stream = self._streams[state.request.index]
         stream.instance = instance.log.index
+        if stream.done and instance.abort(state):  # its client left while the front end had it
+            del self._streams[state.request.index]
+            self.tables.forget(state.request)
+            return
         if state.total_tokens == state.request.input_tokens + state.request.output_tokens:
             stream.state = state  # where it is decoded
         if self._audience and not stream.tokens and not stream.done:

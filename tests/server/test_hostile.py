@@ -28,6 +28,8 @@ FAST = "--cluster-config one.json --speed 50"
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with toy_world(tmp_path_factory.mktemp("toys")) as root:
         (root / "one.json").write_text(json.dumps(toy_cluster([toy_instance()])))
+        late = toy_instance(engine={"front_end_us": 50_000.0})
+        (root / "slow.json").write_text(json.dumps(toy_cluster([late])))
         yield
 
 
@@ -100,6 +102,18 @@ def test_aborted_streams_lose_no_block() -> None:
         assert status["free_blocks"] == status["usable_blocks"]
         assert status["whole"] == [True]
         assert server.metric("vllm:request_success_total") == 400
+
+
+def test_who_leaves_before_the_engine_has_it_is_not_run() -> None:
+    """The front end of a server takes its time too."""
+    with serving("--cluster-config slow.json --speed 0.1") as server:
+        for number in range(8):
+            with connect(server) as connection:
+                connection.sendall(call(max_tokens=1900, prompt=[number] * 100))
+                assert connection.recv(100)
+        status = server.wait_until_idle()
+        assert status["free_blocks"] == status["usable_blocks"]
+        assert server.metric("vllm:request_success_total") == 8
 
 
 def test_a_client_may_leave_amid_its_request() -> None:
