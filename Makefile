@@ -41,3 +41,4 @@ site:  ## the docs as a site with search, into site/ (extra `docs`)
 
 bench:  ## speed and memory of the simulator, into benchmarks/RESULTS.md
 	$(PYTHON) benchmarks/speed.py
+	$(PYTHON) benchmarks/search.py
