@@ -36,6 +36,11 @@ if TYPE_CHECKING:
     from servesim.memory.kv_cache import AnyKvCache
 
 
+MOST_FRUITLESS = 10_000
+"""Preempting steps without a token between them, after which a run is given up. A request that loses its
+blocks leaves room to one before it, so that a run that goes on needs about as many as it has requests running."""
+
+
 class SchedulerLimits:
     """What bounds a step."""
 
@@ -165,6 +170,7 @@ class Scheduler:
         "_cap",
         "_cap_varies",
         "_frees",
+        "_fruitless",
         "_grouped",
         "_last_alone",
         "_list_lengths",
@@ -230,6 +236,8 @@ class Scheduler:
         self._passed_over = 0
         """Waiting requests that were passed over for want of a slot for their adapter."""
         self._frees = 0
+        self._fruitless = 0
+        """Steps with preemptions since the last one that generated a token."""
         self._cap = limits.long_prefill_token_threshold
         """The threshold in the present step; 0: none."""
         self._cap_varies = self._cap > 0 and (not limits.caps_lone_prefill or limits.shared_tokens > 0)
@@ -303,6 +311,10 @@ class Scheduler:
                 self._admit(batch, left, now_ns, completed)
             if cadence:
                 cadence.admitted(len(self.waiting) - self._passed_over)
+        if decodes.count or completed:
+            self._fruitless = 0
+        elif batch.preempted:
+            self._note_fruitless()
         finishing = list(decodes.advance())
         for state in completed:
             if self.speculation:
@@ -775,6 +787,21 @@ class Scheduler:
             else:
                 state.phase = Phase.PREFILL
                 self.prefilling.append(state)
+
+    def _note_fruitless(self) -> None:
+        """A step preempts and generates no token; too many of them never end.
+
+        Raises:
+            RunError: prompts take each other's blocks in a circle, as they would in vLLM.
+        """
+        self._fruitless += 1
+        if self._fruitless > MOST_FRUITLESS:
+            raise RunError(
+                f"prompts take each other's KV blocks in a circle: {self._fruitless} steps preempted one, and "
+                "none generated a token. vLLM would go on like this for ever; give the KV cache more blocks, "
+                "admit fewer requests at once (--max-num-seqs), or admit whole prompts only "
+                "(--reserve-full-isl)"
+            )
 
     def _lacks_slot(self, state: RequestState) -> bool:
         """Whether the adapters of the present step leave none for this request's."""

@@ -296,3 +296,16 @@ def test_what_gets_lost_on_the_way_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(HandOver, "step_started", lambda *_: None)  # KV that never leaves
     with pytest.raises(RunError, match="nothing is left to do, but requests 0, 1 have not ended"):
         run([toy_instance(pd_type=role) for role in ("prefill", "decode")], *burst(2, 8, 4))
+
+
+def test_a_circle_of_preemptions_ends_the_run() -> None:
+    """Two prompts of one priority, each too large beside the other: neither is ever whole, in vLLM either."""
+    with pytest.raises(RunError, match="in a circle"):
+        run(
+            [toy_instance(num_gpu_blocks=15)],
+            *burst(2, 190, 2),
+            scheduling_policy="priority",
+            long_prefill_token_threshold=8,
+            reserve_full_isl=False,
+            enable_prefix_caching=False,
+        )
