@@ -220,7 +220,10 @@ class Builder:
         self._models = check_cluster(cluster)
         self._resolved = [resolve(options, spec, self._models[spec.model_name]) for _, spec in self._placed]
         check_adapters(cluster, workload, self._resolved)
-        self.notes = notes_of(scene(cluster, self._models, self._resolved, workload, options))
+        self.notes = [
+            *cluster.notes,
+            *notes_of(scene(cluster, self._models, self._resolved, workload, options)),
+        ]
         """What was asked for and does not act."""
         self._memories = MemoryMap(cluster, self._models, self._resolved, options.prefix_storage)
         self._started = [

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MOST_FRUITLESS = 10_000
 """Preempting steps without a token between them, after which a run is given up. A request that loses its
-blocks leaves room to one before it, so that a run that goes on needs about as many as it has requests running."""
+blocks leaves room to one before it, so a run that goes on needs about as many as it has requests running."""
 
 
 class SchedulerLimits:
@@ -797,8 +797,8 @@ class Scheduler:
         self._fruitless += 1
         if self._fruitless > MOST_FRUITLESS:
             raise RunError(
-                f"prompts take each other's KV blocks in a circle: {self._fruitless} steps preempted one, and "
-                "none generated a token. vLLM would go on like this for ever; give the KV cache more blocks, "
+                f"prompts take each other's KV blocks in a circle: {self._fruitless} steps preempted one and "
+                "generated no token. vLLM would go on like this for ever; give the KV cache more blocks, "
                 "admit fewer requests at once (--max-num-seqs), or admit whole prompts only "
                 "(--reserve-full-isl)"
             )

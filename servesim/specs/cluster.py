@@ -62,7 +62,7 @@ from servesim.specs.validation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 Degree = Annotated[int, Field(ge=1, le=65536)]
 
@@ -260,6 +260,12 @@ class ClusterSpec(Spec):
         return made
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was dropped on the way from the file to this cluster, one line each."""
+        notes: tuple[str, ...] = vars(self).get("_notes", ())
+        return notes
+
+    @property
     def instances(self) -> list[tuple[int, InstanceSpec]]:
         """(node index, instance) in the order that numbers the instances."""
         return [(index, instance) for index, node in enumerate(self.nodes) for instance in node.instances]
@@ -392,7 +398,8 @@ def with_hardware(
     """The cluster with all its instances on other hardware, with another model or degrees; None: as it is.
 
     Memory and links are those of ``configs/hardware/<hardware>.yaml``. What an instance says of its former
-    hardware goes: a number of KV blocks, engine constants. Doing it twice is doing it once.
+    hardware goes, with a note: a number of KV blocks, a reserve, engine constants. Doing it twice is doing it
+    once.
 
     Raises:
         InputError: there is no such hardware, its file says nothing of its memory, or the result is no valid
@@ -414,7 +421,29 @@ def with_hardware(
         changes |= {"link_bw": spec.link.bandwidth_gbs, "link_latency": spec.link.latency_us * 1e3 / 2}
     changed = cluster.model_copy(update=changes)
     check_structure(changed)
+    pairs = zip(cluster.instances, changed.instances, strict=True)
+    lost = [note for index, ((_, old), (_, new)) in enumerate(pairs) for note in _lost(index, old, new)]
+    vars(changed)["_notes"] = (*cluster.notes, *lost)
     return changed
+
+
+def _lost(index: int, before: InstanceSpec, after: InstanceSpec) -> Iterator[str]:
+    """A note for the keys of an instance that do not hold for what a flag made of it."""
+    keys = {
+        "engine": before.engine and not after.engine,
+        "num_gpu_blocks": before.num_gpu_blocks and not after.num_gpu_blocks,
+        "npu_mem.reserve": before.npu_mem.reserve is not None and after.npu_mem.reserve is None,
+    }
+    names = [name for name, is_lost in keys.items() if is_lost]
+    if names:
+        flags = {
+            "--hardware": before.hardware != after.hardware,
+            "--model": before.model_name != after.model_name,
+            "--tp": before.tp_size != after.tp_size,
+            "--pp": before.pp_size != after.pp_size,
+        }
+        changed = " and ".join(flag for flag, acts in flags.items() if acts)
+        yield f"{changed} drops {', '.join(names)} of instance {index}, stated for what it was before"
 
 
 def _known_hardware(name: str) -> HardwareSpec:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from servesim.errors import InputError
@@ -64,3 +67,13 @@ def test_the_flags_say_the_same() -> None:
 def test_unknown_hardware_is_refused_with_the_nearest(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         _moved(hardware=name)
+
+
+def test_keys_that_do_not_carry_over_are_noted() -> None:
+    stated = json.loads(Path(TP2).read_text(encoding="utf-8"))
+    stated["nodes"][0]["instances"][0] |= {"engine": {"decode_step_overhead_us": 50}, "num_gpu_blocks": 900}
+    cluster = load_cluster(stated)
+    moved = with_hardware(with_hardware(cluster, hardware="H100"), hardware="H100", tp=4)
+    (note,) = moved.notes
+    assert note == "--hardware drops engine, num_gpu_blocks of instance 0, stated for what it was before"
+    assert with_hardware(cluster, hardware="RTXPRO6000").notes == ()
