@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Request, Workload
 
+_MOST_RELEASES = 64
+"""Times of ended requests that are kept before those that are past are thrown away."""
 _ANY_MODEL = ""
 
 
@@ -91,6 +93,8 @@ class Simulation:
         self._refresh_ns = round(options.router_refresh * 1e9)
         self._router = Router(self.instances, options.request_routing_policy, options.seed, self._refresh_ns)
         self._sticky = options.sticky_sessions
+        self._released_by: dict[int, int] = {}
+        """Time → actor of the step loop in which a request ended then, the last of them; some are past."""
         self._taken_by: dict[int, int] = {}
         """Request → index of the instance that took it in, where sessions stay."""
         self._hand_over = hand_over
@@ -201,7 +205,7 @@ class Simulation:
         self._submit(self.instances[state.record.instance], state, now)
 
     def _submit(self, instance: Instance, state: RequestState, now: int) -> None:
-        self._loops[instance.log.index].submit(instance, state, now)
+        self._loops[instance.log.index].submit(instance, state, now, self._released_by.get(now, -1))
 
     def _last_of_session(self, request: Request, fronts: list[int]) -> list[int]:
         """The one of ``fronts`` that took the latest request of the same session; empty if none did.
@@ -244,7 +248,14 @@ class Simulation:
         record = state.record
         self.log.add_ended(record)
         if self._arrivals.feedback:
+            self._note_release(record.end_ns, self._loops[record.instance].actor)
             self._ended(record.request, record.end_ns)
+
+    def _note_release(self, now: int, actor: int) -> None:
+        """A request ends in a step loop, whose turn at that time may let others come at once."""
+        if len(self._released_by) > _MOST_RELEASES:
+            self._released_by = {ns: by for ns, by in self._released_by.items() if ns >= self._clock.now_ns}
+        self._released_by[now] = actor
 
     def _ended(self, index: int, now: int) -> None:
         """A request has left the system, which may let another one arrive."""

@@ -7,7 +7,7 @@ other; a stage takes it up when the stage before has handed it over and the wave
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from enum import IntEnum
 from itertools import accumulate
@@ -142,7 +142,8 @@ class StepLoop:
         self.times = plan.times
         self.index = plan.members[0].log.index
         self._clock = clock
-        self._actor = clock.actor(Order.STEP, self.act)
+        self.actor = clock.actor(Order.STEP, self.act)
+        """Of two step loops that are due at the same time, the one with the smaller number acts first."""
         self._leave = leave
         self._coupling = coupling
         self._connected = any(member.scheduler.connectors for member in plan.members)
@@ -179,9 +180,13 @@ class StepLoop:
             return None
         return Glider(member, self._quiet, plan.depth)
 
-    def submit(self, member: Instance, state: RequestState, now_ns: int) -> None:
-        """Hand a request to a member; it is taken in at the next step boundary, at once if nothing runs."""
-        self.settle(now_ns)
+    def submit(self, member: Instance, state: RequestState, now_ns: int, released_by: int = -1) -> None:
+        """Hand a request to a member; it is taken in at the next step boundary, at once if nothing runs.
+
+        ``released_by``: the actor of the step loop in which a request ended at this very time and so let this
+        one come; -1: none did.
+        """
+        self.settle(now_ns, acted=self.actor < released_by)
         self._acted.update(self._indices)
         member.put_in(state)
         self.wake(now_ns)
@@ -189,7 +194,7 @@ class StepLoop:
     def wake(self, now_ns: int) -> None:
         """Act at ``now_ns`` unless something is in flight, whose end will be soon enough."""
         if not self._in_flight:
-            self._clock.at(now_ns, self._actor)
+            self._clock.at(now_ns, self.actor)
 
     def act(self, now_ns: int) -> None:
         """Run until something else may concern this loop, or what it has done may concern others."""
@@ -241,7 +246,7 @@ class StepLoop:
                 return  # the last read lets it go on
             now_ns = in_flight[0].end_ns
             if now_ns >= horizon_ns or (one_finish and self._leaving):
-                self._clock.at(now_ns, self._actor)
+                self._clock.at(now_ns, self.actor)
                 return
 
     def _fill(self, now_ns: int) -> None:
@@ -317,7 +322,7 @@ class StepLoop:
                     member.log.gates.step.append(batch.step)
                     member.log.gates.ns.append(now_ns - self._gate_ns)
             self._start(wave, self._gate_ns, now_ns)
-            self._clock.at(self._in_flight[0].end_ns, self._actor)
+            self._clock.at(self._in_flight[0].end_ns, self.actor)
 
     def _start(self, wave: Wave, since_ns: int, compute_ns: int) -> None:
         """Put a wave on the NPUs: it has been theirs since ``since_ns`` and computes from ``compute_ns``
@@ -377,7 +382,7 @@ class StepLoop:
             count = bisect_left(known, self._clock.watch_ns, 0, count)
             if near < count:  # the next arrival may be somebody else's
                 self._stretch = Stretch(start, ends[:count], known)
-                self._clock.at(known[count], self._actor)
+                self._clock.at(known[count], self.actor)
                 return
         if near >= self._depth:
             self._commit(Stretch(start, ends, known), near)
@@ -396,20 +401,22 @@ class StepLoop:
         self._stage_free_ns[0] = self.members[0].log.steps.end_ns[-1]
         return glider.now_ns
 
-    def settle(self, now_ns: int) -> None:
+    def settle(self, now_ns: int, acted: bool = False) -> None:
         """Do what is left of a quiet stretch: the steps that are scheduled before ``now_ns``.
 
         Nobody can tell until then: through a quiet stretch the same requests wait and run.
+
+        ``acted``: this loop's turn at ``now_ns`` is over, so that a step was scheduled at that time, too.
         """
         stretch = self._stretch
         if stretch is None:
             return
         self._stretch = None
-        # The first was scheduled when the stretch was laid out, even if a request arrives at that very time.
-        count = max(bisect_left(stretch.known_ns, now_ns, 0, len(stretch.ends_ns)), 1)
+        cut = bisect_right if acted else bisect_left
+        count = cut(stretch.known_ns, now_ns, 0, len(stretch.ends_ns))
         self._commit(stretch, count)
         if count < len(stretch.ends_ns):
-            self._clock.at(stretch.known_ns[count], self._actor)
+            self._clock.at(stretch.known_ns[count], self.actor)
 
     def _commit(self, stretch: Stretch, count: int) -> None:
         """Do the first ``count`` steps of a stretch; those of them that have not ended are in flight then."""

@@ -13,7 +13,7 @@ from servesim.engine.request_state import BlockTables
 from servesim.engine.simulation import Simulation
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
-from tests.engine.small_engine import LinearTimes, requests, run_small, small_loop
+from tests.engine.small_engine import LinearTimes, run_small, small_loop
 
 if TYPE_CHECKING:
     from servesim.results.records import RunLog
@@ -128,18 +128,25 @@ def test_instances_that_run_ahead_change_nothing(
     assert outcomes[0] == outcomes[1]
 
 
-def test_a_request_may_come_when_a_stretch_has_just_begun() -> None:
-    """It takes the place of one that ends elsewhere at that very time."""
-    workload = requests(*[(1, output, 0) for output in (1, 1, 1, 2, 3, 5, 8, 4)])
+def test_a_request_misses_the_turn_of_its_instance() -> None:
+    """One ends on the second instance at the very time at which the first, by then, has begun a step."""
+    arrivals = [(2022, -1), (1, -1), (0, 1), (0, -1), (1, -1), (0, 4), (2021, -1)]
+    arrivals += [(2021, -1), (0, 7), (0, -1), (0, 9), (0, -1), (0, 11), (0, -1)]
+    outputs = {6: 2, 12: 4}
+    workload = Workload(
+        [
+            Request(index, 1, outputs.get(index, 1), arrival, predecessor=before)
+            for index, (arrival, before) in enumerate(arrivals)
+        ],
+        "mine",
+    )
+    options = RuntimeOptions(request_routing_policy="RAND", max_concurrency=2)
     outcomes = []
     for jump in (False, True):
         tables = BlockTables(workload)
-        loops = [
-            small_loop(workload, index=i, tables=tables, jump=jump, max_num_seqs=2, block_size=1)
-            for i in (0, 1)
-        ]
-        log = Simulation(loops, workload, RuntimeOptions(max_concurrency=3, router_refresh=3e-6)).run()
-        outcomes.append(everything(log))
+        limits: dict[str, Any] = {"depth": 1, "max_num_seqs": 1, "block_size": 1, "budget": 5, "blocks": 30}
+        loops = [small_loop(workload, index=i, tables=tables, jump=jump, **limits) for i in (0, 1)]
+        outcomes.append(everything(Simulation(loops, workload, options).run()))
     assert outcomes[0] == outcomes[1]
 
 
