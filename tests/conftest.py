@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+
+from hypothesis import HealthCheck, settings
 
 from servesim.engine.simulation import Observer, Simulation
 from servesim.results.records import RunLog
@@ -12,6 +17,12 @@ os.environ["SERVESIM_AUTO_PROFILE"] = (
 )
 
 os.environ["SERVESIM_CACHE"] = "0"  # nor on what an earlier run kept
+
+os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="servesim-tests-")  # nor on the bundles of this user
+atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], ignore_errors=True)
+
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")  # nor on how fast the machine is
 
 for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)  # what is printed depends on no screen

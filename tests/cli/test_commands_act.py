@@ -55,6 +55,7 @@ ACTS: dict[str, dict[str, str]] = {
         "--cudagraph": "--batch 3 --no-cudagraph",
         "--json": "--json",
         "--plot": "--plot out/dial.svg",
+        "--kv-cache-dtype-skip-layers": "--kv-cache-dtype-skip-layers 0",
     },
     "compare": {
         "--set": "--set 'one: --max-num-seqs 1'",

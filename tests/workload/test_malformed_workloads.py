@@ -77,7 +77,7 @@ BAD_LINES = {
         request(output_tokens="2", output_toks=None),
         "output_tokens: is not a known key; did you mean",
     ),
-    "unknown key": (request(colour='"red"'), "colour: is not a known key; allowed keys are input_toks, "),
+    "unknown key": (request(zz='"red"'), "zz: is not a known key; allowed keys are input_toks, "),
     "key of a session": (request(session_id='"a"'), "sub_requests: is missing"),
     "too few ids": (request(input_tok_ids="[1, 2, 3]"), "input_tok_ids: has 3 ids but input_toks is 4"),
     "too many output ids": (
