@@ -26,11 +26,13 @@ except ImportError:  # run as a program, for tests
 MODULES = (
     "servesim/cost/attention_lookup.py",
     "servesim/cost/stage_cost.py",
+    "servesim/engine/adapters.py",
     "servesim/engine/batch.py",
     "servesim/engine/clock.py",
     "servesim/engine/decode_set.py",
     "servesim/engine/glide.py",
     "servesim/engine/instance.py",
+    "servesim/engine/limits.py",
     "servesim/engine/scheduler.py",
     "servesim/engine/step_loop.py",
     "servesim/memory/block_pool.py",

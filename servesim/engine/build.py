@@ -13,11 +13,12 @@ from servesim.engine.clock import Clock
 from servesim.engine.connector import Connector, HandOver, LowerTierConnector, LowerTiers
 from servesim.engine.decode_set import DecodeSet
 from servesim.engine.instance import Instance
+from servesim.engine.limits import SchedulerLimits
 from servesim.engine.pipeline import Pipeline
 from servesim.engine.pricing import StepPricing
 from servesim.engine.queue_policy import queue_policy
 from servesim.engine.request_state import BlockTables
-from servesim.engine.scheduler import Scheduler, SchedulerLimits
+from servesim.engine.scheduler import Scheduler
 from servesim.engine.simulation import Simulation
 from servesim.engine.speculation import Speculation, hash_lookahead, speculation_of
 from servesim.engine.step_loop import LoopPlan

@@ -16,9 +16,11 @@ from collections import deque
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
+from servesim.engine.adapters import AdapterSlots
 from servesim.engine.batch import Batch, Outputs
 from servesim.engine.decode_set import DecodeSet, by_order
 from servesim.engine.group_changes import GroupChanges
+from servesim.engine.limits import PrefillCadence
 from servesim.engine.pipeline import took_part
 from servesim.engine.queue_policy import FirstComeFirstServed
 from servesim.engine.request_state import Phase
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from servesim.engine.connector import Connector
+    from servesim.engine.limits import SchedulerLimits
     from servesim.engine.pipeline import Pipeline
     from servesim.engine.queue_policy import QueuePolicy
     from servesim.engine.request_state import RequestState
@@ -39,124 +42,6 @@ if TYPE_CHECKING:
 MOST_FRUITLESS = 10_000
 """Preempting steps without a token between them, after which a run is given up. A request that loses its
 blocks leaves room to one before it, so a run that goes on needs about as many as it has requests running."""
-
-
-class SchedulerLimits:
-    """What bounds a step."""
-
-    __slots__ = (
-        "caps_lone_prefill",
-        "chunked_prefill",
-        "counts_all_loras",
-        "counts_all_victims",
-        "deferred_first",
-        "long_prefill_token_threshold",
-        "max_loras",
-        "max_num_batched_tokens",
-        "max_num_seqs",
-        "prefill_interval",
-        "reserve_full_isl",
-        "serves_on",
-        "shared_tokens",
-        "skip_prefill",
-        "watermark_blocks",
-    )
-
-    def __init__(
-        self,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        long_prefill_token_threshold: int = 0,
-        caps_lone_prefill: bool = True,
-        shared_tokens: int = 0,
-        chunked_prefill: bool = True,
-        reserve_full_isl: bool = True,
-        watermark_blocks: int = 0,
-        prefill_interval: int = 1,
-        skip_prefill: bool = False,
-        serves_on: bool = True,
-        counts_all_victims: bool = True,
-        max_loras: int = 0,
-        counts_all_loras: bool = True,
-        deferred_first: bool = False,
-    ) -> None:
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self.long_prefill_token_threshold = long_prefill_token_threshold
-        """Most tokens of one request's prefill in one step; 0: no limit."""
-        self.caps_lone_prefill = caps_lone_prefill
-        """Whether the threshold binds while a single request is waiting or running."""
-        self.shared_tokens = shared_tokens
-        """Tokens of a step whose fair share for every waiting or running request the threshold does not go
-        below; 0: it stays what it is."""
-        self.chunked_prefill = chunked_prefill
-        self.reserve_full_isl = reserve_full_isl
-        """Admit a request only if all its known tokens fit the free blocks."""
-        self.watermark_blocks = watermark_blocks
-        """Blocks that stay free when a request is admitted while others run."""
-        self.prefill_interval = prefill_interval
-        """Steps from one that computes prompts to the next, as long as requests decode and none has to
-        wait."""
-        self.skip_prefill = skip_prefill
-        """The KV of all known tokens but the last is there as soon as a request is admitted."""
-        self.serves_on = serves_on
-        """Whether the others are still served in a step in which a request had to preempt itself."""
-        self.counts_all_victims = counts_all_victims
-        """Whether the one whose turn it is keeps its turn when a request before it that was not served is
-        preempted; if not, it is passed over."""
-        self.max_loras = max_loras
-        """Most LoRA adapters at once; 0: requests have none."""
-        self.counts_all_loras = counts_all_loras
-        """Whether running requests keep their adapters' slots in steps that they sit out."""
-        self.deferred_first = deferred_first
-        """Whether waiting requests that were passed over go before those that are preempted later."""
-
-
-class PrefillCadence:
-    """Which steps compute prompts where vLLM's ``prefill_schedule_interval`` is above 1."""
-
-    __slots__ = ("_executed", "_interval", "_last", "_saturated", "holds", "prefills")
-
-    def __init__(self, interval: int) -> None:
-        self._interval = interval
-        self._executed = 0
-        """Steps that computed anything."""
-        self._last = -interval
-        """The last of them that computed a prompt."""
-        self._saturated = False
-        """Whether the last step that could have admitted all waiting requests left some: no step is held
-        then."""
-        self.holds = False
-        """Whether the present step computes no prompts."""
-        self.prefills = False
-        """Whether it computes one."""
-
-    def note_prefill(self) -> None:
-        """The present step prefills."""
-        self.prefills = True
-
-    def begin(self, decodes: bool) -> None:
-        """A step is scheduled; ``decodes``: some running request has computed its prompt."""
-        early = self._executed + 1 - self._last < self._interval
-        self.holds = decodes and early and not self._saturated
-        self.prefills = False
-
-    def admitted(self, waiting: int) -> None:
-        """The step has admitted what it could and left so many."""
-        if not self.holds:
-            self._saturated = waiting > 0
-
-    def end(self, batch: Batch) -> None:
-        """The step is scheduled."""
-        if not batch.is_empty:
-            self._executed += 1
-        if self.prefills:
-            self._last = self._executed
-
-    def skip(self, steps: int) -> None:
-        """So many steps went by in which nothing waited and nothing but decodes was computed."""
-        self._executed += steps
-        self._saturated = False
 
 
 class Scheduler:
@@ -231,8 +116,7 @@ class Scheduler:
         self._list_requests = list_requests
         self._list_lengths = list_lengths
         self._admissions = 0
-        self._adapters: set[str] = set()
-        """LoRA adapters that have slots in the present step, where their number is limited."""
+        self._adapters = AdapterSlots(limits.max_loras, limits.counts_all_loras) if limits.max_loras else None
         self._passed_over = 0
         """Waiting requests that were passed over for want of a slot for their adapter."""
         self._frees = 0
@@ -271,7 +155,7 @@ class Scheduler:
             batch.kv_lengths = []
         if self.speculation:
             batch.outputs = Outputs()
-        pipeline, cadence = self.pipeline, self._cadence
+        pipeline, cadence, adapters = self.pipeline, self._cadence, self._adapters
         if pipeline:
             self.decodes = pipeline.next_set() or self.decodes
             in_flight = self.decodes.flying is not None
@@ -282,11 +166,11 @@ class Scheduler:
             self._cap = self._cap_now()
         if cadence:
             cadence.begin(len(self.running) > len(self.prefilling))
-        if self.limits.max_loras:
-            self._adapters = set()
+        if adapters:
+            adapters.begin()
         left, completed, stalled = self._serve_running(batch, in_flight)
-        if self.limits.max_loras:
-            self._note_adapters()
+        if adapters:
+            adapters.note_running(self.running, decodes)
         if decodes.count > len(decodes.joined):
             batch.after = decodes.flying
         if decodes.count:
@@ -530,7 +414,8 @@ class Scheduler:
         for state, tokens in served.items():
             if speculation:
                 speculation.serve(batch, state, tokens)
-                self._note_adapter(state)
+                if self._adapters:
+                    self._adapters.note(state)
             if state.phase is Phase.PREFILL and self._note_chunk(state, tokens, batch):
                 completed.append(state)
         self.prefilling = [state for state in self.prefilling if state.computed < state.known]
@@ -565,7 +450,8 @@ class Scheduler:
             self._grouped.note_chunk(state, tokens)
         if self._cadence:
             self._cadence.note_prefill()
-        self._note_adapter(state)
+        if self._adapters:
+            self._adapters.note(state)
         if self.pipeline:
             state.chunk = batch
         batch.add_request(tokens, computed)
@@ -700,13 +586,14 @@ class Scheduler:
         over.
         """
         limits, kv, waiting, speculation = self.limits, self.kv, self.waiting, self.speculation
+        adapters = self._adapters
         place = 0  # of the first that was not looked at in this step
         while len(waiting) > place and left > 0 and len(self.running) < limits.max_num_seqs:
             state = waiting[place]
             cache_state = (self._frees, kv.registrations)
             if cache_state == self._blocked_at and not state.awaits_token:
                 return
-            if state.awaits_token or self._lacks_slot(state):
+            if state.awaits_token or (adapters and not adapters.has_room(state)):
                 self._passed_over += not state.passed_over
                 state.passed_over = True
                 place += 1
@@ -737,7 +624,7 @@ class Scheduler:
             whole = limits.reserve_full_isl
             free = kv.pool.num_free - (limits.watermark_blocks if self.running else 0)
             if whole and kv.missing_blocks(hits, done, known, whole=True) > free:
-                if not limits.max_loras:  # else a slot for an adapter may change who is looked at
+                if not adapters:  # else a slot for an adapter may change who is looked at
                     self._blocked_at = cache_state
                 return
             reach = slots = done + tokens
@@ -747,7 +634,8 @@ class Scheduler:
             if tight and kv.missing_blocks(hits, done, slots) > free:
                 return
             self._take_out(state, place)
-            self._note_adapter(state)
+            if adapters:
+                adapters.note(state)
             if self.pipeline:
                 state.chunk = batch
             kv.admit(table, hits, done, slots)
@@ -801,34 +689,6 @@ class Scheduler:
                 "generated no token. vLLM would go on like this for ever; give the KV cache more blocks, "
                 "admit fewer requests at once (--max-num-seqs), or admit whole prompts only "
                 "(--reserve-full-isl)"
-            )
-
-    def _lacks_slot(self, state: RequestState) -> bool:
-        """Whether the adapters of the present step leave none for this request's."""
-        adapters = self._adapters
-        lora = state.request.lora
-        return len(adapters) == self.limits.max_loras > 0 and lora is not None and lora not in adapters
-
-    def _note_adapter(self, state: RequestState) -> None:
-        """A request that the decode set does not hold is served in the present step."""
-        if self.limits.max_loras and state.request.lora is not None:
-            self._adapters.add(state.request.lora)
-
-    def _note_adapters(self) -> None:
-        """Take down the adapters of running requests; those of prompts and drafts are there already.
-
-        Raises:
-            RunError: they are too many.
-        """
-        holders = self.running
-        if not self.limits.counts_all_loras:
-            holders = [s for s in holders if s.phase is Phase.DECODE and s.home is self.decodes]
-        self._adapters.update(s.request.lora for s in holders if s.request.lora is not None)
-        if len(self._adapters) > self.limits.max_loras:
-            raise RunError(
-                f"{len(self._adapters)} LoRA adapters meet in one step, and --max-loras is "
-                f"{self.limits.max_loras}: requests that sat out a step come back to one whose slots are "
-                "taken. vLLM stops here as well, with an assertion (scheduled_loras); raise --max-loras"
             )
 
     def _take_out(self, state: RequestState, place: int) -> None:

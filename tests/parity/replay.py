@@ -16,10 +16,11 @@ from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings
 from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
+from servesim.engine.limits import SchedulerLimits
 from servesim.engine.pipeline import Pipeline
 from servesim.engine.queue_policy import queue_policy
 from servesim.engine.request_state import BlockTables
-from servesim.engine.scheduler import Scheduler, SchedulerLimits
+from servesim.engine.scheduler import Scheduler
 from servesim.engine.simulation import Simulation
 from servesim.engine.speculation import hash_lookahead, speculation_of
 from servesim.engine.step_loop import LoopPlan

@@ -146,7 +146,10 @@ def test_a_gpu_that_is_not_there_is_an_error_that_says_so(capsys: pytest.Capture
             ["--dtype", "fp8", "--fp8-scaling", "block"],
             "--fp8-scaling block: --source torch measures tensor only",
         ),
-        (["--collectives", "measured", "--tp", "2"], "--collectives measured: --source torch measures none only"),
+        (
+            ["--collectives", "measured", "--tp", "2"],
+            "--collectives measured: --source torch measures none only",
+        ),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(
