@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 _TOKENS_OF_AN_ANSWER = 4096
 """As many, times the most open answers, can be in the making: 200 MiB with the default."""
+_LINGER_BYTES = 4 << 20
+_LINGER_S = 2.0
+"""How much of the body of a refused request is read, and for how long."""
 
 
 @dataclass(slots=True)
@@ -124,6 +127,7 @@ class Server:
                 self._check_key(request)
                 return await handler(request)
             except ApiError as error:
+                await _linger(request)
                 return JSONResponse(error.body(), status_code=error.status)
 
         return guarded
@@ -383,6 +387,17 @@ class Server:
                     raise ApiError(400, "sleep_s: must be seconds from 0 to 1e8", param="sleep_s")
                 await pace.sleep(sleep_s, self.engine.woken)
         return JSONResponse({"now_s": pace.now_ns() / 1e9, "clients": pace.clients})
+
+
+async def _linger(request: HttpRequest) -> None:
+    """Read on for a while: a client that still sends when the connection closes gets a reset, no answer."""
+    left = _LINGER_BYTES
+    with suppress(TimeoutError, ClientDisconnect, RuntimeError):  # RuntimeError: it was read to its end
+        async with asyncio.timeout(_LINGER_S):
+            async for part in request.stream():
+                left -= len(part)
+                if left < 0:
+                    return
 
 
 async def _not_found(request: HttpRequest, error: Exception) -> Response:

@@ -65,9 +65,9 @@ def entries() -> list[dict[str, Any]]:
 def test_the_example_is_what_vllm_writes(tmp_path: Path) -> None:
     try:
         if not version("vllm").startswith("0.33"):
-            pytest.skip("needs vLLM 0.33")
+            pytest.skip("no vLLM 0.33 in this environment")
     except PackageNotFoundError:
-        pytest.skip("needs vLLM 0.33")
+        pytest.skip("no vLLM 0.33 in this environment")
     forward_files.main(str(tmp_path / "again.json"))
     assert json.loads((tmp_path / "again.json").read_text()) == entries()
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 PROBE = """<script>
 const root = document.documentElement;
 root.dataset.wide = root.scrollWidth - root.clientWidth;

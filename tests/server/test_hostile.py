@@ -288,3 +288,11 @@ def test_open_answers_have_tokens_enough_for_all(monkeypatch: pytest.MonkeyPatch
             with open_stream(server, 1500):
                 pass
         server.wait_until_idle()
+
+
+@pytest.mark.parametrize(("words", "status"), [("--api-key secret", 401), ("--max-body-mib 1", 413)])
+def test_a_large_refused_body_gets_its_answer(words: str, status: int) -> None:
+    with serving(f"{FAST} {words}") as server:
+        for _ in range(5):
+            found, _ = server.post("/v1/completions", {"prompt": "as " * (1 << 20), "max_tokens": 2})
+            assert found == status
