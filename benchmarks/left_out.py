@@ -11,7 +11,6 @@ too.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from public_rows import FOLDER, Run, every_run
-from results_page import write_section
+from results_page import command
 
 from servesim.explore.error_band import SHARE
 from servesim.results.stated_errors import FRONT_END_KNOWN, Uncertainty
@@ -128,17 +127,12 @@ def table(means: Sequence[Widened]) -> str:
 
 def main() -> int:
     """Print the section, and put it on the page; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--print", action="store_true", dest="printed", help="leave RESULTS.md as it is")
-    args = parser.parse_args()
-    if not (FOLDER / "closed_loop.csv").is_file():
-        print(f"no closed_loop.csv at {FOLDER}; set SERVESIM_PUBLIC_ROWS to the folder that holds it")
-        return 2
-    text = section()
-    print(text)
-    if not args.printed:
-        write_section("left-out", text)
-    return 0
+    lacking = (
+        ""
+        if (FOLDER / "closed_loop.csv").is_file()
+        else f"no closed_loop.csv at {FOLDER}; set SERVESIM_PUBLIC_ROWS to the folder that holds it"
+    )
+    return command("left-out", (__doc__ or "").splitlines()[0], section, lacking)
 
 
 if __name__ == "__main__":

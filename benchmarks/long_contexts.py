@@ -10,7 +10,6 @@ derivation as it is, and in proportion to the length. Needs ``pip install 'serve
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from results_page import write_section  # noqa: E402
+from results_page import command  # noqa: E402
 
 from servesim.errors import InputError  # noqa: E402
 from servesim.profiler.silicon.attention import WARM_BYTES, AttentionShape, AttentionTimes  # noqa: E402
@@ -119,17 +118,8 @@ def _line(name: str, found: dict[int, list[tuple[float, float]]]) -> str:
 
 def main() -> int:
     """Print the section, and put it on the page; returns the exit status."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--print", action="store_true", dest="printed", help="leave RESULTS.md as it is")
-    args = parser.parse_args()
-    if not installed():
-        print("needs pip install 'servesim[silicon]'")
-        return 2
-    text = section()
-    print(text)
-    if not args.printed:
-        write_section("long-contexts", text)
-    return 0
+    lacking = "" if installed() else "needs pip install 'servesim[silicon]'"
+    return command("long-contexts", (__doc__ or "").splitlines()[0], section, lacking)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ def write_section(name: str, text: str, page: Path = RESULTS) -> None:
         handle.write(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def measured_against_recordings(name: str, about: str, section: Callable[[], str], recorded: Path) -> int:
-    """The command of a benchmark that compares with recordings: makes a section and puts it on the page.
+def command(name: str, about: str, section: Callable[[], str], lacking: str = "") -> int:
+    """The command of a benchmark: makes a section and puts it on the page.
 
     Args:
         name: of the section.
         about: what ``--help`` says.
         section: makes it.
-        recorded: where the recordings are.
+        lacking: what is said where something that it needs is not there; empty: all is.
 
     Returns:
         the exit status.
@@ -43,11 +43,18 @@ def measured_against_recordings(name: str, about: str, section: Callable[[], str
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--print", action="store_true", dest="printed", help="leave RESULTS.md as it is")
     args = parser.parse_args()
-    if not (recorded / "runs").is_dir():
-        print(f"no recordings at {recorded}; set SERVESIM_RECORDED to the folder that holds them")
+    if lacking:
+        print(lacking)
         return 2
     text = section()
     print(text)
     if not args.printed:
         write_section(name, text)
     return 0
+
+
+def measured_against_recordings(name: str, about: str, section: Callable[[], str], recorded: Path) -> int:
+    """The command of a benchmark that compares with the recordings in a folder; see :func:`command`."""
+    there = (recorded / "runs").is_dir()
+    lacking = f"no recordings at {recorded}; set SERVESIM_RECORDED to the folder that holds them"
+    return command(name, about, section, "" if there else lacking)

@@ -9,14 +9,13 @@ runs every candidate: both have to find the same fleet.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from results_page import write_section
+from results_page import command
 from speed import cost, machine, paragraph, synthetic, table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,28 +112,20 @@ def plan(folder: Path) -> str:
     )
 
 
-def main() -> int:
-    """Measure, and write the section."""
-    parser = argparse.ArgumentParser(description="CPU seconds of the searches.")
-    parser.add_argument("--print", action="store_true", dest="printed", help="leave RESULTS.md as it is")
-    args = parser.parse_args()
+def section() -> str:
+    """Measure, and tell it as Markdown."""
     with tempfile.TemporaryDirectory(prefix="servesim-search-") as name:
         folder = Path(name)
-        text = "\n\n".join(
-            [
-                paragraph(
-                    "`servesim slo`, `sweep` and `plan` as whole processes: CPU seconds, user and system. "
-                    f"Measured by `python benchmarks/search.py` on {machine()}."
-                ),
-                load_limits(folder),
-                sweep(folder),
-                plan(folder),
-            ]
+        about = (
+            "`servesim slo`, `sweep` and `plan` as whole processes: CPU seconds, user and system. Measured "
+            f"by `python benchmarks/search.py` on {machine()}."
         )
-    print(text)
-    if not args.printed:
-        write_section("search", text)
-    return 0
+        return "\n\n".join([paragraph(about), load_limits(folder), sweep(folder), plan(folder)])
+
+
+def main() -> int:
+    """Print the section, and put it on the page; returns the exit status."""
+    return command("search", "CPU seconds of the searches.", section)
 
 
 if __name__ == "__main__":
