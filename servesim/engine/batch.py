@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.engine.decode_set import by_order
+from servesim.engine.request_state import Phase
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from servesim.engine.decode_set import DecodeSet
     from servesim.engine.request_state import RequestState
@@ -104,6 +107,13 @@ class Batch:
     def is_empty(self) -> bool:
         """Whether there is nothing to compute."""
         return not (self.num_decodes or self.chunks)
+
+    def end_with(self, states: Iterable[RequestState]) -> None:
+        """These requests get their last token in this step."""
+        self.finishing = sorted(states, key=by_order)
+        for state in self.finishing:
+            if not state.stops:
+                state.phase = Phase.DRAINING
 
     def add_request(self, tokens: int, history: int) -> None:
         """Add ``tokens`` new tokens of a request that has ``history`` computed ones."""

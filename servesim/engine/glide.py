@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.batch import Batch
-from servesim.engine.decode_set import by_order
-from servesim.engine.request_state import Phase
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,10 +92,7 @@ class Glider:
             ended = decodes.advance()
             if ended:
                 watched[step] = batch = Batch(step, free_ns)
-                batch.finishing = sorted(ended, key=by_order)
-                for state in ended:
-                    if not state.stops:
-                        state.phase = Phase.DRAINING
+                batch.end_with(ended)
                 goes_on = scheduler.only_decodes()
             step += 1
             if ends_ns[step - depth] >= horizon_ns:

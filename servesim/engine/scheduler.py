@@ -215,10 +215,7 @@ class Scheduler:
                 state.phase = Phase.DECODE
                 decodes.add(state)
         if finishing:
-            for state in finishing:
-                if not state.stops:
-                    state.phase = Phase.DRAINING
-            batch.finishing = sorted(finishing, key=by_order)
+            batch.end_with(finishing)
         if not batch.is_empty:
             self._last_alone = not in_flight
             if self._grouped:
