@@ -162,17 +162,21 @@ class Arrivals:
         self._inside += 1
         return time_ns, index
 
-    def ended(self, index: int, now_ns: int) -> None:
-        """Tell that a request has left the system, which may release another."""
+    def ended(self, index: int, now_ns: int) -> bool:
+        """Tell that a request has left the system, which may release another; returns whether one may come
+        at this very time."""
         self._inside -= 1
         successor = self._successor.get(index)
+        at_once = bool(self._held)
         if successor is not None:
+            at_once = at_once or not self._tool_ns[successor]
             heappush(self._due, (now_ns + self._tool_ns[successor], successor))
         if self._held:
             first = self._held.popleft()
             self._inside += 1
             self._let_in.add(first)
             heappush(self._due, (now_ns, first))
+        return at_once
 
     def drop_successors(self, index: int) -> list[int]:
         """Remove and return the requests that can never arrive because ``index`` will not run."""

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Request, Workload
 
-_MOST_RELEASES = 64
-"""Times of ended requests that are kept before those that are past are thrown away."""
 _ANY_MODEL = ""
 
 
@@ -94,7 +92,8 @@ class Simulation:
         self._router = Router(self.instances, options.request_routing_policy, options.seed, self._refresh_ns)
         self._sticky = options.sticky_sessions
         self._released_by: dict[int, int] = {}
-        """Time → actor of the step loop in which a request ended then, the last of them; some are past."""
+        """Time at which requests are still to arrive that an end at that very time let come → actor of the
+        step loop of the last such end."""
         self._taken_by: dict[int, int] = {}
         """Request → index of the instance that took it in, where sessions stay."""
         self._hand_over = hand_over
@@ -152,6 +151,8 @@ class Simulation:
         self._clock.at(self._arrivals.next_ns, self._arrival)
         if arrival is not None:
             self._route(self._workload.requests[arrival[1]], now)
+        if self._arrivals.next_ns != now:
+            self._released_by.pop(now, None)
 
     def _route(self, request: Request, now: int) -> None:
         """Hand a request that has arrived to the instance that the router chooses."""
@@ -248,18 +249,13 @@ class Simulation:
         record = state.record
         self.log.add_ended(record)
         if self._arrivals.feedback:
-            self._note_release(record.end_ns, self._loops[record.instance].actor)
-            self._ended(record.request, record.end_ns)
+            self._ended(record.request, record.end_ns, self._loops[record.instance].actor)
 
-    def _note_release(self, now: int, actor: int) -> None:
-        """A request ends in a step loop, whose turn at that time may let others come at once."""
-        if len(self._released_by) > _MOST_RELEASES:
-            self._released_by = {ns: by for ns, by in self._released_by.items() if ns >= self._clock.now_ns}
-        self._released_by[now] = actor
-
-    def _ended(self, index: int, now: int) -> None:
-        """A request has left the system, which may let another one arrive."""
-        self._arrivals.ended(index, now)
+    def _ended(self, index: int, now: int, actor: int = -1) -> None:
+        """A request has left the system, which may let another one arrive; ``actor``: of the step loop in
+        which it ended."""
+        if self._arrivals.ended(index, now) and actor >= 0:
+            self._released_by[now] = actor
         self._clock.at(self._arrivals.next_ns, self._arrival)
 
     def _reject(self, index: int, instance: int, now: int, reason: str) -> None:
