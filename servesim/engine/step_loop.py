@@ -49,12 +49,16 @@ class WaveTimes(Protocol):
 class Wave:
     """One batch (or None) of every member, on its way through the stages; in a pipeline perhaps of none."""
 
-    __slots__ = ("batches", "empty", "end_ns")
+    __slots__ = ("batches", "end_ns")
 
     def __init__(self, batches: Sequence[Batch | None], end_ns: int) -> None:
         self.batches = batches
         self.end_ns = end_ns
-        self.empty = not any(batches)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing could be scheduled for any member."""
+        return not any(self.batches)
 
 
 class Stretch:
@@ -234,9 +238,9 @@ class StepLoop:
                     now_ns = self._glide(self._glider, now_ns, horizon_ns, one_finish)
             if self._piped:
                 self._fill(now_ns)
-            while not self._piped and not self._gated and len(in_flight) < self._depth:
-                if not self._launch(now_ns):
-                    break
+            else:
+                while not self._gated and len(in_flight) < self._depth and self._launch(now_ns):
+                    pass
             if not in_flight:
                 for member in members:
                     if member.scheduler.waiting and not member.scheduler.held:
