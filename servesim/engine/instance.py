@@ -166,11 +166,12 @@ class Instance:
                 steps.tier_bytes.put(step, moved)
         if self.log.kv_reads is not None:
             self.log.kv_reads.append(self._kv_read(batch))
-            for reach, reads in self.log.window_reads.items():
+            if self.log.window_reads:
                 pim = self.log.options.enable_attn_offloading
                 decodes, kv_sum = (0, 0) if pim else (batch.num_decodes, batch.kv_sum)
                 histories = [history for _, history in batch.chunks]
-                reads.append(tokens_within(reach, histories, decodes, kv_sum))
+                for reach, reads in self.log.window_reads.items():
+                    reads.append(tokens_within(reach, histories, decodes, kv_sum))
         self.preempted = 0
         if batch.travelling is not None:
             batch.travelling.token_times.append(batch.end_ns)
