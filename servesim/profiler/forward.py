@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from servesim.errors import InputError, MissingFileError
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
 _MOST = 1 << 31
 _EQUAL = 0.01
@@ -71,7 +72,7 @@ class MeasuredStep:
     def batch(self) -> str:
         """The batch in the words of ``--case``."""
         parts = []
-        for (tokens, before), count in _counted(self.chunks):
+        for (tokens, before), count in Counter(self.chunks).items():
             parts.append(f"{_times(count)}{tokens}" + (f"@{tokens + before}" if before else ""))
         if self.contexts:
             low, high = min(self.contexts) + 1, max(self.contexts) + 1
@@ -81,13 +82,6 @@ class MeasuredStep:
 
 def _times(count: int) -> str:
     return f"{count}*" if count > 1 else ""
-
-
-def _counted(chunks: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], int]]:
-    counts: dict[tuple[int, int], int] = {}
-    for chunk in chunks:
-        counts[chunk] = counts.get(chunk, 0) + 1
-    yield from counts.items()
 
 
 def read_forward(paths: Iterable[str], ranks: int) -> tuple[list[MeasuredStep], list[str]]:
