@@ -403,6 +403,7 @@ async def _linger(request: HttpRequest) -> None:
 async def _not_found(request: HttpRequest, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     told = ApiError(status, f"{request.method} {request.url.path}: there is no such route", "NotFoundError")
+    await _linger(request)
     return JSONResponse(told.body(), status_code=status)
 
 

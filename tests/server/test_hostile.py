@@ -296,3 +296,5 @@ def test_a_large_refused_body_gets_its_answer(words: str, status: int) -> None:
         for _ in range(5):
             found, _ = server.post("/v1/completions", {"prompt": "as " * (1 << 20), "max_tokens": 2})
             assert found == status
+            found, _ = server.post("/v1/none", {"prompt": "as " * (1 << 20)})
+            assert found == 404
