@@ -74,7 +74,7 @@ def test_all_to_all_sends_chunks_where_their_experts_are() -> None:
     assert told == pytest.approx(2 * (2000 + payload / 2 / 10 * 2) + gather)
 
 
-def test_measured_collectives_are_those_of_the_ranks_that_exchange() -> None:
+def test_collectives_are_those_of_the_ranks_that_exchange() -> None:
     asked: list[tuple[str, int]] = []
 
     def collective(name: str, ranks: int) -> Any:
@@ -89,7 +89,7 @@ def test_measured_collectives_are_those_of_the_ranks_that_exchange() -> None:
     assert asked == [("all_gather", 2)]
 
 
-def test_models_take_chunks_only_where_members_have_several_ranks() -> None:
+def test_chunks_are_taken_where_members_have_several_ranks() -> None:
     assert experts_by_chunk("qwen3_moe", 2, 4)
     assert not experts_by_chunk("qwen3_moe", 1, 4)
     assert not experts_by_chunk("qwen3_moe", 2, 2)

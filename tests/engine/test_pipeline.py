@@ -114,7 +114,7 @@ def run_version(model: str, version: str, **flags: Any) -> Result:
     return simulate(toy_cluster([toy_instance(model, pp_size=2)]), work, vllm_version=version, **flags)
 
 
-def test_the_runner_of_a_version_decides_how_a_pipeline_schedules(tmp_path: Path) -> None:
+def test_the_runner_of_a_version_schedules_a_pipeline(tmp_path: Path) -> None:
     with toy_world(tmp_path):
         newest, slow = run_version(MOE, "0.33"), run_version(MOE, "0.33", async_scheduling=False)
         first = run_version(MOE, "0.30")  # its first runner takes a model with experts

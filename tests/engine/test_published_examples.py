@@ -191,7 +191,7 @@ def test_a_prompt_of_ten_tokens_touches_thirty_experts() -> None:
     assert before < experts < behind * 1.1
 
 
-def test_separate_prefill_takes_one_decode_more_to_the_first_token() -> None:
+def test_separate_prefill_takes_one_decode_more() -> None:
     def first_ms(name: str) -> float:
         with bundles_from(recorded_path("perf")):
             trace = str(recorded_path("examples", "example_trace.jsonl"))
