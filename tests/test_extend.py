@@ -63,7 +63,7 @@ def test_an_output_is_one_file_and_two_lines(copy: Path) -> None:
     edit(
         copy / "servesim" / "specs" / "options.py",
         '    slowest: Annotated[FilePath | None, Flag("slowest", _OUTPUT, "PATH", writes=(".txt",))] = None',
-        after="class RuntimeOptions(Spec):",
+        after="class RuntimeOptions(",
     )
     out = run(copy, "--num-reqs", "20", "--slowest", "slowest.txt", "--output", "r.csv")
     assert "written        r.csv, slowest.txt" in out
@@ -166,6 +166,8 @@ def test_a_queue_policy_is_one_file_and_two_lines(copy: Path) -> None:
         after='"fcfs": "servesim.engine.queue_policy:FirstComeFirstServed"',
     )
     replace(
-        copy / "servesim" / "specs" / "options.py", '("fcfs", "priority")', '("fcfs", "priority", "shortest")'
+        copy / "servesim" / "specs" / "engine_options.py",
+        '("fcfs", "priority")',
+        '("fcfs", "priority", "shortest")',
     )
     assert order("--scheduling-policy", "shortest") == [2, 0, 3, 1]

@@ -54,8 +54,8 @@ def _margin(text: str) -> float:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say what to simulate; those of the engine are named as for ``servesim run``."""
+    from servesim.specs.engine_options import EngineOptions
     from servesim.specs.options import add_arguments as add_options
-    from servesim.specs.options import per_instance_fields
 
     add = parser.add_argument
     add(
@@ -91,8 +91,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default="GB",
         help="link_bw of the cluster config counts 10^9 (GB) or 2^30 (GiB) bytes per second (default: GB)",
     )
-    wanted = ["npu_memory_utilization", "cudagraph", *per_instance_fields()]
-    add_options(parser, only=wanted)
+    add_options(parser, only=EngineOptions.model_fields)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from servesim.cost.terms import Shape
     from servesim.engine.build import step_pricing
     from servesim.profiler.on_demand import bundles_on_demand
-    from servesim.specs.acting import EAGER
     from servesim.specs.cluster import cluster_of
+    from servesim.specs.conditions import EAGER
     from servesim.specs.options import from_namespace
 
     chunks = parse_chunks(args.chunks)

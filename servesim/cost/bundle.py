@@ -37,6 +37,7 @@ from servesim.slotted import dataclass
 from servesim.specs.block_layers import ATTENTION, ATTENTION_KINDS, attention_groups
 from servesim.specs.kept import keep_arrays, kept_arrays, key_of
 from servesim.specs.reading import read_bytes, read_yaml_object
+from servesim.specs.validation import UNLIMITED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 
 SAME_AS = "same_as"
 """Key of meta.yaml: table -> variant of the same model and hardware whose file it is."""
-UNLIMITED = 2**31 - 1  # what max_num_seqs 0 stands for
 LINKS = ("pcie", "nvlink")
 ATTENTION_AXES = ("prefill_chunk", "n_decode", "kv_prefill", "kv_decode")
 """Nesting order of the attention lookup, outermost first."""

@@ -39,12 +39,13 @@ from servesim.results.stated_errors import (
 )
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
-from servesim.specs.acting import Scene, notes_of
+from servesim.specs.acting import notes_of
 from servesim.specs.block_layers import ATTENTION_KINDS, architecture_of, attention_groups
 from servesim.specs.cluster_checks import check_cluster
+from servesim.specs.conditions import Scene
 from servesim.specs.instance_options import resolve
-from servesim.specs.options import UNLIMITED
 from servesim.specs.speculative import OPTION
+from servesim.specs.validation import UNLIMITED
 from servesim.specs.vllm_versions import (
     AWAITS_BATCHES,
     COUNTS_VICTIMS,

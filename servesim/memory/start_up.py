@@ -15,7 +15,7 @@ from servesim.specs.dtypes import KV_CACHE_SIZED
 from servesim.specs.hardware import load_hardware
 from servesim.specs.instance_options import wants_auto_model_len
 from servesim.specs.kv_support import why_not
-from servesim.specs.options import UNLIMITED
+from servesim.specs.validation import UNLIMITED
 from servesim.specs.vllm_versions import LOCAL_CADENCE, LONG_THRESHOLD, SINCE
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from servesim.results.stated_errors import RESULTS
 from servesim.results.units import gib, seconds
 from servesim.specs.dtypes import short_dtype
 from servesim.specs.instance_options import InstanceOptions
-from servesim.specs.options import UNLIMITED, RuntimeOptions
+from servesim.specs.options import RuntimeOptions
+from servesim.specs.validation import UNLIMITED
 from servesim.terminal import WIDTH, screen_width, wrapped
 
 if TYPE_CHECKING:

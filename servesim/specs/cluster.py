@@ -10,47 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from servesim.errors import InputError
 from servesim.specs import memories, paths
 from servesim.specs.checked import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from servesim.specs.engine_options import EngineOptions, OwnOptions
 from servesim.specs.flags import renamed
 from servesim.specs.hardware import EngineSpec, HardwareSpec, load_hardware
 from servesim.specs.memories import Word
-from servesim.specs.options import (
-    AdaptiveThreshold,
-    AsyncScheduling,
-    BlockSize,
-    Cudagraph,
-    DisableHybridKvCacheManager,
-    EnableAttnOffloading,
-    EnableBlockCopy,
-    EnableChunkedPrefill,
-    EnableLocalOffloading,
-    EnableLora,
-    EnablePrefixCaching,
-    EnableSubBatchInterleaving,
-    KvCacheDtype,
-    KvCacheDtypeSkipLayers,
-    LongPrefillTokenThreshold,
-    MaxLoras,
-    MaxModelLen,
-    MaxNumActiveSeqs,
-    MaxNumBatchedTokens,
-    MaxNumScheduledTokens,
-    MaxNumSeqs,
-    NumGpuBlocks,
-    PrefillScheduleInterval,
-    ReserveFullIsl,
-    RuntimeOptions,
-    SchedulingPolicy,
-    Utilization,
-    Watermark,
-    WeightDtype,
-    per_instance_fields,
-)
 from servesim.specs.placement import PlacementSpec
 from servesim.specs.power import PowerSpec
 from servesim.specs.reading import read_json_object
 from servesim.specs.validation import (
     BandwidthGbs,
     Count,
+    Degree,
     LatencyNs,
     SizeGb,
     Spec,
@@ -64,8 +34,7 @@ from servesim.specs.validation import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-Degree = Annotated[int, Field(ge=1, le=65536)]
-
+    from servesim.specs.options import RuntimeOptions
 
 _OTHER_NAMES = {
     "tensor_parallel_size": "tp_size",
@@ -133,11 +102,8 @@ class NpuMemory(Spec):
     """In place of the estimate of what activations and the runtime take; 0: nothing."""
 
 
-class InstanceSpec(Spec):
-    """One model replica: a scheduler and the NPUs it drives.
-
-    The options under the last comment win over the flag of the same name.
-    """
+class ReplicaSpec(Spec):
+    """What an instance is, without the options it sets for itself."""
 
     model_name: Annotated[
         str,
@@ -163,35 +129,12 @@ class InstanceSpec(Spec):
     """Every member sees the tokens of all (vLLM's default), or each token only travels to its experts: as
     collectives, or by DeepEP's kernels where they were measured."""
 
-    # Runtime options of this instance; None: the flag holds.
-    dtype: WeightDtype = None
-    kv_cache_dtype: KvCacheDtype | None = None
-    kv_cache_dtype_skip_layers: KvCacheDtypeSkipLayers = None
-    block_size: BlockSize | None = None
-    max_num_seqs: MaxNumSeqs | None = None
-    max_num_batched_tokens: MaxNumBatchedTokens | None = None
-    max_model_len: MaxModelLen = None
-    long_prefill_token_threshold: LongPrefillTokenThreshold | None = None
-    enable_chunked_prefill: EnableChunkedPrefill | None = None
-    reserve_full_isl: ReserveFullIsl | None = None
-    enable_prefix_caching: EnablePrefixCaching | None = None
-    disable_hybrid_kv_cache_manager: DisableHybridKvCacheManager | None = None
-    async_scheduling: AsyncScheduling | None = None
-    scheduling_policy: SchedulingPolicy | None = None
-    max_num_active_seqs: MaxNumActiveSeqs = None
-    max_num_scheduled_tokens: MaxNumScheduledTokens = None
-    long_prefill_token_threshold_adaptive: AdaptiveThreshold | None = None
-    prefill_schedule_interval: PrefillScheduleInterval | None = None
-    watermark: Watermark | None = None
-    enable_lora: EnableLora | None = None
-    max_loras: MaxLoras | None = None
-    enable_local_offloading: EnableLocalOffloading | None = None
-    enable_attn_offloading: EnableAttnOffloading | None = None
-    enable_sub_batch_interleaving: EnableSubBatchInterleaving | None = None
-    enable_block_copy: EnableBlockCopy | None = None
-    cudagraph: Cudagraph | None = None
-    npu_memory_utilization: Utilization | None = None
-    num_gpu_blocks: NumGpuBlocks = None
+
+class InstanceSpec(OwnOptions, ReplicaSpec):
+    """One model replica: a scheduler and the NPUs it drives.
+
+    What it sets of the runtime options wins over the flag of the same name.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -199,7 +142,7 @@ class InstanceSpec(Spec):
         """Other engines' names by ours, and whichever of num_npus and tp_size is left out filled in."""
         if not isinstance(data, dict):
             return data
-        data = renamed({name: RuntimeOptions.model_fields[name] for name in per_instance_fields()}, data)
+        data = renamed(EngineOptions.model_fields, data)
         for other, name in _OTHER_NAMES.items():
             if other in data and name in data:
                 raise ValueError(f"{other}: is the same as {name}, which stands there too; keep one")

@@ -35,8 +35,6 @@ class Flag:
     """The default in words, where its value alone says little."""
     negative: bool | None = None
     """Whether ``--no-<name>`` exists; None: when the field is on by default."""
-    per_instance: bool = False
-    """Whether an instance of the cluster config may set the field for itself."""
     aliases: tuple[str, ...] = ()
     """Other spellings of the flag, such as those of vLLM; without dashes they are keys of a config too."""
     opposites: tuple[str, ...] = ()
@@ -46,7 +44,7 @@ class Flag:
     hidden: bool = False
     """Left out of the help: there for the scripts of another tool."""
     beside: Callable[[Any], str] | None = None
-    """Why the option cannot act beside the other options, or an empty text; see servesim.specs.acting."""
+    """Why the option cannot act beside the other options, or an empty text; see servesim.specs.conditions."""
     acts: Callable[[Any], str] | None = None
     """Why the option cannot act in a run, or an empty text; None: it always does."""
     except_for: Callable[[Any], str] | None = None

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 from servesim.errors import InputError
 from servesim.slotted import dataclass
 from servesim.specs.dtypes import resolve_kv_dtype, variant_name
+from servesim.specs.engine_options import EngineOptions
 from servesim.specs.hardware import load_hardware
 from servesim.specs.kv_skip import OPTION as SKIP
 from servesim.specs.kv_skip import as_kept, skipped_layers, variant_with
 from servesim.specs.layers import Recurrent
-from servesim.specs.options import UNLIMITED, per_instance_fields
 from servesim.specs.presets import serve_defaults
 from servesim.specs.speculative import OPTION, SpeculativeSpec, speculative_spec
+from servesim.specs.validation import UNLIMITED
 from servesim.specs.vllm_versions import NEWEST, STATE_STOPS, V2_NGRAM, VllmVersion, runs_v2
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         InputError: options that exclude each other, or a context that the model cannot have.
     """
     chosen, stated = {}, {}
-    for name in per_instance_fields():
+    for name in EngineOptions.model_fields:
         own = getattr(instance, name)
         chosen[name] = own if own is not None else getattr(options, name)
         if own is not None or name in options.model_fields_set:

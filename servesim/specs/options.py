@@ -1,40 +1,26 @@
-"""The runtime options: the one source of flags, help, checks, and of what an instance may override."""
+"""The runtime options: the one source of flags, their help and their checks."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
-from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from servesim.errors import InputError
-from servesim.specs import acting
+from servesim.specs import conditions
 from servesim.specs.checked import BeforeValidator, Field, model_validator
-from servesim.specs.dtypes import (
-    KV_CACHE_ALIASES,
-    KV_CACHE_DTYPES,
-    KvCacheDtypeName,
-    WeightDtypeName,
-    kv_refusal,
-)
+from servesim.specs.engine_options import EngineOptions
 from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
-from servesim.specs.kv_skip import skip_words
 from servesim.specs.memories import TIER_WORDS
 from servesim.specs.presets import Preset
-from servesim.specs.validation import Spec, Unit
+from servesim.specs.validation import Degree, Limit, Spec, Unit
 from servesim.specs.vllm_versions import NEWEST, VllmVersion, minor_version
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Collection
 
-
-UNLIMITED = 2**31 - 1
-"""What a 0 that means "no limit" is resolved to."""
-
 _INPUT = "what to simulate"
-_ENGINE = "engine (an instance of the cluster config may set these for itself)"
 _ENGINE_OF_ALL = "engine of every instance"
 _CLUSTER = "cluster"
 _RUN = "how requests arrive and run"
@@ -47,8 +33,6 @@ FOLDER = ("/",)
 """In the place of endings: the option names a folder."""
 _OTHER_TOOLS = "accepted from scripts of other simulators"
 
-SCHEDULING_POLICIES = ("fcfs", "priority")
-"""Names in :data:`servesim.engine.queue_policy.QUEUE_POLICIES`."""
 ROUTING_POLICIES = ("LOAD", "RR", "RAND", "PREFIX", "CUSTOM")
 EXPERT_POLICIES = ("BALANCED", "RR", "RAND", "ZIPF", "CUSTOM")
 
@@ -57,49 +41,8 @@ def _text_path(value: object) -> object:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _kv_alias(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    if reason := kv_refusal(value):
-        raise ValueError(reason)
-    return KV_CACHE_ALIASES.get(value, value)
-
-
 def _none_word(value: object) -> object:
     return None if value == "None" else value
-
-
-_MULTIPLES = {
-    letter: base**power
-    for base, letters in ((1000, "kmgt"), (1024, "KMGT"))
-    for power, letter in enumerate(letters, 1)
-}
-"""vLLM's letters: small ones count in thousands, capitals in 1024."""
-
-
-def human_number(text: str) -> int | None:
-    """``16k`` -> 16000, ``16K`` -> 16384, ``25.6k`` -> 25600, as in vLLM; None: it is no such number."""
-    match = re.fullmatch(r"(-?\d{1,10})(\.\d{1,9})?([kmgtKMGT]?)", text.strip())
-    if match is None or (match[2] and not match[3].islower()):
-        return None
-    return int(Decimal(match[1] + (match[2] or "")) * _MULTIPLES.get(match[3], 1))
-
-
-def _model_len(value: object) -> object:
-    """``auto`` and ``-1`` -> auto; a number as :func:`human_number` reads it."""
-    if value is None or value == "auto":
-        return value
-    number = value if type(value) is int else None
-    if isinstance(value, str):
-        number = human_number(value)
-    if number == -1:
-        return "auto"
-    if number is None or not 1 <= number <= UNLIMITED:
-        raise ValueError(
-            f"{json.dumps(value, default=str)} is not allowed; must be a number of tokens, at least 1, such "
-            "as 16000, 16k (16000) or 16K (16384); or auto"
-        )
-    return number
 
 
 def _policy(known: tuple[str, ...], variable: str) -> BeforeValidator:
@@ -137,271 +80,6 @@ def _json_text(value: object) -> object:
 
 
 FilePath = Annotated[str, BeforeValidator(_text_path), Field(min_length=1)]
-Limit = Annotated[int, Field(ge=0, le=UNLIMITED)]
-
-# The options an instance may set for itself: each a type of its own, used here and by the cluster config.
-WeightDtype = Annotated[
-    WeightDtypeName | None,
-    Flag("weight dtype", _ENGINE, default_text="the model's torch_dtype, else bfloat16", per_instance=True),
-]
-KvCacheDtype = Annotated[
-    KvCacheDtypeName,
-    BeforeValidator(_kv_alias),
-    Flag(
-        "KV cache dtype; fp8_e4m3, fp8_e5m2 and fp8_inc are the same as fp8",
-        _ENGINE,
-        choices=KV_CACHE_DTYPES,
-        refusal=kv_refusal,
-        default_text="auto = the weights' dtype, but 16-bit when the weights are 8-bit",
-        per_instance=True,
-    ),
-]
-KvCacheDtypeSkipLayers = Annotated[
-    Annotated[str, Field(min_length=1, max_length=4096)] | None,
-    BeforeValidator(skip_words),
-    Flag(
-        "layers whose KV cache stays in 16 bit: numbers from 0, and sliding_window for all with a window",
-        _ENGINE,
-        "LAYER",
-        default_text="none; TurboQuant formats leave out the first and last two",
-        per_instance=True,
-        several=True,
-        acts=acting.narrow_caches,
-    ),
-]
-BlockSize = Annotated[
-    int, Field(ge=1, le=65536), Unit("tokens"), Flag("tokens per KV block", _ENGINE, per_instance=True)
-]
-MaxNumSeqs = Annotated[Limit, Flag("most running requests; 0 = unlimited", _ENGINE, per_instance=True)]
-MaxNumBatchedTokens = Annotated[
-    Limit, Flag("token budget of a step; 0 = the longest context", _ENGINE, per_instance=True)
-]
-MaxModelLen = Annotated[
-    Annotated[int, Field(ge=1, le=UNLIMITED)] | Literal["auto"] | None,
-    BeforeValidator(_model_len),
-    Unit("tokens"),
-    Flag(
-        "longest context of a request, prompt and output: a number of tokens, 16k (16000), 16K (16384), or "
-        "auto (also -1): the longest that fits the KV cache",
-        _ENGINE,
-        "N|auto",
-        default_text="the model's max_position_embeddings",
-        per_instance=True,
-        text=True,
-    ),
-]
-LongPrefillTokenThreshold = Annotated[
-    Limit,
-    Flag(
-        "most prompt tokens of one request in one step; 0 = no cap",
-        _ENGINE,
-        per_instance=True,
-        acts=acting.below_the_budget,
-        noted=True,
-    ),
-]
-EnableChunkedPrefill = Annotated[
-    bool,
-    Flag(
-        "split long prompts over several steps",
-        _ENGINE,
-        per_instance=True,
-        acts=acting.whole_prompts_at_once,
-        noted=True,
-    ),
-]
-ReserveFullIsl = Annotated[
-    bool,
-    Flag(
-        "admit a request only if the KV cache holds its whole prompt",
-        _ENGINE,
-        aliases=("--scheduler-reserve-full-isl",),
-        per_instance=True,
-    ),
-]
-EnablePrefixCaching = Annotated[
-    bool,
-    Flag(
-        "reuse KV blocks of prompts with the same prefix",
-        _ENGINE,
-        per_instance=True,
-        acts=acting.prompts_with_ids,
-        noted=True,
-    ),
-]
-DisableHybridKvCacheManager = Annotated[
-    bool,
-    Flag(
-        "keep the KV of layers with windows or chunks as if they saw the whole context",
-        _ENGINE,
-        per_instance=True,
-        acts=acting.windows_or_chunks,
-    ),
-]
-AsyncScheduling = Annotated[
-    bool,
-    Flag(
-        "keep one more batch in flight than there are stages, as vLLM does",
-        _ENGINE,
-        per_instance=True,
-        acts=acting.second_runners,
-        noted=True,
-    ),
-]
-SchedulingPolicy = Annotated[
-    Literal[*SCHEDULING_POLICIES],  # type: ignore[valid-type]
-    Flag(
-        "order of waiting requests, and who is preempted: fcfs (first come, first served) or priority (a "
-        "request's priority in the workload, smaller first, then its arrival)",
-        _ENGINE,
-        choices=SCHEDULING_POLICIES,
-        per_instance=True,
-        acts=acting.priorities_differ,
-        noted=True,
-    ),
-]
-MaxNumActiveSeqs = Annotated[
-    Annotated[int, Field(ge=1, le=UNLIMITED)] | None,
-    Flag(
-        "most running requests below --max-num-seqs, which the memory plan goes by",
-        _ENGINE,
-        "N",
-        default_text="as --max-num-seqs",
-        per_instance=True,
-        acts=acting.fewer_seats,
-        noted=True,
-    ),
-]
-MaxNumScheduledTokens = Annotated[
-    Annotated[int, Field(ge=1, le=UNLIMITED)] | None,
-    Unit("tokens"),
-    Flag(
-        "most tokens of a step below --max-num-batched-tokens, which the memory plan goes by",
-        _ENGINE,
-        "N",
-        default_text="as --max-num-batched-tokens",
-        per_instance=True,
-        acts=acting.smaller_steps,
-        noted=True,
-    ),
-]
-AdaptiveThreshold = Annotated[
-    bool,
-    Flag(
-        "--long-prefill-token-threshold goes no lower than a step's tokens divided by the requests there are",
-        _ENGINE,
-        per_instance=True,
-        acts=acting.has_threshold,
-        noted=True,
-    ),
-]
-PrefillScheduleInterval = Annotated[
-    Annotated[int, Field(ge=1, le=UNLIMITED)],
-    Flag(
-        "compute prompts in every N-th step only, while requests decode and none has to wait; 1 = every step",
-        _ENGINE,
-        "N",
-        per_instance=True,
-        acts=acting.whole_prompts_at_once,
-        noted=True,
-    ),
-]
-Watermark = Annotated[
-    Annotated[float, Field(ge=0, le=0.999)],
-    Flag(
-        "share of the KV blocks that stays free when a request is admitted beside others",
-        _ENGINE,
-        "SHARE",
-        per_instance=True,
-    ),
-]
-EnableLora = Annotated[
-    bool,
-    Flag(
-        "serve the LoRA adapters that requests name (lora in the workload): slots and prefixes of their own; "
-        "their kernels' time is not simulated",
-        _ENGINE,
-        per_instance=True,
-        acts=acting.adapters_asked_for,
-        except_for=acting.adapter_kernels,
-        noted=True,
-    ),
-]
-MaxLoras = Annotated[
-    Annotated[int, Field(ge=1, le=UNLIMITED)],
-    Flag(
-        "most LoRA adapters at once; waiting requests of further ones are passed over",
-        _ENGINE,
-        per_instance=True,
-        acts=acting.more_adapters,
-        noted=True,
-    ),
-]
-EnableLocalOffloading = Annotated[
-    bool,
-    Flag(
-        "read the weights that stay on the NPU from its memory (npu_mem.mem_bw) in every step",
-        _ENGINE,
-        per_instance=True,
-        except_for=acting.only_slow_memory,
-    ),
-]
-EnableAttnOffloading = Annotated[
-    bool, Flag("compute decode attention in PIM memory", _ENGINE, per_instance=True)
-]
-EnableSubBatchInterleaving = Annotated[
-    bool,
-    Flag(
-        "split a batch in two halves and overlap NPU and PIM work; needs --enable-attn-offloading, pp_size 1",
-        _ENGINE,
-        per_instance=True,
-    ),
-]
-EnableBlockCopy = Annotated[
-    bool,
-    Flag(
-        "MoE only: draw expert loads once per stage and reuse them for every layer",
-        _ENGINE,
-        per_instance=True,
-        acts=acting.unequal_layers,
-    ),
-]
-Utilization = Annotated[
-    float,
-    Field(ge=1e-6, le=1),
-    Flag(
-        "share of NPU memory for weights and KV cache, in (0, 1]; npu_mem.mem_util of an instance says the "
-        "same and wins",
-        _ENGINE,
-        aliases=("--gpu-memory-utilization",),
-        per_instance=True,
-        acts=acting.blocks_not_given,
-        noted=True,
-    ),
-]
-Cudagraph = Annotated[
-    bool,
-    Flag(
-        "pad small steps to the size of a captured CUDA graph",
-        _ENGINE,
-        opposites=("--enforce-eager",),
-        per_instance=True,
-        except_for=acting.eager_launches,
-    ),
-]
-NumGpuBlocks = Annotated[
-    Annotated[int, Field(ge=2, le=UNLIMITED)] | None,
-    Unit("blocks"),
-    Flag(
-        "number of KV blocks, in place of the computed one; as in vLLM, one is never used",
-        _ENGINE,
-        "N",
-        aliases=("--num-gpu-blocks-override",),
-        default_text="what fits into the memory",
-        per_instance=True,
-    ),
-]
-Degree = Annotated[int, Field(ge=1, le=65536)]
 
 
 def _no_single_run(value: object) -> object:
@@ -410,8 +88,8 @@ def _no_single_run(value: object) -> object:
     return value
 
 
-class RuntimeOptions(Spec):
-    """Everything a run can be told beside its cluster and its workload. Field ``x_y`` is flag ``--x-y``."""
+class InputOptions(Spec):
+    """What is simulated."""
 
     cluster_config: Annotated[FilePath, Flag("cluster description (JSON)", _INPUT, "PATH")] = (
         "configs/cluster/single_node_single_instance.json"
@@ -468,7 +146,7 @@ class RuntimeOptions(Spec):
             "spread the experts of every instance over all its NPUs, and those of its --dp copies",
             _INPUT,
             aliases=("-ep",),
-            acts=acting.spread_experts,
+            acts=conditions.spread_experts,
             noted=True,
         ),
     ] = False
@@ -511,34 +189,13 @@ class RuntimeOptions(Spec):
         ),
     ] = None
 
-    dtype: WeightDtype = None
-    kv_cache_dtype: KvCacheDtype = "auto"
-    kv_cache_dtype_skip_layers: KvCacheDtypeSkipLayers = None
-    block_size: BlockSize = 16
-    max_num_seqs: MaxNumSeqs = 128
-    max_num_batched_tokens: MaxNumBatchedTokens = 2048
-    max_model_len: MaxModelLen = None
-    long_prefill_token_threshold: LongPrefillTokenThreshold = 0
-    enable_chunked_prefill: EnableChunkedPrefill = True
-    npu_memory_utilization: Utilization = 0.9
-    num_gpu_blocks: NumGpuBlocks = None
-    reserve_full_isl: ReserveFullIsl = True
-    enable_prefix_caching: EnablePrefixCaching = True
-    disable_hybrid_kv_cache_manager: DisableHybridKvCacheManager = False
-    async_scheduling: AsyncScheduling = True
-    scheduling_policy: SchedulingPolicy = "fcfs"
-    max_num_active_seqs: MaxNumActiveSeqs = None
-    max_num_scheduled_tokens: MaxNumScheduledTokens = None
-    long_prefill_token_threshold_adaptive: AdaptiveThreshold = False
-    prefill_schedule_interval: PrefillScheduleInterval = 1
-    watermark: Watermark = 0.0
-    enable_lora: EnableLora = False
-    max_loras: MaxLoras = 1
-    enable_local_offloading: EnableLocalOffloading = False
-    enable_attn_offloading: EnableAttnOffloading = False
-    enable_sub_batch_interleaving: EnableSubBatchInterleaving = False
-    enable_block_copy: EnableBlockCopy = True
-    cudagraph: Cudagraph = True
+
+class RuntimeOptions(EngineOptions, InputOptions):
+    """Everything a run can be told. Field ``x_y`` is flag ``--x-y``.
+
+    The last base comes first, in the help and in files: what is simulated, the engines, then these.
+    """
+
     vllm_version: Annotated[
         VllmVersion,
         BeforeValidator(minor_version),
@@ -570,7 +227,7 @@ class RuntimeOptions(Spec):
             _ENGINE_OF_ALL,
             "RATES|PATH",
             default_text="a published measurement for the method, named in the banner",
-            beside=acting.with_speculation,
+            beside=conditions.with_speculation,
         ),
     ] = None
     preset: Annotated[
@@ -597,8 +254,8 @@ class RuntimeOptions(Spec):
         Flag(
             "share the lower tier of the prefix cache among a node's instances",
             _CLUSTER,
-            beside=acting.with_tier,
-            acts=acting.nodes_with_several,
+            beside=conditions.with_tier,
+            acts=conditions.nodes_with_several,
             noted=True,
         ),
     ] = False
@@ -610,7 +267,7 @@ class RuntimeOptions(Spec):
             _CLUSTER,
             choices=("None", *TIER_WORDS),
             default_text="None",
-            acts=acting.prompts_with_ids,
+            acts=conditions.prompts_with_ids,
             noted=True,
         ),
     ] = None
@@ -622,7 +279,7 @@ class RuntimeOptions(Spec):
             "or module:callable for a custom policy; CUSTOM: the one in $SERVESIM_ROUTING_POLICY",
             _CLUSTER,
             "POLICY",
-            acts=acting.several_takers,
+            acts=conditions.several_takers,
         ),
     ] = "LOAD"
     router_refresh: Annotated[
@@ -634,7 +291,7 @@ class RuntimeOptions(Spec):
             _CLUSTER,
             "SECONDS",
             default_text="0 = always up to date",
-            acts=acting.looks_at_load,
+            acts=conditions.looks_at_load,
         ),
     ] = 0.0
     sticky_sessions: Annotated[
@@ -642,8 +299,8 @@ class RuntimeOptions(Spec):
         Flag(
             "all requests of a session go to the instance that took the first one",
             _CLUSTER,
-            acts=acting.several_fronts,
-            except_for=acting.prefill_side_only,
+            acts=conditions.several_fronts,
+            except_for=conditions.prefill_side_only,
         ),
     ] = False
     expert_routing_policy: Annotated[
@@ -654,7 +311,7 @@ class RuntimeOptions(Spec):
             "module:callable; CUSTOM: the one in $SERVESIM_EXPERT_POLICY",
             _CLUSTER,
             "POLICY",
-            acts=acting.spread_experts,
+            acts=conditions.spread_experts,
         ),
     ] = "BALANCED"
 
@@ -665,7 +322,7 @@ class RuntimeOptions(Spec):
             "closed loop: at most this many requests in the system",
             _RUN,
             default_text="0 = open loop",
-            acts=acting.more_than_the_cap,
+            acts=conditions.more_than_the_cap,
             noted=True,
         ),
     ] = 0
@@ -677,7 +334,7 @@ class RuntimeOptions(Spec):
             _RUN,
             "N",
             default_text="no limit",
-            acts=acting.one_front_end,
+            acts=conditions.one_front_end,
         ),
     ] = None
     max_num_queued_tokens: Annotated[
@@ -688,7 +345,7 @@ class RuntimeOptions(Spec):
             _RUN,
             "N",
             default_text="no limit",
-            acts=acting.one_front_end,
+            acts=conditions.one_front_end,
         ),
     ] = None
     request_rate: Annotated[
@@ -704,7 +361,7 @@ class RuntimeOptions(Spec):
     seed: Annotated[
         int,
         Field(ge=0, le=2**63 - 1),
-        Flag("seed of every random choice", _RUN, acts=acting.something_random, noted=True),
+        Flag("seed of every random choice", _RUN, acts=conditions.something_random, noted=True),
     ] = 42
     auto_profile: Annotated[
         bool,
@@ -730,7 +387,7 @@ class RuntimeOptions(Spec):
         Flag(
             "relative noise of every step's time in an ensemble, each step on its own",
             _UNCERTAINTY,
-            beside=acting.with_ensemble,
+            beside=conditions.with_ensemble,
         ),
     ] = 0.01
     run_noise: Annotated[
@@ -738,7 +395,7 @@ class RuntimeOptions(Spec):
         Flag(
             "relative noise that all steps of a run of an ensemble share",
             _UNCERTAINTY,
-            beside=acting.with_ensemble,
+            beside=conditions.with_ensemble,
         ),
     ] = 0.01
     arrival_jitter: Annotated[
@@ -749,7 +406,7 @@ class RuntimeOptions(Spec):
             _UNCERTAINTY,
             "SECONDS",
             default_text="0 = the workload's arrivals as they are",
-            beside=acting.with_ensemble,
+            beside=conditions.with_ensemble,
         ),
     ] = 0.0
 
@@ -782,7 +439,7 @@ class RuntimeOptions(Spec):
         ),
     ] = None
     itl: Annotated[
-        bool, Flag("write every request's inter-token latencies", _OUTPUT, beside=acting.with_output)
+        bool, Flag("write every request's inter-token latencies", _OUTPUT, beside=conditions.with_output)
     ] = True
     log_interval: Annotated[
         float,
@@ -795,23 +452,23 @@ class RuntimeOptions(Spec):
     ] = "WARNING"
     run_id: Annotated[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=100)] | None,
-        Flag("name of the run", _OUTPUT, default_text="generated", beside=acting.with_named_file),
+        Flag("name of the run", _OUTPUT, default_text="generated", beside=conditions.with_named_file),
     ] = None
 
     network_backend: Annotated[
         Literal["analytical"] | None,
-        Flag("links", _OTHER_TOOLS, acts=acting.analytical_links, noted=True, hidden=True),
+        Flag("links", _OTHER_TOOLS, acts=conditions.analytical_links, noted=True, hidden=True),
     ] = None
     inputs_root: Annotated[
         FilePath | None,
-        Flag("inputs", _OTHER_TOOLS, "PATH", acts=acting.no_intermediate_files, noted=True, hidden=True),
+        Flag("inputs", _OTHER_TOOLS, "PATH", acts=conditions.no_intermediate_files, noted=True, hidden=True),
     ] = None
     cleanup_inputs: Annotated[
         bool | None,
         Flag(
             "inputs",
             _OTHER_TOOLS,
-            acts=acting.no_intermediate_files,
+            acts=conditions.no_intermediate_files,
             noted=True,
             hidden=True,
             negative=True,
@@ -872,9 +529,3 @@ def output_fields() -> dict[str, tuple[str, ...]]:
     """Option -> endings of the file that it names for a run to write."""
     flags = ((name, flag_of(field)) for name, field in RuntimeOptions.model_fields.items())
     return {name: flag.writes for name, flag in flags if flag is not None and flag.writes}
-
-
-def per_instance_fields() -> list[str]:
-    """Names of the options an ``instances[i]`` object may set."""
-    fields = RuntimeOptions.model_fields.items()
-    return [name for name, field in fields if (flag := flag_of(field)) is not None and flag.per_instance]

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 from servesim.specs.checked import Checked, Declared, split
 from servesim.specs.cluster import ClusterSpec
 from servesim.specs.dtypes import KV_CACHE_DTYPES
+from servesim.specs.engine_options import EngineOptions
 from servesim.specs.flags import flag_name, flag_of
-from servesim.specs.options import RuntimeOptions, per_instance_fields
 from servesim.specs.paths import packaged_data_dir
 
 SCHEMA_FILE = "configs/cluster/schema.json"
@@ -35,8 +35,8 @@ def cluster_schema() -> dict[str, Any]:
     instance["required"] = [name for name in instance["required"] if name not in ("num_npus", "tp_size")]
     instance["anyOf"] = [{"required": ["num_npus"]}, {"required": ["tp_size"]}]
     instance["properties"]["kv_cache_dtype"]["anyOf"][0]["enum"] = list(KV_CACHE_DTYPES)
-    for name in per_instance_fields():
-        flag = flag_of(RuntimeOptions.model_fields[name])
+    for name, field in EngineOptions.model_fields.items():
+        flag = flag_of(field)
         if flag is not None:
             instance["properties"][name]["description"] = f"{flag.help}; wins over {flag_name(name)}"
     return schema

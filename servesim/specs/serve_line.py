@@ -232,7 +232,7 @@ def _take_value(line: ServeLine, known: str, value: str, told: str) -> str:
             line.options["dtype"] = _DTYPES.get(value, value)
         return ""
     if option in _WHOLE:
-        from servesim.specs.options import human_number
+        from servesim.specs.engine_options import human_number
 
         number = human_number(value)
         if number is None:

@@ -261,4 +261,9 @@ BandwidthGbs = Annotated[float, Field(ge=1e-6, le=1e6), Unit("GB/s")]
 LatencyNs = Annotated[float, Field(ge=0, le=1e12), Unit("ns")]
 PowerW = Annotated[float, Field(ge=0, le=1e6), Unit("W")]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Degree = Annotated[int, Field(ge=1, le=65536)]
+"""Of parallelism: so many NPUs, or stages."""
+UNLIMITED = 2**31 - 1
+"""What a 0 that means "no limit" is resolved to."""
+Limit = Annotated[int, Field(ge=0, le=UNLIMITED)]
 """How many of something there are."""

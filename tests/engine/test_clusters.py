@@ -14,7 +14,8 @@ from servesim.api import simulate
 from servesim.errors import InputError, MissingFileError
 from servesim.results.banner import banner
 from servesim.specs.cluster import load_cluster
-from servesim.specs.options import RuntimeOptions, per_instance_fields
+from servesim.specs.engine_options import EngineOptions
+from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
 from tests.engine.toy_world import DENSE, KV_BYTES_PER_TOKEN, MOE, toy_cluster, toy_instance, toy_world
 
@@ -262,7 +263,7 @@ EVERY_OPTION: dict[str, tuple[Any, Any]] = {
 
 
 def test_the_table_has_all_options_of_an_instance() -> None:
-    assert sorted(EVERY_OPTION) == sorted(per_instance_fields())
+    assert sorted(EVERY_OPTION) == sorted(EngineOptions.model_fields)
 
 
 @pytest.mark.parametrize("name", EVERY_OPTION)

@@ -10,16 +10,16 @@ import pytest
 
 from servesim.errors import InputError
 from servesim.specs.cluster import load_cluster, with_options
+from servesim.specs.engine_options import EngineOptions
 from servesim.specs.flags import flag_name, flag_of
 from servesim.specs.instance_options import InstanceOptions, resolve
 from servesim.specs.model import load_model
 from servesim.specs.options import (
-    UNLIMITED,
     RuntimeOptions,
     add_arguments,
     from_namespace,
-    per_instance_fields,
 )
+from servesim.specs.validation import UNLIMITED
 from tests.specs.clusters import cluster, instance, npu_mem
 
 DOCUMENTED_DEFAULTS = {
@@ -286,7 +286,7 @@ def test_the_instance_wins_over_the_flag() -> None:
     assert (own.block_size, own.enable_prefix_caching, own.variant) == (64, False, "bf16")
 
 
-@pytest.mark.parametrize("name", per_instance_fields())
+@pytest.mark.parametrize("name", list(EngineOptions.model_fields))
 def test_each_per_instance_option_reaches_the_instance(name: str) -> None:
     other: dict[str, Any] = {
         "dtype": "fp8",
