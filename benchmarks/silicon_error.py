@@ -32,7 +32,8 @@ from servesim.cost.stage_cost import StageCost  # noqa: E402
 from servesim.cost.step_terms import stage_terms  # noqa: E402
 from servesim.cost.terms import whole_model  # noqa: E402
 from servesim.specs.architecture import load_architecture  # noqa: E402
-from servesim.specs.cluster import load_cluster, with_hardware  # noqa: E402
+from servesim.specs.cluster import load_cluster  # noqa: E402
+from servesim.specs.cluster_changes import with_hardware  # noqa: E402
 from servesim.specs.hardware import EngineSpec, load_hardware  # noqa: E402
 from servesim.specs.model import load_model  # noqa: E402
 from servesim.specs.paths import bundles_from  # noqa: E402

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError
 from servesim.specs.acting import check_beside
-from servesim.specs.cluster import ClusterSpec, load_cluster, with_options
+from servesim.specs.cluster import ClusterSpec, load_cluster
+from servesim.specs.cluster_changes import with_options
 from servesim.specs.options import RuntimeOptions, output_fields
 from servesim.specs.validation import validated
 from servesim.workload.formats import load_workload

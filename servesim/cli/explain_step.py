@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from servesim.cost.terms import Shape
     from servesim.engine.build import step_pricing
     from servesim.profiler.on_demand import bundles_on_demand
-    from servesim.specs.cluster import cluster_of
+    from servesim.specs.cluster_changes import cluster_of
     from servesim.specs.conditions import EAGER
     from servesim.specs.options import from_namespace
 

@@ -15,7 +15,7 @@ from servesim.memory.kv_groups import kv_layers, plan_groups
 from servesim.memory.plan import kv_room, mxfp4_tiles
 from servesim.memory.sizing import GIB, weight_bytes_per_npu
 from servesim.slotted import dataclass
-from servesim.specs.cluster import cluster_of
+from servesim.specs.cluster_changes import cluster_of
 from servesim.specs.dtypes import dtype_bytes, resolve_kv_dtype
 from servesim.specs.hardware import load_hardware
 from servesim.specs.instance_options import resolve

@@ -15,7 +15,7 @@ from servesim.cost.terms import Shape
 from servesim.errors import MissingFileError
 from servesim.explore.kv_dial import Figure
 from servesim.specs.block_layers import attentions_of
-from servesim.specs.cluster import cluster_of
+from servesim.specs.cluster_changes import cluster_of
 from servesim.specs.instance_options import resolve
 from servesim.specs.kv_formats import format_bytes
 from servesim.specs.kv_skip import skipped_layers

@@ -23,7 +23,7 @@ from servesim.cost.identity import ON_DEMAND
 from servesim.errors import ServingError
 from servesim.explore.space import cluster_with, file_digest, split
 from servesim.specs.block_layers import architecture_of
-from servesim.specs.cluster import with_options
+from servesim.specs.cluster_changes import with_options
 from servesim.specs.hardware import load_hardware
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions

@@ -24,7 +24,7 @@ from servesim.explore.slo import num_gpus, parse_slo
 from servesim.explore.space import Space, cluster_with, read_space, space_of, split
 from servesim.explore.sweep_table import Sweep
 from servesim.slotted import dataclass
-from servesim.specs.cluster import with_options
+from servesim.specs.cluster_changes import with_options
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.validation import validated
 

@@ -14,7 +14,7 @@ from servesim.explore.kv_dial import KvDial, KvRow
 from servesim.memory.kv_groups import KvGroup, KvPlan, kv_layers, plan_groups
 from servesim.memory.plan import kv_cache_capacity, kv_room, mxfp4_tiles
 from servesim.profiler.on_demand import bundles_on_demand
-from servesim.specs.cluster import cluster_of
+from servesim.specs.cluster_changes import cluster_of
 from servesim.specs.hardware import load_hardware
 from servesim.specs.instance_options import resolve
 from servesim.specs.kv_support import why_not

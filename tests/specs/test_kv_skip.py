@@ -12,7 +12,7 @@ from servesim.cost.finding import profile_command, variant_dtypes
 from servesim.errors import InputError
 from servesim.memory.plan import kv_cache_capacity
 from servesim.specs.block_layers import attention_groups
-from servesim.specs.cluster import cluster_of
+from servesim.specs.cluster_changes import cluster_of
 from servesim.specs.hardware import load_hardware
 from servesim.specs.instance_options import resolve
 from servesim.specs.kv_skip import (

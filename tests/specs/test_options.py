@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from servesim.errors import InputError
-from servesim.specs.cluster import load_cluster, with_options
+from servesim.specs.cluster import load_cluster
+from servesim.specs.cluster_changes import with_options
 from servesim.specs.engine_options import EngineOptions
 from servesim.specs.flags import flag_name, flag_of
 from servesim.specs.instance_options import InstanceOptions, resolve

@@ -15,7 +15,7 @@ from servesim import simulate
 from servesim.__main__ import main
 from servesim.api import read_cluster
 from servesim.errors import InputError, MissingFileError
-from servesim.specs.cluster import with_options
+from servesim.specs.cluster_changes import with_options
 from servesim.specs.hardware import load_hardware
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.presets import serve_defaults

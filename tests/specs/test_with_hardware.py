@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from servesim.errors import InputError
-from servesim.specs.cluster import ClusterSpec, load_cluster, with_hardware, with_options
+from servesim.specs.cluster import ClusterSpec, load_cluster
+from servesim.specs.cluster_changes import with_hardware, with_options
 from servesim.specs.hardware import load_hardware
 from servesim.specs.options import RuntimeOptions
 
