@@ -11,7 +11,8 @@ from dataclasses import asdict, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from servesim.errors import InputError, NotSupportedError
-from servesim.memory.kv_groups import kv_layers, plan_groups
+from servesim.memory.kv_groups import plan_groups
+from servesim.memory.kv_layers import kv_layers
 from servesim.memory.plan import kv_room, mxfp4_tiles
 from servesim.memory.sizing import GIB, weight_bytes_per_npu
 from servesim.slotted import dataclass

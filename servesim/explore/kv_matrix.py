@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from servesim.explore.kv_dial import FORMATS_OF_HEADS
-from servesim.memory.kv_groups import kv_layers, plan_groups
+from servesim.memory.kv_groups import plan_groups
+from servesim.memory.kv_layers import kv_layers
 from servesim.memory.sizing import GIB
 from servesim.results.table import Table
 from servesim.specs import paths

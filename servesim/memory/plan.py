@@ -23,7 +23,8 @@ from servesim.memory.engine_memory import (
     total,
 )
 from servesim.memory.group_cache import GroupRules
-from servesim.memory.kv_groups import KvPlan, kv_layers, plan_groups
+from servesim.memory.kv_groups import KvPlan, plan_groups
+from servesim.memory.kv_layers import kv_layers
 from servesim.memory.sizing import GIB, drafter_bytes, kv_bytes_per_token, weight_bytes_per_npu
 from servesim.slotted import dataclass
 from servesim.specs.hardware import load_hardware

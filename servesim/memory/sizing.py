@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servesim.memory.kv_groups import index_bytes
+from servesim.memory.kv_layers import index_bytes
 from servesim.specs import weights
 from servesim.specs.kv_formats import head_bytes, latent_bytes
 from servesim.specs.layers import Attention, LatentAttention

@@ -2,7 +2,7 @@
 
 Read from a Hugging Face config by :func:`servesim.specs.families.read_layers`. Everything that asks how large
 a model is, or what its cache holds, reads this list: parameters and bytes (:mod:`servesim.specs.weights`),
-pages of the KV cache (:mod:`servesim.memory.kv_groups`).
+pages of the KV cache (:mod:`servesim.memory.kv_layers`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ from servesim import kv_dial
 from servesim.__main__ import main
 from servesim.errors import InputError
 from servesim.explore.kv_dial import KvDial, KvRow
-from servesim.memory.kv_groups import KvGroup, KvPlan, kv_layers, plan_groups
+from servesim.memory.kv_groups import KvGroup, KvPlan, plan_groups
+from servesim.memory.kv_layers import kv_layers
 from servesim.memory.plan import kv_cache_capacity, kv_room, mxfp4_tiles
 from servesim.profiler.on_demand import bundles_on_demand
 from servesim.specs.cluster_changes import cluster_of

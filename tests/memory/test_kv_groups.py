@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from servesim.errors import NotSupportedError
-from servesim.memory.kv_groups import KvLayer, kv_layers, plan_groups, state_bytes
+from servesim.memory.kv_groups import plan_groups
+from servesim.memory.kv_layers import KvLayer, kv_layers, state_bytes
 from servesim.specs.families import read_layers
 from servesim.specs.kv_formats import head_bytes
 from servesim.specs.kv_skip import skipped_layers, with_wide_layers
