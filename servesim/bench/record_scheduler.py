@@ -375,13 +375,13 @@ def _resolved(workload: Workload, settings: SchedulerSettings) -> SchedulerSetti
         )
     longest = min(longest, resolved.max_model_len)
     # A request's last token is never fed back, so its KV takes one token less than it is long.
-    groups = resolved.groups or (KvGroup("full", settings.block_size, (1,)),)
+    groups = resolved.groups or (KvGroup("full", settings.scheduler_block, (1,)),)
     in_flight = settings.max_num_batched_tokens * settings.batches_in_flight
     blocks = KvPlan(groups).request_blocks(longest - 1, in_flight)
     if blocks > settings.num_gpu_blocks - 1:
         raise InputError(
             f"num_gpu_blocks is {settings.num_gpu_blocks} ({settings.num_gpu_blocks - 1} usable), but the "
-            f"longest request needs {blocks} blocks of {settings.block_size} tokens"
+            f"longest request needs {blocks} blocks of {settings.scheduler_block} tokens"
         )
     return resolved
 
@@ -405,7 +405,7 @@ def _build_recorder(
     hasher = None
     if settings.enable_prefix_caching:
         init_none_hash(sha256)
-        sizes = [group.block_size for group in settings.groups] or [settings.block_size]
+        sizes = [group.block_size for group in settings.groups] or [settings.scheduler_block]
         ahead = getattr(scheduler, "num_hash_lookahead_tokens", 0)
         hasher = get_request_block_hasher(gcd(*sizes), sha256, *([ahead] if ahead else []))
 

@@ -66,6 +66,13 @@ class SchedulerSettings:
     """vLLM's JSON, with the rates of acceptance; names of drafters stand for a tiny one. Empty: none."""
     pipeline_parallel_size: int = 1
     """Stages; with asynchronous scheduling, of vLLM's second model runner."""
+    decode_context_parallel_size: int = 1
+    """Ranks that share the tokens of a block: it holds ``block_size`` of each."""
+
+    @property
+    def scheduler_block(self) -> int:
+        """Tokens of a block as the scheduler counts them."""
+        return self.block_size * self.decode_context_parallel_size
 
     @property
     def groups(self) -> tuple[KvGroup, ...]:
@@ -181,6 +188,12 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
             f"pipeline_parallel_size {stages}: pipelines are recorded with one KV cache group and without "
             "speculative decoding; leave one out"
         )
+    shards = settings.decode_context_parallel_size
+    if shards > 1 and (settings.kv_groups or settings.speculative_config):
+        raise InputError(
+            f"decode_context_parallel_size {shards}: recorded with one KV cache group and without "
+            "speculative decoding; leave one out"
+        )
     if stages > 1:
         os.environ.pop(_SECOND_RUNNER, None)
     from vllm.config import (
@@ -196,7 +209,7 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
     from vllm.v1.structured_output import StructuredOutputManager
 
     with tempfile.TemporaryDirectory() as folder:
-        _write_tiny_model(Path(folder), settings.max_model_len)
+        _write_tiny_model(Path(folder), settings.max_model_len, shards=shards)
         model = ModelConfig(
             model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=settings.max_model_len
         )
@@ -219,6 +232,9 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
             if name in _PLACES["scheduler_config"] and _is_asked_for(name, settings)
         },
     )
+    degrees = {"pipeline_parallel_size": stages} if stages > 1 else {}
+    if shards > 1:
+        degrees |= {"tensor_parallel_size": shards, "decode_context_parallel_size": shards}
     cache = CacheConfig(block_size=settings.block_size, enable_prefix_caching=settings.enable_prefix_caching)
     config = VllmConfig(
         model_config=model,
@@ -227,7 +243,7 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         device_config=DeviceConfig(device="cpu"),
         speculative_config=speculative,
         lora_config=LoRAConfig(max_loras=settings.max_loras) if settings.max_loras else None,
-        **({"parallel_config": ParallelConfig(pipeline_parallel_size=stages)} if stages > 1 else {}),
+        **({"parallel_config": ParallelConfig(**degrees)} if degrees else {}),
     )
     cache.num_gpu_blocks = settings.num_gpu_blocks
     if settings.enable_prefix_caching and any(group.kind == "state" for group in settings.groups):
@@ -334,16 +350,20 @@ def check_scheduler(scheduler: Any, settings: SchedulerSettings) -> None:
                 )
 
 
-def _write_tiny_model(folder: Path, max_model_len: int, architecture: str = "LlamaForCausalLM") -> None:
-    """A config.json that vLLM accepts; no weights are ever read."""
+def _write_tiny_model(
+    folder: Path, max_model_len: int, architecture: str = "LlamaForCausalLM", shards: int = 1
+) -> None:
+    """A config.json that vLLM accepts, for so many ranks that share the KV of one head; no weights are ever
+    read."""
+    heads = 4 if shards == 1 else shards
     config = {
         "architectures": [architecture],
         "model_type": "llama",
-        "hidden_size": 64,
+        "hidden_size": 16 * heads,
         "intermediate_size": 128,
         "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 4 if shards == 1 else 1,
         "vocab_size": 1024,
         "max_position_embeddings": max_model_len,
         "torch_dtype": "bfloat16",

@@ -67,6 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stages, each of which takes the step time below (default: 1)",
     )
     scheduling.add_argument(
+        "--decode-context-parallel-size",
+        "-dcp",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="ranks that share the tokens of a block, which then holds N times --block-size (default: 1)",
+    )
+    scheduling.add_argument(
         "--scheduling-policy",
         choices=("fcfs", "priority"),
         default="fcfs",

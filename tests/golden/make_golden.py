@@ -349,6 +349,23 @@ RECIPES: dict[str, Recipe] = {
         lambda r: with_priorities(r, with_stops(r, shared_prefixes(r, 45, 8, output=(1, 60)), 0.5), 3),
         settings(50, **FOUR, **PRIORITY), since=WAITS,
     ),
+    "async_dcp_two": Recipe(
+        "two ranks share the KV of a head: blocks of 32 tokens, shared prefixes, evictions",
+        lambda r: shared_prefixes(r, 60, 8, output=(5, 70)), settings(36, decode_context_parallel_size=2),
+    ),
+    "sync_dcp_four_tight": Recipe(
+        "four ranks share the KV of a head: blocks of 32 tokens from 8, preemptions, a watermark",
+        lambda r: echoes(r, 70, 6),
+        settings(
+            20, **SYNC, block_size=8, decode_context_parallel_size=4, max_num_seqs=24, watermark=0.1,
+            max_num_batched_tokens=48,
+        ),
+    ),
+    "async_dcp_eight_sessions": Recipe(
+        "eight ranks share the KV of a head: blocks of 128 tokens, sessions, preemptions",
+        lambda r: conversations(r, 16, 20, output=(5, 60)),
+        settings(16, decode_context_parallel_size=8, max_num_seqs=16),
+    ),
     "async_priority": Recipe(
         "three priorities and little memory: victims were served in the same step, or preempt themselves",
         lambda r: with_priorities(r, unrelated(r, 60, 6, (5, 120), (20, 120)), 3),
@@ -579,7 +596,7 @@ ACROSS = (
     *(
         name
         for name in RECIPES
-        if any(word in name for word in ("priority", "stops", "cadence", "loras", "pipeline"))
+        if any(word in name for word in ("priority", "stops", "cadence", "loras", "pipeline", "dcp"))
     ),
     *("async_context_full", "async_watermark"),
     *("async_two_seats_tight", "sync_prefix_tight", "async_last_token_victims_cached", "async_echoes"),

@@ -216,6 +216,17 @@ def random_pipeline(seed: int, settings: SchedulerSettings) -> SchedulerSettings
     return replace(settings, pipeline_parallel_size=int(rng.choice([2, 2, 3, 4, 4, 7])))
 
 
+def random_shards(seed: int, settings: SchedulerSettings) -> SchedulerSettings:
+    """The same with ranks that share the tokens of a block, drawn on its own so that the rest of a seed stays
+    as it is."""
+    rng = np.random.default_rng([seed, 3])
+    shards = int(rng.choice([2, 2, 3, 4, 8]))
+    if rng.random() < 0.5:  # else blocks of the same tokens are fewer, and all the larger
+        return replace(settings, decode_context_parallel_size=shards)
+    blocks = -(-settings.num_gpu_blocks // shards) + 1
+    return replace(settings, decode_context_parallel_size=shards, num_gpu_blocks=blocks)
+
+
 def installed_version() -> VllmVersion:
     """The version of the vLLM that is driven."""
     found = str(minor_version(version("vllm")))
@@ -232,11 +243,12 @@ def compare(
     speculative: bool = False,
     loras: bool = False,
     pipelined: bool = False,
+    sharded: bool = False,
 ) -> Outcome:
     """Run one seed through vLLM and through the engine, stepped and, but for pipelines, jumping.
 
     ``grouped``: with several groups of layers; ``speculative``: with speculative decoding; ``loras``: with
-    LoRA adapters; ``pipelined``: in a pipeline.
+    LoRA adapters; ``pipelined``: in a pipeline; ``sharded``: with decode context parallelism.
     """
     rng = np.random.default_rng(seed)
     entries = random_entries(rng)
@@ -250,6 +262,8 @@ def compare(
         entries, settings = random_loras(seed, entries, settings)
     if pipelined:
         settings = random_pipeline(seed, settings)
+    if sharded:
+        settings = random_shards(seed, settings)
     try:
         log = record_scheduler(build_workload(entries, "random"), settings, random_formula(rng))
     except RunError:  # vLLM comes to a halt: a step holds less than the block of a state (0.24)
@@ -274,12 +288,18 @@ def main(arguments: list[str]) -> int:
     kinds.add_argument("--speculative", action="store_true", help="with speculative decoding")
     kinds.add_argument("--pipelines", action="store_true", help="in pipelines")
     parser.add_argument("--loras", action="store_true", help="with LoRA adapters, also beside the others")
+    kinds.add_argument("--context-parallel", action="store_true", help="with decode context parallelism")
     parser.add_argument("--first", type=int, default=0, help="first seed (default: 0)")
     options = parser.parse_args(arguments)
     failures = steps = preemptions = halted = 0
     for seed in range(options.first, options.first + options.seeds):
         settings, log, found = compare(
-            seed, options.groups, options.speculative, options.loras, options.pipelines
+            seed,
+            options.groups,
+            options.speculative,
+            options.loras,
+            options.pipelines,
+            options.context_parallel,
         )
         steps += len(log.steps)
         halted += not log.steps

@@ -132,7 +132,7 @@ def pipeline_of(
     if stages == 1:
         return None
     return Pipeline(
-        track_maker(settings.block_size, tracks, 1),
+        track_maker(settings.scheduler_block, tracks, 1),
         stages if settings.async_scheduling else 0,
         awaits_chunks=AWAITS_BATCHES.holds(version),
     )
@@ -196,7 +196,7 @@ def kv_cache(settings: SchedulerSettings, version: VllmVersion) -> AnyKvCache:
         2 if settings.async_scheduling else 1,
         settings.max_model_len,
     )
-    return kv_cache_of(settings.groups, blocks, settings.block_size, caching, rules)
+    return kv_cache_of(settings.groups, blocks, settings.scheduler_block, caching, rules)
 
 
 def build_loop(
@@ -210,7 +210,7 @@ def build_loop(
     """The loop of one instance of a model that has no properties but a name: nothing else takes part in
     scheduling."""
     capacity = SimpleNamespace(
-        block_size=settings.block_size,
+        block_size=settings.scheduler_block,
         usable_blocks=settings.num_gpu_blocks - 1,
         admitted_blocks=lambda *_: 0,  # the recorder has refused what would not fit
     )

@@ -141,11 +141,33 @@ def test_pipelines_are_in_every_version() -> None:
     assert Counter(version_of(one) for one in preempting) == {"0.24": 2, "0.28": 5, "0.33": 5}
 
 
+def test_context_parallelism_is_in_every_version() -> None:
+    sharded = [golden(name) for name in NAMES if shards_of(name) > 1]
+    counted = Counter((version_of(one), shards_of(one.name)) for one in sharded)
+    assert counted == {(version, ranks): 1 for version in ("0.24", "0.28", "0.33") for ranks in (2, 4, 8)}
+    assert all(any(step.preempted for step in one.log.steps) for one in sharded)
+    hits = {shards_of(one.name): {h for s in one.log.steps for h in s.hits.values()} for one in sharded}
+    blocks = {2: 2 * 16, 4: 4 * 8, 8: 8 * 16}
+    assert all(hit % blocks[ranks] == 0 for ranks, found in hits.items() for hit in found)
+    assert all(max(found) > 0 for found in hits.values())
+
+
+def test_blocks_of_fewer_ranks_are_not_taken_for_it() -> None:
+    one = golden("vllm-0.33/async_dcp_two")
+    settings = {**one.log.header["settings"], "decode_context_parallel_size": 1}
+    header = {**one.log.header, "settings": settings}
+    assert differences(one.log, replay(replace(one, log=replace(one.log, header=header))))
+
+
 def test_a_pipeline_of_other_depth_is_not_taken_for_it() -> None:
     """The place more of asynchronous scheduling, and the turns of the ring, can be told from the log."""
     one = golden("vllm-0.33/async_pipeline_two")
     header = {**one.log.header, "settings": {**one.log.header["settings"], "async_scheduling": False}}
     assert differences(one.log, replay(replace(one, log=replace(one.log, header=header))))
+
+
+def shards_of(name: str) -> int:
+    return int(settings_of(name).get("decode_context_parallel_size", 1))
 
 
 def settings_of(name: str) -> dict[str, Any]:
