@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from servesim.errors import InputError
 from servesim.slotted import dataclass
-from servesim.specs.checked import Field
+from servesim.specs.annotated import Field
 from servesim.specs.hardware import load_hardware
 from servesim.specs.paths import find
 from servesim.specs.reading import read_yaml_object

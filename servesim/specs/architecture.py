@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from servesim.errors import InputError
 from servesim.specs import paths
-from servesim.specs.checked import Field, field_validator, model_validator
+from servesim.specs.annotated import Field
+from servesim.specs.checked import field_validator, model_validator
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.validation import Spec, joined, list_as_tuple, nearest, validated
 

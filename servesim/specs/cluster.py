@@ -7,7 +7,8 @@ import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from servesim.specs import memories, paths
-from servesim.specs.checked import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from servesim.specs.annotated import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from servesim.specs.checked import model_validator
 from servesim.specs.engine_options import EngineOptions, OwnOptions
 from servesim.specs.flags import renamed
 from servesim.specs.hardware import EngineSpec

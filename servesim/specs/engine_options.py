@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Annotated, Literal
 
 from servesim.specs import conditions
-from servesim.specs.checked import BeforeValidator, Field
+from servesim.specs.annotated import BeforeValidator, Field
 from servesim.specs.dtypes import (
     KV_CACHE_ALIASES,
     KV_CACHE_DTYPES,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from servesim.errors import MissingFileError
 from servesim.specs import paths
-from servesim.specs.checked import BeforeValidator, Discriminator, Field, Tag
+from servesim.specs.annotated import BeforeValidator, Discriminator, Field, Tag
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.validation import BandwidthGbs, Count, SizeGb, Spec, Unit, list_as_tuple, validated
 

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from servesim.slotted import dataclass
-from servesim.specs.checked import Field
+from servesim.specs.annotated import Field
 from servesim.specs.validation import BandwidthGbs, Count, LatencyNs, SizeGb, Spec
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from servesim.errors import InputError, MissingFileError, NotSupportedError
 from servesim.specs import paths
-from servesim.specs.checked import Field, InstanceOf, field_validator, model_validator
+from servesim.specs.annotated import Field, InstanceOf
+from servesim.specs.checked import field_validator, model_validator
 from servesim.specs.dtypes import dtype_bytes
 from servesim.specs.families import families, model_type_of, read_layers
 from servesim.specs.families.generic import refuse_other_layers, standard_block

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from servesim.errors import InputError
 from servesim.specs import conditions
-from servesim.specs.checked import BeforeValidator, Field, model_validator
+from servesim.specs.annotated import BeforeValidator, Field
+from servesim.specs.checked import model_validator
 from servesim.specs.engine_options import EngineOptions
 from servesim.specs.flags import Flag, add_flags, flag_of, from_flags, renamed
 from servesim.specs.memories import TIER_WORDS
@@ -491,7 +492,7 @@ class RuntimeOptions(EngineOptions, InputOptions):
 
         def __init__(self, **values: Any) -> None:
             """Raises InputError, as everything else does, when a value is not allowed."""
-            from servesim.specs.checked import ValidationError
+            from servesim.specs.annotated import ValidationError
             from servesim.specs.validation import field_path, joined, problems
 
             try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from servesim.errors import InputError
 from servesim.specs import paths
-from servesim.specs.checked import Field
+from servesim.specs.annotated import Field
 from servesim.specs.reading import read_text
 from servesim.specs.validation import Count, LatencyNs, SizeGb, Spec, Unit, validated
 

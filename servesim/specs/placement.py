@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from servesim.specs.checked import AfterValidator, BeforeValidator, Field
+from servesim.specs.annotated import AfterValidator, BeforeValidator, Field
 from servesim.specs.memories import PLACES, is_place
 from servesim.specs.validation import Spec, list_as_tuple
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from servesim.specs.checked import Field
+from servesim.specs.annotated import Field
 from servesim.specs.validation import Count, PowerW, SizeGb, Spec, Unit
 
 EnergyPerBitPj = Annotated[float, Field(ge=0, le=1e6), Unit("pJ/bit")]

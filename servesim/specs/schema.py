@@ -10,7 +10,8 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from servesim.specs.checked import Checked, Declared, split
+from servesim.specs.annotated import Declared, split
+from servesim.specs.checked import Checked
 from servesim.specs.cluster import ClusterSpec
 from servesim.specs.dtypes import KV_CACHE_DTYPES
 from servesim.specs.engine_options import EngineOptions

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin
 
 from servesim.errors import InputError
 from servesim.slotted import dataclass
-from servesim.specs.checked import Checked, Field, ValidationError
+from servesim.specs.annotated import Field, ValidationError
+from servesim.specs.checked import Checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from servesim.specs.checked import Finding
+    from servesim.specs.annotated import Finding
 
     Location = Sequence[int | str]
 

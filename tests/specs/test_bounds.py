@@ -14,8 +14,9 @@ import pytest
 
 from servesim.__main__ import main
 from servesim.errors import InputError
+from servesim.specs.annotated import Declared
 from servesim.specs.architecture import Architecture
-from servesim.specs.checked import Checked, Declared
+from servesim.specs.checked import Checked
 from servesim.specs.cluster import ClusterSpec
 from servesim.specs.families import read_layers
 from servesim.specs.hardware import HardwareSpec

@@ -10,16 +10,15 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from servesim.errors import InputError
-from servesim.specs.checked import (
+from servesim.specs.annotated import (
     AfterValidator,
     BeforeValidator,
-    Checked,
     Discriminator,
     Field,
     Tag,
     ValidationError,
-    model_validator,
 )
+from servesim.specs.checked import Checked, model_validator
 from servesim.specs.validation import Spec, Unit, list_as_tuple, validated
 
 
