@@ -358,7 +358,7 @@ def followed(seen: Traffic, result: Result) -> list[tuple[str, float, float, flo
         twin["KV cache in use"] += np.where(during, steps.column("kv_blocks_used")[place], 0) / share
     tracks = result.log.tracks()
     runs = [run for record in result.log.requests for run in record.token_steps]
-    times = [tracks[track][first : last + 1] for track, first, last in runs]
+    times = [tracks[track].between(first, last + 1) for track, first, last in runs]
     made, _ = np.histogram(np.concatenate([np.zeros(0), *times]) / 1e9, seen.edges_s)
     twin["tokens per second"] = made / np.diff(seen.edges_s)
     # the simulation begins empty; the server did not

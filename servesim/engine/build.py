@@ -478,7 +478,7 @@ def track_maker(
     """A function that makes decode sets, each with a new track at the end of ``pipeline_tracks``."""
 
     def new_decodes() -> DecodeSet:
-        times = new_steps().end_ns  # a column of the kind that step ends are kept in
+        times = new_steps().new_track()
         pipeline_tracks.append(times)
         return DecodeSet(block_size, num_instances + len(pipeline_tracks) - 1, times)
 

@@ -71,8 +71,8 @@ class Glider:
         member, depth, decode_ns = self._member, self._depth, self._times.decode_ns
         scheduler, steps = member.scheduler, member.log.steps
         decodes, pool, running = scheduler.decodes, scheduler.kv.pool, scheduler.running
-        ends_ns, log_step = steps.end_ns, steps.append
-        first = step = len(ends_ns)
+        log_step, first = steps.append, len(steps)
+        step, ends_ns = first, steps.latest_ends(depth)
         waiting = len(scheduler.waiting)
         watched = {batch.step: batch for batch in in_flight}  # whose end does something
         self.left = []
@@ -89,16 +89,17 @@ class Glider:
             start_ns = free_ns if free_ns > now_ns else now_ns
             free_ns = start_ns + decode_ns(count, kv_sum, kv_min, kv_max)
             log_step(start_ns, free_ns, count, len(running), waiting, pool.num_used)
+            ends_ns.append(free_ns)
             ended = decodes.advance()
             if ended:
                 watched[step] = batch = Batch(step, free_ns)
                 batch.end_with(ended)
                 goes_on = scheduler.only_decodes()
             step += 1
-            if ends_ns[step - depth] >= horizon_ns:
+            if ends_ns[-depth] >= horizon_ns:
                 full = True
                 break
-            now_ns = ends_ns[step - depth]
+            now_ns = ends_ns[-depth]
             oldest = watched.pop(step - depth, None)
             if oldest is not None:
                 self.left += member.finish(oldest)
@@ -111,5 +112,5 @@ class Glider:
         if step > first:
             scheduler.stepped(alone=depth == 1)
         flying = range(step - depth + (not full), step)
-        self.in_flight = [watched.get(at) or Batch(at, ends_ns[at]) for at in flying]
+        self.in_flight = [watched.get(at) or Batch(at, ends_ns[at - step]) for at in flying]
         return step - first

@@ -291,7 +291,7 @@ def _throughput(result: Result, time: _Time) -> list[Series]:
     """Tokens per second: generated, and computed of prompts."""
     steps = result.steps
     generated = sum(
-        time.sums(times, counts)
+        time.sums(times.array(), counts)
         for times, counts in zip(result.token_gaps.tracks, _generated(result), strict=True)
     )
     prompts = time.sums(steps["end_ns"], steps["prefill_tokens"])
@@ -314,7 +314,8 @@ def _generated(result: Result, first: int = 0) -> list[NDArray[np.int64]]:
 def _gaps(result: Result, time: _Time) -> list[Series]:
     """Median and P99 of the inter-token latencies that end in each interval."""
     values, counts, ends = [], [], []
-    for times, made in zip(result.token_gaps.tracks, _generated(result, first=1), strict=True):
+    for track, made in zip(result.token_gaps.tracks, _generated(result, first=1), strict=True):
+        times = track.array()
         values.append(np.diff(times, prepend=times[:1]))
         counts.append(made)
         ends.append(times)

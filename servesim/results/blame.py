@@ -13,6 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from servesim.results.columns import Column
     from servesim.results.records import InstanceLog, RequestRecord
     from servesim.results.result import Result
 
@@ -82,9 +83,7 @@ class _Steps:
         return first, int(np.searchsorted(self.starts, until_ns, side="left")) - 1
 
 
-def _of_request(
-    record: RequestRecord, lookups: list[_Steps], tracks: list[NDArray[np.int64]]
-) -> dict[str, int]:
+def _of_request(record: RequestRecord, lookups: list[_Steps], tracks: list[Column]) -> dict[str, int]:
     parts = dict.fromkeys(PARTS, 0)
     parts["queue"] = record.scheduled_ns - record.arrival_ns
     front = lookups[record.instance]
@@ -92,7 +91,7 @@ def _of_request(
         computed_ns = record.first_token_ns
     else:
         track, entry = record.prefill_step
-        computed_ns = int(tracks[track][entry])
+        computed_ns = tracks[track][entry]
         parts["transfer"] = record.handed_over_ns - computed_ns
         track, entry, _ = record.token_steps[0]
         begun_ns = record.handed_over_ns
@@ -124,7 +123,7 @@ def _add_prefill(
 
 
 def _add_decode(
-    parts: dict[str, int], record: RequestRecord, lookups: list[_Steps], tracks: list[NDArray[np.int64]]
+    parts: dict[str, int], record: RequestRecord, lookups: list[_Steps], tracks: list[Column]
 ) -> None:
     """What happened between first token and last: runs of a token a step, and what interrupts them."""
     before_ns, before = record.first_token_ns, record.token_steps[0][1]
@@ -133,15 +132,15 @@ def _add_decode(
         times = tracks[track]
         start = first + 1
         if number:
-            own_ns = int(times[first] - times[first - 1]) if first else 0
-            stalled += max(int(times[first]) - own_ns - before_ns, 0)
+            own_ns = times[first] - times[first - 1] if first else 0
+            stalled += max(times[first] - own_ns - before_ns, 0)
             start = first
         else:
             start = before + 1
         if track < len(lookups):
             mixed += lookups[track].mixed_ns(start, last)
             gated += lookups[track].gated_ns(start, last)
-        before_ns = int(times[last])
+        before_ns = times[last]
     span = record.end_ns - record.first_token_ns
     parts["preemption" if record.preemptions else "queue"] += stalled
     gated = min(gated, span - stalled)

@@ -157,7 +157,7 @@ def _busiest_second(result: Result) -> tuple[float, int]:
     tokens = np.zeros(size, dtype=np.int64)
     for record in result.records:
         for track, begin, last in record.token_steps:
-            times = result.token_gaps.tracks[track][begin : last + 1]
+            times = result.token_gaps.tracks[track].between(begin, last + 1)
             tokens += np.bincount((times - first) // 10**9, minlength=size)
     changes = np.bincount((rows["arrival"] - first) // 10**9, minlength=size + 1)
     changes = changes - np.bincount((rows["end_time"] - first) // 10**9 + 1, minlength=size + 1)

@@ -136,7 +136,7 @@ class InstanceMeter:
         return Spans(spans.start_ns[decoding], spans.end_ns[decoding])
 
     def _column(self, name: str) -> NDArray[np.int64]:
-        return _numbers(getattr(self._log.steps, name)[self._first : self._last])
+        return self._log.steps.column(name, self._first, self._last)
 
 
 def _numbers(column: array[int]) -> NDArray[np.int64]:

@@ -27,7 +27,7 @@ def prefix_cache_entry(instances: Sequence[InstanceLog], rows: NDArray[np.void])
     """
 
     def moved(name: str) -> int:
-        return sum(sum(getattr(instance.steps, name)) for instance in instances)
+        return sum(getattr(instance.steps, name).total() for instance in instances)
 
     looked_up, found, recalled = (int(rows[name].sum()) for name in ("input", "prefix_hit", "storage_hit"))
     read = moved("recalled_bytes")

@@ -11,16 +11,13 @@ from array import array
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
+from servesim.results.columns import Column
 from servesim.results.request_log import RequestLog
 from servesim.results.request_log import RequestRecord as RequestRecord
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from servesim.memory.plan import KvCapacity
     from servesim.results.stated_errors import Reach, StatedError, Uncertainty
     from servesim.specs.cluster import InstanceSpec
@@ -201,8 +198,8 @@ class RunLog:
         self.requests = self.requests.in_order()
         self.rejected.sort(key=lambda rejected: rejected.request)
 
-    def tracks(self) -> list[NDArray[np.int64]]:
+    def tracks(self) -> list[Column]:
         """Token times in ns: track i is the step ends of instance i, and after those come
         :attr:`pipeline_tracks`."""
-        columns = [instance.steps.end_ns for instance in self.instances] + self.pipeline_tracks
-        return [np.frombuffer(times, dtype=np.int64) for times in columns]
+        of_pipelines = [Column("q", times) for times in self.pipeline_tracks]
+        return [*(instance.steps.end_ns for instance in self.instances), *of_pipelines]

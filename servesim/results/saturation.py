@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from servesim.results.records import InstanceLog
     from servesim.results.result import Result
+    from servesim.results.step_log import StepLog
 
 FULL_SHARE = 0.10
 """Share of the busy time at ``max_num_seqs`` from which on an instance counts as saturated."""
@@ -105,21 +106,21 @@ def saturation_line(entry: dict[str, Any]) -> str | None:
 
 def _of_instance(instance: InstanceLog, arrivals: NDArray[np.int64]) -> Saturation:
     steps = instance.steps
-    durations = steps.durations()
     early = late = 0.0
     if len(arrivals) and arrivals.max() > arrivals.min():
         first, last = int(arrivals.min()), int(arrivals.max())
         middle = (first + last) // 2
         # starts rise, so that a time is a slice
         a, b, c = (bisect_left(steps.start_ns, at) for at in (first, middle, last + 1))
-        waiting = np.asarray(steps.waiting)
-        early = _weighted_mean(waiting[a:b], durations[a:b])
-        late = _weighted_mean(waiting[b:c], durations[b:c])
-    busy = exact_sum(durations)
-    full = np.asarray(steps.running) >= instance.options.max_num_seqs
+        early, late = _mean_waiting(steps, a, b), _mean_waiting(steps, b, c)
+    busy = full = 0
+    for first, last in steps.parts():
+        durations = steps.durations(first, last)
+        busy += exact_sum(durations)
+        full += exact_sum(durations[steps.column("running", first, last) >= instance.options.max_num_seqs])
     return Saturation(
         instance=instance.index,
-        full_share=exact_sum(durations[full]) / busy if busy else 0.0,
+        full_share=full / busy if busy else 0.0,
         queue_early=early,
         queue_late=late,
         kv_peak=steps.most("kv_blocks_used") / instance.capacity.usable_blocks,
@@ -127,6 +128,11 @@ def _of_instance(instance: InstanceLog, arrivals: NDArray[np.int64]) -> Saturati
     )
 
 
-def _weighted_mean(values: NDArray[np.signedinteger[Any]], weights: NDArray[np.int64]) -> float:
-    total = exact_sum(weights)
-    return exact_sum(values, weights) / total if total else 0.0
+def _mean_waiting(steps: StepLog, start: int, stop: int) -> float:
+    """Mean number of waiting requests over the time of steps ``start`` to ``stop - 1``."""
+    waited = total = 0
+    for first, last in steps.parts(start, stop):
+        durations = steps.durations(first, last)
+        waited += exact_sum(steps.column("waiting", first, last), durations)
+        total += exact_sum(durations)
+    return waited / total if total else 0.0

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from array import array
+from itertools import accumulate
 from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from servesim.results.columns import PACKED
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from servesim.results.columns import Column
     from servesim.results.request_log import RequestLog, RequestRecord
 
     Integers = NDArray[np.signedinteger[Any]]
@@ -136,23 +140,36 @@ def describe(values: Integers, counts: Integers | None = None) -> Distribution:
     return Distribution(total, mean, math.sqrt(variance), median, p90, p95, p99, int(values.max()))
 
 
-def _differences(values: NDArray[np.int64]) -> Integers:
+def _differences(times: Column) -> Integers:
     """Those between neighbours, shape (n - 1,), in 32 bits if they fit."""
-    found = np.empty(max(len(values) - 1, 0), dtype=np.int32)
+    found = np.empty(max(len(times) - 1, 0), dtype=np.int32)
     for at in range(0, len(found), _PART):
-        part = np.diff(values[at : at + _PART + 1])
+        part = np.diff(times.between(at, min(at + _PART, len(found)) + 1))
         if part.max() > np.iinfo(np.int32).max:
-            return np.diff(values)
-        found[at : at + _PART] = part
+            return np.diff(times.array())
+        found[at : at + len(part)] = part
     return found
+
+
+def _that_occur(values: Integers, counts: Integers) -> tuple[Integers, Integers]:
+    """Values and counts without those that are counted 0 times, moved together in place."""
+    kept = 0
+    for at in range(0, len(values), _PART):
+        part = slice(at, at + _PART)
+        present = counts[part] > 0
+        more = int(np.count_nonzero(present))
+        values[kept : kept + more] = values[part][present]
+        counts[kept : kept + more] = counts[part][present]
+        kept += more
+    return values[:kept], counts[:kept]
 
 
 @dataclass(slots=True)
 class TokenGaps:
     """Token times of a run and the runs of entries of every request."""
 
-    tracks: list[NDArray[np.int64]]
-    """Per track of the run log: token times in ns, shape (entries,)."""
+    tracks: list[Column]
+    """Per track of the run log: token times in ns."""
     records: RequestLog
 
     def tokens(self) -> NDArray[np.int64]:
@@ -165,7 +182,7 @@ class TokenGaps:
 
     def of(self, record: RequestRecord) -> NDArray[np.int64]:
         """Gaps between successive tokens of one request in ns, shape (tokens - 1,)."""
-        times = [self.tracks[track][first : last + 1] for track, first, last in record.token_steps]
+        times = [self.tracks[track].between(first, last + 1) for track, first, last in record.token_steps]
         if not times:
             return np.empty(0, dtype=np.int64)
         every = np.concatenate(times)
@@ -184,7 +201,7 @@ class TokenGaps:
         for row, later in self.records.later_runs.items():
             previous, last = int(on[row]), int(lasts[row])
             for track, start, end in later:
-                between.append(int(self.tracks[track][start]) - int(self.tracks[previous][last]))
+                between.append(self.tracks[track][start] - self.tracks[previous][last])
                 more[track][0].append(start)
                 more[track][1].append(end)
                 previous, last = track, end
@@ -197,10 +214,7 @@ class TokenGaps:
                 np.add.at(occurs, first_runs[here] + 1, change)
                 np.add.at(occurs, np.array(later_runs, dtype=np.int64) + 1, change)
             occurs = np.cumsum(occurs, dtype=np.int32, out=occurs)[1:-1]
-            gaps = _differences(ends)
-            if not occurs.all():
-                present = occurs > 0
-                occurs, gaps = occurs[present], gaps[present]
+            gaps, occurs = _that_occur(_differences(ends), occurs)
             counts.append(occurs)
             values.append(gaps)
         if between:
@@ -214,32 +228,43 @@ class TokenGaps:
 class GapText:
     """The gaps of a request as the text ``[7780422, 7779379]``, at the price of copying that text.
 
-    The gaps of an instance's steps are rendered once, joined; the list of a run of steps is a slice of it.
+    The gaps of an instance's steps are rendered once, :data:`~servesim.results.columns.PACKED` at a time; the
+    list of a run of steps is cut out of them.
     """
 
-    __slots__ = ("_ends", "_offsets", "_text")
+    __slots__ = ("_ends", "_parts")
 
     def __init__(self, gaps: TokenGaps) -> None:
         self._ends = gaps.tracks
-        self._text: list[str] = []
-        self._offsets: list[list[int]] = []
-        for ends in gaps.tracks:
-            parts = [str(gap) for gap in np.diff(ends, prepend=0).tolist()]
-            lengths = np.array([0] + [len(part) + 2 for part in parts], dtype=np.int64)
-            self._text.append(", ".join(parts))
-            self._offsets.append(
-                np.cumsum(lengths).tolist()
-            )  # offsets[i]: where the gap that ends step i begins
+        self._parts: list[dict[int, tuple[str, array[int]]]] = [{} for _ in gaps.tracks]
+        """Per track: number of a part -> its text, and where in it each gap begins."""
 
     def of(self, record: RequestRecord) -> str:
         """The record's list of inter-token latencies in ns."""
         parts: list[str] = []
         previous_end: int | None = None
         for track, first, last in record.token_steps:
-            ends, offsets = self._ends[track], self._offsets[track]
+            ends = self._ends[track]
             if previous_end is not None:
-                parts.append(str(int(ends[first]) - previous_end))
+                parts.append(str(ends[first] - previous_end))
             if last > first:
-                parts.append(self._text[track][offsets[first + 1] : offsets[last + 1] - 2])
-            previous_end = int(ends[last])
+                parts += self._between(track, first + 1, last)
+            previous_end = ends[last]
         return f"[{', '.join(parts)}]"
+
+    def _between(self, track: int, first: int, last: int) -> Iterator[str]:
+        """The gaps that end entries ``first`` to ``last`` of a track."""
+        while first <= last:
+            number, place = divmod(first, PACKED)
+            text, begins = self._parts[track].get(number) or self._render(track, number)
+            behind = min(place + last - first + 1, PACKED)
+            yield text[begins[place] : begins[behind] - 2]
+            first += behind - place
+
+    def _render(self, track: int, number: int) -> tuple[str, array[int]]:
+        ends, start = self._ends[track], number * PACKED
+        times = ends.between(max(start - 1, 0), min(start + PACKED, len(ends)))
+        gaps = [str(gap) for gap in (np.diff(times) if start else np.diff(times, prepend=0)).tolist()]
+        begins = array("i", accumulate((len(gap) + 2 for gap in gaps), initial=0))
+        self._parts[track][number] = found = ", ".join(gaps), begins
+        return found

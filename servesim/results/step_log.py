@@ -1,8 +1,9 @@
 """The log of an instance's steps: a row a step, in columns that take what their values need.
 
-A long run has tens of millions of steps, and most columns are 0 in nearly all of them. So times are kept in
-64 bits, the counts that every step has in 32, and of the other columns only the steps that have something
-there. A step mostly starts when the one before ends: only the other starts are kept.
+A long run has tens of millions of steps, and most columns are 0 in nearly all of them. So times and the
+counts that every step has are packed (:class:`~servesim.results.columns.Column`), and of the other columns
+only the steps are kept that have something there. A step mostly starts when the one before ends: only the
+other starts are kept.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, ClassVar, overload
 
 import numpy as np
+
+from servesim.results.columns import PACKED, Column
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,12 +23,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_AT_ONCE = 1 << 16
+"""Steps that are computed with at once."""
+
+
 class SparseColumn(Sequence[int]):
     """A number of every step, of which only those are kept that are not what they are expected to be: 0."""
 
     __slots__ = ("_rows", "_steps", "_values")
 
-    def __init__(self, rows: array[int]) -> None:
+    def __init__(self, rows: Column) -> None:
         """``rows``: a column that has an entry for every step."""
         self._rows = rows
         self._steps = array("q")
@@ -58,7 +65,11 @@ class SparseColumn(Sequence[int]):
     def __getitem__(self, step: slice) -> list[int]: ...
     def __getitem__(self, step: int | slice) -> int | list[int]:
         if isinstance(step, slice):
-            return list(self._between(*step.indices(len(self))))
+            start, stop, stride = step.indices(len(self))
+            if stride != 1:
+                return [self[at] for at in range(start, stop, stride)]
+            found: list[int] = self.between(start, stop).tolist()
+            return found
         wanted = step if step >= 0 else step + len(self)
         if not 0 <= wanted < len(self):
             raise IndexError(f"step {step} of {len(self)}")
@@ -68,18 +79,8 @@ class SparseColumn(Sequence[int]):
         return self._expected(wanted)
 
     def __iter__(self) -> Iterator[int]:
-        return self._between(0, len(self), 1)
-
-    def _between(self, start: int, stop: int, stride: int) -> Iterator[int]:
-        place = bisect_left(self._steps, start) if stride == 1 else 0
-        for step in range(start, stop, stride):
-            if stride != 1:
-                yield self[step]
-            elif place < len(self._steps) and self._steps[place] == step:
-                yield self._values[place]
-                place += 1
-            else:
-                yield self._expected(step)
+        for start in range(0, len(self), PACKED):
+            yield from self.between(start, min(start + PACKED, len(self))).tolist()
 
     def total(self, start: int = 0, stop: int | None = None) -> int:
         """The sum of the steps from ``start`` to ``stop - 1``, of all by default; costs what is kept of
@@ -88,14 +89,25 @@ class SparseColumn(Sequence[int]):
         end = len(steps) if stop is None else bisect_left(steps, stop)
         return sum(self._values[bisect_left(steps, start) : end])
 
+    def between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Steps ``start`` to ``stop - 1``, as far as there are any."""
+        stop = min(stop, len(self))
+        found = self._all_expected(start, stop)
+        kept = slice(bisect_left(self._steps, start), bisect_left(self._steps, stop))
+        steps = np.array(self._steps[kept], dtype=np.int64)
+        found[steps - start] = np.array(self._values[kept], dtype=np.int64)
+        return found
+
     def array(self) -> NDArray[np.int64]:
         """All steps, shape (steps,)."""
-        every = self._all_expected()
-        every[np.frombuffer(self._steps, dtype=np.int64)] = np.frombuffer(self._values, dtype=np.int64)
-        return every
+        return self.between(0, len(self))
 
-    def _all_expected(self) -> NDArray[np.int64]:
-        return np.zeros(len(self), dtype=np.int64)
+    def most(self) -> int:
+        """The largest number, 0 at least."""
+        return max(self._values, default=0)
+
+    def _all_expected(self, start: int, stop: int) -> NDArray[np.int64]:
+        return np.zeros(max(stop - start, 0), dtype=np.int64)
 
 
 class StartColumn(SparseColumn):
@@ -106,14 +118,21 @@ class StartColumn(SparseColumn):
     def _expected(self, step: int) -> int:
         return self._rows[step - 1] if step else 0
 
-    def _all_expected(self) -> NDArray[np.int64]:
-        every = np.zeros(len(self), dtype=np.int64)
-        every[1:] = np.frombuffer(self._rows, dtype=np.int64)[:-1]
+    def _all_expected(self, start: int, stop: int) -> NDArray[np.int64]:
+        if start:
+            return self._rows.between(start - 1, stop - 1)
+        every = np.zeros(max(stop, 0), dtype=np.int64)
+        every[1:] = self._rows.between(0, stop - 1)
         return every
 
     def total(self, start: int = 0, stop: int | None = None) -> int:
         """The sum of the steps from ``start`` to ``stop - 1``, of all by default."""
-        return int(self.array()[start:stop].astype(object).sum()) if len(self) else 0
+        end = len(self) if stop is None else min(stop, len(self))
+        return sum(sum(self.between(at, min(at + PACKED, end)).tolist()) for at in range(start, end, PACKED))
+
+    def most(self) -> int:
+        """The latest start."""
+        return self[-1] if len(self) else 0
 
 
 class StepLog:
@@ -148,15 +167,15 @@ class StepLog:
         "recomputed_tokens",
     )
     """Numbers that are kept where they are not 0."""
-    __slots__ = COLUMNS
+    __slots__ = (*COLUMNS, "_decodes", "_ends", "_running", "_used", "_waiting")
 
-    end_ns: array[int]
+    end_ns: Column
     start_ns: StartColumn
     prefill_tokens: SparseColumn
-    decode_tokens: array[int]
-    running: array[int]
-    waiting: array[int]
-    kv_blocks_used: array[int]
+    decode_tokens: Column
+    running: Column
+    waiting: Column
+    kv_blocks_used: Column
     preempted: SparseColumn
     hit_tokens: SparseColumn
     lookup_tokens: SparseColumn
@@ -166,27 +185,39 @@ class StepLog:
     recomputed_tokens: SparseColumn
 
     def __init__(self) -> None:
-        self.end_ns = array("q")
+        self.end_ns = Column("q")
         self.start_ns = StartColumn(self.end_ns)
         for name in self.EACH:
-            setattr(self, name, array("i"))
+            setattr(self, name, Column("i"))
         for name in self.FEW:
             setattr(self, name, SparseColumn(self.end_ns))
+        # a step goes straight to the ends of its columns, which are packed together
+        self._ends = self.end_ns.tail
+        self._decodes = self.decode_tokens.tail
+        self._running = self.running.tail
+        self._waiting = self.waiting.tail
+        self._used = self.kv_blocks_used.tail
 
     def __len__(self) -> int:
         return len(self.end_ns)
 
+    def new_track(self) -> array[int]:
+        """Another column of times, for tokens that do not come at the ends of steps."""
+        return array("q")
+
     def append(self, start_ns: int, end_ns: int, decodes: int, running: int, waiting: int, used: int) -> int:
         """Add a step with what every step has; returns its index."""
-        ends = self.end_ns
-        step = len(ends)
+        ends = self._ends
+        step = self.end_ns.first + len(ends)
         if start_ns != (ends[-1] if step else 0):
             self.start_ns.put(step, start_ns)
         ends.append(end_ns)
-        self.decode_tokens.append(decodes)
-        self.running.append(running)
-        self.waiting.append(waiting)
-        self.kv_blocks_used.append(used)
+        self._decodes.append(decodes)
+        self._running.append(running)
+        self._waiting.append(waiting)
+        self._used.append(used)
+        if len(ends) >= 2 * PACKED:
+            self._pack()
         return step
 
     def append_quiet(
@@ -201,33 +232,42 @@ class StepLog:
         """Add steps of the same decodes alone that follow each other from ``start_ns`` on, ending at ``ends``
         with ``used`` blocks in use."""
         step = len(self.end_ns)
-        if start_ns != (self.end_ns[-1] if step else 0):
+        if start_ns != (self._ends[-1] if step else 0):
             self.start_ns.put(step, start_ns)
-        self.end_ns.extend(ends)
-        self.kv_blocks_used.extend(used)
+        self._ends.extend(ends)
+        self._used.extend(used)
         one = array("i", (0,))
-        for column, value in (
-            (self.decode_tokens, decodes),
-            (self.running, running),
-            (self.waiting, waiting),
-        ):
+        for column, value in ((self._decodes, decodes), (self._running, running), (self._waiting, waiting)):
             one[0] = value
             column.extend(one * len(ends))
+        self._pack()
+
+    def _pack(self) -> None:
+        self.end_ns.pack()
+        for name in self.EACH:
+            getattr(self, name).pack()
+
+    def latest_ends(self, steps: int) -> list[int]:
+        """When the last ``steps`` steps ended, fewer where there are not as many."""
+        return self._ends[-steps:].tolist() if steps else []
 
     def most(self, name: str) -> int:
         """The largest number of a column; 0 without steps."""
-        found: Any = getattr(self, name)
-        return int(np.asarray(found.array() if isinstance(found, SparseColumn) else found).max(initial=0))
+        found: Column | SparseColumn = getattr(self, name)
+        return found.most()
 
-    def durations(self) -> NDArray[np.int64]:
-        """ns of every step, shape (steps,)."""
-        durations = self.start_ns.array()
-        np.subtract(np.asarray(self.end_ns), durations, out=durations)
-        return durations
+    def durations(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """ns of steps ``start`` to ``stop - 1``, of all by default."""
+        return self.column("end_ns", start, stop) - self.column("start_ns", start, stop)
 
-    def column(self, name: str) -> NDArray[np.int64]:
-        """A copy of one column, shape (steps,)."""
-        found: Any = getattr(self, name)
-        if isinstance(found, SparseColumn):
-            return found.array()
-        return np.array(found, dtype=np.int64)
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """A copy of steps ``start`` to ``stop - 1`` of one column, of all by default."""
+        found: Column | SparseColumn = getattr(self, name)
+        return found.between(start, len(self) if stop is None else stop)
+
+    def parts(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """(first, behind the last) of stretches of steps that together are ``start`` to ``stop - 1``, for
+        those who would not hold whole columns."""
+        end = len(self) if stop is None else min(stop, len(self))
+        for at in range(start, end, _AT_ONCE):
+            yield at, min(at + _AT_ONCE, end)

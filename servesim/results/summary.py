@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from servesim.results.records import InstanceLog, SpeculationLog
     from servesim.results.result import Result
+    from servesim.results.step_log import StepLog
     from servesim.specs.options import RuntimeOptions
 
 _PROFILES = "profiler/perf/"
@@ -132,6 +133,10 @@ def _portable(bundle_source: str) -> str:
     return root + rest if root else bundle_source
 
 
+def _busy_ns(steps: StepLog) -> int:
+    return sum(exact_sum(steps.durations(first, last)) for first, last in steps.parts())
+
+
 def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, Any]:
     steps = instance.steps
     options = asdict(instance.options) if is_dataclass(instance.options) else {}
@@ -160,7 +165,7 @@ def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, 
         "dummy_steps": len(instance.dummies),
         "peak_batch": steps.most("running"),
         "preemptions": steps.preempted.total(),
-        "busy_s": round(exact_sum(steps.durations()) / SECOND, 9),
+        "busy_s": round(_busy_ns(steps) / SECOND, 9),
     }
 
 

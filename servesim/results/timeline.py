@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from servesim.results.records import InstanceLog, RequestRecord, RunLog
     from servesim.results.result import Result
+    from servesim.results.step_log import StartColumn
     from servesim.specs.options import RuntimeOptions
 
 _EVENTS_AT_ONCE = 1 << 14
@@ -78,7 +79,7 @@ def _events(log: RunLog) -> Iterator[dict[str, Any]]:
         yield {"ph": "M", "name": "process_sort_index", "pid": instance.index, "tid": 0, "args": sort}
         yield from _steps(instance)
         yield from _gates(instance)
-    starts = [instance.steps.column("start_ns") for instance in log.instances]
+    starts = [instance.steps.start_ns for instance in log.instances]
     for record in log.requests:
         yield from _request(record, log, starts)
     yield from _links(log)
@@ -186,7 +187,7 @@ def _power(log: RunLog, power: NDArray[np.void]) -> Iterator[dict[str, Any]]:
             yield _counter("power (W)", pid, end, mean=0)
 
 
-def _request(record: RequestRecord, log: RunLog, starts: list[NDArray[np.int64]]) -> Iterator[dict[str, Any]]:
+def _request(record: RequestRecord, log: RunLog, starts: list[StartColumn]) -> Iterator[dict[str, Any]]:
     """A span from arrival to end, and in it one after the other what the request went through."""
     base = {"cat": "request", "id": record.request, "pid": record.decode_instance, "tid": 0}
 
@@ -208,7 +209,7 @@ def _request(record: RequestRecord, log: RunLog, starts: list[NDArray[np.int64]]
         yield from span("first token", record.handed_over_ns, first_ns)
     lost = []
     for where, step, back_ns in record.away or ():
-        begun = int(starts[where][step]) if step < len(starts[where]) else record.end_ns
+        begun = starts[where][step] if step < len(starts[where]) else record.end_ns
         if first_ns <= begun < back_ns:  # in its decode; before, it is a part of the prefill
             lost.append((begun, back_ns))
     since = first_ns

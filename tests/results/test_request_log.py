@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from servesim.results.columns import Column
 from servesim.results.request_log import RequestLog, RequestRecord
 from servesim.results.stats import TokenGaps
 
@@ -50,7 +51,7 @@ def test_records_come_back_as_they_were(made: list[RequestRecord]) -> None:
 
 @given(records())
 def test_tokens_and_gaps_are_those_of_the_records(made: list[RequestRecord]) -> None:
-    tracks = [np.arange(100, dtype=np.int64) ** 2, np.arange(100, dtype=np.int64) * 1000]
+    tracks = [Column("q", [i**2 for i in range(100)]), Column("q", range(0, 100_000, 1000))]
     gaps = TokenGaps(tracks, RequestLog(made))
     each = [
         sum(last - first + 1 for _, first, last in record.token_steps) + record.extra_tokens

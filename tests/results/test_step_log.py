@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from servesim.results import columns
+from servesim.results.columns import PACKED, Column
 from servesim.results.step_log import SparseColumn, StepLog
 
 ROWS = st.lists(
@@ -72,9 +77,49 @@ def test_a_number_can_be_set_late() -> None:
     assert list(log.tier_bytes) == [0, 5, 0, 8, 0]
 
 
-def test_a_step_of_decodes_takes_24_bytes() -> None:
-    log = StepLog()
-    log.append_quiet(0, range(1, 1001), range(1000), 50, 50, 0)
-    columns = [getattr(log, name) for name in ("end_ns", *StepLog.EACH)]
-    assert sum(column.itemsize for column in columns) == 24
+def test_a_step_of_a_long_run_takes_11_bytes() -> None:
+    log, steps = StepLog(), 40 * PACKED
+    log.append_quiet(0, range(9_000_000, 9_000_000 * (steps + 1), 9_000_000), range(steps), 50, 60, 0)
+    kept = [getattr(log, name) for name in ("end_ns", *StepLog.EACH)]
+    latest = 24 * 2 * PACKED  # are not packed yet
+    assert sum(column.num_bytes for column in kept) < 11 * steps + latest
     assert all(len(getattr(log, name)._steps) == 0 for name in ("start_ns", *StepLog.FEW))
+
+
+@given(st.integers(1, 30), st.lists(st.integers(0, 2**40), min_size=1, max_size=40))
+def test_packed_numbers_are_the_same(narrow: int, numbers: list[int]) -> None:
+    with patch.object(columns, "PACKED", 32):
+        for plain in (
+            list(accumulate([number % 2**narrow for number in numbers] * 8)),
+            [number % 2**narrow - 2 for number in numbers] * 8,
+            list(accumulate(numbers * 8)),
+            numbers * 8,
+            [5] * 200,
+        ):
+            column, grown = Column("q", plain), Column("q")
+            for number in plain:
+                grown.append(number)
+            assert len(grown.tail) < 64
+            assert list(column) == list(grown) == plain
+            assert column == grown
+            assert [column[at] for at in range(-len(plain), len(plain))] == plain * 2
+            assert column.most() == max(0, *plain)
+            for start, stop in ((0, len(plain)), (3, 40), (31, 33), (len(plain) - 2, len(plain)), (9, 9)):
+                assert column.between(start, stop).tolist() == column[start:stop] == plain[start:stop]
+            for wrong in (len(plain), -len(plain) - 1):
+                with pytest.raises(IndexError):
+                    column[wrong]
+
+
+def test_a_log_packs_its_columns_together() -> None:
+    log, ends = StepLog(), range(10, 10 * (5 * PACKED + 3), 10)
+    for end in ends:
+        log.append(end - 10, end, end % 7, end % 11, 0, 7)
+    assert all(column.first == 4 * PACKED for column in (log.end_ns, *map(log.__getattribute__, log.EACH)))
+    assert log.column("end_ns").tolist() == list(ends)
+    assert log.column("start_ns", 9, 4 * PACKED).tolist() == [end - 10 for end in ends[9 : 4 * PACKED]]
+    assert log.decode_tokens[-PACKED:] == [end % 7 for end in ends[-PACKED:]]
+    assert log.durations().tolist() == [10] * len(ends)
+    assert log.latest_ends(2) == list(ends[-2:])
+    covered = [step for first, last in log.parts(3) for step in range(first, last)]
+    assert covered == list(range(3, len(ends)))
