@@ -6,11 +6,16 @@ import atexit
 import os
 import shutil
 import tempfile
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 from servesim.engine.simulation import Observer, Simulation
 from servesim.results.records import RunLog
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 os.environ["SERVESIM_AUTO_PROFILE"] = (
     "0"  # no test depends on what happens to be installed; commands inherit it
@@ -41,3 +46,11 @@ def _run_and_check(self: Simulation, observer: Observer | None = None) -> RunLog
 
 
 Simulation.run = _run_and_check  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a test, empty at first. Shipped files are found from anywhere; nothing is written
+    into the checkout."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from servesim.api import simulate
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
+from tests.specs import clusters
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,22 +33,8 @@ def workload(count: int = 40, gap_ms: int = 30) -> Workload:
 
 def cluster(engine: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """One GPU with a shipped bundle."""
-    instance = {
-        "model_name": MODEL,
-        "hardware": "RTXPRO6000",
-        "npu_mem": {"mem_size": 96, "mem_bw": 1597, "mem_latency": 0},
-        "num_npus": 1,
-        "tp_size": 1,
-        "pd_type": None,
-        **({"engine": engine} if engine else {}),
-        **changes,
-    }
-    node = {
-        "num_instances": 1,
-        "cpu_mem": {"mem_size": 512, "mem_bw": 256, "mem_latency": 0},
-        "instances": [instance],
-    }
-    return {"num_nodes": 1, "link_bw": 16, "link_latency": 20000, "nodes": [node]}
+    own = {"engine": engine} if engine else {}
+    return clusters.cluster(clusters.instance(**own, **changes))
 
 
 def arguments(**changes: Any) -> dict[str, Any]:

@@ -86,13 +86,12 @@ def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _workload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def _workload(root: Path) -> None:
     entries = [
         {"input_toks": 3, "output_toks": 5, "arrival_time_ns": 0, "input_tok_ids": [7, 8, 9]},
         {"input_toks": 1, "output_toks": 5, "arrival_time_ns": 0, "input_tok_ids": [13]},
     ]
-    Path("w.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (root / "w.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 @pytest.mark.usefixtures("_vllm")

@@ -10,32 +10,26 @@ from servesim.__main__ import main
 from servesim.cli.explain_step import decode_lengths, each_length, parse_chunks
 from servesim.errors import InputError
 from tests.cost.bundles import Toy, toy_architecture
+from tests.specs.clusters import cluster as one_node
+from tests.specs.clusters import instance, npu_mem
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def cluster(root: Path) -> str:
     """A cluster of one toy instance; returns the flag that names it."""
-    monkeypatch.chdir(tmp_path)
-    Toy(meta={"source": "roofline", "engine_effective": {"max_num_seqs": 8}}).write(tmp_path)
-    toy_architecture(tmp_path)
-    model = tmp_path / "configs" / "model" / "org" / "toy.json"
+    Toy(meta={"source": "roofline", "engine_effective": {"max_num_seqs": 8}}).write(root)
+    toy_architecture(root)
+    model = root / "configs" / "model" / "org" / "toy.json"
     model.parent.mkdir(parents=True)
     fields = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     model.write_text(
         json.dumps(fields | {"model_type": "toy", "vocab_size": 32, "max_position_embeddings": 4096})
     )
-    instance = {"model_name": "org/toy", "hardware": "Toy", "num_npus": 1, "pd_type": None}
-    instance["npu_mem"] = {"mem_size": 8, "mem_bw": 100, "mem_latency": 0}
-    node = {
-        "num_instances": 1,
-        "cpu_mem": {"mem_size": 8, "mem_bw": 100, "mem_latency": 0},
-        "instances": [instance],
-    }
-    spec = {"num_nodes": 1, "link_bw": 16, "link_latency": 20000, "nodes": [node]}
-    (tmp_path / "toy.json").write_text(json.dumps(spec))
+    spec = one_node(instance(model_name="org/toy", hardware="Toy", npu_mem=npu_mem(mem_size=8, mem_bw=100)))
+    (root / "toy.json").write_text(json.dumps(spec))
     return "--cluster-config=toy.json"
 
 

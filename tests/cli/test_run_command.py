@@ -31,10 +31,7 @@ DOCUMENTED = [
 SMALL = ["--num-reqs", "5"]
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shipped files are found from anywhere; nothing is written into the checkout."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def test_the_documented_command_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,11 +21,10 @@ peak_tflops: {bfloat16: 100}
 
 
 @pytest.fixture(autouse=True)
-def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs/hardware").mkdir(parents=True)
-    (tmp_path / "configs/hardware/Mine.yaml").write_text(HARDWARE)
-    return tmp_path
+def working_folder(root: Path) -> Path:
+    (root / "configs/hardware").mkdir(parents=True)
+    (root / "configs/hardware/Mine.yaml").write_text(HARDWARE)
+    return root
 
 
 def make(*flags: str, hardware: str = "Mine") -> int:

@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 FOLDER = f"profiler/perf/{HARDWARE}/{MODEL}/{VARIANT}"
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_only_the_folder_asked_for_is_read(root: Path) -> None:
     bundle = Toy().bundle(root)
     (root / FOLDER / "tp2").mkdir()

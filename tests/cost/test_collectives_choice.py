@@ -37,12 +37,6 @@ def _all_reduce_us(root: Path, wanted: str, meta: dict[str, Any]) -> float:
     return float(timer.layers.blocks[-1].us(np.array([10]))[0])
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     ("wanted", "meta", "us"),
     [

@@ -13,12 +13,6 @@ from servesim.errors import InputError, MissingFileError
 from tests.cost.bundles import HARDWARE, MODEL, VARIANT, Toy
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def _elsewhere(root: Path, tp: int) -> Path:
     return Toy(tp=tp, meta={"source": "silicon"}).write(root / "made")
 

@@ -21,9 +21,8 @@ def test_one_token_touches_its_own_experts_and_many_touch_all() -> None:
     assert expected_distinct_experts(tokens, 128, 8) == pytest.approx(128 * (1 - (1 - 8 / 128) ** tokens))
 
 
-def test_the_expert_layer_runs_in_place_of_the_mlp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    timer = Toy(moe=MOE).timer(tmp_path, experts=4)
+def test_the_expert_layer_runs_in_place_of_the_mlp(root: Path) -> None:
+    timer = Toy(moe=MOE).timer(root, experts=4)
     assert [term.name for term in timer.layers.blocks + timer.layers.once] == [
         "qkv_proj",
         "o_proj",
@@ -38,23 +37,17 @@ def test_the_expert_layer_runs_in_place_of_the_mlp(tmp_path: Path, monkeypatch: 
     assert moe.origin(2) == "profiled at 2 tokens, 3.0 experts in tp1/moe.csv"
 
 
-def test_ranks_that_share_experts_do_an_equal_part_of_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_ranks_that_share_experts_do_an_equal_part_of_the_work(root: Path) -> None:
     toy = Toy(moe=MOE, tp=2)
-    moe = toy.timer(tmp_path, experts=4).layers.blocks[2]
+    moe = toy.timer(root, experts=4).layers.blocks[2]
     # 4 tokens on 4·(1 - 1/16) = 3.75 experts, shared by two: 2 tokens on 1.875, held at the smallest row.
     assert moe.us(np.array([4])).tolist() == [12.0]
     assert "equal work of one of 2 ranks" in moe.origin(4)
 
 
-def test_a_table_measured_with_sliced_experts_is_taken_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = Toy(moe=MOE, tp=2).write(tmp_path)
+def test_a_table_measured_with_sliced_experts_is_taken_as_it_is(root: Path) -> None:
+    folder = Toy(moe=MOE, tp=2).write(root)
     (folder / "tp2" / "moe.csv").write_text("tokens,activated_experts,time_us\n1,1,3.0\n1,4,6.0\n")
-    moe = Toy(tp=2).timer(tmp_path, experts=4).layers.blocks[2]
+    moe = Toy(tp=2).timer(root, experts=4).layers.blocks[2]
     assert moe.us(np.array([1])).tolist() == [4.0]
     assert moe.origin(1) == "profiled at 1 tokens, 2.0 experts in tp2/moe.csv"

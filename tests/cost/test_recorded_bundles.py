@@ -31,11 +31,10 @@ EVERY = [(model, tp) for model in (LLAMA, QWEN, MOE) for tp in (1, 2)]
 
 
 @pytest.fixture
-def perf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def perf(root: Path) -> Path:
     folder = recorded_path("perf")
-    (tmp_path / "profiler").mkdir()
-    (tmp_path / "profiler" / "perf").symlink_to(folder)
-    monkeypatch.chdir(tmp_path)
+    (root / "profiler").mkdir()
+    (root / "profiler" / "perf").symlink_to(folder)
     return folder / "RTXPRO6000"
 
 

@@ -23,12 +23,6 @@ if TYPE_CHECKING:
 CHUNK = Shape([(16, 0)])
 
 
-@pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def cost(root: Path, *, overlaps: bool = True, **engine: Any) -> StageCost:
     """A toy stage with these engine constants."""
     toy = Toy()

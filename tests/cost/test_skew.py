@@ -13,15 +13,14 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SkewTable:
-    monkeypatch.chdir(tmp_path)
+def table(root: Path) -> SkewTable:
     rows = [
         (0, "n<=2", "sr<=50%", "kvB<=100", "kp=0", 0.5),
         (0, "n<=8", "sr>50%", "kvB>100", "kp=0", -0.1),
         (16, "n<=2", "sr<=50%", "kvB<=100", "kp=0", 0.6),
         (64, "n<=2", "sr<=50%", "kvB<=100", "kp>0", 0.7),
     ]
-    skew = Toy(skew=rows).bundle(tmp_path).tables(1).skew
+    skew = Toy(skew=rows).bundle(root).tables(1).skew
     assert skew is not None
     return skew
 
@@ -52,17 +51,14 @@ def test_a_step_of_decodes_sees_the_same_numbers(table: SkewTable) -> None:
     assert alpha == [[table.of(0, 8, r, k, 0) for k in (100, 101)] for r in (0.5, 0.6)]
 
 
-def test_a_fit_without_a_table_is_its_default_everywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_fit_without_a_table_is_its_default_everywhere(root: Path) -> None:
     fit = {"enabled": True, "per_tp": {1: {"alpha_default": 0.125}}}
-    skew = Toy(meta={"skew_fit": fit}).bundle(tmp_path).tables(1).skew
+    skew = Toy(meta={"skew_fit": fit}).bundle(root).tables(1).skew
     assert skew is not None
     assert np.array_equal(skew.alpha.ravel(), [0.125])
     assert skew.of(512, 9, 0.3, 4096, 77) == 0.125
-    assert Toy(meta={"skew_fit": {**fit, "enabled": False}}).bundle(tmp_path).tables(1).skew is None
-    assert Toy(meta={"skew_fit": {**fit, "per_tp": {2: {}}}}).bundle(tmp_path).tables(1).skew is None
+    assert Toy(meta={"skew_fit": {**fit, "enabled": False}}).bundle(root).tables(1).skew is None
+    assert Toy(meta={"skew_fit": {**fit, "per_tp": {2: {}}}}).bundle(root).tables(1).skew is None
 
 
 def test_the_skew_rate_tells_where_the_mean_lies() -> None:

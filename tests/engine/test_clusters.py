@@ -17,11 +17,9 @@ from servesim.specs.cluster import load_cluster
 from servesim.specs.engine_options import EngineOptions
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
-from tests.engine.toy_world import DENSE, KV_BYTES_PER_TOKEN, MOE, toy_cluster, toy_instance, toy_world
+from tests.engine.toy_world import DENSE, KV_BYTES_PER_TOKEN, MOE, toy_cluster, toy_instance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from servesim.results.result import Result
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,10 +27,7 @@ SHIPPED = sorted(p for p in (ROOT / "configs/cluster").glob("*.json") if p.name 
 MS = 1_000_000
 
 
-@pytest.fixture(autouse=True)
-def toys(tmp_path: Path) -> Iterator[Path]:
-    with toy_world(tmp_path):
-        yield tmp_path
+pytestmark = pytest.mark.usefixtures("toys")
 
 
 # ------------------------------------------------------------------ the shipped configs

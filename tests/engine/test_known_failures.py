@@ -33,20 +33,15 @@ from servesim.specs.cluster import load_cluster
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.formats import load_workload
 from servesim.workload.request import Request, Workload
-from tests.engine.toy_world import MOE, toy_cluster, toy_instance, toy_world
+from tests.engine.toy_world import MOE, toy_cluster, toy_instance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from servesim.results.records import RunLog
 
 MS = 1_000_000
 
 
-@pytest.fixture(autouse=True)
-def toys(tmp_path: Path) -> Iterator[Path]:
-    with toy_world(tmp_path):
-        yield tmp_path
+pytestmark = pytest.mark.usefixtures("toys")
 
 
 def run(instances: list[dict[str, Any]], *requests: Request, **flags: Any) -> RunLog:

@@ -20,21 +20,16 @@ from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
-from tests.engine.toy_world import WINDOW, WINDOWS, toy_cluster, toy_instance, toy_world
+from tests.engine.toy_world import WINDOW, WINDOWS, toy_cluster, toy_instance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from servesim.results.result import Result
 
 MS = 1_000_000
 CONFIGS = Path(__file__).parents[1] / "golden" / "models"
 
 
-@pytest.fixture(autouse=True)
-def toys(tmp_path: Path) -> Iterator[Path]:
-    with toy_world(tmp_path):
-        yield tmp_path
+pytestmark = pytest.mark.usefixtures("toys")
 
 
 def run(requests: list[Request], instance: dict[str, Any] | None = None, **options: Any) -> Result:

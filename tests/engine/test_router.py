@@ -141,10 +141,10 @@ def test_a_request_on_its_way_to_a_decode_instance_counts_once() -> None:
 
 
 @pytest.fixture
-def policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def policies(root: Path) -> str:
     """A module in the working directory; returns its name."""
-    name = f"own_{tmp_path.name.replace('-', '_')}"
-    (tmp_path / f"{name}.py").write_text(
+    name = f"own_{root.name.replace('-', '_')}"
+    (root / f"{name}.py").write_text(
         "def last(request, candidates):\n"
         "    return candidates[-1]\n"
         "class Alternate:\n"
@@ -163,7 +163,6 @@ def policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def leaves(request, candidates):\n"
         "    raise SystemExit(7)\n"
     )
-    monkeypatch.chdir(tmp_path)
     return name
 
 
@@ -204,10 +203,9 @@ def test_an_error_in_a_policy_is_told_as_its_own(policies: str, attribute: str, 
 
 
 @pytest.mark.parametrize("line", ["raise RuntimeError('no')", "import sys\nsys.exit(3)", "x = ("])
-def test_a_module_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    name = f"bad_{len(line)}_{tmp_path.name.replace('-', '_')[:20]}"
-    (tmp_path / f"{name}.py").write_text(line + "\n")
-    monkeypatch.chdir(tmp_path)
+def test_a_module_that_fails_is_told(root: Path, line: str) -> None:
+    name = f"bad_{len(line)}_{root.name.replace('-', '_')[:20]}"
+    (root / f"{name}.py").write_text(line + "\n")
     with pytest.raises(
         InputError, match=f"--request-routing-policy: {name}:f failed while it was imported: "
     ):
@@ -237,13 +235,10 @@ def test_a_policy_that_returns_no_candidate_is_told(policies: str) -> None:
         ("def pick(*_):\n    import json\n    json.loads('{')\n", "when it was asked: {file}, line 3: JSON"),
     ],
 )
-def test_a_policy_that_fails_is_told_as_its_own_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, complaint: str
-) -> None:
-    name = f"failing_{tmp_path.name}"
-    file = tmp_path / f"{name}.py"
+def test_a_policy_that_fails_is_told_as_its_own_fault(root: Path, text: str, complaint: str) -> None:
+    name = f"failing_{root.name}"
+    file = root / f"{name}.py"
     file.write_text(text)
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as error:
         choices(router(f"{name}:pick", Busy(0, 0, 0), Busy(1, 0, 0)), 1, 0, 1)
     expected = f"--request-routing-policy: {name}:pick failed {complaint.format(file=file)}"

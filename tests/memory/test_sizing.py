@@ -19,6 +19,7 @@ from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.weights import stage_layers
+from tests.specs import clusters
 
 LLAMA, QWEN_MOE = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B-Instruct-2507"
 
@@ -33,20 +34,7 @@ def plan_with(
     instance: dict[str, Any] | None = None,
     **flags: Any,
 ) -> KvCapacity:
-    made = {
-        "model_name": LLAMA,
-        "hardware": "RTXPRO6000",
-        "npu_mem": {"mem_size": 96, "mem_bw": 1597, "mem_latency": 0},
-        "num_npus": 1,
-        "pd_type": None,
-        **(instance or {}),
-    }
-    node = {
-        "num_instances": 1,
-        "cpu_mem": {"mem_size": 512, "mem_bw": 256, "mem_latency": 0},
-        "instances": [made],
-    }
-    cluster = load_cluster({"num_nodes": 1, "link_bw": 16, "link_latency": 20000, "nodes": [node]})
+    cluster = load_cluster(clusters.cluster(clusters.instance(tp_size=..., **(instance or {}))))
     spec = cluster.instances[0][1]
     model = load_model(spec.model_name)
     options = resolve(RuntimeOptions(**flags), spec, model)

@@ -19,18 +19,18 @@ from servesim.specs.instance_options import resolve
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
+from tests.specs import clusters
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 LLAMA, QWEN = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-32B"
-_CPU = {"mem_size": 512, "mem_bw": 256, "mem_latency": 0}
 
 
-def cluster(**instance: Any) -> dict[str, Any]:
-    made = {"model_name": LLAMA, "hardware": "H100", "tp_size": 1, "pd_type": None, **instance}
-    node = {"num_instances": 1, "cpu_mem": _CPU, "instances": [made]}
-    return {"num_nodes": 1, "link_bw": 16, "link_latency": 0, "nodes": [node]}
+def cluster(**changes: Any) -> dict[str, Any]:
+    """One H100, with the memory of its hardware file."""
+    on_h100 = {"hardware": "H100", "npu_mem": ..., "num_npus": ...}
+    return clusters.cluster(clusters.instance(**{**on_h100, **changes}))
 
 
 def started(instance: dict[str, Any], **flags: Any) -> StartUp:

@@ -70,11 +70,8 @@ def test_rows_beyond_the_others_range_are_counted_not_compared(tmp_path: Path) -
     assert decode.worst == pytest.approx(0.0, abs=1e-9)
 
 
-def test_a_bundle_is_found_by_its_name_below_profiler_perf(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = bundle(tmp_path / "profiler/perf", tp_degrees=(1, 4))
-    monkeypatch.chdir(tmp_path)
+def test_a_bundle_is_found_by_its_name_below_profiler_perf(root: Path) -> None:
+    made = bundle(root / "profiler/perf", tp_degrees=(1, 4))
     found = open_bundle("Toy/meta-llama/Llama-3.1-8B/bf16")
     assert found.folder.resolve() == made.folder.resolve()
     assert (found.hardware, found.model, found.variant) == ("Toy", "meta-llama/Llama-3.1-8B", "bf16")

@@ -35,9 +35,7 @@ FILE = ROOT / "examples" / "forward.json"
 LLAMA, EXPERTS, WINDOWS = "meta-llama/Llama-3.1-8B", "Qwen/Qwen3-30B-A3B", "openai/gpt-oss-20b"
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def priced(model: str = LLAMA, tp: int = 1, **more: Any) -> StageCost:

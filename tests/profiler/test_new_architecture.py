@@ -11,6 +11,7 @@ import servesim
 from servesim.__main__ import main
 from servesim.specs.architecture import load_architecture
 from servesim.specs.model import load_model
+from tests.specs import clusters
 
 ARCHITECTURE = """\
 model_type: plainlm
@@ -52,22 +53,11 @@ CONFIG = {
 
 
 def cluster(model: str) -> dict[str, object]:
-    instance = {
-        "model_name": model,
-        "hardware": "NPU-X",
-        "npu_mem": {"mem_size": 128, "mem_bw": 5000, "mem_latency": 0},
-        "num_npus": 1,
-        "pd_type": None,
-    }
-    cpu = {"mem_size": 512, "mem_bw": 256, "mem_latency": 0}
-    node = {"num_instances": 1, "cpu_mem": cpu, "instances": [instance]}
-    return {"num_nodes": 1, "link_bw": 200, "link_latency": 2000, "nodes": [node]}
+    memory = {"mem_size": 128, "mem_bw": 5000, "mem_latency": 0}
+    return clusters.cluster(clusters.instance(model_name=model, hardware="NPU-X", npu_mem=memory))
 
 
-@pytest.fixture(autouse=True)
-def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def profile_and_run(model: str) -> servesim.Result:
@@ -75,12 +65,12 @@ def profile_and_run(model: str) -> servesim.Result:
     return servesim.simulate(cluster(model), num_reqs=5)
 
 
-def test_an_invented_architecture_runs_from_its_two_files(working_folder: Path) -> None:
+def test_an_invented_architecture_runs_from_its_two_files(root: Path) -> None:
     for relative, text in {
         "profiler/models/plainlm.yaml": ARCHITECTURE,
         "configs/model/me/plain-lm.json": json.dumps(CONFIG),
     }.items():
-        path = working_folder / relative
+        path = root / relative
         path.parent.mkdir(parents=True)
         path.write_text(text)
     result = profile_and_run("me/plain-lm")

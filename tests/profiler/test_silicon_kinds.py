@@ -238,12 +238,11 @@ def test_every_weight_of_a_block_is_read_once(name: str) -> None:
         assert ("attention" in names) == (layer.attention is not None)
 
 
-def test_a_bundle_of_two_kinds_adds_up_by_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_of_two_kinds_adds_up_by_stage(root: Path) -> None:
     from servesim.cost.terms import Stage
 
-    monkeypatch.chdir(tmp_path)
     model = sliding_half(load_model("meta-llama/Llama-3.1-8B"), 256)
-    folder = tmp_path / "profiler/perf/Toy" / model.name / "bf16"
+    folder = root / "profiler/perf/Toy" / model.name / "bf16"
     write_bundle(folder, build_bundle(job(model)))
     tables = load_bundle("Toy", model.name, "bf16", 1).tables(1)
     full, sliding = (tables.attentions[label] for label in ("attention", "attention_sliding"))
@@ -257,9 +256,8 @@ def test_a_bundle_of_two_kinds_adds_up_by_stage(tmp_path: Path, monkeypatch: pyt
         load_bundle("Toy", model.name, "bf16", 1).tables(1)
 
 
-def test_variants_share_the_tables_that_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    root = tmp_path / "profiler/perf"
+def test_variants_share_the_tables_that_are_the_same(root: Path) -> None:
+    root = root / "profiler/perf"
     for dtype in ("bfloat16", "fp8"):
         what = job(dtype=dtype)
         write_bundle(root / "Toy" / what.model.name / what.variant, build_bundle(what))

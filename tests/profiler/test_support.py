@@ -18,10 +18,7 @@ from tests.profiler.roofline_toy import build_bundle, job
 ASKED = {"tokens": 128, "sequences": 16, "decode KV": 4096}
 
 
-@pytest.fixture(autouse=True)
-def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def write(folder: Path, **changes: object) -> None:
@@ -47,8 +44,8 @@ def test_without_anything_nothing_can_be_made_and_the_missing_fact_is_named() ->
     assert "configs/hardware/Blank.yaml: memory_bandwidth_gbs: is missing" in told.ways[1].about
 
 
-def test_a_bundle_is_described_with_its_reach_and_what_lies_beyond(working_folder: Path) -> None:
-    write(working_folder, tp_degrees=(1, 2))
+def test_a_bundle_is_described_with_its_reach_and_what_lies_beyond(root: Path) -> None:
+    write(root, tp_degrees=(1, 2))
     told = answer(job(), ASKED, ways=False)
     assert told.letter == "R"
     assert told.ways == []
@@ -61,17 +58,17 @@ def test_a_bundle_is_described_with_its_reach_and_what_lies_beyond(working_folde
     assert "nothing measured" in (found.confidence or "")
 
 
-def test_a_bundle_without_the_degree_asked_for_is_a_problem_with_a_way_out(working_folder: Path) -> None:
-    write(working_folder, tp_degrees=(1,))
+def test_a_bundle_without_the_degree_asked_for_is_a_problem_with_a_way_out(root: Path) -> None:
+    write(root, tp_degrees=(1,))
     told = answer(job(tp_degrees=(4,)), ASKED, ways=False)
     assert told.bundle is not None
     assert "tp4/ does not exist" in (told.problem or "")
     assert told.letter == "r"
 
 
-def test_a_damaged_bundle_is_a_problem_and_no_crash(working_folder: Path) -> None:
-    write(working_folder)
-    (path,) = working_folder.rglob("attention.csv")
+def test_a_damaged_bundle_is_a_problem_and_no_crash(root: Path) -> None:
+    write(root)
+    (path,) = root.rglob("attention.csv")
     path.write_text("nonsense\n")
     told = answer(job(), ASKED)
     assert "attention.csv" in (told.problem or "")
@@ -108,12 +105,12 @@ def test_what_does_not_fit_is_told_with_figures() -> None:
     )
 
 
-def test_the_matrix_looks_at_every_degree(working_folder: Path) -> None:
+def test_the_matrix_looks_at_every_degree(root: Path) -> None:
     big = "meta-llama/Llama-3.1-70B"
     assert best_answer(job(big), DEGREES).tp == 4
     assert best_answer(job(big), DEGREES).letter == "r"
     assert best_answer(job(big), (1, 2)).letter == "x"
-    write(working_folder, model=job(big).model, tp_degrees=(8,))
+    write(root, model=job(big).model, tp_degrees=(8,))
     told = best_answer(job(big), DEGREES)
     assert (told.letter, told.tp) == ("R", 8)
 
@@ -130,8 +127,8 @@ def test_the_matrix_tells_what_an_extra_would_make(monkeypatch: pytest.MonkeyPat
     assert best_answer(job(), (1,)).letter == "r"  # nobody measured it: the extra changes nothing
 
 
-def test_an_own_model_is_named_by_its_path_in_commands(working_folder: Path) -> None:
-    folder = working_folder / "my models" / "base"
+def test_an_own_model_is_named_by_its_path_in_commands(root: Path) -> None:
+    folder = root / "my models" / "base"
     folder.mkdir(parents=True)
     config = job().model.model_dump(exclude_none=True, mode="json", exclude={"name", "layer_types"})
     (folder / "config.json").write_text(json.dumps(config))

@@ -169,14 +169,11 @@ def test_plots_are_images_of_the_same_charts(tmp_path: Path) -> None:
     ],
     ids=lambda words: words[0],
 )
-def test_commands_write_reports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_commands_write_reports(root: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--report", "r.txt"]) == 2
     assert "must end in .html" in capsys.readouterr().err
     assert main([*words, "--report", "r.html"]) == 0
-    assert (tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert (root / "r.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 def test_flags_of_a_runs_files_are_not_passed_over() -> None:

@@ -174,13 +174,11 @@ def outputs(**changes: str) -> RuntimeOptions:
     return RuntimeOptions(**paths, **changes)
 
 
+@pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("named", [None, "night-3"])
-def test_every_output_says_which_run_it_is_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
-) -> None:
+def test_every_output_says_which_run_it_is_of(named: str | None) -> None:
     import pyarrow.parquet as pq
 
-    monkeypatch.chdir(tmp_path)
     made = hand_made.two_requests()
     options = outputs(run_id=named) if named else outputs()
     save_outputs(Result(made.log, made.workload, options), options, {})

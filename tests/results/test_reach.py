@@ -50,17 +50,15 @@ def test_longer_contexts_are_counted_and_told() -> None:
     assert "2 requests: contexts up to 103 tokens (kernel times rest on up to 51)" in line
 
 
-def test_the_range_comes_from_meta_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_range_comes_from_meta_yaml(root: Path) -> None:
     stated = {"prompt_tokens": 16384, "decode_kv": {1: 65536, 2: 131072}}
-    bundle = Toy(meta={"source": "silicon", "measured_up_to": stated}).bundle(tmp_path)
+    bundle = Toy(meta={"source": "silicon", "measured_up_to": stated}).bundle(root)
     assert bundle.measured_reach(1) == (16384, 65536)
     assert bundle.measured_reach(2) == (16384, 131072)
     with pytest.raises(InputError, match=r"measured_up_to: must have prompt_tokens and decode_kv\.4"):
         bundle.measured_reach(4)
 
 
-def test_a_measured_table_ends_where_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert Toy(meta={"source": "torch"}).bundle(tmp_path).measured_reach(1) == (64 + 128, 256)
-    assert Toy(meta={"source": "roofline"}).bundle(tmp_path).measured_reach(1) is None
+def test_a_measured_table_ends_where_it_ends(root: Path) -> None:
+    assert Toy(meta={"source": "torch"}).bundle(root).measured_reach(1) == (64 + 128, 256)
+    assert Toy(meta={"source": "roofline"}).bundle(root).measured_reach(1) is None

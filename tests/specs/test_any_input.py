@@ -16,6 +16,7 @@ from servesim.specs.cluster_checks import check_cluster
 from servesim.specs.model import model_from_config
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.reading import parse_json_object
+from tests.fuzz.mutate import places
 from tests.specs.clusters import cluster, instance, model_config, node, npu_mem
 
 JUNK = st.recursive(
@@ -46,15 +47,6 @@ FULL = cluster(
     ],
     cxl_mem={"mem_size": 1, "mem_bw": 1, "mem_latency": 0},
 )
-
-
-def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of everything inside a JSON value."""
-    found = [here] if here else []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        found += places(inner, (*here, key))
-    return found
 
 
 def with_junk(value: dict[str, Any], place: tuple[Any, ...], junk: Any) -> dict[str, Any]:

@@ -502,11 +502,10 @@ HARDWARE: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", HARDWARE)
-def test_bad_hardware_file(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_hardware_file(case: str, root: Path) -> None:
     content, where, words = HARDWARE[case]
-    (tmp_path / "configs/hardware").mkdir(parents=True)
-    (tmp_path / "configs/hardware/X.yaml").write_text(content)
-    monkeypatch.chdir(tmp_path)
+    (root / "configs/hardware").mkdir(parents=True)
+    (root / "configs/hardware/X.yaml").write_text(content)
     with pytest.raises(InputError) as caught:
         load_hardware("X")
     assert_told_well(caught.value, f"configs/hardware/X.yaml: {where}", *words)

@@ -51,9 +51,8 @@ def test_shipped_devices(
     assert (device.attention.slope, device.attention.intercept) == (slope, intercept)
 
 
-def test_a_new_device_needs_nothing_but_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "configs" / "pim"
+def test_a_new_device_needs_nothing_but_a_file(root: Path) -> None:
+    folder = root / "configs" / "pim"
     folder.mkdir(parents=True)
     (folder / "Mine.ini").write_text(SMALL)
     assert load_pim("Mine").attention.slope == 2
@@ -76,9 +75,8 @@ bus_width = 64
 """
 
 
-def _device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> PimSpec:
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "configs" / "pim"
+def _device(root: Path, name: str, text: str) -> PimSpec:
+    folder = root / "configs" / "pim"
     folder.mkdir(parents=True)
     (folder / f"{name}.ini").write_text(text.replace(" ; ns", ""))
     return load_pim(name)

@@ -34,11 +34,10 @@ def test_models_that_can_be_simulated(name):
     assert why_not_simulated(model_from_config(config, name, name)) is None
 
 
-def test_a_file_that_leaves_out_what_a_model_has_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_file_that_leaves_out_what_a_model_has_is_refused(root):
     text = (Path(__file__).parents[2] / "profiler/models/qwen3_moe.yaml").read_text()
-    (tmp_path / "profiler/models").mkdir(parents=True)
-    (tmp_path / "profiler/models/qwen3_next.yaml").write_text(text.replace("qwen3_moe", "qwen3_next"))
+    (root / "profiler/models").mkdir(parents=True)
+    (root / "profiler/models/qwen3_next.yaml").write_text(text.replace("qwen3_moe", "qwen3_next"))
     with pytest.raises(InputError, match=r"qwen3_next.yaml: cannot describe .*shared experts"):
         architecture_of(load_model("Qwen/Qwen3-Next-80B-A3B-Instruct"))
 

@@ -157,11 +157,10 @@ def test_a_file_that_is_no_tokenizer_is_told(tmp_path: Path) -> None:
 
 
 def test_a_run_names_the_command_that_makes_a_workload_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     for form in ("list", "pretty", "lines"):
-        name = written(tmp_path, ILIAD, form=form).name
+        name = written(root, ILIAD, form=form).name
         assert main(["run", "--dataset", name]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.endswith(

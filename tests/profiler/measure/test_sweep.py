@@ -17,6 +17,7 @@ from servesim.profiler.measure.work_folder import MeasureOptions
 from servesim.profiler.shots import CATEGORIES
 from servesim.specs.reading import read_yaml_object
 from tests.profiler.measure.fake_meter import GRID, FakeMeter, PulledPlug, job
+from tests.specs import clusters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 ALL = MeasureOptions()
 
 
-@pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def _measure(what: ProfileJob, meter: FakeMeter, options: MeasureOptions = ALL) -> SweepReport:
@@ -248,29 +247,9 @@ def test_a_run_can_use_the_bundle() -> None:
     from servesim.specs.options import RuntimeOptions
 
     _measure(job(), FakeMeter())
-    cluster = load_cluster(
-        {
-            "num_nodes": 1,
-            "link_bw": 16,
-            "link_latency": 0,
-            "nodes": [
-                {
-                    "num_instances": 1,
-                    "cpu_mem": {"mem_size": 8, "mem_bw": 50, "mem_latency": 0},
-                    "instances": [
-                        {
-                            "model_name": "servesim/tiny-llama",
-                            "hardware": "Fake",
-                            "npu_mem": {"mem_size": 4, "mem_bw": 100, "mem_latency": 0},
-                            "num_npus": 1,
-                            "tp_size": 1,
-                            "pd_type": None,
-                        }
-                    ],
-                }
-            ],
-        }
-    )
+    memory = clusters.npu_mem(mem_size=4, mem_bw=100)
+    tiny = clusters.instance(model_name="servesim/tiny-llama", hardware="Fake", npu_mem=memory)
+    cluster = load_cluster(clusters.cluster(tiny))
     instance = cluster.instances[0][1]
     model = load_model("servesim/tiny-llama")
     options = RuntimeOptions(max_num_seqs=8, max_num_batched_tokens=64, cudagraph=False)

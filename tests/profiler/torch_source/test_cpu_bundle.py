@@ -41,9 +41,7 @@ _SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("root")
 
 
 def _folder(model: str, variant: str) -> Path:
