@@ -153,6 +153,13 @@ def making_bundles(wanted: bool) -> AbstractContextManager[None]:
     return bundles_on_demand(wanted)
 
 
+def measurements_version() -> str | None:
+    """Version of the public measurements that bundles are made from on demand; None: not installed."""
+    from servesim.profiler.on_demand import installed_version
+
+    return installed_version()
+
+
 def simulate_loaded(
     cluster: ClusterSpec,
     workload: Workload,

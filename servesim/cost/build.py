@@ -11,12 +11,13 @@ from servesim.cost.cudagraph import capture_limit
 from servesim.cost.identity import wanted_for
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_cost import GroupStage, Member, StepCost
-from servesim.cost.step_terms import EIGHT_BIT, Gemms, stage_terms
+from servesim.cost.step_terms import Gemms, stage_terms
 from servesim.cost.terms import Stage, pipeline_stages, whole_model
 from servesim.errors import InputError
 from servesim.memory.engine_memory import priced_hardware
 from servesim.network.topology import RankGroup, Topology
 from servesim.specs.block_layers import architecture_of, attention_groups
+from servesim.specs.dtypes import EIGHT_BIT
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
 from servesim.specs.model import load_model
 from servesim.specs.vllm_versions import experts_by_chunk, runs_v2

@@ -17,6 +17,7 @@ from servesim.cost.terms import LayerCost, Role
 from servesim.errors import InputError
 from servesim.slotted import dataclass
 from servesim.specs.block_layers import all_reduces
+from servesim.specs.dtypes import EIGHT_BIT
 from servesim.specs.rank_shapes import GEMM_LAYERS, rank_shapes
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ TILE_ROWS = 16
 """Rows that a tensor core multiplies at a time; no GEMM takes fewer (NVIDIA PTX ISA, ``mma``)."""
 SMOOTH_ROWS = {"none": 0, "tile": TILE_ROWS, "all": 1 << 30}
 """``engine.smooth_gemms`` -> rows up to which times are made to rise."""
-EIGHT_BIT = ("fp8", "int8")
 _ALL_REDUCE = "all_reduce"
 
 

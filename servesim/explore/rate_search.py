@@ -104,6 +104,12 @@ class LoadLimit:
         return error is not None and error <= self.precision
 
     @property
+    def wide(self) -> bool:
+        """Whether loads are left between those of :attr:`reached` that a longer search would try."""
+        next_whole = self.by == "concurrency" and bool(self.loads) and self.reached * self.loads[0] < 1.5
+        return self.reached > self.precision and not next_whole
+
+    @property
     def unit(self) -> str:
         """What :attr:`load` counts."""
         return f"{self.entries}/s" if self.by == "rate" else "requests at once"
@@ -226,7 +232,8 @@ def slo(
     _check_options(chosen, by)
     check_used(chosen, "slo", workload, cluster)
     spec = read_cluster(chosen, cluster)
-    runs = WarmRuns(spec, _loaded(chosen, workload, by), chosen, by_rate=by == "rate")
+    loaded = _loaded(chosen, workload, by)
+    runs = WarmRuns(spec, loaded, chosen, by_rate=by == "rate", reshuffles=patterns > 1)
     allowed_ms = QUICK_MS if effort == "quick" else math.inf
     search = _Search(runs, target, by, precision, before_run or line() or (lambda _: None), allowed_ms)
     with making_bundles(chosen.auto_profile):

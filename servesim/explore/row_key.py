@@ -2,8 +2,8 @@
 
 A row in the journal stands for a run that need not be made again. So its key covers the options and the
 content of all that the run reads: cluster config, workload, models, hardware files, PIM devices, bundles,
-modules of custom policies. A bundle that is made on demand follows from the others, and is not there yet
-when its first row is looked for, so it does not count.
+modules of custom policies. A bundle that is made on demand is not there yet when its first row is looked for.
+It follows from the others and from the public measurements that are installed, whose version counts for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from servesim._version import __version__
+from servesim.api import measurements_version
 from servesim.cost.identity import ON_DEMAND
 from servesim.errors import ServingError
 from servesim.explore.space import cluster_with, file_digest, split
@@ -31,6 +32,7 @@ from servesim.specs.paths import find, find_all
 from servesim.specs.pim import load_pim
 from servesim.specs.reading import read_yaml_object
 from servesim.specs.shape import bundle_label
+from servesim.specs.speculative import speculative_spec
 from servesim.specs.validation import validated
 from servesim.workload.files import resolve
 
@@ -126,18 +128,19 @@ def _read_by(
     """Content of what the instances of a cluster are described by."""
     try:
         cluster: ClusterSpec = cluster_with(source, keys)
-        cluster = with_options(cluster, validated(RuntimeOptions, dict(options), "options"))
+        chosen = validated(RuntimeOptions, dict(options), "options")
+        cluster = with_options(cluster, chosen)
+        speculative = speculative_spec(chosen.speculative_config, chosen.speculative_acceptance)
     except ServingError:
         return []  # so does the run, and failed rows are tried again
     pairs = sorted({(spec.hardware, spec.model_name) for _, spec in cluster.instances})
     devices = sorted({node.cpu_mem.pim_config for node in cluster.nodes if node.cpu_mem.pim_config})
-    drafter = ""
-    if options.get("speculative_config"):
-        with suppress(ValueError, AttributeError, TypeError):
-            drafter = str(json.loads(options["speculative_config"]).get("model") or "")
     hardware = sorted({name for name, _ in pairs})
-    models = sorted({*(name for _, name in pairs), drafter} - {""})
+    if speculative is not None and speculative.method == "draft_model" and speculative.model is not None:
+        pairs = sorted({*pairs, *((name, speculative.model) for name in hardware)})
+    models = sorted({name for _, name in pairs})
     return [
+        _known(known, "measurements", measurements_version),
         *(_known(known, f"hardware {name}", partial(_described, load_hardware, name)) for name in hardware),
         *(_known(known, f"pim {name}", partial(_described, load_pim, name)) for name in devices),
         *(_known(known, f"model {name}", partial(_model, name)) for name in models),

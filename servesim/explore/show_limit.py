@@ -61,7 +61,7 @@ def _answer(limit: LoadLimit) -> list[str]:
     lines = [_line(what, f"{_load(limit, limit.load)} {limit.unit} keeps {target}")]
     lines.append(_line("band", f"{_bands(limit)}"))
     lines.append(_line("binds", limit.binding))
-    if limit.left_out or limit.reached > limit.precision:
+    if limit.left_out or limit.wide:
         lines.append(_line("quick", _quick(limit)))
     return lines
 
@@ -90,7 +90,7 @@ def _bands(limit: LoadLimit) -> str:
 def _quick(limit: LoadLimit) -> str:
     """What a quick search left open."""
     parts = []
-    if limit.reached > limit.precision:
+    if limit.wide:
         parts.append(f"the least load that misses is {limit.reached * 100:.0f} % above")
     if limit.left_out:
         parts.append(f"not tried: {', '.join(limit.left_out)}")

@@ -228,7 +228,13 @@ class WarmRuns:
     """Runs one workload at any rate or concurrency, with its own arrival pattern or a reshuffled one."""
 
     def __init__(
-        self, cluster: ClusterSpec, workload: Workload, options: RuntimeOptions, *, by_rate: bool
+        self,
+        cluster: ClusterSpec,
+        workload: Workload,
+        options: RuntimeOptions,
+        *,
+        by_rate: bool,
+        reshuffles: bool = True,
     ) -> None:
         """
         Args:
@@ -236,6 +242,7 @@ class WarmRuns:
             workload: is left as it is.
             options: of every run.
             by_rate: whether the load is a rate (entries per second), else most requests in the system.
+            reshuffles: whether any run is to have another pattern than the workload's own.
         """
         self.workload = replace(workload, requests=[replace(each) for each in workload.requests])
         self.num_entries = sum(request.predecessor < 0 for request in workload.requests)
@@ -249,6 +256,9 @@ class WarmRuns:
         self._kept = Kept()
         self._patterns: dict[int, list[int]] = {0: [request.arrival_ns for request in workload.requests]}
         self._length_ns = 0
+        no_pattern = len(set(self._patterns[0])) < 2
+        self._drawn = workload.drawn_arrivals or reshuffles or (by_rate and no_pattern)
+        """Whether the seed acts: it draws the order of the gaps, and arrivals where the workload has none."""
 
     def run(
         self,
@@ -292,7 +302,7 @@ class WarmRuns:
         self._restore(pattern)
         if self._by_rate:
             change_rate(self.workload, load, self._options.seed + pattern)
-        self.workload.drawn_arrivals = True  # the seed acts: it draws the order of the gaps
+        self.workload.drawn_arrivals = self._drawn
 
     def _restore(self, pattern: int) -> None:
         for request, arrival_ns in zip(self.workload.requests, self._patterns[pattern], strict=True):

@@ -134,7 +134,7 @@ def _build(
             raise
         content = compute("roofline", job)
         why = f"public kernel measurements do not cover it: {str(error).splitlines()[0]}"
-        content.meta[REFUSED] = {"data_version": _installed_version(), "reason": why}
+        content.meta[REFUSED] = {"data_version": installed_version(), "reason": why}
         source = "roofline"
     content.meta[ON_DEMAND] = True
     write_bundle(folder, content)
@@ -205,7 +205,7 @@ def _silicon_refused(meta: dict[str, Any]) -> bool:
         return False
     from servesim.profiler.sources import silicon_installed
 
-    return silicon_installed() and refused.get("data_version") == _installed_version()
+    return silicon_installed() and refused.get("data_version") == installed_version()
 
 
 def _meta(folder: Path) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def outdated(meta: Mapping[str, Any]) -> str | None:
     made_with = meta.get("derivation", FIRST)
     if not isinstance(made_with, int) or made_with < current:
         return f"its formulas are of revision {made_with}, now {current}"
-    if source == "silicon" and (installed := _installed_version()) not in (None, meta.get("data_version")):
+    if source == "silicon" and (installed := installed_version()) not in (None, meta.get("data_version")):
         return f"it is made from measurements {meta.get('data_version')}, now {installed}"
     about = meta.get("made_for")
     derivation = about.get("derivation") if isinstance(about, dict) else None
@@ -244,7 +244,7 @@ def outdated(meta: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _installed_version() -> str | None:
+def installed_version() -> str | None:
     """Version of the public kernel measurements that are installed, from the name of their folder.
 
     The standard library's way to ask loads its reader of e-mail, which takes a tenth of a short run.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from servesim.errors import InputError
+from servesim.specs.acting_keys import notes_of_keys
 from servesim.specs.conditions import FIRST_RUNNER, first_runners
 from servesim.specs.engine_options import EngineOptions
 from servesim.specs.flags import flag_name, flag_of
@@ -47,6 +48,7 @@ def notes_of(scene: Scene) -> list[str]:
         *_notes_of_workload(scene),
         *_notes_of_flags(scene),
         *_notes_of_instances(scene),
+        *notes_of_keys(scene),
     ]
 
 

@@ -36,6 +36,8 @@ KV_CACHE_NAMED: tuple[str, ...] = (
 )
 """Formats of vLLM 0.33 of which only the name is known here."""
 
+EIGHT_BIT = ("fp8", "int8")
+"""Formats of one byte whose arithmetic runs at the 8-bit rate."""
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "fp8": 1, "int8": 1}
 _SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "fp8": "fp8", "int8": "int8"}
 

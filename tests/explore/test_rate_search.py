@@ -194,6 +194,27 @@ def test_what_is_kept_between_runs_changes_no_result() -> None:
         assert again.requests == fresh.requests
 
 
+def test_a_seed_without_a_draw_is_noted() -> None:
+    """The workload's own pattern is no draw; others are, and arrivals where a file has none."""
+    note = "--seed 7 has no effect here: nothing in this run is random"
+    own = {"patterns": 1, "kernel_error": False, "seed": 7}
+    assert note in search("ttft:60", **own).notes
+    assert note in search("ttft:60", by="concurrency", **own).notes
+    assert note not in search("ttft:60", **{**own, "patterns": 2}).notes
+    write([{"input_toks": 40 + i, "output_toks": 9, "arrival_time_ns": 0} for i in range(30)])
+    assert note not in search("ttft:60", **own).notes
+
+
+def test_whole_numbers_end_at_neighbours() -> None:
+    """Between 11 and 12 requests at once nothing is left to try, however fine the precision."""
+    found = search("tpot:4", by="concurrency", patterns=1, kernel_error=False, effort="full")
+    assert found.load is not None
+    assert found.reached == pytest.approx(1 / found.load)
+    assert found.reached > found.precision
+    assert not found.wide
+    assert "--effort full" not in limit_text(found)
+
+
 def test_reshuffled_gaps_are_the_same_gaps() -> None:
     workload = read_workload(RuntimeOptions(dataset=WORKLOAD))
     before = [request.arrival_ns for request in workload]

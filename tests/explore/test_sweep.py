@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -387,3 +388,31 @@ def test_what_a_run_reads_is_part_of_its_row(path: str, before: str, after: str)
     Path(path).write_text(text.replace(before, after))
     assert keys() != first
     assert len(Path("rows.jsonl").read_text().splitlines()) == 2
+
+
+def key_of(**options: Any) -> str:
+    return sweep({"grid": {"max_num_seqs": [8]}}, **options).rows[0]["key"]
+
+
+def test_newer_measurements_make_rows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle that is made on demand is made from them."""
+    first = key_of()
+    monkeypatch.setattr("servesim.profiler.on_demand.installed_version", lambda: "99.0")
+    assert key_of() != first
+
+
+@pytest.mark.parametrize("path", ["configs/model/org/drafter.json", "profiler/perf/Toy/org/drafter/bf16"])
+def test_a_drafter_is_part_of_its_row(path: str) -> None:
+    """Its config and its kernel times; named by the option, or in the middle of a line of vLLM's."""
+    shutil.copy("configs/model/org/toy.json", "configs/model/org/drafter.json")
+    shutil.copytree("profiler/perf/Toy/org/toy", "profiler/perf/Toy/org/drafter")
+    drafts = json.dumps({"method": "draft_model", "model": "org/drafter", "num_speculative_tokens": 2})
+    lines = (
+        {"speculative_config": drafts},
+        {"vllm_serve": f"vllm serve org/toy --speculative-config '{drafts}'"},
+    )
+    first = [key_of(**options) for options in lines]
+    assert [key_of(**options) for options in lines] == first
+    changed = Path(path) if path.endswith("json") else Path(path, "tp1", "dense.csv")
+    changed.write_text(changed.read_text().replace('"vocab_size": 64', '"vocab_size": 65') + "\n")
+    assert not set(first) & {key_of(**options) for options in lines}

@@ -127,25 +127,23 @@ def test_what_makes_a_bundle_old(
     meta: dict[str, object], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(on_demand, "REVISIONS", {"silicon": 3, "roofline": 3})
-    monkeypatch.setattr(on_demand, "_installed_version", lambda: "9.9")
+    monkeypatch.setattr(on_demand, "installed_version", lambda: "9.9")
     assert outdated(meta) == reason
 
 
-def test_the_installed_version_is_that_of_the_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_theinstalled_version_is_that_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         known: str | None = importlib.metadata.version("aiconfigurator-core")
     except importlib.metadata.PackageNotFoundError:
         known = None
-    assert on_demand._installed_version() == known
+    assert on_demand.installed_version() == known
     (tmp_path / "aiconfigurator_core-9.8.dist-info").mkdir()
     monkeypatch.setattr("sys.path", [str(tmp_path / "none"), str(tmp_path)])
-    assert on_demand._installed_version() == "9.8"
+    assert on_demand.installed_version() == "9.8"
 
 
 def test_without_the_package_its_version_makes_nothing_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_demand, "_installed_version", lambda: None)
+    monkeypatch.setattr(on_demand, "installed_version", lambda: None)
     current = {"source": "silicon", "derivation": silicon.DERIVATION, "data_version": "0.1", **STATED}
     assert outdated(current) is None
 
