@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim._version import __version__
+from servesim.report.charts import busy_charts, cumulative, distribution_charts
 from servesim.report.page import Chart, Page, Section, Series, TableBlock, Verbatim
-from servesim.report.run import busy_charts, cumulative, distribution_charts, provenance
+from servesim.report.run import provenance
 from servesim.results.units import MS, digits
 
 if TYPE_CHECKING:
