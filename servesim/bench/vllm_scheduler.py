@@ -12,6 +12,7 @@ from typing import Any
 from servesim.errors import InputError, RunError
 from servesim.memory.kv_groups import KvGroup
 from servesim.slotted import dataclass
+from servesim.specs.engine_options import EngineOptions
 from servesim.specs.speculative import SpeculativeSpec, speculative_spec
 
 _KINDS = ("full", "sliding", "chunked", "state")
@@ -36,28 +37,33 @@ _SECOND_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 _VLLM_NAMES = {"reserve_full_isl": "scheduler_reserve_full_isl", "scheduling_policy": "policy"}
 
 
+def _default(name: str) -> Any:
+    """Of the run's option of this name."""
+    return EngineOptions.model_fields[name].default
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """What the scheduler is configured with; the names are those of the run options."""
+    """What the scheduler is configured with; names, and defaults but of two, are those of the run options."""
 
     num_gpu_blocks: int
     """KV blocks, the null block included: one less can be used."""
-    block_size: int = 16
-    max_num_seqs: int = 128
-    max_num_batched_tokens: int = 2048
-    long_prefill_token_threshold: int = 0
+    block_size: int = _default("block_size")
+    max_num_seqs: int = _default("max_num_seqs")
+    max_num_batched_tokens: int = _default("max_num_batched_tokens")
+    long_prefill_token_threshold: int = _default("long_prefill_token_threshold")
     max_model_len: int = 0
     """Longest sequence; 0: the longest of the workload."""
-    enable_chunked_prefill: bool = True
-    reserve_full_isl: bool = True
-    enable_prefix_caching: bool = True
-    async_scheduling: bool = True
-    scheduling_policy: str = "fcfs"
-    max_num_active_seqs: int | None = None
-    max_num_scheduled_tokens: int | None = None
-    long_prefill_token_threshold_adaptive: bool = False
-    prefill_schedule_interval: int = 1
-    watermark: float = 0.0
+    enable_chunked_prefill: bool = _default("enable_chunked_prefill")
+    reserve_full_isl: bool = _default("reserve_full_isl")
+    enable_prefix_caching: bool = _default("enable_prefix_caching")
+    async_scheduling: bool = _default("async_scheduling")
+    scheduling_policy: str = _default("scheduling_policy")
+    max_num_active_seqs: int | None = _default("max_num_active_seqs")
+    max_num_scheduled_tokens: int | None = _default("max_num_scheduled_tokens")
+    long_prefill_token_threshold_adaptive: bool = _default("long_prefill_token_threshold_adaptive")
+    prefill_schedule_interval: int = _default("prefill_schedule_interval")
+    watermark: float = _default("watermark")
     max_loras: int = 0
     """Most LoRA adapters in a step; 0: LoRA is off."""
     kv_groups: str = ""

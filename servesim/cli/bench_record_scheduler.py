@@ -11,8 +11,20 @@ if TYPE_CHECKING:
     from servesim.bench.vllm_scheduler import SchedulerSettings
 
 
+AS_IN_A_RUN = (
+    *("block_size", "max_num_seqs", "max_num_batched_tokens", "long_prefill_token_threshold"),
+    *("enable_chunked_prefill", "reserve_full_isl", "enable_prefix_caching", "async_scheduling"),
+    *("scheduling_policy", "max_num_active_seqs", "max_num_scheduled_tokens"),
+    *("long_prefill_token_threshold_adaptive", "prefill_schedule_interval", "watermark"),
+)
+"""Settings that are options of ``servesim run``: flag, help, default and check are those of the run."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The action's flags; those of the scheduler are named as for ``servesim run``."""
+    """The action's flags."""
+    from servesim.specs.engine_options import EngineOptions
+    from servesim.specs.flags import add_flags
+
     parser.description = (
         "Drive the scheduler of the installed vLLM over a workload, without GPU or model, and log every "
         "step: who got how many tokens, who was preempted or finished, free blocks, prefix hits. A step "
@@ -25,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scheduling = parser.add_argument_group("scheduler")
     add = scheduling.add_argument
     add("--num-gpu-blocks", type=_positive, required=True, metavar="N", help="KV blocks, null block included")
-    add("--block-size", type=_positive, default=16, metavar="N", help="tokens per block (default: 16)")
     add(
         "--kv-groups",
         default="",
@@ -33,40 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="groups of layers that share blocks, such as full,sliding:128,sliding:128: full, state, "
         "sliding:TOKENS, chunked:TOKENS, each perhaps with @BLOCK_SIZE (default: one that keeps every token)",
     )
-    add("--max-num-seqs", type=_positive, default=128, metavar="N", help="running requests (default: 128)")
-    add(
-        "--max-num-batched-tokens",
-        type=_positive,
-        default=2048,
-        metavar="N",
-        help="token budget of a step (default: 2048)",
-    )
-    add(
-        "--long-prefill-token-threshold",
-        type=int,
-        default=0,
-        metavar="N",
-        help="cap of a step's prefill of one request, 0: off (default: 0)",
-    )
     add(
         "--max-model-len",
         type=int,
         default=0,
         metavar="N",
-        help="longest sequence, 0: the longest of the workload (default: 0)",
+        help="longest sequence in tokens, 0: the longest of the workload (default: 0)",
     )
-    _add_switch(scheduling, "enable-chunked-prefill", "split prompts over steps")
-    _add_switch(scheduling, "reserve-full-isl", "admit only if the whole prompt fits")
-    _add_switch(scheduling, "enable-prefix-caching", "reuse blocks of equal content")
-    _add_switch(scheduling, "async-scheduling", "one batch in flight beyond those of the stages")
-    scheduling.add_argument(
+    add(
         "--pipeline-parallel-size",
         type=_positive,
         default=1,
         metavar="N",
         help="stages, each of which takes the step time below (default: 1)",
     )
-    scheduling.add_argument(
+    add(
         "--decode-context-parallel-size",
         "-dcp",
         type=_positive,
@@ -74,45 +66,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ranks that share the tokens of a block, which then holds N times --block-size (default: 1)",
     )
-    scheduling.add_argument(
-        "--scheduling-policy",
-        choices=("fcfs", "priority"),
-        default="fcfs",
-        help="order of waiting requests (default: fcfs)",
-    )
-    scheduling.add_argument(
+    add(
         "--speculative-config",
         default="",
         metavar="JSON",
         help="speculative decoding as vLLM takes it, with synthetic_acceptance_rates (default: none)",
     )
-    for name, text in (
-        ("max-num-active-seqs", "most running requests below --max-num-seqs"),
-        ("max-num-scheduled-tokens", "most tokens of a step below --max-num-batched-tokens"),
-    ):
-        scheduling.add_argument(f"--{name}", type=_positive, metavar="N", help=f"{text} (default: as that)")
-    scheduling.add_argument(
-        "--long-prefill-token-threshold-adaptive",
-        action="store_true",
-        help="the threshold goes no lower than a fair share of the step",
-    )
-    scheduling.add_argument(
-        "--prefill-schedule-interval",
-        type=_positive,
-        default=1,
-        metavar="N",
-        help="prompts in every N-th step only (default: 1)",
-    )
-    scheduling.add_argument(
-        "--watermark", type=float, default=0.0, metavar="SHARE", help="blocks kept free (default: 0)"
-    )
-    scheduling.add_argument(
+    add(
         "--max-loras",
         type=_positive,
         default=0,
         metavar="N",
         help="most LoRA adapters in a step (default: LoRA is off)",
     )
+    add_flags(parser, EngineOptions, only=AS_IN_A_RUN, title="scheduler, as in a run")
     formula = parser.add_argument_group("step time, in microseconds")
     for name, default, text in (
         ("base", 9000.0, "of every step"),
@@ -144,12 +111,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settings_of(args: argparse.Namespace) -> SchedulerSettings:
-    """The scheduler's settings in the arguments."""
+    """The scheduler's settings in the arguments.
+
+    Raises:
+        InputError: an option of a run is out of bounds, or without a limit, which this scheduler has to have.
+    """
+    from argparse import Namespace
     from dataclasses import fields
 
     from servesim.bench.vllm_scheduler import SchedulerSettings
+    from servesim.errors import InputError
+    from servesim.specs.engine_options import EngineOptions
+    from servesim.specs.flags import flag_name, from_flags
 
-    return SchedulerSettings(**{item.name: getattr(args, item.name) for item in fields(SchedulerSettings)})
+    given = vars(args)
+    chosen = from_flags(EngineOptions, Namespace(**{n: given[n] for n in AS_IN_A_RUN if n in given}))
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        if getattr(chosen, name) == 0:
+            raise InputError(f"{flag_name(name)}: 0 is not allowed here: vLLM's scheduler has a limit")
+    names = [item.name for item in fields(SchedulerSettings)]
+    return SchedulerSettings(**{n: getattr(chosen if n in AS_IN_A_RUN else args, n) for n in names})
 
 
 def formula_of(args: argparse.Namespace) -> StepFormula:
@@ -170,14 +151,6 @@ def formula_of(args: argparse.Namespace) -> StepFormula:
             f"{given}; none may be negative, and a step has to take time"
         )
     return formula
-
-
-def _add_switch(group: argparse._ArgumentGroup, name: str, text: str) -> None:
-    import argparse
-
-    group.add_argument(
-        f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"{text} (default: on)"
-    )
 
 
 def _positive(text: str) -> int:

@@ -104,8 +104,9 @@ def add_flags(
     *,
     only: Collection[str] | None = None,
     exclude: Collection[str] = (),
+    title: str | None = None,
 ) -> None:
-    """Add the flags of ``model``'s fields, grouped.
+    """Add the flags of ``model``'s fields, in their groups or all in one called ``title``.
 
     A flag that the user leaves out is absent from the namespace: defaults belong to the model.
     """
@@ -114,9 +115,10 @@ def add_flags(
         flag = flag_of(field)
         if flag is None or name in exclude or (only is not None and name not in only):
             continue
-        if flag.group not in groups:
-            groups[flag.group] = parser.add_argument_group(flag.group)
-        groups[flag.group].add_argument(flag_name(name), *flag.aliases, dest=name, **_argument(field, flag))
+        group = title or flag.group
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        groups[group].add_argument(flag_name(name), *flag.aliases, dest=name, **_argument(field, flag))
 
 
 def from_flags(model: type[OptionsT], namespace: argparse.Namespace, **overrides: Any) -> OptionsT:

@@ -9,9 +9,11 @@ import sys
 
 import pytest
 
+from servesim.bench.vllm_scheduler import SchedulerSettings
 from servesim.cli import bench
-from servesim.cli.bench_record_scheduler import formula_of, settings_of
+from servesim.cli.bench_record_scheduler import AS_IN_A_RUN, formula_of, settings_of
 from servesim.errors import InputError
+from servesim.specs.engine_options import EngineOptions
 
 
 def parse(line: str) -> argparse.Namespace:
@@ -35,6 +37,20 @@ def test_the_flags_reach_the_settings() -> None:
     assert (settings.num_gpu_blocks, settings.max_num_seqs, settings.async_scheduling) == (50, 7, False)
     assert settings.enable_prefix_caching
     assert formula_of(args).step_ns(10, 1, 99) == 1500 + 10_000
+
+
+@pytest.mark.parametrize("name", AS_IN_A_RUN)
+def test_the_scheduler_is_set_as_in_a_run(name: str) -> None:
+    args = parse("record-scheduler --dataset w --output l --num-gpu-blocks 50")
+    default = EngineOptions.model_fields[name].default
+    assert getattr(settings_of(args), name) == default == getattr(SchedulerSettings(num_gpu_blocks=9), name)
+
+
+@pytest.mark.parametrize("flag", ["--max-num-seqs", "--max-num-batched-tokens"])
+def test_a_recorded_scheduler_has_a_limit(flag: str) -> None:
+    args = parse(f"record-scheduler --dataset w --output l --num-gpu-blocks 50 {flag} 0")
+    with pytest.raises(InputError, match=f"{flag}: 0 is not allowed here"):
+        settings_of(args)
 
 
 def test_a_step_has_to_take_time() -> None:
