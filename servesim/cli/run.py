@@ -54,6 +54,7 @@ def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
     set_up_messages(options.log_level)
     cluster = api.read_cluster(options)
     workload = api.read_workload(options)
+    workload.pack()
     check_outputs(options)
     screen = RunScreen(options, workload, cluster)
     try:

@@ -3,8 +3,9 @@ free."""
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,10 +130,20 @@ class Arrivals:
     """
 
     def __init__(self, workload: Workload, max_concurrency: int = 0) -> None:
-        self._due = [(r.arrival_ns, r.index) for r in workload if r.predecessor < 0]
-        heapify(self._due)
-        self._tool_ns = [r.tool_ns for r in workload]
-        self._successor = {r.predecessor: r.index for r in workload if r.predecessor >= 0}
+        times_ns, indices = workload.column("arrival_ns"), workload.column("index")
+        heads = np.flatnonzero(workload.column("predecessor") < 0)
+        heads = heads[np.lexsort((indices[heads], times_ns[heads]))]
+        self._planned_ns = array("q", times_ns[heads].tobytes())
+        self._planned = array("q", indices[heads].tobytes())
+        """Requests whose time is known beforehand, in their order."""
+        self._next_planned = 0
+        """The first of them that is not among ``_due``."""
+        self._due: list[tuple[int, int]] = []
+        """The next of them, and those that were released: a heap."""
+        self._plan_next()
+        followers = [request for request in workload.special if request.predecessor >= 0]
+        self._tool_ns = {request.index: request.tool_ns for request in followers}
+        self._successor = {request.predecessor: request.index for request in followers}
         self._cap = max_concurrency
         self._inside = 0
         self._held: deque[int] = deque()
@@ -153,6 +164,8 @@ class Arrivals:
     def pop(self) -> tuple[int, int] | None:
         """The next (time, request), or None if it has to wait outside."""
         time_ns, index = heappop(self._due)
+        if index == self._planned[self._next_planned - 1]:
+            self._plan_next()
         if index in self._let_in:
             self._let_in.remove(index)
             return time_ns, index
@@ -161,6 +174,12 @@ class Arrivals:
             return None
         self._inside += 1
         return time_ns, index
+
+    def _plan_next(self) -> None:
+        place = self._next_planned
+        if place < len(self._planned):
+            heappush(self._due, (self._planned_ns[place], self._planned[place]))
+            self._next_planned = place + 1
 
     def ended(self, index: int, now_ns: int) -> bool:
         """Tell that a request has left the system, which may release another; returns whether one may come

@@ -162,17 +162,19 @@ def scene(
     options: RuntimeOptions,
 ) -> Scene:
     """The run as its options see it."""
+    special = workload.special
+    plain = len(special) < len(workload)  # there are others, which say nothing of all this
     return Scene(
         cluster=cluster,
         models=models,
         resolved=tuple(resolved),
         options=options,
         num_requests=len(workload),
-        has_sessions=any(request.predecessor >= 0 for request in workload),
-        priorities=len({request.priority for request in workload}),
-        has_ids=any(request.has_ids for request in workload),
-        adapters=len({request.lora for request in workload} - {None}),
-        names_models=all(request.model is not None for request in workload),
+        has_sessions=any(request.predecessor >= 0 for request in special),
+        priorities=len({request.priority for request in special} | ({0} if plain else set())),
+        has_ids=any(request.has_ids for request in special),
+        adapters=len({request.lora for request in special} - {None}),
+        names_models=not plain and all(request.model is not None for request in special),
         drawn_arrivals=workload.drawn_arrivals,
         equal_lengths=_equal_lengths(workload),
     )
@@ -180,8 +182,8 @@ def scene(
 
 def _equal_lengths(workload: Workload) -> bool:
     """Whether all prompts, and all answers, are of one length; a single request says nothing."""
-    lengths = {(request.input_tokens, request.output_tokens) for request in workload}
-    return len(workload) > 1 and len(lengths) == 1
+    lengths = [workload.column(name) for name in ("input_tokens", "output_tokens")]
+    return len(workload) > 1 and all(bool((each == each[0]).all()) for each in lengths)
 
 
 def step_pricing(cluster: ClusterSpec, options: RuntimeOptions, index: int) -> StepPricing:
@@ -518,7 +520,7 @@ def check_adapters(cluster: ClusterSpec, workload: Workload, resolved: Sequence[
     ]
     if not without:
         return
-    for request in (request for request in workload if request.lora is not None):
+    for request in (request for request in workload.special if request.lora is not None):
         for index, model in without:
             if request.model in (None, model):
                 raise InputError(
@@ -531,7 +533,7 @@ def check_adapters(cluster: ClusterSpec, workload: Workload, resolved: Sequence[
 def check_requested_models(cluster: ClusterSpec, workload: Workload) -> None:
     """Raise InputError if a request asks for a model that no instance serves."""
     served = {spec.model_name for _, spec in cluster.instances}
-    for request in workload:
+    for request in workload.special:
         if request.model and request.model not in served:
             raise InputError(
                 f"{workload.source}: request {request.index} asks for model {request.model}, which no "

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from servesim.engine.arrivals import Arrivals, FrontEnds, QueueLimits
 from servesim.engine.clock import Clock, Order
 from servesim.engine.router import Router
@@ -267,9 +269,10 @@ class Simulation:
             self._ended(index, now)
 
     def _check_all_ended(self) -> None:
-        ended = set(self.log.requests.column("request").tolist())
-        ended.update(rejected.request for rejected in self.log.rejected)
-        left = [request.index for request in self._workload if request.index not in ended]
+        ended = np.zeros(len(self._workload), dtype=np.bool_)
+        ended[self.log.requests.column("request")] = True
+        ended[[rejected.request for rejected in self.log.rejected]] = True
+        left = np.flatnonzero(~ended).tolist()
         if left:
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
             raise BrokenRunError(

@@ -90,14 +90,12 @@ def banner(
 
 def workload_line(workload: Workload) -> str:
     """``name: 300 requests, 120000 input + 60000 output tokens, arrivals over 29.8s``."""
-    requests = workload.requests
-    prompt = sum(request.input_tokens for request in requests)
-    output = sum(request.output_tokens for request in requests)
-    first = [request.arrival_ns for request in requests if request.predecessor < 0]
-    parts = [f"{_count(len(requests), 'request')}, {prompt} input + {output} output tokens"]
-    if first:
-        parts.append(f"arrivals over {seconds(max(first) - min(first))}")
-    follow_ups = len(requests) - len(first)
+    prompt, output = (int(workload.column(name).sum()) for name in ("input_tokens", "output_tokens"))
+    first = workload.column("arrival_ns")[workload.column("predecessor") < 0]
+    parts = [f"{_count(len(workload), 'request')}, {prompt} input + {output} output tokens"]
+    if len(first):
+        parts.append(f"arrivals over {seconds(int(first.max() - first.min()))}")
+    follow_ups = len(workload) - len(first)
     if follow_ups:
         parts.append(f"{follow_ups} follow-ups in sessions")
     if workload.skipped:

@@ -21,7 +21,7 @@ import numpy as np
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -64,7 +64,7 @@ def block_ids(workload: Workload, block_size: int, lookahead: int = 0) -> BlockI
     """
     runs: list[tuple[range, ...]] = [()] * len(workload.requests)
     num_ids = 0
-    for group in _same_first_block(workload.requests, block_size):
+    for group in _same_first_block(workload.special, block_size):
         num_ids = _number_group(group, (block_size, lookahead), runs, num_ids)
     return BlockIds(runs, num_ids, block_size)
 
@@ -99,7 +99,7 @@ def _filled(ids: NDArray[np.int64], tokens: int, index: int) -> NDArray[np.int64
     return np.concatenate((ids, np.full(missing, _OWN_ID + index, dtype=np.int64))) if missing else ids
 
 
-def _same_first_block(requests: list[Request], block_size: int) -> Iterator[list[Request]]:
+def _same_first_block(requests: Sequence[Request], block_size: int) -> Iterator[list[Request]]:
     """Groups of two or more requests that begin with the same full block; the others share nothing.
 
     With hashes, a group begins with the same hash.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
+
+    from servesim.workload.packed import PackedRequests
 
 
 @dataclass(slots=True)
@@ -77,6 +79,30 @@ class Workload:
 
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
+
+    def pack(self) -> None:
+        """Keep the requests in few bytes from now on, where most say no more than lengths and an arrival; see
+        :class:`~servesim.workload.packed.PackedRequests`. For those who change none of them any more."""
+        from servesim.workload.packed import PackedRequests, says_more
+
+        if 2 * sum(map(says_more, self.requests)) < len(self.requests):
+            # reads as a list does
+            self.requests = cast("list[Request]", PackedRequests(self.requests))
+
+    @property
+    def special(self) -> Sequence[Request]:
+        """Requests that may say more than their lengths and an arrival: all others say no more."""
+        return getattr(self.requests, "special", self.requests)
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """One number of every request, shape (requests,)."""
+        import numpy as np
+
+        if not isinstance(self.requests, list):
+            packed: PackedRequests = self.requests
+            return packed.column(name)
+        values = (getattr(request, name) for request in self.requests)
+        return np.fromiter(values, np.int64, len(self.requests))
 
     def first(self, entries: int) -> Workload:
         """The first ``entries`` entries, a session being one; the requests are the same objects."""
