@@ -120,10 +120,10 @@ def error_runs(
 
 def _marches(result: Result) -> bool:
     """Whether a closed loop of nearly equal lengths keeps requests together, which nobody measured well."""
-    if result.options is None or result.options.max_concurrency < 2 or len(result.requests) < 2:
+    if result.options is None or result.options.max_concurrency < 2 or len(result.table) < 2:
         return False
     return all(
-        float(result.requests[name].std()) < _NEARLY_EQUAL * float(result.requests[name].mean())
+        float(result.table[name].std()) < _NEARLY_EQUAL * float(result.table[name].mean())
         for name in ("input", "output")
     )
 
@@ -149,7 +149,7 @@ def shifted(known: Sequence[Uncertainty], sign: int) -> Callable[[int], StepShif
 
 
 def _uncertainty(result: Result, index: int, stated: Uncertainty | None) -> Uncertainty | None:
-    log, rows = result.instances[index], result.requests
+    log, rows = result.instances[index], result.table
     found = stated or log.uncertainty
     reach = log.reach.context_tokens if log.reach is not None else None
     if found is None or not reach or not len(rows):

@@ -82,8 +82,8 @@ def limits(result: Result) -> Limits:
         blocks_ns += exact_sum(duration[waiting & ~no_slot & ~full])
         busy_ns += exact_sum(duration)
     busy = max(busy_ns, 1)
-    preemptions = int(result.requests["preemptions"].sum())
-    share = preemptions / len(result.requests) if preemptions else 0.0
+    preemptions = int(result.table["preemptions"].sum())
+    share = preemptions / len(result.table) if preemptions else 0.0
     return Limits(blocks_ns / busy, slots_ns / busy, budget_ns / busy, preemptions, share)
 
 

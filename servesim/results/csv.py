@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import chain, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -103,33 +103,40 @@ def _csv_text(text: str) -> str:
     return text
 
 
-def text_columns(result: Result) -> dict[str, list[str]]:
-    """The columns of text but ITL: name → a value per finished request, empty where there is none."""
+def text_columns(result: Result, start: int = 0, stop: int | None = None) -> dict[str, list[str]]:
+    """The columns of text but ITL: name → a value for finished requests ``start`` to ``stop - 1``, for all by
+    default, empty where there is none."""
     models = [instance.spec.model_name for instance in result.instances]
-    requests = result.workload.requests
+    records, sessions = result.records, result.session_ids
     return {
-        MODEL_COLUMN: [models[instance] for instance in result.records.column("instance").tolist()],
+        MODEL_COLUMN: [models[index] for index in records.column("instance", start, stop).tolist()],
         SESSION_COLUMN: [
-            requests[request].session_id or "" for request in result.records.column("request").tolist()
+            sessions.get(request) or "" for request in records.column("request", start, stop).tolist()
         ],
     }
 
 
 def _write_csv(result: Result, handle: IO[str], *, itl: bool) -> None:
     handle.write(",".join(COLUMNS) + "\n")
-    numbers = result.requests[[name.replace(" ", "_") for name in NUMERIC_COLUMNS]]
-    # a few at a time: as Python's numbers they take five times the memory
-    parts = (numbers[start : start + _CSV_ROWS].tolist() for start in range(0, len(numbers), _CSV_ROWS))
     gap_text = GapText(result.token_gaps) if itl else None
-    texts = zip(*text_columns(result).values(), strict=True)
-    places = COLUMNS.index(MODEL_COLUMN), COLUMNS.index(ITL_COLUMN), COLUMNS.index(SESSION_COLUMN)
-    records = result.records if itl else repeat(None, len(numbers))
-    for row, record, (model, session) in zip(chain.from_iterable(parts), records, texts, strict=True):
-        fields = list(map(str, row))
-        gaps = f'"{gap_text.of(record)}"' if gap_text is not None and record is not None else ""
-        for place, text in zip(places, (_csv_text(model), gaps, _csv_text(session)), strict=True):
-            fields.insert(place, text)
-        handle.write(",".join(fields) + "\n")
+    line = ",".join(["%s"] * len(COLUMNS)) + "\n"
+    model_at, itl_at, session_at = map(COLUMNS.index, (MODEL_COLUMN, ITL_COLUMN, SESSION_COLUMN))
+    before_itl, before_session = itl_at - 1, session_at - 2  # places among the numbers alone
+    # a few at a time: as Python's numbers they take five times the memory
+    for start in range(0, len(result.table), _CSV_ROWS):
+        stop = start + _CSV_ROWS
+        rows = result.table.rows(start, stop).tolist()
+        texts = zip(*text_columns(result, start, stop).values(), strict=True)
+        records = result.records[start:stop] if itl else repeat(None, len(rows))
+        for row, record, (model, session) in zip(rows, records, texts, strict=True):
+            gaps = f'"{gap_text.of(record)}"' if gap_text is not None and record is not None else ""
+            handle.write(
+                line
+                % (
+                    *(*row[:model_at], _csv_text(model), *row[model_at:before_itl], gaps),
+                    *(*row[before_itl:before_session], _csv_text(session), *row[before_session:]),
+                )
+            )
 
 
 def _gap_lists(result: Result, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -148,20 +155,17 @@ def _write_parquet(result: Result, handle: IO[bytes], *, itl: bool) -> None:
     types = {ITL_COLUMN: pa.large_list(pa.int64()), MODEL_COLUMN: pa.string(), SESSION_COLUMN: pa.string()}
     schema = pa.schema([(name, types.get(name, pa.int64())) for name in COLUMNS])
     schema = schema.with_metadata(parquet_metadata(result.metadata))
-    texts = text_columns(result)
     with pq.ParquetWriter(handle, schema, compression="zstd") as writer:
-        for start in range(0, max(len(result.requests), 1), _PARQUET_ROWS):
-            rows = result.requests[start : start + _PARQUET_ROWS]
-            columns = []
+        for start in range(0, max(len(result.table), 1), _PARQUET_ROWS):
+            stop, columns = start + _PARQUET_ROWS, []
+            rows, texts = result.table.rows(start, stop), text_columns(result, start, stop)
             for name in COLUMNS:
                 if name in texts:
-                    column = pa.array(
-                        [text or None for text in texts[name][start : start + _PARQUET_ROWS]], pa.string()
-                    )
+                    column = pa.array([text or None for text in texts[name]], pa.string())
                 elif name != ITL_COLUMN:
                     column = pa.array(np.ascontiguousarray(rows[name.replace(" ", "_")]))
                 elif itl:
-                    values, offsets = _gap_lists(result, start, start + _PARQUET_ROWS)
+                    values, offsets = _gap_lists(result, start, stop)
                     column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
                 else:
                     column = pa.nulls(len(rows), types[ITL_COLUMN])

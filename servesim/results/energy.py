@@ -107,7 +107,7 @@ def energy_line(energy: dict[str, Any] | None) -> str:
 def _output_tokens(result: Result, nodes: set[int]) -> int:
     """Tokens generated on ``nodes`` by finished requests."""
     on_node = np.array([instance.node in nodes for instance in result.instances], dtype=bool)
-    rows = result.requests
+    rows = result.table
     return int(rows["output"][on_node[rows["decode_instance"]]].sum())
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from servesim.results.units import GIB
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from servesim.results.records import InstanceLog, TierMemory
+    from servesim.results.request_table import RequestTable
+
+    Columns: TypeAlias = RequestTable | NDArray[np.void] | Mapping[str, NDArray[np.int64]]
 
 
-def prefix_cache_entry(instances: Sequence[InstanceLog], rows: NDArray[np.void]) -> dict[str, Any]:
+PROMPT_FIELDS = ("input", "prefix_hit", "storage_hit")
+
+
+def prefix_cache_entry(instances: Sequence[InstanceLog], rows: Columns) -> dict[str, Any]:
     """``prefix_cache`` of the summary.
 
     Tokens count once for every request, as in vLLM's hit rate: those that a preempted request looks up again
@@ -23,13 +29,14 @@ def prefix_cache_entry(instances: Sequence[InstanceLog], rows: NDArray[np.void])
 
     Args:
         instances: whose tiers and bytes count.
-        rows: the requests that they took, as in :attr:`servesim.results.result.Result.requests`.
+        rows: :data:`PROMPT_FIELDS` of the requests that they took, as in
+            :attr:`servesim.results.result.Result.requests`.
     """
 
     def moved(name: str) -> int:
         return sum(getattr(instance.steps, name).total() for instance in instances)
 
-    looked_up, found, recalled = (int(rows[name].sum()) for name in ("input", "prefix_hit", "storage_hit"))
+    looked_up, found, recalled = (int(rows[name].sum()) for name in PROMPT_FIELDS)
     read = moved("recalled_bytes")
 
     def rate(tokens: int) -> float:

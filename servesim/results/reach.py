@@ -39,7 +39,7 @@ class Extrapolation:
 
 def extrapolations(result: Result) -> list[Extrapolation]:
     """An entry for every instance that went beyond; none where nothing is known to be measured."""
-    rows, found = result.requests, []
+    rows, found = result.table, []
     contexts = rows["input"] + rows["output"] - 1
     for log in result.instances:
         reach = log.reach

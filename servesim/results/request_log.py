@@ -213,14 +213,20 @@ class RequestLog(Sequence[RequestRecord]):
             record.away = away and [*away]
         return record
 
-    def column(self, name: str) -> NDArray[np.int64]:
-        """One number of every record, shape (records,)."""
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """One number of records ``start`` to ``stop - 1``, of all by default; a copy."""
+        end = len(self) if stop is None else min(stop, len(self))
         if name in _FEW:
-            kept = self._few[name]
-            column = np.full(len(self), _FEW[name], dtype=np.int64)
-            column[np.fromiter(kept, np.int64, len(kept))] = np.fromiter(kept.values(), np.int64, len(kept))
+            kept, usual = self._few[name], _FEW[name]
+            if kept and end - start < len(self):
+                return np.array([kept.get(row, usual) for row in range(start, end)], dtype=np.int64)
+            column = np.full(end - start, usual, dtype=np.int64)
+            if kept:
+                rows = np.fromiter(kept, np.int64, len(kept))
+                column[rows] = np.fromiter(kept.values(), np.int64, len(kept))
             return column
-        return np.array(self._each[name] if name in self._each else self._small[name], dtype=np.int64)
+        found = self._each[name] if name in self._each else self._small[name]
+        return np.array(found if end - start == len(self) else found[start:end], dtype=np.int64)
 
     def total(self, name: str) -> int:
         """The exact sum of a number that is mostly 0."""

@@ -12,6 +12,7 @@ from servesim._version import __version__
 from servesim.results.csv import COLUMNS, NUMERIC_COLUMNS, save_requests, text_columns
 from servesim.results.energy import power_series, series_interval_ns
 from servesim.results.request_log import RequestLog
+from servesim.results.request_table import RequestTable
 from servesim.results.stats import TokenGaps
 from servesim.results.steps import draft_columns, save_steps, steps_array
 from servesim.results.summary import save_summary, summarise
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Workload
-
-REQUEST_DTYPE = np.dtype([(name.replace(" ", "_"), np.int64) for name in NUMERIC_COLUMNS])
 
 
 class Result:
@@ -68,6 +67,12 @@ class Result:
         """The engine's record of each finished request, ordered by request id."""
         found = self.log.requests
         return (found if isinstance(found, RequestLog) else RequestLog(found)).in_order()
+
+    @cached_property
+    def session_ids(self) -> dict[int, str]:
+        """Request -> its session, of those that belong to one."""
+        special = self.workload.special
+        return {request.index: request.session_id for request in special if request.session_id is not None}
 
     @property
     def rejected(self) -> list[RejectedRequest]:
@@ -107,37 +112,12 @@ class Result:
           recalled from a lower tier
         - ``preemptions``: times it lost its KV blocks
         """
-        records = self.records
-        asked = self.workload.requests
-        table = np.empty(len(records), dtype=REQUEST_DTYPE)
+        return self.table.rows()
 
-        def fill(name: str, values: NDArray[np.int64] | list[int]) -> NDArray[np.int64]:
-            table[name] = values
-            column: NDArray[np.int64] = table[name]
-            return column
-
-        fill("instance_id", records.column("instance"))
-        requests = fill("request_id", records.column("request")).tolist()
-        fill("input", [asked[request].input_tokens for request in requests])
-        fill("sub_request", [asked[request].sub_request for request in requests])
-        fill("queued", records.column("queued_ns"))
-        fill("preemptions", records.column("preemptions"))
-        fill("decode_instance", records.column("decode_instance"))
-        undivided = table["decode_instance"] < 0
-        table["decode_instance"][undivided] = table["instance_id"][undivided]
-        arrival = fill("arrival", records.column("arrival_ns"))
-        end = fill("end_time", records.column("end_ns"))
-        scheduled, front_end = records.column("scheduled_ns"), records.column("front_end_ns")
-        table["queuing_delay"] = scheduled - front_end - arrival
-        first_token = records.column("first_token_ns")
-        table["latency"] = end - arrival
-        table["TTFT"] = first_token - arrival
-        tokens = self.token_gaps.tokens()
-        table["output"] = tokens
-        table["TPOT"] = np.where(tokens > 1, (end - first_token) // np.maximum(tokens - 1, 1), 0)
-        npu_hit = fill("npu_hit", records.column("npu_hit"))
-        table["prefix_hit"] = npu_hit + fill("storage_hit", records.column("storage_hit"))
-        return table
+    @cached_property
+    def table(self) -> RequestTable:
+        """The same as columns, or a few rows at a time, for those who do not need all of it at once."""
+        return RequestTable(self.token_gaps, self.workload)
 
     @cached_property
     def steps(self) -> NDArray[np.void]:
@@ -173,7 +153,8 @@ class Result:
         if self.options is not None and self.options.run_id:
             return self.options.run_id
         digest = hashlib.sha256(__version__.encode())
-        digest.update(self.requests.view(np.uint8).data)  # no copy
+        for rows in self.table.parts():
+            digest.update(rows.view(np.uint8).data)
         return digest.hexdigest()[:16]
 
     @property

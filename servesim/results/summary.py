@@ -13,7 +13,7 @@ import numpy as np
 from servesim._version import __version__
 from servesim.results.atomic import atomic_write
 from servesim.results.energy import energy_entry
-from servesim.results.prefix_cache import prefix_cache_entry
+from servesim.results.prefix_cache import PROMPT_FIELDS, prefix_cache_entry
 from servesim.results.reach import extrapolation_entry
 from servesim.results.saturation import saturation_entry
 from servesim.results.stats import Distribution, describe, exact_sum
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from numpy.typing import NDArray
-
     from servesim.results.records import InstanceLog, SpeculationLog
+    from servesim.results.request_table import RequestTable
     from servesim.results.result import Result
     from servesim.results.step_log import StepLog
     from servesim.specs.options import RuntimeOptions
@@ -49,7 +48,7 @@ def distributions(result: Result) -> dict[str, Distribution]:
     As in vLLM's benchmark, a request with a single token has no TPOT; ITL counts every gap of every request
     once.
     """
-    rows = result.requests
+    rows = result.table
     gaps, counts = result.token_gaps.histogram()
     return {
         "ttft": describe(rows["TTFT"]),
@@ -62,7 +61,7 @@ def distributions(result: Result) -> dict[str, Distribution]:
 
 def duration_ns(result: Result) -> int:
     """First arrival to last end of a finished request, in ns; 0 when none finished."""
-    rows = result.requests
+    rows = result.table
     return int(rows["end_time"].max() - rows["arrival"].min()) if len(rows) else 0
 
 
@@ -93,7 +92,7 @@ def _front_end_entry(result: Result) -> dict[str, dict[str, float]]:
     front_end = result.records.column("front_end_ns")
     if not front_end.any():
         return {}
-    engine = describe(result.requests["TTFT"] - front_end)
+    engine = describe(result.table["TTFT"] - front_end)
     figures = {"mean": engine.mean, "median": engine.median, "p90": engine.p90, "p99": engine.p99}
     entry = {f"{name}_engine_ttft_ms": round(value / MS, 6) for name, value in figures.items()}
     return {"front_end": {"mean_ms": round(describe(front_end).mean / MS, 6), **entry}}
@@ -137,8 +136,8 @@ def _busy_ns(steps: StepLog) -> int:
     return sum(exact_sum(steps.durations(first, last)) for first, last in steps.parts())
 
 
-def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, Any]:
-    steps = instance.steps
+def _instance_entry(instance: InstanceLog, rows: RequestTable) -> dict[str, Any]:
+    steps, mine = instance.steps, rows["instance_id"] == instance.index
     options = asdict(instance.options) if is_dataclass(instance.options) else {}
     if options.get("speculative", ...) is None:
         del options["speculative"]
@@ -160,7 +159,7 @@ def _instance_entry(instance: InstanceLog, rows: NDArray[np.void]) -> dict[str, 
             for memory in instance.capacity.outside
         ],
         "kv_cache": _kv_cache(instance),
-        "prefix_cache": prefix_cache_entry([instance], rows[rows["instance_id"] == instance.index]),
+        "prefix_cache": prefix_cache_entry([instance], {name: rows[name][mine] for name in PROMPT_FIELDS}),
         "steps": len(steps),
         "dummy_steps": len(instance.dummies),
         "peak_batch": steps.most("running"),
@@ -226,7 +225,7 @@ def summarise(result: Result) -> dict[str, Any]:
     Times named ``_ms`` are milliseconds, ``duration`` is in seconds; nothing depends on the wall clock, the
     machine or the place of the files.
     """
-    rows = result.requests
+    rows = result.table
     elapsed = duration_ns(result)
     input_tokens, output_tokens = int(rows["input"].sum()), int(rows["output"].sum())
     return {
