@@ -65,10 +65,30 @@ _OUTPUT_ERRORS = frozenset(
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line instead of the whole usage text."""
+    """Reports a mistake in one line instead of the whole usage text; its help states every default."""
+
+    def format_help(self) -> str:
+        """The help, with ``(default: …)`` where no option's own text says it."""
+        for action in self._actions:
+            state_default(action)
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def state_default(action: argparse.Action) -> None:
+    """Add to the help of an option what it is when it is left out, unless the text says so already."""
+    told = action.help
+    if not told or told == argparse.SUPPRESS or not action.option_strings or action.required:
+        return
+    if "(default" in told or "-h" in action.option_strings or action.const is False:
+        return
+    if action.nargs == 0:
+        default = "off"
+    else:
+        default = "none" if action.default in (None, "", argparse.SUPPRESS) else "%(default)s"
+    action.help = f"{told} (default: {default})"
 
 
 def main(argv: Sequence[str] | None = None, at_work: Callable[[], None] | None = None) -> int:

@@ -93,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--url",
         default=_OF_A_SERVER["url"],
+        metavar="URL",
         help="base address (default: http://127.0.0.1:8000)",
     )
     add(

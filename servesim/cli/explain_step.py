@@ -29,17 +29,27 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser("explain-step", help=_HELP, description=_HELP, allow_abbrev=False)
     add_arguments(parser, only=_FLAGS)
     step = parser.add_argument_group("the step")
-    step.add_argument(
-        "--instance", type=int, default=0, help="which instance of the cluster, from 0 (default 0)"
+    add = step.add_argument
+    add("--instance", type=int, default=0, metavar="N", help="which instance of the cluster, from 0")
+    add(
+        "--chunks",
+        default="",
+        metavar="TOKENS@HISTORY,...",
+        help="prefill chunks, and the tokens that each has in the cache: 512@0,256@1024",
     )
-    step.add_argument(
-        "--chunks", default="", help="prefill chunks: tokens@history, separated by commas: 512@0,256@1024"
+    add("--decodes", type=int, default=0, metavar="N", help="sequences that decode one token")
+    add("--kv", type=int, default=0, metavar="N", help="mean KV length of the decodes, in tokens")
+    add(
+        "--kv-max",
+        type=int,
+        metavar="N",
+        help="greatest KV length of the decodes, in tokens (default: all are equal)",
     )
-    step.add_argument("--decodes", type=int, default=0, help="sequences that decode one token (default 0)")
-    step.add_argument("--kv", type=int, default=0, help="mean KV length of the decodes, in tokens")
-    step.add_argument("--kv-max", type=int, help="greatest KV length of the decodes (default: all are equal)")
-    step.add_argument(
-        "--kv-min", type=int, help="least KV length of the decodes (default: as far below the mean)"
+    add(
+        "--kv-min",
+        type=int,
+        metavar="N",
+        help="least KV length of the decodes, in tokens (default: as far below the mean)",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servesim.cli.parts import PRINTED, add_command, add_json, check_file, check_plot, give_json
+from servesim.cli.parts import MODEL, PRINTED, add_command, add_json, check_file, check_plot, give_json
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     parser = add_command(subparsers, "kv", _HELP, _EPILOG)
     add = parser.add_argument
-    add("model", nargs="?", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
+    add("model", nargs="?", help=MODEL)
     add("--context", type=int, metavar="N", default=DEFAULT_CONTEXT,
         help=f"tokens in the cache of each decode (default: {DEFAULT_CONTEXT})")  # fmt: skip
     add("--batch", type=int, metavar="N", default=DEFAULT_BATCH,

@@ -1,4 +1,4 @@
-"""What parsers of several commands have in common: how they open, ``--json [PATH]`` and ``--plot PATH``."""
+"""What parsers of several commands have in common: how they open, and flags that mean the same in each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import argparse
 
+MODEL = "<org>/<name>, or a folder or file with a Hugging Face config.json"
+"""Help of a model's name."""
 PRINTED = "-"
 """``--json`` without a path: print it."""
 
@@ -41,6 +43,32 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="write everything as JSON; no PATH: print it",
     )
+
+
+def add_formats(
+    parser: argparse.ArgumentParser, kv_cache_dtype: str | None = "auto", *, skip_layers: bool = True
+) -> None:
+    """``--dtype``, ``--kv-cache-dtype`` (by default ``kv_cache_dtype``) and, unless told otherwise,
+    ``--kv-cache-dtype-skip-layers`` of a bundle."""
+    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal, word_unless
+
+    add = parser.add_argument
+    add("--dtype", choices=WEIGHT_DTYPES, help="weight dtype (default: what the model is published in)")
+    add(
+        "--kv-cache-dtype",
+        choices=KV_CACHE_DTYPES,
+        type=word_unless(kv_refusal),
+        default=kv_cache_dtype,
+        help="KV cache dtype (default: auto)",
+    )
+    if skip_layers:
+        add(
+            "--kv-cache-dtype-skip-layers",
+            nargs="+",
+            metavar="LAYER",
+            help="layers whose KV cache stays in 16 bit: numbers from 0, and sliding_window for all with a "
+            "window",
+        )
 
 
 def check_file(path: str | None, suffixes: tuple[str, ...], flag: str) -> None:

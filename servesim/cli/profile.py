@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.cli.parts import MODEL, add_formats
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,38 +24,38 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the command and its flags."""
     from servesim.profiler.measure.command import add_arguments as add_measuring_arguments
     from servesim.profiler.sources import SOURCES
-    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal, word_unless
 
     parser = subparsers.add_parser("profile", help=_HELP, description=_HELP, allow_abbrev=False)
     add = parser.add_argument
-    add("model", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
-    add("--hardware", required=True, help="names configs/hardware/<name>.yaml and the bundle's folder")
+    add("model", help=MODEL)
+    add(
+        "--hardware",
+        required=True,
+        metavar="NAME",
+        help="names configs/hardware/<name>.yaml and the bundle's folder",
+    )
     sources = "; ".join(f"{name}: {source.about}" for name, source in SOURCES.items())
     add("--source", choices=sorted(SOURCES), default="silicon", help=f"{sources} (default: silicon)")
-    add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, type=word_unless(kv_refusal), default="auto",
-        help="KV cache (default: auto)")  # fmt: skip
-    add("--kv-cache-dtype-skip-layers", nargs="+", metavar="LAYER",
-        help="layers whose KV cache stays in 16 bit: numbers from 0, and sliding_window")  # fmt: skip
+    add_formats(parser)
     add("--tp", default="1", metavar="N,N,...", help="tensor-parallel degrees (default: 1)")
     add(
         "--max-num-batched-tokens",
         type=int,
         default=2048,
-        metavar="T",
+        metavar="N",
         help="largest step, in tokens, that the bundle should cover (default: %(default)s)",
     )
     add(
         "--max-num-seqs",
         type=int,
         default=256,
-        metavar="S",
+        metavar="N",
         help="most sequences of a step that the bundle should cover (default: %(default)s)",
     )
     add(
         "--max-kv",
         type=int,
-        metavar="T",
+        metavar="N",
         help="longest context that the bundle should cover, in tokens (default: 131072; measured: 16384)",
     )
     add(

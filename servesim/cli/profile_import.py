@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.cli.parts import MODEL, add_formats
 from servesim.cli.profile import OUTPUT_ROOT
 from servesim.errors import InputError
 
@@ -17,18 +18,13 @@ _HELP = "correct a bundle with whole steps that vllm bench forward measured"
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
-    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal, word_unless
 
     parser = subparsers.add_parser("profile import", help=_HELP, description=_HELP, allow_abbrev=False)
     add = parser.add_argument
     add("files", nargs="+", metavar="FORWARD.json", help="what vllm bench forward --output-json wrote")
-    add("--model", required=True, help="<org>/<name>, or a folder or file with a Hugging Face config.json")
-    add("--hardware", required=True, help="the GPU, as configs/hardware/<name>.yaml calls it")
-    add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, type=word_unless(kv_refusal), default="auto",
-        help="KV cache (default: auto)")  # fmt: skip
-    add("--kv-cache-dtype-skip-layers", nargs="+", metavar="LAYER",
-        help="layers whose KV cache stays in 16 bit: numbers from 0, and sliding_window")  # fmt: skip
+    add("--model", required=True, metavar="NAME", help=MODEL)
+    add("--hardware", required=True, metavar="NAME", help="the GPU, as configs/hardware/<name>.yaml calls it")
+    add_formats(parser)
     add("--tp", type=int, default=1, metavar="N", help="tensor-parallel degree (default: 1)")
     add("--measured-with", default="0.33.0", metavar="VERSION",
         help="vLLM that measured; the files do not say (default: %(default)s)")  # fmt: skip

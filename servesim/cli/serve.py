@@ -42,8 +42,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     parser = add_command(subparsers, "serve", _HELP, _EPILOG, "servesim serve [OPTIONS]")
     add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
-    add("--port", type=int, default=8000, help="port, 0: any free one (default: 8000)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: 127.0.0.1, this machine alone)",
+    )
+    add("--port", type=int, default=8000, metavar="N", help="port, 0: any free one (default: 8000)")
     add(
         "--speed",
         type=float,

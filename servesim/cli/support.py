@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from servesim.cli.parts import add_command
+from servesim.cli.parts import MODEL, add_command, add_formats
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,24 +27,20 @@ _OWN_MODELS = "servesim/"
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command and its flags."""
-    from servesim.specs.dtypes import KV_CACHE_DTYPES, WEIGHT_DTYPES, kv_refusal, word_unless
-
     parser = add_command(subparsers, "support", _HELP, _EPILOG)
     add = parser.add_argument
-    add("model", nargs="?", help="<org>/<name>, or a folder or file with a Hugging Face config.json")
-    add("--hardware", help="names configs/hardware/<name>.yaml and the bundles' folder")
-    add("--dtype", choices=WEIGHT_DTYPES, help="weights (default: what the model is published in)")
-    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, type=word_unless(kv_refusal),
-        help="KV cache (default: auto)")  # fmt: skip
+    add("model", nargs="?", help=MODEL)
+    add("--hardware", metavar="NAME", help="names configs/hardware/<name>.yaml and the bundles' folder")
+    add_formats(parser, None, skip_layers=False)
     add(
         "--tp",
         type=int,
         metavar="N",
         help="tensor-parallel degree (default: 1; of the matrix: any of 1, 2, 4 and 8)",
     )
-    add("--max-num-batched-tokens", type=int, metavar="T", help="largest step (default: 2048)")
-    add("--max-num-seqs", type=int, metavar="S", help="most sequences of a step (default: 128)")
-    add("--max-context", type=int, metavar="T", help="longest context (default: the model's)")
+    add("--max-num-batched-tokens", type=int, metavar="N", help="largest step, in tokens (default: 2048)")
+    add("--max-num-seqs", type=int, metavar="N", help="most sequences of a step (default: 128)")
+    add("--max-context", type=int, metavar="N", help="longest context, in tokens (default: the model's)")
     add(
         "--matrix",
         action="store_true",

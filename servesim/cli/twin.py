@@ -36,8 +36,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = add_command(subparsers, "twin", _HELP, _EPILOG, "servesim twin SOURCE [OPTIONS]")
     add = parser.add_argument
     add("source", metavar="SOURCE", help="address of a server, or a file of scrapes")
-    add("--for", dest="for_s", type=float, metavar="S", help="watch so many seconds (default: 60)")
-    add("--every", dest="every_s", type=float, metavar="S", help="time between two scrapes (default: 1)")
+    add("--for", dest="for_s", type=float, metavar="SECONDS", help="how long to watch (default: 60)")
+    add(
+        "--every", dest="every_s", type=float, metavar="SECONDS", help="time between two scrapes (default: 1)"
+    )
     add("--save", metavar="FILE", help="keep the scrapes, JSON lines")
     add("--api-key", metavar="KEY", help="sent with every scrape")
     add(

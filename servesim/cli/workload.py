@@ -55,7 +55,7 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
         "--rate",
         type=float,
         default=None,
-        metavar="R",
+        metavar="REQ/S",
         help="arrivals per second, inf: all at once (default: 10; with --like the file's own)",
     )
     add(
@@ -64,7 +64,13 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
         metavar="PROCESS",
         help="poisson, gamma, uniform or burst (default: poisson)",
     )
-    add("--cv", type=float, default=2.0, help="coefficient of variation of gamma gaps (default: 2)")
+    add(
+        "--cv",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="coefficient of variation of gamma gaps (default: 2)",
+    )
     add("--burst-size", type=int, default=10, metavar="N", help="requests that arrive together (default: 10)")
     add(
         "--input-len",
@@ -78,7 +84,7 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
         metavar="LENGTHS",
         help="generated tokens (default: %(default)s)",
     )
-    add("--prefix-groups", type=int, default=0, metavar="G", help="number of shared prefixes (default: 0)")
+    add("--prefix-groups", type=int, default=0, metavar="N", help="number of shared prefixes (default: 0)")
     add(
         "--prefix-len",
         default="fixed:256",
@@ -111,7 +117,7 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="token ids are below this (default: 32000)",
     )
-    add("--seed", type=int, default=_SEED, help="the same seed makes the same file (default: 42)")
+    add("--seed", type=int, default=_SEED, metavar="N", help="the same seed makes the same file")
     ids = parser.add_mutually_exclusive_group()
     ids.add_argument("--ids", action="store_true", default=True, help="write token ids (default)")
     ids.add_argument(
@@ -140,9 +146,17 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     from servesim.specs.options import add_arguments
 
     parser.add_argument("--num-reqs", type=int, default=0, metavar="N", help="entries to load (default: all)")
-    parser.add_argument("--request-rate", type=float, default=None, metavar="R", help="change the arrivals")
+    parser.add_argument(
+        "--request-rate",
+        type=float,
+        default=None,
+        metavar="REQ/S",
+        help="rescale or replace the arrivals; inf: all at once (default: as in the file)",
+    )
     parser.add_argument("--lenient", action="store_true", help="leave bad entries out and count them")
-    parser.add_argument("--seed", type=int, default=_SEED, help="for --request-rate (default: 42)")
+    parser.add_argument(
+        "--seed", type=int, default=_SEED, metavar="N", help="of the arrivals that --request-rate makes"
+    )
     add_arguments(parser, only=_TEXT_FLAGS)
 
 

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--budget-s",
         type=float,
-        metavar="S",
-        help="coarsen the grid until the sweep should take at most S seconds",
+        metavar="SECONDS",
+        help="coarsen the grid until the sweep should take no longer",
     )
     add(
         "--iterations",
