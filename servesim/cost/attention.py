@@ -105,10 +105,8 @@ class FullAttention:
 
     def ns(self, batch: BatchShape, tokens: int) -> float:  # noqa: ARG002 - attention is never padded
         """See :class:`servesim.cost.terms.Term`."""
-        n = batch.num_decodes
-        if batch.draft_tokens:
-            return self._decodes_and_chunks_ns(batch, n) + self._ns_per_us * self.drafts_us(batch)
-        return self._decodes_and_chunks_ns(batch, n)
+        ns = self._decodes_and_chunks_ns(batch, batch.num_decodes)
+        return ns + self._ns_per_us * self.drafts_us(batch) if batch.draft_tokens else ns
 
     def drafts_us(self, batch: BatchShape) -> float:
         """µs that one block takes longer since decodes verify drafts: where computing takes longer than
@@ -150,18 +148,19 @@ class FullAttention:
         """µs of one block."""
         tensor = self.tensor
         mean = kv_sum // n if n else 0
-        corners = tensor.corners(n, mean)
         if len(chunks) == 1 or self._sums_chunks:
-            us = tensor.us(*_together(chunks), corners)
+            chunk, history = chunks[0] if len(chunks) == 1 else _together(chunks)
+            us = tensor.us(chunk, history, tensor.corners(n, mean))
         else:
+            corners = tensor.corners(n, mean)
             us = base = self.base_us(n, corners)
             for chunk, history in chunks:
                 us += tensor.us(chunk, history, corners) - base
         if mean != kv_max and n > 1:
-            if self._mixed_skew is not None:
+            if self._waits_for_longest:
+                us += tensor.tail_us(n, mean, kv_max)
+            elif self._mixed_skew is not None:
                 us += self.skew_us(chunks, n, mean, kv_min, kv_max)
-            elif self._waits_for_longest:
-                us += self.tail_us(n, mean, kv_max)
         return us
 
     def skew_us(
@@ -195,13 +194,7 @@ class FullAttention:
         that half of it shows: 0.7 % short of 8,458 measured launches (Llama-3.1-8B on RTX PRO 6000, up to
         4096 tokens) on average, where the mean alone is 4.8 % short. Never more than if all were the longest.
         """
-        tensor = self.tensor
-        chunk = tensor.smallest_chunk
-        longest, equal = (tensor.us(chunk, 0, tensor.corners(1, kv)) for kv in (kv_max, mean))
-        if longest <= equal:
-            return 0.0
-        all_longest = tensor.us(chunk, 0, tensor.corners(n, kv_max))
-        return min(0.5 * (longest - equal), max(all_longest - self.base_us(n, tensor.corners(n, mean)), 0.0))
+        return self.tensor.tail_us(n, mean, kv_max)
 
     def base_us(self, n: int, corners: DecodeCorners) -> float:
         """What the decodes alone cost in a step that also prefills; 0 without decodes."""

@@ -124,6 +124,7 @@ class AttentionTensor:
     """A bundle's attention times (µs) as one flat list, for lookups of single points."""
 
     __slots__ = (
+        "_beside",
         "_cells",
         "_chunk_stride",
         "_chunks",
@@ -132,6 +133,8 @@ class AttentionTensor:
         "_lengths",
         "_n_stride",
         "_ns",
+        "_plane",
+        "smallest_chunk",
     )
 
     def __init__(self, surface: Surface) -> None:
@@ -141,11 +144,12 @@ class AttentionTensor:
             s // tensor.itemsize for s in tensor.strides
         )
         self._cells: list[float] = tensor.ravel().tolist()
-
-    @property
-    def smallest_chunk(self) -> int:
+        self._beside: dict[int, tuple[int, int, float]] = {}
+        """Decodes → where they lie on their axis: offsets of the points around, weight of the upper one."""
+        self.smallest_chunk = int(self._chunks[bisect_right(self._chunks, 0)])
         """The smallest profiled prefill chunk."""
-        return int(self._chunks[bisect_right(self._chunks, 0)])
+        self._plane = self._chunks.index(self.smallest_chunk) * self._chunk_stride
+        """Offset of its times without history."""
 
     def largest(self) -> tuple[int, int, float]:
         """The largest profiled chunk, the longest history, and the µs of one block for both."""
@@ -154,9 +158,8 @@ class AttentionTensor:
 
     def corners(self, decodes: int, kv_length: int) -> DecodeCorners:
         """Where ``decodes`` decodes of ``kv_length`` lie in the tensor."""
-        n_low, n_high, n = bracket(self._ns, decodes)
+        low, high, n = self._beside.get(decodes) or self._place(decodes)
         k_low, k_high, k = bracket(self._lengths, kv_length)
-        low, high = n_low * self._n_stride, n_high * self._n_stride
         edge = None
         if n > 1.0 or k > 1.0:
             edge = self.corners(min(decodes, self._ns[-1]), min(kv_length, self._lengths[-1]))
@@ -192,3 +195,53 @@ class AttentionTensor:
             edge = corners.edge or corners
             return max(total, self.us(min(chunk, self._chunks[-1]), min(history, self._histories[-1]), edge))
         return total
+
+    def tail_us(self, decodes: int, mean: int, kv_max: int) -> float:
+        """µs that one block waits for the longest of ``decodes`` > 1 decodes; see
+        :meth:`servesim.cost.attention.FullAttention.tail_us`."""
+        longest, all_longest = self._decodes_us(decodes, kv_max)
+        equal, all_equal = self._decodes_us(decodes, mean)
+        if longest <= equal:
+            return 0.0
+        half, more = 0.5 * (longest - equal), all_longest - all_equal
+        if half <= more:
+            return half
+        return more if more > 0.0 else 0.0
+
+    def _decodes_us(self, decodes: int, kv_length: int) -> tuple[float, float]:
+        """µs of the smallest chunk without history beside one decode, and beside ``decodes``, of this length.
+
+        Such a chunk lies on points of its two axes, so that :meth:`us` is one weighted sum of four corners in
+        (n_decode, kv_decode): that sum is made here, in the same order, without the objects on the way to it.
+        What lies beyond the grid is left to :meth:`us`.
+        """
+        lengths, cells, plane = self._lengths, self._cells, self._plane
+        low_1, high_1, n_1 = self._beside.get(1) or self._place(1)
+        low, high, n = self._beside.get(decodes) or self._place(decodes)
+        above = bisect_right(lengths, kv_length)
+        if n > 1.0 or n_1 > 1.0 or not 0 < above < len(lengths):
+            chunk = self.smallest_chunk
+            alone, together = self.corners(1, kv_length), self.corners(decodes, kv_length)
+            return self.us(chunk, 0, alone), self.us(chunk, 0, together)
+        k = (kv_length - lengths[above - 1]) / (lengths[above] - lengths[above - 1])
+        above += plane
+        below = above - 1
+        j, m, m_1 = 1.0 - k, 1.0 - n, 1.0 - n_1
+        return (
+            m_1 * j * cells[low_1 + below]
+            + m_1 * k * cells[low_1 + above]
+            + n_1 * j * cells[high_1 + below]
+            + n_1 * k * cells[high_1 + above]
+        ), (
+            m * j * cells[low + below]
+            + m * k * cells[low + above]
+            + n * j * cells[high + below]
+            + n * k * cells[high + above]
+        )
+
+    def _place(self, decodes: int) -> tuple[int, int, float]:
+        """See :attr:`_beside`."""
+        low, high, weight = bracket(self._ns, decodes)
+        place = low * self._n_stride, high * self._n_stride, weight
+        self._beside[decodes] = place
+        return place

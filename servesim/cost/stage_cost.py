@@ -69,9 +69,10 @@ class StageCost:
         layers = (*terms.blocks, *terms.once, *terms.sequences)
         launches = 0 if engine.cudagraph else blocks + sum(layer.calls for layer in layers)
         self.host = HostTerm(engine, launches, overlaps=overlaps)
-        once = CountTerm(Role.ONCE, terms.once)
-        heads = CountTerm(Role.HEAD, terms.sequences, by_sequences=True)
-        self.terms: tuple[Term, ...] = (self.dense, once, heads, self.attention, self.host)
+        self._has_floor = self.host.has_floor
+        self._once = CountTerm(Role.ONCE, terms.once)
+        self._heads = CountTerm(Role.HEAD, terms.sequences, by_sequences=True)
+        self.terms: tuple[Term, ...] = (self.dense, self._once, self._heads, self.attention, self.host)
         if drafting is not None:
             self.terms = (*self.terms, drafting)
         self.decodes = DecodeRows(self.terms, self.attention, self.host, self.padding)
@@ -82,15 +83,19 @@ class StageCost:
 
     def step_ns(self, batch: BatchShape) -> int:
         """A step that this stage runs by itself; decodes alone come from the cache."""
-        if batch.chunks or self._drafting is not None:
-            tokens = self.padding.of(scheduled_tokens(batch))
-            ns = 0.0
-            for term in self.terms:
-                ns += term.ns(batch, tokens)
-            if self.host.has_floor:
-                ns = max(ns, self.host.floor_ns(batch) + self.host.ns(batch, tokens))
-        else:
-            ns = self.decodes.ns(batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max)
+        if not batch.chunks and self._drafting is None:
+            return self.decode_ns(batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max)
+        tokens = self.padding.of(scheduled_tokens(batch))
+        sequences = batch.num_decodes + batch.draft_tokens + len(batch.chunks)
+        # the sum of `terms`, in their order
+        ns = self.dense.of(tokens) + self._once.of(tokens) + self._heads.of(sequences)
+        ns += self.attention.ns(batch, tokens)
+        host_ns = self.host.ns(batch, tokens)
+        ns += host_ns
+        if self._drafting is not None:
+            ns += self._drafting.ns(batch, tokens)
+        if self._has_floor:
+            ns = max(ns, self.host.floor_ns(batch) + host_ns)
         whole = round(ns)
         return whole if whole > 0 else 1
 
@@ -117,7 +122,34 @@ class StageCost:
         self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
     ) -> int:
         """A step of prefill ``chunks`` (tokens > 1, tokens in the cache before) beside ``n`` >= 0 decodes."""
-        return self.step_ns(Shape(chunks, n, kv_sum, kv_min, kv_max))
+        return self.step_ns(MixedShape(chunks, n, kv_sum, kv_min, kv_max))
+
+
+class MixedShape:
+    """A batch shape as :class:`~servesim.cost.terms.Shape` is one, made a hundred thousand times a run."""
+
+    __slots__ = (
+        "chunks",
+        "draft_tokens",
+        "kv_lengths",
+        "kv_max",
+        "kv_min",
+        "kv_sum",
+        "num_decodes",
+        "step",
+    )
+
+    def __init__(
+        self, chunks: Sequence[tuple[int, int]], num_decodes: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> None:
+        self.chunks = chunks
+        self.num_decodes = num_decodes
+        self.kv_sum = kv_sum
+        self.kv_min = kv_min
+        self.kv_max = kv_max
+        self.kv_lengths: Sequence[int] | None = None
+        self.step = 0
+        self.draft_tokens = 0
 
 
 class Padding:

@@ -27,6 +27,8 @@ from tests.cost.bundles import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from servesim.cost.attention_lookup import AttentionTensor
+
 PLAIN = EngineSpec(cudagraph=False)
 FITTED = EngineSpec(cudagraph=False, skew_in_mixed_steps=True)
 ALPHAS = [
@@ -363,6 +365,43 @@ def test_a_run_of_decode_steps_is_its_single_steps_to_the_nanosecond(root: Path,
         assert run.dtype == np.int64
         assert run.tolist() == single
         assert min(single) >= 1
+
+
+def slow_tail_us(tensor: AttentionTensor, n: int, mean: int, kv_max: int) -> float:
+    """The tail of the longest decode from six whole look-ups."""
+
+    def us(decodes: int, kv: int) -> float:
+        return tensor.us(tensor.smallest_chunk, 0, tensor.corners(decodes, kv))
+
+    if us(1, kv_max) <= us(1, mean):
+        return 0.0
+    return min(0.5 * (us(1, kv_max) - us(1, mean)), max(us(n, kv_max) - us(n, mean), 0.0))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_the_tail_equals_its_slow_twin(root: Path, data: st.DataObject) -> None:
+    tensor = data.draw(bundles()).timer(root).attention.tensor
+    for n, kv_sum, _, greatest in data.draw(st.lists(decodes(2), min_size=1, max_size=20)):
+        assert tensor.tail_us(n, kv_sum // n, greatest) == slow_tail_us(tensor, n, kv_sum // n, greatest)
+
+
+@settings(max_examples=100, deadline=None)
+@given(decodes(0), CHUNKS | st.just([]), st.booleans())
+def test_a_step_is_the_sum_of_its_terms(
+    root: Path, step: tuple[int, int, int, int], chunks: list[tuple[int, int]], padded: bool
+) -> None:
+    if not step[0] and not chunks:
+        return
+    _, timer = _cached(root, EngineSpec(cudagraph=padded, prefill_step_overhead_us=3, host_step_us=40))
+    batch = Shape(chunks, *step)
+    tokens = timer.padding.of(step[0] + sum(count for count, _ in chunks))
+    ns = 0.0
+    for term in timer.terms:
+        ns += term.ns(batch, tokens)
+    floor = timer.host.floor_ns(batch) + timer.host.ns(batch, tokens)
+    off = 0 if chunks else 1  # decodes alone are a line, to be rounded elsewhere
+    assert abs(timer.mixed_ns(chunks, *step) - round(max(ns, floor))) <= off
 
 
 @settings(max_examples=60, deadline=None)
