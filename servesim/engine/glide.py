@@ -1,8 +1,10 @@
-"""Steps of decodes alone, taken one after the other in a tight loop, through the ends of requests.
+"""Steps of a single instance, taken one after the other in a tight loop until something else may happen.
 
 Between two arrivals of a busy instance lie a dozen steps and an end or two: too few for a vectorised jump to
-pay, and an end stops one. What such a step needs beyond the present decodes' calendars is one duration and
-one row of the log. Taken step by step (``--stepped``), a run makes the same steps; the tests compare the two.
+pay, and an end stops one. Most of these steps are decodes alone. What such a step needs beyond the present
+decodes' calendars is one duration and one row of the log. The others, in which requests are admitted or
+prompts computed, are the scheduler's. Taken step by step (``--stepped``), a run makes the same steps; the
+tests compare the two.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from servesim.engine.batch import Batch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -31,15 +35,19 @@ class StepTimes(Protocol):
         self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
     ) -> NDArray[np.int64]: ...
 
+    def mixed_ns(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> int: ...
+
 
 class Glider:
-    """An instance in which nothing but decodes can take part in a step: no drafts, windows, connectors, hook,
-    noise, or steps held back for prefills."""
+    """The steps of an instance of one stage without drafts, windows, connectors, hook, noise, or steps held
+    back for prefills."""
 
-    __slots__ = ("_depth", "_member", "_times", "in_flight", "left", "now_ns")
+    __slots__ = ("_depth", "_member", "_times", "in_flight", "left", "now_ns", "starved")
 
     def __init__(self, member: Instance, times: StepTimes, depth: int) -> None:
-        """``depth``: steps in flight at most; see :class:`~servesim.engine.step_loop.StepLoop`."""
+        """``depth``: steps in flight at most, 1 or 2; see :class:`~servesim.engine.step_loop.StepLoop`."""
         self._member = member
         self._times = times
         self._depth = depth
@@ -49,14 +57,17 @@ class Glider:
         """Requests that left the system in it."""
         self.now_ns = 0
         """When it stopped."""
+        self.starved = False
+        """Whether it stopped since nothing could be scheduled."""
 
     def run(self, in_flight: list[Batch], free_ns: int, now_ns: int, horizon_ns: int, one_end: bool) -> int:
-        """Take steps until something else may take part in one, or the next would be at ``horizon_ns`` or
-        later.
+        """Take steps until nothing can be scheduled, the next would be at ``horizon_ns`` or later, or so many
+        of decodes alone are ahead that they are better jumped over.
 
-        A round computes one step: the decodes at a block boundary get a block each; the number of decodes and
-        the sum, least and greatest of their KV lengths give its duration and a row of the log; the calendar
-        names those it ends. Then the step that has been in flight for longest ends, and its requests leave.
+        A round takes one step. If it is of decodes alone, those at a block boundary get a block each; their
+        number and the sum, least and greatest of their KV lengths give its duration and a row of the log; the
+        calendar names those it ends. Then the step that has been in flight for longest ends, and its requests
+        leave.
 
         Args:
             in_flight: one step less than may be in flight.
@@ -71,46 +82,69 @@ class Glider:
         member, depth, decode_ns = self._member, self._depth, self._times.decode_ns
         scheduler, steps = member.scheduler, member.log.steps
         decodes, pool, running = scheduler.decodes, scheduler.kv.pool, scheduler.running
-        log_step, first = steps.append, len(steps)
-        step, ends_ns = first, steps.latest_ends(depth)
+        log_step = steps.append
+        first = step = len(steps)
         waiting = len(scheduler.waiting)
-        watched = {batch.step: batch for batch in in_flight}  # whose end does something
+        watched = {batch.step: batch for batch in in_flight if batch.finishing}  # whose end does something
         self.left = []
-        full = False
-        goes_on = scheduler.only_decodes()
-        while goes_on:
-            boundary = decodes.at_boundary()
-            if boundary:
-                if len(boundary) > pool.num_free:
-                    break
-                scheduler.grow(boundary)
-            count = decodes.count
-            kv_sum, kv_min, kv_max = decodes.lengths()
+        self.starved = full = False
+        untold = False  # whether steps were taken that the scheduler knows nothing of
+        alone = scheduler.only_decodes()
+        while True:
+            before_ns = free_ns  # the end of the step before
             start_ns = free_ns if free_ns > now_ns else now_ns
-            free_ns = start_ns + decode_ns(count, kv_sum, kv_min, kv_max)
-            log_step(start_ns, free_ns, count, len(running), waiting, pool.num_used)
-            ends_ns.append(free_ns)
-            ended = decodes.advance()
-            if ended:
-                watched[step] = batch = Batch(step, free_ns)
-                batch.end_with(ended)
-                goes_on = scheduler.only_decodes()
+            boundary = decodes.at_boundary()
+            if alone and len(boundary) <= pool.num_free:
+                if boundary:
+                    scheduler.grow(boundary)
+                count = decodes.count
+                kv_sum, kv_min, kv_max = decodes.lengths()
+                free_ns = start_ns + decode_ns(count, kv_sum, kv_min, kv_max)
+                log_step(start_ns, free_ns, count, len(running), waiting, pool.num_used)
+                untold = True
+                ended = decodes.advance()
+                if ended:
+                    watched[step] = batch = Batch(step, free_ns)
+                    batch.end_with(ended)
+                    alone = decodes.count > 0
+            else:
+                if untold:
+                    scheduler.stepped(alone=depth == 1)
+                    untold = False
+                scheduled = member.schedule(now_ns, depth > 1)
+                if scheduled is None:
+                    self.starved = True
+                    break
+                free_ns = scheduled.end_ns = start_ns + self._step_ns(scheduled)
+                member.note_step(scheduled, start_ns)
+                if scheduled.finishing:
+                    watched[step] = scheduled
+                waiting = len(scheduler.waiting)
+                alone = scheduler.only_decodes()
             step += 1
-            if ends_ns[-depth] >= horizon_ns:
+            next_ns = before_ns if depth > 1 else free_ns
+            if next_ns >= horizon_ns:
                 full = True
                 break
-            now_ns = ends_ns[-depth]
+            now_ns = next_ns
             oldest = watched.pop(step - depth, None)
             if oldest is not None:
                 self.left += member.finish(oldest)
                 if self.left and one_end:
                     break
-                goes_on = scheduler.only_decodes() and (
-                    bool(watched) or decodes.next_end - decodes.tick < LONG
-                )
+                if waiting or not alone:
+                    alone = scheduler.only_decodes()
+            quiet = alone and not watched and decodes.next_end - decodes.tick >= LONG
+            if quiet and horizon_ns - now_ns >= LONG * (free_ns - start_ns):
+                break
         self.now_ns = now_ns
-        if step > first:
+        if untold:
             scheduler.stepped(alone=depth == 1)
-        flying = range(step - depth + (not full), step)
-        self.in_flight = [watched.get(at) or Batch(at, ends_ns[at - step]) for at in flying]
+        flying = depth if full else depth - 1
+        ends = [(step - 2, before_ns), (step - 1, free_ns)][2 - flying :]
+        self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in ends]
         return step - first
+
+    def _step_ns(self, batch: Batch) -> int:
+        """Duration of a step of any kind."""
+        return self._times.mixed_ns(batch.chunks, batch.num_decodes, batch.kv_sum, batch.kv_min, batch.kv_max)

@@ -809,6 +809,7 @@ class Scheduler:
     def stepped(self, *, alone: bool) -> None:
         """Such steps were made; ``alone``: each with nothing in flight."""
         self._last_alone = alone
+        self._fruitless = 0
 
     def quiet_ticks(self, most: int, in_flight: bool) -> int:
         """How many coming steps, up to ``most``, are sure to be the same decodes growing by a token and no

@@ -176,8 +176,8 @@ class StepLoop:
                 member.log.stages.extend(StageLog() for _ in range(plan.stages))
 
     def _glider_of(self, plan: LoopPlan) -> Glider | None:
-        """What takes steps of decodes alone one by one; None: they are launched, or laid out as stretches
-        that arrivals elsewhere do not cut."""
+        """What takes steps in a tight loop; None: they are launched, or laid out as stretches of decodes
+        alone that arrivals elsewhere do not cut."""
         member = plan.members[0]
         lone = self._sharing == 1 and self._coupling is not Coupling.STEPS
         if self._quiet is None or not lone or self._connected or plan.noise or not member.plain:
@@ -229,6 +229,7 @@ class StepLoop:
                 self._complete(in_flight.popleft())
             for member in members:
                 member.take_in(now_ns)
+            starved = False
             released = one_finish and self._leaving  # what that releases may arrive within a jump
             if self._quiet and not released and not self._gated and len(in_flight) == self._depth - 1:
                 self._jump_ahead(self._quiet, now_ns, horizon_ns)
@@ -236,9 +237,10 @@ class StepLoop:
                     return
                 if self._glider and len(in_flight) == self._depth - 1:
                     now_ns = self._glide(self._glider, now_ns, horizon_ns, one_finish)
+                    starved = self._glider.starved
             if self._piped:
                 self._fill(now_ns)
-            else:
+            elif not starved:
                 while not self._gated and len(in_flight) < self._depth and self._launch(now_ns):
                     pass
             if not in_flight:
@@ -392,7 +394,7 @@ class StepLoop:
             self._commit(Stretch(start, ends, known), near)
 
     def _glide(self, glider: Glider, now_ns: int, horizon_ns: int, one_finish: bool) -> int:
-        """Take steps of decodes alone up to the horizon; returns when it stopped."""
+        """Take steps up to the horizon; returns when it stopped."""
         in_flight = self._in_flight
         flying = [batch for wave in in_flight for batch in wave.batches if batch is not None]
         taken = glider.run(flying, self._stage_free_ns[0], now_ns, horizon_ns, one_finish)
