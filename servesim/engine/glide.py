@@ -85,7 +85,7 @@ class Glider:
         log_step = steps.append
         first = step = len(steps)
         waiting = len(scheduler.waiting)
-        watched = {batch.step: batch for batch in in_flight if batch.finishing}  # whose end does something
+        watched = {flying.step: flying for flying in in_flight if flying.finishing}  # whose end does something
         self.left = []
         self.starved = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
@@ -104,21 +104,21 @@ class Glider:
                 untold = True
                 ended = decodes.advance()
                 if ended:
-                    watched[step] = batch = Batch(step, free_ns)
-                    batch.end_with(ended)
+                    watched[step] = ending = Batch(step, free_ns)
+                    ending.end_with(ended)
                     alone = decodes.count > 0
             else:
                 if untold:
                     scheduler.stepped(alone=depth == 1)
                     untold = False
-                scheduled = member.schedule(now_ns, depth > 1)
-                if scheduled is None:
+                batch = member.schedule(now_ns, depth > 1)
+                if batch is None:
                     self.starved = True
                     break
-                free_ns = scheduled.end_ns = start_ns + self._step_ns(scheduled)
-                member.note_step(scheduled, start_ns)
-                if scheduled.finishing:
-                    watched[step] = scheduled
+                free_ns = batch.end_ns = start_ns + self._step_ns(batch)
+                member.note_step(batch, start_ns)
+                if batch.finishing:
+                    watched[step] = batch
                 waiting = len(scheduler.waiting)
                 alone = scheduler.only_decodes()
             step += 1
@@ -140,8 +140,7 @@ class Glider:
         self.now_ns = now_ns
         if untold:
             scheduler.stepped(alone=depth == 1)
-        flying = depth if full else depth - 1
-        ends = [(step - 2, before_ns), (step - 1, free_ns)][2 - flying :]
+        ends = [(step - 2, before_ns), (step - 1, free_ns)][2 - depth + (not full) :]
         self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in ends]
         return step - first
 
