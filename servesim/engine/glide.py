@@ -85,7 +85,8 @@ class Glider:
         log_step = steps.append
         first = step = len(steps)
         waiting = len(scheduler.waiting)
-        watched = {flying.step: flying for flying in in_flight if flying.finishing}  # whose end does something
+        # steps in flight whose end does something
+        watched = {flying.step: flying for flying in in_flight if flying.finishing}
         self.left = []
         self.starved = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
