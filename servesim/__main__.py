@@ -74,6 +74,7 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> NoReturn:
+        message = message.replace("ignored explicit argument", "takes no value, found")
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
@@ -173,7 +174,7 @@ def _suggestion(word: str, known: Sequence[str] | dict[str, tuple[str, str]]) ->
     near = get_close_matches(word, list(known), n=1)
     if near:
         return f"did you mean {near[0]!r}?"
-    return f"known: {', '.join(known)}" if len(known) < 12 else "no known one comes near"
+    return f"known: {', '.join(known)}" if len(known) < 12 else "no known one comes near; see servesim --help"
 
 
 def _is_output_error(error: Exception) -> TypeGuard[OSError]:

@@ -20,7 +20,9 @@ from servesim.specs.cluster import load_cluster
 from servesim.specs.flags import renamed
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.paths import find
+from servesim.specs.presets import LIMITS
 from servesim.specs.reading import parse_json_object, read_json_object, read_text, read_yaml_object
+from servesim.specs.serve_line import read_serve_line
 from servesim.specs.validation import hint
 
 if TYPE_CHECKING:
@@ -65,11 +67,22 @@ class Space:
         """Whether the constraints allow a configuration.
 
         Raises:
-            InputError: a constraint is none.
+            InputError: a constraint is none, or a listed configuration sets what the grid sets.
         """
+        for number, own in enumerate(self.listed):
+            for name in sorted(set(own) & set(self.grid)):
+                raise InputError(f"list[{number}]: {name}: stands in the grid, too; keep one of them")
         names = {name: RuntimeOptions.model_fields[name].default for name in SWEPT}
         tests = [Constraint(text, names) for text in self.constraints]
-        return lambda each: all(test.holds({**names, **self.options, **each}) for test in tests)
+        return lambda each: all(test.holds(self._values(names, each)) for test in tests)
+
+    def _values(self, names: Mapping[str, Any], each: Mapping[str, Any]) -> dict[str, Any]:
+        """What a configuration sets, in words of vLLM's too; None for what a preset decides by the hardware."""
+        chosen = {**self.options, **each}
+        if isinstance(chosen.get("vllm_serve"), str):
+            chosen = {"preset": "vllm-serve", **read_serve_line(chosen["vllm_serve"]).options, **chosen}
+        open_yet = dict.fromkeys(LIMITS) if chosen.get("preset") else {}
+        return {**names, **open_yet, **chosen}
 
     def configurations(self) -> tuple[list[dict[str, Any]], int]:
         """Every configuration once, in order, and how many the constraints ruled out.

@@ -114,6 +114,7 @@ def sweep(
         common["dataset"] = os.fspath(workload)
     read = validated(RuntimeOptions, common, "options")
     check_used(read, "sweep", None, cluster)
+    chosen = replace(chosen, options=common)  # constraints are about whatever holds, flags among it
     bounds = slo or chosen.slo
     if bounds is not None:
         parse_slo(bounds)

@@ -145,13 +145,17 @@ class Sweep:
         """The first rows as a table, and what stands out; ``file``: where all of them are."""
         return "\n".join([self._table().plain(width=screen_width()), "", *self._summary(file)])
 
+    def counted(self) -> str:
+        """``28 configurations``."""
+        return f"{len(self.rows):,} configuration{'' if len(self.rows) == 1 else 's'}"
+
     def _summary(self, file: str | None) -> list[str]:
         """How many rows there are, and why some have no figures."""
         lines = []
         more = len(self.rows) - _SHOWN
         if more > 0:
             lines.append(f"{more:,} more rows" + (f" in {file}" if file else ""))
-        counted = f"{len(self.rows):,} configurations, {len(self.failed):,} without figures"
+        counted = f"{self.counted()}, {len(self.failed):,} without figures"
         if self.ruled_out:
             counted += f", {self.ruled_out:,} ruled out by constraints"
         lines.append(counted)

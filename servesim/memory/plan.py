@@ -309,7 +309,7 @@ def kv_cache_capacity(
             f"{where}: the {options.dtype} weights of {model.name} take {weights / GIB:.2f} GiB per NPU "
             f"(tp_size {tp}, pp_size {pp}), but npu_mem allows {budget / GIB:.2f} GiB "
             f"({whole / GIB:.5g} GiB x utilization {options.npu_memory_utilization:g}); raise tp_size, "
-            " choose a smaller --dtype, or an NPU with more memory"
+            "choose a smaller --dtype, or an NPU with more memory"
         )
     for memory in outside:
         if memory.kv_bytes_per_token and memory.blocks(options.block_size) < 2:

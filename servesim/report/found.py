@@ -171,7 +171,7 @@ def sweep_page(sweep: Sweep) -> Page:
         f"the first {_MOST_ROWS:,} rows; {more:,} more are in the table of the sweep" if more > 0 else ""
     )
     best = sweep.best
-    told = f"{len(sweep.rows):,} configurations, {len(sweep.failed):,} without figures."
+    told = f"{sweep.counted()}, {len(sweep.failed):,} without figures."
     if best is not None:
         told += f" Best per GPU: {_label(sweep, best)}."
     return Page(

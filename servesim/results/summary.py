@@ -19,6 +19,7 @@ from servesim.results.saturation import saturation_entry
 from servesim.results.stats import Distribution, describe, exact_sum
 from servesim.results.units import MS, SECOND
 from servesim.specs.options import output_fields
+from servesim.specs.presets import LIMITS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -211,6 +212,10 @@ def _options(result: Result) -> dict[str, Any] | None:
     if result.options is None:
         return None
     chosen: dict[str, Any] = result.options.model_dump(mode="json")
+    if result.options.preset is not None:  # decides these by the hardware of each instance
+        for name in set(LIMITS) - result.options.model_fields_set:
+            found = {getattr(instance.options, name) for instance in result.instances}
+            chosen[name] = found.pop() if len(found) == 1 else None
     return {
         name: "inf" if value == math.inf else value
         for name, value in chosen.items()

@@ -66,6 +66,13 @@ def bundles_from(folder: str | Path | None) -> Iterator[None]:
         _bundles.reset(token)
 
 
+_WAYS_OUT = {
+    "cluster config": "; correct the path, or take an example of configs/cluster",
+    "price file": "; correct the path, or copy configs/prices/examples.yaml",
+}
+"""What is looked for -> what to do where it is not there."""
+
+
 def find(relative: str | Path, what: str = "file or folder") -> Path:
     """The first existing place of ``relative``.
 
@@ -84,12 +91,12 @@ def find(relative: str | Path, what: str = "file or folder") -> Path:
     if _exists(path):
         return path
     if path.is_absolute():
-        raise MissingFileError(f"{relative}: no such {what}")
+        raise MissingFileError(f"{relative}: no such {what}{_WAYS_OUT.get(what, '')}")
     for root in search_roots()[1:]:
         if _exists(root / path):
             return root / path
     places = ", ".join(str(root) for root in search_roots())
-    raise MissingFileError(f"{relative}: no such {what}; looked in {places}")
+    raise MissingFileError(f"{relative}: no such {what}; looked in {places}{_WAYS_OUT.get(what, '')}")
 
 
 def find_each(relative: str | Path) -> Iterator[Path]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Preset = Literal["vllm-serve"]
 
+LIMITS = ("max_num_seqs", "max_num_batched_tokens", "npu_memory_utilization")
+"""Options that a preset decides by the hardware, where nobody states them."""
 _UTILIZATION = 0.92
 _LARGE_GIB, _HUGE_GIB = 70, 160
 

@@ -99,6 +99,33 @@ def test_constraints_rule_configurations_out() -> None:
 
 
 @pytest.mark.parametrize(
+    "given",
+    [
+        {"max_num_seqs": 8},
+        {"vllm_serve": "vllm serve org/toy --max-num-seqs 8"},
+        {"options": RuntimeOptions(max_num_seqs=8)},
+    ],
+)
+def test_constraints_hold_for_what_is_given_beside(given: dict[str, Any]) -> None:
+    """The default of 128 is not what runs."""
+    space = {"grid": {"block_size": [16, 32]}, "constraints": ["max_num_seqs * block_size <= 128"]}
+    found = sweep(space, **given)
+    assert [row["block_size"] for row in found.rows] == [16]
+    assert found.ruled_out == 1
+
+
+def test_constraints_ask_for_what_a_preset_decides() -> None:
+    space = {"grid": {"block_size": [16]}, "constraints": ["max_num_seqs * block_size <= 128"]}
+    with pytest.raises(InputError, match="max_num_seqs is not set; give it a value"):
+        sweep(space, preset="vllm-serve")
+
+
+def test_a_name_is_listed_or_in_the_grid() -> None:
+    with pytest.raises(InputError, match=r"list\[1\]: max_num_seqs: stands in the grid, too"):
+        sweep({"grid": {"max_num_seqs": [2]}, "list": [{"tp": 1}, {"max_num_seqs": 4}]})
+
+
+@pytest.mark.parametrize(
     ("text", "holds"),
     [
         ("tp in (1, 2)", True),

@@ -52,7 +52,7 @@ def test_an_absolute_path_is_used_as_it_is(elsewhere: Path) -> None:
 
 
 def test_an_absolute_path_is_looked_up_nowhere_else(elsewhere: Path) -> None:
-    with pytest.raises(MissingFileError, match=r"no such cluster config$"):
+    with pytest.raises(MissingFileError, match=r"no such cluster config; correct the path"):
         paths.find(elsewhere / SHIPPED, "cluster config")
 
 
