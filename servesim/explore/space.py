@@ -77,7 +77,7 @@ class Space:
         return lambda each: all(test.holds(self._values(names, each)) for test in tests)
 
     def _values(self, names: Mapping[str, Any], each: Mapping[str, Any]) -> dict[str, Any]:
-        """What a configuration sets, in words of vLLM's too; None for what a preset decides by the hardware."""
+        """What a configuration sets; None for what a preset decides by the hardware."""
         chosen = {**self.options, **each}
         if isinstance(chosen.get("vllm_serve"), str):
             chosen = {"preset": "vllm-serve", **read_serve_line(chosen["vllm_serve"]).options, **chosen}

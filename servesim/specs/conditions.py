@@ -162,8 +162,10 @@ def nodes_with_several(scene: Scene) -> str:
 
 
 def prompts_with_ids(scene: Scene) -> str:
-    """Prefixes are found by token ids."""
-    return "" if scene.has_ids else "no request has token ids, so none shares a prefix"
+    """Prefixes are found by token ids; a preempted request has its own blocks to find again."""
+    if scene.has_ids:
+        return ""
+    return "no request has token ids, so none shares a prefix; it acts on what preempted requests find again"
 
 
 def whole_prompts_at_once(scene: Scene) -> str:

@@ -144,8 +144,7 @@ EnablePrefixCaching = Annotated[
     Flag(
         "reuse KV blocks of prompts with the same prefix",
         ENGINE,
-        acts=conditions.prompts_with_ids,
-        noted=True,
+        except_for=conditions.prompts_with_ids,
     ),
 ]
 DisableHybridKvCacheManager = Annotated[

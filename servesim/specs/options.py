@@ -268,8 +268,7 @@ class RuntimeOptions(EngineOptions, InputOptions):
             _CLUSTER,
             choices=("None", *TIER_WORDS),
             default_text="None",
-            acts=conditions.prompts_with_ids,
-            noted=True,
+            except_for=conditions.prompts_with_ids,
         ),
     ] = None
     request_routing_policy: Annotated[

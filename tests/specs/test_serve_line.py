@@ -224,7 +224,9 @@ def test_flags_beside_the_line_win_and_it_is_told(tmp_path: Path, capsys: pytest
     assert "preset vllm-serve" in printed
     told = json.loads(summary.read_text(encoding="utf-8"))
     assert told["options"]["max_num_batched_tokens"] == 8192
-    assert told["options"]["npu_memory_utilization"] == told["instances"][0]["options"]["npu_memory_utilization"]
+    assert (
+        told["options"]["npu_memory_utilization"] == told["instances"][0]["options"]["npu_memory_utilization"]
+    )
     assert told["notes"] == [
         f"vllm serve: used: --model {LLAMA}, --max-num-seqs 64",
         "vllm serve: without influence: --port 80",
