@@ -131,7 +131,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("compressed tokens (DeepSeek V4)", "sparse_attention/dsv4_csa_generation_module_perf"),
     ("gated delta net", "linear_attention/gdn_perf"),
     ("Kimi delta attention", "kda/kda_perf"),
-    ("products", "gemm/gemm_perf"),
+    ("GEMMs", "gemm/gemm_perf"),
     ("experts", "moe/moe_perf"),
     ("all-reduce", "comm/custom_allreduce_perf"),
 )
@@ -156,7 +156,7 @@ def kernels_text() -> str:
                 found[index] = found[index] if max(rows.columns.get("window_size", (0,))) else []
         table.rows.append([what, *(versions[-1] if versions else "-" for versions in found)])
     for what, column, name, family in (
-        ("formats of products", "gemm_dtype", "gemm_perf", "gemm"),
+        ("formats of GEMMs", "gemm_dtype", "gemm_perf", "gemm"),
         ("formats of experts", "moe_dtype", "moe_perf", "moe"),
         ("formats of KV", "kv_cache_dtype", "generation_attention_perf", "attention"),
     ):

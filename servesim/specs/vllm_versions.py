@@ -1,8 +1,8 @@
 """Versions of vLLM that can be followed, and in what they differ as far as a simulation goes.
 
 Only what was found in a version's own behaviour stands here: its scheduler driven over the goldens
-(docs/parity.md), and its defaults for a server. The memory plan has a table of its own,
-:mod:`servesim.memory.engine_memory`.
+(docs/parity.md), and its defaults for a server. ``python -m servesim.specs.vllm_versions`` lists it. The
+memory plan has a table of its own, :mod:`servesim.memory.engine_memory`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Difference:
 
 
 LONE_PREFILL = Difference(
-    "0.31", "a prefill threshold does not bind while a single request is waiting or running"
+    "0.31", "long_prefill_token_threshold does not bind while a single request is waiting or running"
 )
 LARGE_GPU_BATCHES = Difference("0.28", "servers on GPUs of 160 GiB or more take 16384 tokens a step")
 COUNTS_VICTIMS = Difference(
@@ -57,7 +57,8 @@ SPARSE_WINDOWS = Difference(
 SLOTS_BY_REQUEST = Difference(
     "0.28",
     "with speculative decoding, a draft model's slots are taken from the budget by the requests of the step, "
-    "and a request admitted with one token to compute is padded to the others' drafts (0.25-0.27: unknown)",
+    "and a request admitted with one token to compute is padded to the others' drafts (0.25 to 0.27: "
+    "unknown)",
 )
 LOOKAHEAD_HASHES = Difference(
     "0.33",
@@ -65,7 +66,8 @@ LOOKAHEAD_HASHES = Difference(
     "cached block was computed again; accepted tokens are cached at once (0.29 to 0.32: unknown)",
 )
 V2_NGRAM = Difference(
-    "0.33", "n-gram drafts go with asynchronous scheduling, which they switch off before (0.29-0.32: unknown)"
+    "0.33",
+    "n-gram drafts go with asynchronous scheduling, which they switch off before (0.29 to 0.32: unknown)",
 )
 AWAITS_BATCHES = Difference(
     "0.28",
@@ -86,11 +88,13 @@ RUNNING_LORAS = Difference(
     "to 0.32: unknown)",
 )
 ACTIVE_SEQS = Difference("0.31", "max_num_active_seqs limits the running requests below max_num_seqs")
-ADAPTIVE_THRESHOLD = Difference("0.31", "long_prefill_token_threshold_adaptive")
-LONG_THRESHOLD = Difference("0.27", "a prefill threshold above max_model_len is refused")
+ADAPTIVE_THRESHOLD = Difference(
+    "0.31", "long_prefill_token_threshold_adaptive raises the threshold where few requests share a step"
+)
+LONG_THRESHOLD = Difference("0.27", "a long_prefill_token_threshold above max_model_len is refused")
 SINCE = {"max_num_active_seqs": ACTIVE_SEQS, "long_prefill_token_threshold_adaptive": ADAPTIVE_THRESHOLD}
 """Option -> the version from which on it is there."""
-QUEUE_LIMITS = Difference("0.29", "max_num_queued_reqs and max_num_queued_tokens")
+QUEUE_LIMITS = Difference("0.29", "max_num_queued_reqs and max_num_queued_tokens turn requests away")
 CUTS_ANSWERS = Difference(
     "0.32", "servers cut an answer that would not fit max_model_len; before, they refuse its request"
 )
@@ -141,3 +145,19 @@ def runs_v2(version: VllmVersion, model_type: str, *, moe: bool) -> bool:
     if position < VERSIONS.index("0.33"):
         return model_type in _V2_MOE or not moe
     return True
+
+
+def table() -> str:
+    """All differences, the oldest first: a version and what vLLM does since, in lines of 110 characters."""
+    from textwrap import wrap
+
+    rows = sorted(DIFFERENCES, key=lambda difference: VERSIONS.index(difference.since))
+    return "\n".join(
+        f"{row.since if number == 0 else '':5} {line}"
+        for row in rows
+        for number, line in enumerate(wrap(row.what, 104))
+    )
+
+
+if __name__ == "__main__":
+    print(table())

@@ -13,7 +13,7 @@ from servesim.specs.cluster import load_cluster
 from servesim.specs.instance_options import InstanceOptions, resolve
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions
-from servesim.specs.vllm_versions import DIFFERENCES, NEWEST, VERSIONS
+from servesim.specs.vllm_versions import DIFFERENCES, NEWEST, VERSIONS, table
 
 
 def resolved(**flags: Any) -> InstanceOptions:
@@ -63,6 +63,13 @@ def test_differences_name_known_versions() -> None:
         assert difference.since in VERSIONS[1:]
         assert not difference.holds(VERSIONS[0])
         assert difference.holds(NEWEST)
+
+
+def test_the_list_of_differences_leaves_none_out() -> None:
+    told = " ".join(line[5:].strip() for line in table().splitlines())
+    assert [difference.what for difference in DIFFERENCES if difference.what not in told] == []
+    since = [line[:5].strip() for line in table().splitlines()]
+    assert len(list(filter(None, since))) == len(DIFFERENCES)
 
 
 def test_tables_of_a_far_version_are_told(caplog: pytest.LogCaptureFixture) -> None:
