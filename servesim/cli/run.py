@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from servesim.explore.ensemble import Ensemble
     from servesim.results.result import Result
+    from servesim.results.step_stream import StepStream
     from servesim.specs.options import RuntimeOptions
 
 _HELP = "simulate a workload on a cluster"
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
     """The run itself; ``started_s`` is where its wall time counts from."""
     from servesim import api
-    from servesim.cli.screen import RunScreen, say, set_up_messages
+    from servesim.cli.screen import RunScreen, say, set_up_messages, tell
     from servesim.explore.ensemble import ensemble_text
     from servesim.results.closing import closing
     from servesim.results.outputs import save_outputs
@@ -56,24 +57,43 @@ def simulate_and_save(options: RuntimeOptions, started_s: float) -> int:
     workload = api.read_workload(options)
     workload.pack()
     check_outputs(options)
-    screen = RunScreen(options, workload, cluster)
+    stream = step_stream(options)
+    screen = RunScreen(options, workload, cluster, stream)
     try:
         result = api.simulate_loaded(cluster, workload, api.single(options), screen)
         screen.finish(result.log)
+    except BaseException:
+        if stream is not None and (left := stream.leave()):
+            tell(f"steps so far: {', '.join(map(str, left))}")
+        raise
     finally:
         screen.close()
+    result.steps_went_to(stream)
     wall_s = time.perf_counter() - started_s
     if result.nothing_ran:
         print(f"error: every request was rejected: {result.rejected[0].reason}", file=sys.stderr)
-    spread = spread_around(result, options) if options.ensemble and not result.nothing_ran else None
-    extra = {} if spread is None else {"ensemble": spread.to_dict()}
-    saved = save_outputs(result, options, extra)
+    try:
+        spread = spread_around(result, options) if options.ensemble and not result.nothing_ran else None
+        extra = {} if spread is None else {"ensemble": spread.to_dict()}
+        saved = save_outputs(result, options, extra)
+    finally:
+        if stream is not None:
+            stream.remove()
     say(closing(result, wall_s))
     if spread is not None:
         say(f"\n{ensemble_text(spread)}")
     if saved:
         say(f"written        {', '.join(saved)}")
     return 1 if result.nothing_ran else 0
+
+
+def step_stream(options: RuntimeOptions) -> StepStream | None:
+    """Where the steps go while the run goes on; None: they are written at the end, or not at all."""
+    if options.steps is None:
+        return None
+    from servesim.results.step_stream import StepStream
+
+    return StepStream.to(options.steps)
 
 
 def with_run_id(options: RuntimeOptions) -> RuntimeOptions:

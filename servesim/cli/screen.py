@@ -16,6 +16,7 @@ from servesim.terminal import painted
 
 if TYPE_CHECKING:
     from servesim.results.records import RunLog
+    from servesim.results.step_stream import StepStream
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
     from servesim.workload.request import Workload
@@ -32,8 +33,16 @@ def say(text: str) -> None:
 class RunScreen:
     """An observer that prints the banner before the first step, then heartbeat lines or a progress bar."""
 
-    def __init__(self, options: RuntimeOptions, workload: Workload, cluster: ClusterSpec) -> None:
+    def __init__(
+        self,
+        options: RuntimeOptions,
+        workload: Workload,
+        cluster: ClusterSpec,
+        steps: StepStream | None = None,
+    ) -> None:
+        """``steps``: where the steps go meanwhile."""
         self._options = options
+        self._steps = steps
         self._workload = workload
         self._banner_shown = False
         interval_ns = max(round(options.log_interval * SECOND), 1)
@@ -56,6 +65,10 @@ class RunScreen:
             if now_ns >= following.next_ns:
                 following.advance(now_ns, log)
             self.next_ns = following.next_ns
+        if self._steps is not None:
+            if now_ns >= self._steps.next_ns:
+                self._steps.advance(now_ns, log)
+            self.next_ns = min(self.next_ns, self._steps.next_ns)
 
     def finish(self, log: RunLog) -> None:
         """Show what is left at the end of the run."""

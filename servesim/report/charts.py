@@ -182,16 +182,24 @@ def names_of(result: Result) -> list[str]:
 
 def _throughput(result: Result, time: _Time) -> list[Series]:
     """Tokens per second: generated, and computed of prompts."""
-    steps = result.steps
     generated = sum(
         time.sums(times.array(), counts)
         for times, counts in zip(result.token_gaps.tracks, _generated(result), strict=True)
     )
-    prompts = time.sums(steps["end_ns"], steps["prefill_tokens"])
+    prompts = _step_sums(result, time, "prefill_tokens")
     return [
         Series("output", time.seconds, (np.asarray(generated) / time.width_s).tolist()),
         Series("prompt", time.seconds, (prompts / time.width_s).tolist()),
     ]
+
+
+def _step_sums(result: Result, time: _Time, name: str) -> NDArray[np.float64]:
+    """What a column of the step log comes to in each interval, by the ends of the steps."""
+    ends, amounts = (
+        np.concatenate([instance.steps.column(each) for instance in result.instances])
+        for each in ("end_ns", name)
+    )
+    return time.sums(ends, amounts)
 
 
 def _generated(result: Result, first: int = 0) -> list[NDArray[np.int64]]:
@@ -228,10 +236,9 @@ def _gaps(result: Result, time: _Time) -> list[Series]:
 
 def _hits(result: Result, time: _Time) -> list[Series]:
     """Share of the prompt tokens looked up that were found, on the NPU and in the lower tier."""
-    steps = result.steps
-    asked = time.sums(steps["end_ns"], steps["lookup_tokens"])
-    recalled = time.sums(steps["end_ns"], steps["recalled_tokens"])
-    found = time.sums(steps["end_ns"], steps["hit_tokens"]) - recalled
+    names = ("lookup_tokens", "recalled_tokens", "hit_tokens")
+    asked, recalled, found = (_step_sums(result, time, name) for name in names)
+    found = found - recalled
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = [np.where(asked > 0, part / asked * 100, 0.0) for part in (found, recalled)]
     series = [
@@ -242,8 +249,7 @@ def _hits(result: Result, time: _Time) -> list[Series]:
 
 
 def _preemptions(result: Result, time: _Time) -> list[Series]:
-    steps = result.steps
-    return [Series("", time.seconds, time.sums(steps["end_ns"], steps["preempted"]).tolist())]
+    return [Series("", time.seconds, _step_sums(result, time, "preempted").tolist())]
 
 
 def _power(result: Result) -> list[Series]:

@@ -47,7 +47,7 @@ def _open_new(path: Path, mode: str) -> IO[Any]:
     return path.open(mode, encoding="utf-8", errors="backslashreplace", newline="")
 
 
-def _missing_folders(folder: Path) -> list[Path]:
+def missing_folders(folder: Path) -> list[Path]:
     """``folder`` and those above it that do not exist, innermost first."""
     missing = []
     while not os.path.lexists(folder):
@@ -129,6 +129,14 @@ def _settle(pending: _Pending) -> None:
         batch.append(pending)
 
 
+def adopt(target: Path, written: Path, created: list[Path]) -> None:
+    """Rename a file that is written already, with the others of its run, if there are any.
+
+    ``created``: folders that were made for it, innermost first.
+    """
+    _settle(_Pending(target, written, created))
+
+
 def remove(path: str | Path) -> None:
     """Remove a file that an earlier run may have left; with the others of its run, if there are any."""
     _settle(_Pending(Path(path)))
@@ -149,7 +157,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     target = Path(os.path.realpath(path))
     direct = target.exists() and not target.is_file()
     temporary = target if direct else _temporary_sibling(target)
-    pending = _Pending(target, temporary, [] if direct else _missing_folders(target.parent))
+    pending = _Pending(target, temporary, [] if direct else missing_folders(target.parent))
     try:
         if not direct:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +218,7 @@ def _rehearse(target: Path) -> None:
     Raises:
         OSError: that is not possible.
     """
-    missing = _missing_folders(target.parent)
+    missing = missing_folders(target.parent)
     if not missing:
         probe = _temporary_sibling(target)
         probe.open("wb").close()

@@ -14,7 +14,7 @@ from servesim.results.energy import power_series, series_interval_ns
 from servesim.results.request_log import RequestLog
 from servesim.results.request_table import RequestTable
 from servesim.results.stats import TokenGaps
-from servesim.results.steps import draft_columns, save_steps, steps_array
+from servesim.results.steps import save_steps, steps_array
 from servesim.results.summary import save_summary, summarise
 from servesim.results.units import SECOND
 from servesim.specs.vllm_versions import NEWEST
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.results.records import InstanceLog, RejectedRequest, RunLog
+    from servesim.results.step_stream import StepStream
     from servesim.results.summary import Summary
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.options import RuntimeOptions
@@ -49,6 +50,8 @@ class Result:
         self.workload = workload
         self.options = options
         self.cluster = cluster
+        self.step_stream: StepStream | None = None
+        """What wrote the steps while the run went on; None: nothing did."""
 
     def __repr__(self) -> str:
         one = self.summary
@@ -57,6 +60,10 @@ class Result:
             f"{one['output_throughput']:,.0f} output tok/s, mean TTFT {one['mean_ttft_ms']:,.1f} ms, "
             f"mean TPOT {one['mean_tpot_ms']:,.2f} ms>"
         )
+
+    def steps_went_to(self, stream: StepStream | None) -> None:
+        """Steps were written while the run went on; None: they were not."""
+        self.step_stream = stream
 
     def figure(self, key: str) -> float:
         """One number of :attr:`summary` by its key."""
@@ -203,7 +210,7 @@ class Result:
 
     def save_steps(self, path: str | Path) -> None:
         """Write the step log: Parquet for a path ending in ``.parquet``, CSV otherwise."""
-        save_steps(self.steps, path, self.metadata, draft_columns(self.instances))
+        save_steps(self.instances, path, self.metadata)
 
     def save_timeline(self, path: str | Path) -> None:
         """Write the run as a Chrome trace, for ui.perfetto.dev."""
