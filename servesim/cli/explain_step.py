@@ -168,10 +168,14 @@ def decode_lengths(decodes: int, mean: int, least: int | None, greatest: int | N
         )
     if not decodes:
         return 0, 0, 0
+    if not mean:
+        raise InputError(f"--decodes {decodes}: --kv is missing; give their tokens in the cache")
+    given = {"--kv-min": least, "--kv": mean, "--kv-max": greatest}
     greatest = mean if greatest is None else greatest
     least = max(2 * mean - greatest, 0) if least is None else least
     if not 0 <= least <= mean <= greatest:
-        raise InputError(f"--kv-min {least}, --kv {mean}, --kv-max {greatest}: must rise in this order")
+        told = ", ".join(f"{flag} {value}" for flag, value in given.items() if value is not None)
+        raise InputError(f"{told}: must rise in this order")
     return decodes * mean, least, greatest
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from servesim.cli.parts import add_command
+from servesim.cli.parts import add_command, check_apart
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,11 +82,18 @@ def run(args: argparse.Namespace) -> int:
     from servesim.cli.screen import say, set_up_messages
     from servesim.explore.fleet_space import question_of
     from servesim.explore.plan import plan
+    from servesim.explore.plan_result import FILES
+    from servesim.results.atomic import check_creatable
     from servesim.specs.options import from_namespace
 
     options: RuntimeOptions = from_namespace(args)
     set_up_messages(options.log_level)
     check_report_arguments(args)
+    if args.folder:
+        check_creatable(Path(args.folder), "--output")
+        made = {f"--output ({name})": str(Path(args.folder, name)) for name in FILES}
+        read = {"FILE": args.file, "--dataset": options.dataset, "--prices": args.prices}
+        check_apart(read, {**made, "--report": args.page})
     question = question_of(_described(args), args.file or "plan")
     found = plan(
         question,

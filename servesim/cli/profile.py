@@ -93,9 +93,11 @@ def run(args: argparse.Namespace) -> int:
     """Make the bundle and say where it is; returns the exit status."""
     from servesim.profiler.bundle_writer import write_bundle
     from servesim.profiler.sources import MEASURING, compute
+    from servesim.results.atomic import check_creatable
 
     job = job_of(args)
     refuse_unused(args, job)
+    check_creatable(bundle_folder(args.output_root, job), "--output-root")
     if args.source in MEASURING:
         from servesim.profiler.measure.command import measure
 

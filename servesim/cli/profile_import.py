@@ -46,12 +46,14 @@ def run(args: argparse.Namespace) -> int:
     from servesim.profiler.bundle_writer import write_bundle
     from servesim.profiler.corrected import correct, told
     from servesim.profiler.forward import read_forward
+    from servesim.results.atomic import check_creatable
     from servesim.specs.options import from_namespace
 
     if not 1 <= args.tp <= 1024:
         raise InputError(f"--tp: {args.tp} is not allowed; must be 1 to 1024")
     if not re.fullmatch(r"\d{1,3}\.\d{1,3}(\.\d{1,3})?", args.measured_with):
         raise InputError(f"--measured-with: {args.measured_with!r} is not allowed; must be as 0.33.0")
+    check_creatable(Path(args.output_root), "--output-root")
     steps, left_out = read_forward(args.files, args.tp)
     options = from_namespace(args)
     with making_bundles(options.auto_profile):

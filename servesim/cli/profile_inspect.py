@@ -27,9 +27,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the tables; returns the exit status."""
     from pathlib import Path
 
+    from servesim.cli.run import check_plots
     from servesim.profiler.inspection import open_bundle, overview
     from servesim.terminal import screen_width
 
+    if args.plots:
+        check_plots(args.plots)
     bundle = open_bundle(args.bundle)
     tp = chosen_degree(bundle, args.tp)
     tables = bundle.tables(tp)

@@ -145,13 +145,10 @@ def check_plots(path: str, flag: str = "--plots") -> None:
     Raises:
         InputError: the path is no folder, or cannot be made, or matplotlib is missing.
     """
-    from servesim.errors import InputError
     from servesim.results.atomic import check_creatable
     from servesim.results.figures import require_matplotlib
 
     require_matplotlib(flag)
-    if Path(path).exists() and not Path(path).is_dir():
-        raise InputError(f"{flag} {path}: is a file; give the path of a folder")
     check_creatable(Path(path), flag)
 
 

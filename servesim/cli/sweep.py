@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.table, "--output")
     check_report_arguments(args)
     journal = args.journal or f"{args.table}.journal.jsonl"
+    check_writable(journal, "--journal")
     check_apart(
         {"--cluster-config": options.cluster_config, "--dataset": options.dataset, "FILE": args.file},
         {"--output": args.table, "--journal": journal, "--report": args.page},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from servesim.cli.parts import check_apart
 from servesim.errors import InputError
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ def _synth(args: argparse.Namespace) -> int:
     from servesim.workload.generators import SynthSpec, check_output, synthesise, write_jsonl
 
     check_output(args.output)
+    check_apart({"--like": args.like}, {"--output": args.output})
     if args.like is not None:
         return _synth_like(args)
     if args.duration is not None:
@@ -244,6 +246,9 @@ def _convert(args: argparse.Namespace) -> int:
     from servesim.workload.generators import check_output, write_jsonl
 
     check_output(args.output)
+    check_apart(
+        {"FILE": args.file, "--tokenizer": getattr(args, "tokenizer", None)}, {"--output": args.output}
+    )
     workload = _load(args)
     write_jsonl(workload, args.output)
     skipped = f", {workload.skipped} entries left out" if workload.skipped else ""

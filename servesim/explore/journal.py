@@ -8,7 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from servesim.errors import RunError
+from servesim.errors import InputError, RunError
+
+_BEGIN = b'{"key": "'
+"""What every row begins with; one that was cut off, with a part of it."""
 
 
 class Journal:
@@ -32,6 +35,7 @@ class Journal:
         """Make the file, and end a line that a killed process has left half written.
 
         Raises:
+            InputError: a file is there that holds something else.
             RunError: it cannot be written.
         """
         try:
@@ -39,11 +43,17 @@ class Journal:
             with self.path.open("a+b") as handle:
                 size = handle.seek(0, os.SEEK_END)
                 if size:
+                    handle.seek(0)
+                    self._check_begin(handle.read(len(_BEGIN)))
                     handle.seek(size - 1)
                     if handle.read(1) != b"\n":
                         handle.write(b"\n")
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written: {error.strerror or error}") from error
+
+    def _check_begin(self, there: bytes) -> None:
+        if not _BEGIN.startswith(there.lstrip(b"\n")[: len(_BEGIN)]):
+            raise InputError(f"{self.path}: holds no rows of a sweep; give another --journal")
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row: one write at the end of the file, with the file locked where that is possible.

@@ -254,7 +254,8 @@ class Plan:
 
     def save(self, folder: str | PathLike[str]) -> list[Path]:
         """Write :data:`FILES` into ``folder``: the cluster config, the lines that start vLLM, everything as
-        JSON, and a table of the fleets that were run. Without an answer only the last two."""
+        JSON, and a table of the fleets that were run. Without an answer only the last two; the others of an
+        earlier answer are removed."""
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)
         texts = {"plan.json": self.json_text(), "candidates.csv": self.csv_text()}
@@ -267,6 +268,8 @@ class Plan:
                 with atomic_write(root / name, "w") as handle:
                     handle.write(texts[name])
                 written.append(root / name)
+            else:
+                (root / name).unlink(missing_ok=True)
         return written
 
     def text(self) -> str:

@@ -200,11 +200,13 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def check_creatable(folder: Path, what: str) -> None:
-    """As :func:`check_writable`, for a folder that is made later and does not exist yet.
+    """As :func:`check_writable`, for a folder that is made later, or is there.
 
     Raises:
-        InputError: it cannot be created.
+        InputError: it cannot be created, nothing can be created in it, or the path is a file.
     """
+    if os.path.exists(folder) and not os.path.isdir(folder):  # noqa: PTH110, PTH112
+        raise InputError(f"{what} {folder}: is a file; give the path of a folder")
     try:
         _rehearse(Path(os.path.realpath(folder)) / "file")
     except OSError as error:

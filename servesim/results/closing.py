@@ -57,7 +57,7 @@ def closing(result: Result, wall_s: float | None = None) -> str:
         lines.append(f"extrapolated   {beyond}")
     lines += _rejected(result)
     if wall_s is not None:
-        lines.append(wall_line(result.log.end_ns, wall_s))
+        lines.append(wall_line(summary["duration"], wall_s))
     return "\n".join(_fitted(lines))
 
 
@@ -97,10 +97,10 @@ def _front_end(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def wall_line(end_ns: int, wall_s: float) -> str:
-    """Real time taken and how much faster than real time that is."""
-    ratio = f", {digits(end_ns / 1e9 / wall_s)} times real time" if wall_s > 0 else ""
-    return f"wall time      {wall_s:.2f} s for {end_ns / 1e9:.1f} simulated seconds{ratio}"
+def wall_line(duration_s: float, wall_s: float) -> str:
+    """Real time taken and how much faster than real time that is, from the first arrival on."""
+    ratio = f", {digits(duration_s / wall_s)} times real time" if wall_s > 0 else ""
+    return f"wall time      {wall_s:.2f} s for {duration_s:.1f} simulated seconds{ratio}"
 
 
 def _totals(summary: Mapping[str, Any]) -> list[str]:

@@ -2,9 +2,8 @@
 ``input=prompt_len,output=gen_len,arrival=ts:ms``.
 
 What is on the left of a ``=`` is ours, on the right stands the name in the file: a column of the header, or
-a key, with dots for keys of keys (``usage.prompt_tokens``). An arrival may say its unit behind a colon (s,
-ms, us, ns or date; s where nothing is said), a pause (``delay``) likewise, and ``hashes`` the tokens that
-each stands for.
+a key, with dots for keys of keys (``usage.prompt_tokens``). An arrival says its unit behind a colon (s, ms,
+us, ns or date), a pause (``delay``) likewise; ``hashes`` may say the tokens that each stands for.
 """
 
 from __future__ import annotations
@@ -90,7 +89,12 @@ def parse_columns(words: str) -> dict[str, tuple[str, str]]:
         if not column:
             column, unit = unit, ""
         allowed = (*UNITS_NS, "date") if ours == "arrival" else tuple(UNITS_NS)
-        if ours in _TIMES and unit and unit not in allowed:
+        if ours in _TIMES and not unit:
+            raise InputError(
+                f"--columns: {part.strip()!r} does not say its unit; must be {ours}={column}: and one of "
+                f"{', '.join(allowed)}, such as {ours}={column}:s"
+            )
+        if ours in _TIMES and unit not in allowed:
             raise InputError(f"--columns: {unit!r} is no unit of {ours}; must be one of {', '.join(allowed)}")
         if ours == "hashes" and unit and not (unit.isdigit() and 1 <= int(unit) <= MAX_TOKENS_PER_HASH):
             raise InputError(
@@ -153,11 +157,10 @@ class _Reader(HashReader):
             request.predecessor = before
             column, unit = self._named["delay"]
             value = _number(found["delay"])
-            unit = unit or "s"
             request.tool_ns = time_ns(0 if value in (None, "") else value, column, unit, UNITS_NS[unit])
         elif "arrival" in found:
             column, unit = self._named["arrival"]
-            request.arrival_ns = _arrival_ns(found["arrival"], column, unit or "s")
+            request.arrival_ns = _arrival_ns(found["arrival"], column, unit)
             request.session_id = None if before >= 0 else request.session_id
 
 

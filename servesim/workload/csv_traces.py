@@ -108,7 +108,7 @@ def load_csv_trace(source: str, lines: Iterator[tuple[int, bytes]], loading: Loa
     if known is None:
         raise InputError(
             f"{source}:1: {shown(header.decode('utf-8', 'replace').strip())} is no known CSV header; known: "
-            f"{KNOWN}; name the columns with --columns input=...,output=...,arrival=..."
+            f"{KNOWN}; name the columns with --columns input=...,output=...,arrival=...:s"
         )
     reader = _RowReader(columns, known)
     first = 0 if reader.is_burst_gpt else loading.num_reqs  # of it, the first that are left

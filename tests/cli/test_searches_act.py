@@ -230,7 +230,15 @@ CANNOT = {
         "--precision 0",
         "--json one.json",
     ],
-    "sweep": ["--trials 5", "--goal tpot:min", "--journal out/sweep.csv", "--output one.json"],
+    "sweep": [
+        "--trials 5",
+        "--goal tpot:min",
+        "--journal out/sweep.csv",
+        "--output one.json",
+        "--journal named.csv",
+        "--journal /dev/null/rows",
+    ],
+    "plan": ["--output plain.jsonl", "--output /dev/null/plan"],
     "serve": [
         "--virtual-time 2 --speed 2",
         "=--cluster-config one.json --kv-events-replay tcp://127.0.0.1:1",
@@ -249,10 +257,18 @@ CANNOT = {
         "--rate inf --arrival gamma",
         "--like chats.jsonl --sessions",
         "--arrival uniform --input-len 9 --output-len 9 --no-ids --seed 7",
+        "=--like chats.jsonl --output chats.jsonl",
     ],
     "workload describe": ["--seed 7", "--tokenizer tokenizer.json", "--estimate-tokens 2"],
-    "workload convert": ["--seed 7", "--tokenizer tokenizer.json", "--estimate-tokens 2"],
+    "workload convert": [
+        "--seed 7",
+        "--tokenizer tokenizer.json",
+        "--estimate-tokens 2",
+        "=plain.jsonl --output plain.jsonl",
+    ],
     "profile": [
+        "--output-root plain.jsonl",
+        "--output-root /dev/null/bundles",
         "--fp8-scaling block",
         "--dtype fp8 --fp8-scaling block",
         "--expert-load power_law_1.2",
@@ -274,7 +290,7 @@ CANNOT = {
         "--kv-memory-gib 1",
         "--threads 1",
     ],
-    "explain-step": ["--chunks 8@0 --decodes 0 --kv 5", "--kv-max 5", "--kv-min 5000"],
+    "explain-step": ["= --decodes 5", "--chunks 8@0 --decodes 0 --kv 5", "--kv-max 5", "--kv-min 5000"],
 }
 """Command -> words that are refused: their flag (the last of them) could not act."""
 ELSEWHERE = {

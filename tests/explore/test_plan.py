@@ -124,11 +124,14 @@ def test_pruning_finds_what_an_exhaustive_run_finds(objective: str) -> None:
     assert quick.best is not None
 
 
-def test_what_is_pruned_is_counted_with_its_reason() -> None:
+def test_what_is_pruned_is_counted_with_its_reason(tmp_path: Path) -> None:
     fleet = {"replicas": [1], "tp": [1, 3], "max_num_seqs": [1, 2]}
     write_workload(1000 / (0.4 * service_ms(HARDWARE)), tokens=20)
     found = servesim.plan(asked("ttft:2 tpot:900", fleet=fleet, max_gpus=3))
     assert found.best is None
+    (tmp_path / "serve.sh").write_text("of an earlier answer")
+    assert [path.name for path in found.save(tmp_path)] == ["plan.json", "candidates.csv"]
+    assert not (tmp_path / "serve.sh").exists()
     assert found.pruned["cannot start"] == 4
     assert "must divide the 4 attention heads" in found.details["cannot start"]
     assert found.candidates == 8

@@ -55,7 +55,7 @@ def test_the_closing_table_names_every_figure() -> None:
     assert "rejected request 2: 9001 tokens do not fit" in text
     assert "1, 52 tokens recomputed" in text
     assert "not modelled" in text
-    assert "2.00 times real time" in text
+    assert "1.97 times real time" in text  # 59 ms from the first arrival, as the duration is
     assert "wall time" not in closing(two_requests())
 
 

@@ -468,7 +468,7 @@ def test_a_bad_spec_is_told(tmp_path: Path, change: tuple[str, str], expected: s
 
 def test_columns_of_any_csv_can_be_named(tmp_path: Path) -> None:
     text = 'id,isl,osl,ts,blocks,who\n1,600,7,1700000000.5,"4 5",a\n2,700,8,1700000001,"[4, 6]",b\n'
-    columns = "input=isl,output=osl,arrival=ts,hashes=blocks:512,model=who"
+    columns = "input=isl,output=osl,arrival=ts:s,hashes=blocks:512,model=who"
     workload = loaded(tmp_path, text, columns=columns)
     assert rows(workload) == [(0, 600, 7), (S // 2, 700, 8)]
     assert [request.model for request in workload] == ["a", "b"]
@@ -517,6 +517,8 @@ def test_a_timed_trace_of_vllm_is_read_by_its_columns(tmp_path: Path) -> None:
         ("input=a,output=b,when=c", "'when=c' is not possible; must be NAME=COLUMN"),
         ("input=a,input=b,output=c", "'input=b' is not possible"),
         ("input=a,output=b,arrival=c:h", "'h' is no unit of arrival"),
+        ("input=a,output=b,arrival=c", "'arrival=c' does not say its unit; must be arrival=c: and one of"),
+        ("input=a,output=b,delay=c", "'delay=c' does not say its unit"),
         ("input=a,output=b,hashes=c:0", "hashes=COLUMN:TOKENS"),
         ("", "is not possible"),
     ],
