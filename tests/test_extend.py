@@ -171,3 +171,77 @@ def test_a_queue_policy_is_one_file_and_two_lines(copy: Path) -> None:
         '("fcfs", "priority", "shortest")',
     )
     assert order("--scheduling-policy", "shortest") == [2, 0, 3, 1]
+
+
+def test_a_router_policy_is_one_file_and_two_lines(copy: Path) -> None:
+    (copy / "servesim" / "engine" / "last_first.py").write_text(
+        "def last(request, candidates):\n    return candidates[-1]\n"
+    )
+    edit(
+        copy / "servesim" / "engine" / "router.py",
+        '    "LAST": "servesim.engine.last_first:last",',
+        after="ROUTING_POLICIES = {",
+    )
+    replace(
+        copy / "servesim" / "specs" / "options.py",
+        '("LOAD", "RR", "RAND", "PREFIX")',
+        '("LOAD", "RR", "RAND", "PREFIX", "LAST")',
+    )
+    two = ["--cluster-config", "configs/cluster/two_instances.json", "--num-reqs", "5", "--output", "r.csv"]
+    run(copy, *two, "--request-routing-policy", "LAST")
+    rows = (copy / "r.csv").read_text().splitlines()[1:]
+    assert {row.split(",")[0] for row in rows} == {"1"}
+
+
+def test_a_workload_format_is_one_file_and_one_line(copy: Path) -> None:
+    (copy / "w.jsonl").write_text('{"question": 300, "answer": 20}\n{"question": 200, "answer": 10}\n')
+    (copy / "servesim" / "workload" / "questions.py").write_text(
+        "import json\n\n"
+        "from servesim.workload.request import Request, Workload\n\n\n"
+        "def load(source, lines, loading):\n"
+        "    rows = [json.loads(line) for _, line in lines]\n"
+        "    requests = [Request(i, r['question'], r['answer'], 0) for i, r in enumerate(rows)]\n"
+        "    return Workload(requests, source)\n"
+    )
+    edit(
+        copy / "servesim" / "workload" / "formats.py",
+        '    Format("questions", "questions:load", _all("question", "answer")),',
+        after="FORMATS = (",
+    )
+    assert "2 requests, 500 input + 30 output tokens" in run(copy, "--dataset", "w.jsonl")
+
+
+def test_a_model_family_is_one_file(copy: Path) -> None:
+    config = json.loads((copy / "configs" / "model" / "meta-llama" / "Llama-3.1-8B.json").read_text())
+    (copy / "mine.json").write_text(json.dumps({**config, "model_type": "mine"}))
+    (copy / "servesim" / "specs" / "families" / "mine.py").write_text(
+        "from servesim.specs.families.stack import Style, standard\n\n\n"
+        "def stack(fields):\n"
+        "    return standard(fields, style=Style())\n\n\n"
+        'FAMILIES = {"mine": stack}\n'
+    )
+    run(copy, "profile", "mine.json", "--hardware", "NPU-X", "--source", "roofline")
+    assert "3 completed" in run(copy, "--model", "mine.json", "--hardware", "NPU-X", "--num-reqs", "3")
+
+
+def test_a_source_of_kernel_times_is_one_file_and_one_line(copy: Path) -> None:
+    (copy / "servesim" / "profiler" / "slow.py").write_text(
+        "from servesim.profiler.roofline.meter import RooflineMeter\n\n\n"
+        "class SlowMeter(RooflineMeter):\n"
+        "    def attention_us(self, batches):\n"
+        "        return [2 * us for us in super().attention_us(batches)]\n"
+    )
+    edit(
+        copy / "servesim" / "profiler" / "sources.py",
+        '    "slow": Source("slow", letter="C", computes=True, home="servesim.profiler.slow:SlowMeter"),',
+        after="SOURCES = {",
+    )
+    for source in ("roofline", "slow"):
+        model = ("meta-llama/Llama-3.1-8B", "--hardware", "NPU-X", "--output-root", source)
+        run(copy, "profile", *model, "--source", source)
+    tables = [
+        (copy / source / "NPU-X" / "meta-llama" / "Llama-3.1-8B" / "bf16" / "tp1" / "attention.csv")
+        for source in ("roofline", "slow")
+    ]
+    one, two = (float(table.read_text().splitlines()[-1].split(",")[-1]) for table in tables)
+    assert two == pytest.approx(2 * one, rel=0.01)

@@ -211,6 +211,21 @@ class Custom:
         )
 
 
+def _zipf(experts: int, k: int, ranks: int, seed: int) -> Drawn:
+    places = np.arange(1, experts + 1, dtype=np.float64)
+    return Drawn(1.0 / places**_ZIPF_EXPONENT, k, ranks, seed, shuffled=True)
+
+
+EXPERT_POLICIES: dict[str, Callable[[int, int, int, int], ExpertRouting]] = {
+    "BALANCED": lambda experts, k, ranks, _: Balanced(experts, k, ranks),
+    "RR": lambda experts, k, ranks, _: RoundRobin(experts, k, ranks),
+    "RAND": lambda experts, k, ranks, seed: Drawn(np.ones(experts), k, ranks, seed, shuffled=False),
+    "ZIPF": _zipf,
+}
+"""Name -> what makes the policy, from experts, experts of a token, ranks and a seed; one more needs its name
+in :mod:`servesim.specs.options`."""
+
+
 def expert_routing(policy: str, model: ModelSpec, ranks: int, seed: int) -> ExpertRouting:
     """How tokens of ``model`` choose among experts on ``ranks`` ranks.
 
@@ -224,17 +239,10 @@ def expert_routing(policy: str, model: ModelSpec, ranks: int, seed: int) -> Expe
         InputError: the module or the callable does not exist.
     """
     experts, k = model.num_experts, model.num_experts_per_tok
-    if policy == "BALANCED":
-        return Balanced(experts, k, ranks)
-    if policy == "RR":
-        return RoundRobin(experts, k, ranks)
-    if policy == "RAND":
-        return Drawn(np.ones(experts), k, ranks, seed, shuffled=False)
-    if policy == "ZIPF":
-        places = np.arange(1, experts + 1, dtype=np.float64)
-        return Drawn(1.0 / places**_ZIPF_EXPONENT, k, ranks, seed, shuffled=True)
+    if policy in EXPERT_POLICIES:
+        return EXPERT_POLICIES[policy](experts, k, ranks, seed)
     arguments = "tokens, layer, experts, experts_per_token, rng"
-    custom = load_custom_policy(policy, "--expert-routing-policy", "BALANCED, RR, RAND, ZIPF", arguments)
+    custom = load_custom_policy(policy, "--expert-routing-policy", ", ".join(EXPERT_POLICIES), arguments)
     return Custom(policy, custom, experts, k, ranks, seed)
 
 

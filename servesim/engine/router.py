@@ -10,6 +10,7 @@ and side (prefill and decode), so that its objects can remember things. A candid
 from __future__ import annotations
 
 import random
+from importlib import import_module
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -177,7 +178,7 @@ def least_loaded(request: Request, candidates: Sequence[Candidate]) -> Candidate
 class RoundRobin:
     """RR: one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, _seed: int = 0) -> None:
         self._turn = 0
 
     def __call__(self, request: Request, candidates: Sequence[Candidate]) -> Candidate:
@@ -206,22 +207,29 @@ def longest_prefix(request: Request, candidates: Sequence[Candidate]) -> Candida
     return best
 
 
+ROUTING_POLICIES = {
+    "LOAD": "servesim.engine.router:least_loaded",
+    "RR": "servesim.engine.router:RoundRobin",
+    "RAND": "servesim.engine.router:SeededRandom",
+    "PREFIX": "servesim.engine.router:longest_prefix",
+}
+"""Name -> module:function of the policy, or module:class, whose objects are made from a seed. One more needs
+its name in :mod:`servesim.specs.options`."""
+
+
 def load_policy(name: str, seed: int) -> Policy:
     """The policy called ``name``: LOAD, RR, RAND, PREFIX or ``module:callable``.
 
     Raises:
         InputError: the module or the callable does not exist.
     """
-    if name == "LOAD":
-        return least_loaded
-    if name == "RR":
-        return RoundRobin()
-    if name == "RAND":
-        return SeededRandom(seed)
-    if name == "PREFIX":
-        return longest_prefix
+    if name in ROUTING_POLICIES:
+        module, _, attribute = ROUTING_POLICIES[name].partition(":")
+        found = getattr(import_module(module), attribute)
+        policy: Policy = found(seed) if isinstance(found, type) else found
+        return policy
     arguments = "request, candidates"
-    custom = load_custom_policy(name, "--request-routing-policy", "LOAD, RR, RAND, PREFIX", arguments)
+    custom = load_custom_policy(name, "--request-routing-policy", ", ".join(ROUTING_POLICIES), arguments)
     return _Checked(name, custom)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from servesim.errors import NotSupportedError, ServingError
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from servesim.profiler.bundle_writer import BundleContent
     from servesim.profiler.meter import Meter, ProfileJob
     from servesim.specs.hardware import HardwareSpec
@@ -27,6 +30,16 @@ class Source:
     """In the matrix: M measured, S derived from public measurements, R computed."""
     computes: bool
     """Makes a bundle on any machine; the others need the device."""
+    home: str
+    """Its :class:`~servesim.profiler.meter.Meter`, as module:class; made from a job, and those that measure
+    from their own flags too."""
+
+    @property
+    def meter(self) -> Callable[..., Meter]:
+        """The class, which needs the packages of its source."""
+        module, _, name = self.home.partition(":")
+        found: Callable[..., Meter] = getattr(import_module(module), name)
+        return found
 
 
 SOURCES = {
@@ -34,10 +47,26 @@ SOURCES = {
         "derived from public kernel measurements (pip install 'servesim[silicon]'); needs no GPU",
         letter="S",
         computes=True,
+        home="servesim.profiler.silicon.meter:SiliconMeter",
     ),
-    "vllm": Source("measured layer by layer inside vLLM on this machine's GPU", letter="M", computes=False),
-    "torch": Source("measured with PyTorch kernels on this machine's GPU or CPU", letter="M", computes=False),
-    "roofline": Source("computed from peak rates, for hardware nobody measured", letter="R", computes=True),
+    "vllm": Source(
+        "measured layer by layer inside vLLM on this machine's GPU",
+        letter="M",
+        computes=False,
+        home="servesim.profiler.vllm_source.meter:VllmMeter",
+    ),
+    "torch": Source(
+        "measured with PyTorch kernels on this machine's GPU or CPU",
+        letter="M",
+        computes=False,
+        home="servesim.profiler.torch_source.meter:TorchMeter",
+    ),
+    "roofline": Source(
+        "computed from peak rates, for hardware nobody measured",
+        letter="R",
+        computes=True,
+        home="servesim.profiler.roofline.meter:RooflineMeter",
+    ),
 }
 COMPUTING = tuple(name for name, source in SOURCES.items() if source.computes)
 """Sources that make a bundle on any machine, the better one first."""
@@ -145,17 +174,7 @@ def compute(source: str, job: ProfileJob) -> BundleContent:
     from servesim.profiler.sweep import computed_bundle
 
     check(source, job)
-    return computed_bundle(job, _computing_meter(source, job))
-
-
-def _computing_meter(source: str, job: ProfileJob) -> Meter:
-    if source == "silicon":
-        from servesim.profiler.silicon.meter import SiliconMeter
-
-        return SiliconMeter(job)
-    from servesim.profiler.roofline.meter import RooflineMeter
-
-    return RooflineMeter(job)
+    return computed_bundle(job, SOURCES[source].meter(job))
 
 
 def capability(source: str, job: ProfileJob) -> tuple[bool, str]:

@@ -34,8 +34,10 @@ FOLDER = ("/",)
 """In the place of endings: the option names a folder."""
 _OTHER_TOOLS = "accepted from scripts of other simulators"
 
-ROUTING_POLICIES = ("LOAD", "RR", "RAND", "PREFIX", "CUSTOM")
-EXPERT_POLICIES = ("BALANCED", "RR", "RAND", "ZIPF", "CUSTOM")
+ROUTING_POLICIES = ("LOAD", "RR", "RAND", "PREFIX")
+"""Names in :data:`servesim.engine.router.ROUTING_POLICIES`."""
+EXPERT_POLICIES = ("BALANCED", "RR", "RAND", "ZIPF")
+"""Names in :data:`servesim.engine.experts.EXPERT_POLICIES`."""
 
 
 def _text_path(value: object) -> object:
@@ -57,18 +59,17 @@ def _policy(known: tuple[str, ...], variable: str) -> BeforeValidator:
                     "CUSTOM is not allowed without a callable; give module:callable itself, or set "
                     f"{variable}=module:callable in the environment"
                 )
-        words = [word for word in known if word != "CUSTOM"]
         if not isinstance(value, str):
             raise ValueError(
-                f"{value!r} is not allowed; must be one of {', '.join(words)}, or module:callable"
+                f"{value!r} is not allowed; must be one of {', '.join(known)}, or module:callable"
             )
         module, colon, name = value.removeprefix("CUSTOM:").partition(":")
-        if value in words or (
+        if value in known or (
             colon and name.isidentifier() and all(map(str.isidentifier, module.split(".")))
         ):
             return value
         raise ValueError(
-            f"'{value}' is not allowed; must be one of {', '.join(words)}, or module:callable for a "
+            f"'{value}' is not allowed; must be one of {', '.join(known)}, or module:callable for a "
             "custom policy"
         )
 

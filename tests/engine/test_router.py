@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from servesim.engine import experts, queue_policy
 from servesim.engine.arrivals import NEVER
-from servesim.engine.router import Router, least_loaded
+from servesim.engine.router import ROUTING_POLICIES, Router, least_loaded
 from servesim.errors import InputError
+from servesim.specs import engine_options, options
 from servesim.workload.request import Request
 
 if TYPE_CHECKING:
@@ -244,3 +246,9 @@ def test_a_policy_that_fails_is_told_as_its_own_fault(root: Path, text: str, com
     expected = f"--request-routing-policy: {name}:pick failed {complaint.format(file=file)}"
     assert str(error.value).startswith(expected)
     assert str(error.value).endswith("the fault is in that module, not in servesim")
+
+
+def test_every_policy_that_an_option_names_is_there() -> None:
+    assert set(options.ROUTING_POLICIES) == set(ROUTING_POLICIES)
+    assert set(options.EXPERT_POLICIES) == set(experts.EXPERT_POLICIES)
+    assert set(engine_options.SCHEDULING_POLICIES) == set(queue_policy.QUEUE_POLICIES)

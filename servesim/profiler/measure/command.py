@@ -142,12 +142,12 @@ def open_meter(args: argparse.Namespace, job: ProfileJob) -> Meter:
     Raises:
         NotSupportedError: what it needs (PyTorch, vLLM, a GPU) is not there, or cannot do the format.
     """
-    if args.source == "vllm":
-        from servesim.profiler.vllm_source.meter import VllmMeter
+    from servesim.profiler.sources import SOURCES
 
-        return VllmMeter(job, iterations=args.iterations)
+    meter = SOURCES[args.source].meter
+    if args.source != "torch":
+        return meter(job, iterations=args.iterations)
     from servesim.profiler.torch_source.device import open_device
-    from servesim.profiler.torch_source.meter import TorchMeter
 
     device = open_device(
         args.device,
@@ -156,4 +156,4 @@ def open_meter(args: argparse.Namespace, job: ProfileJob) -> Meter:
         graphs=args.cuda_graphs,
         threads=args.threads,
     )
-    return TorchMeter(device, job, attention=args.attention, kv_memory_gib=args.kv_memory_gib)
+    return meter(device, job, attention=args.attention, kv_memory_gib=args.kv_memory_gib)
