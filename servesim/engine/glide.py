@@ -44,7 +44,7 @@ class Glider:
     """The steps of an instance of one stage without drafts, windows, connectors, hook, noise, or steps held
     back for prefills."""
 
-    __slots__ = ("_depth", "_member", "_times", "in_flight", "left", "now_ns", "starved")
+    __slots__ = ("_depth", "_member", "_times", "in_flight", "left", "now_ns", "quiet", "starved")
 
     def __init__(self, member: Instance, times: StepTimes, depth: int) -> None:
         """``depth``: steps in flight at most, 1 or 2; see :class:`~servesim.engine.step_loop.StepLoop`."""
@@ -59,8 +59,12 @@ class Glider:
         """When it stopped."""
         self.starved = False
         """Whether it stopped since nothing could be scheduled."""
+        self.quiet = False
+        """Whether it stopped since the coming steps are better jumped over."""
 
-    def run(self, in_flight: list[Batch], free_ns: int, now_ns: int, horizon_ns: int, one_end: bool) -> int:
+    def run(
+        self, in_flight: Sequence[Batch | None], free_ns: int, now_ns: int, horizon_ns: int, one_end: bool
+    ) -> int:
         """Take steps until nothing can be scheduled, the next would be at ``horizon_ns`` or later, or so many
         of decodes alone are ahead that they are better jumped over.
 
@@ -86,9 +90,9 @@ class Glider:
         first = step = len(steps)
         waiting = len(scheduler.waiting)
         # steps in flight whose end does something
-        watched = {flying.step: flying for flying in in_flight if flying.finishing}
+        watched = {flying.step: flying for flying in in_flight if flying is not None and flying.finishing}
         self.left = []
-        self.starved = full = False
+        self.starved = self.quiet = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
         alone = scheduler.only_decodes()
         while True:
@@ -107,7 +111,7 @@ class Glider:
                 if ended:
                     watched[step] = ending = Batch(step, free_ns)
                     ending.end_with(ended)
-                    alone = decodes.count > 0
+                    alone = scheduler.only_decodes()
             else:
                 if untold:
                     scheduler.stepped(alone=depth == 1)
@@ -135,9 +139,10 @@ class Glider:
                     break
                 if waiting or not alone:
                     alone = scheduler.only_decodes()
-            quiet = alone and not watched and decodes.next_end - decodes.tick >= LONG
-            if quiet and horizon_ns - now_ns >= LONG * (free_ns - start_ns):
-                break
+            if alone and not watched and decodes.next_end - decodes.tick >= LONG:
+                self.quiet = horizon_ns - now_ns >= LONG * (free_ns - start_ns)
+                if self.quiet:
+                    break
         self.now_ns = now_ns
         if untold:
             scheduler.stepped(alone=depth == 1)

@@ -147,7 +147,10 @@ class Instance:
             scheduler.kv.pool.num_used,
         )
         if batch.chunks:
-            steps.prefill_tokens.put(step, sum(tokens for tokens, _ in batch.chunks))
+            prompts = 0
+            for tokens, _ in batch.chunks:
+                prompts += tokens
+            steps.prefill_tokens.put(step, prompts)
         if self.preempted:
             steps.preempted.put(step, self.preempted)
         if batch.lookup_tokens:

@@ -143,12 +143,14 @@ class Router:
 
     def choose(self, request: Request, allowed: Sequence[int], role: str = "") -> Candidate:
         """One of the instances ``allowed`` by index; every ``role`` has its own turn or random numbers."""
+        if len(allowed) == 1:
+            return self._candidates[allowed[0]]
         if self._loads and len(allowed) == len(self._loads):
             return self._least_loaded()
         candidates = [self._candidates[index] for index in allowed]
         if role not in self._policies:
             self._policies[role] = load_policy(self._policy, self._seed + len(self._policies))
-        return candidates[0] if len(candidates) == 1 else self._policies[role](request, candidates)
+        return self._policies[role](request, candidates)
 
     def sent(self, index: int) -> None:
         """A request enters the front end of instance ``index``."""

@@ -50,6 +50,7 @@ class Scheduler:
     __slots__ = (
         "_adapters",
         "_admissions",
+        "_admits_whole",
         "_blocked_at",
         "_cadence",
         "_cap",
@@ -62,6 +63,7 @@ class Scheduler:
         "_list_requests",
         "_passed_over",
         "_policy",
+        "_pool",
         "connectors",
         "decodes",
         "held",
@@ -99,6 +101,7 @@ class Scheduler:
         """
         self.limits = limits
         self.kv = kv
+        self._pool = kv.pool
         self.connectors = tuple(connectors)
         self._policy = policy or FirstComeFirstServed()
         self.waiting: deque[RequestState] = deque()
@@ -129,6 +132,10 @@ class Scheduler:
         self._cadence = PrefillCadence(limits.prefill_interval) if limits.prefill_interval > 1 else None
         self._last_alone = False
         """Whether the last batch was scheduled with nothing in flight, so that all its tokens were known."""
+        self._admits_whole = not (
+            connectors or pipeline or speculation or self._grouped or self._adapters or self._cadence
+        ) and not (self._cap_varies or limits.skip_prefill or list_requests or kv.clips)
+        """Whether a prompt that shares nothing and fits the step needs no more than its blocks."""
         self._blocked_at: tuple[int, int] | None = None
         """State of the cache at which the head of the queue found no room; until it changes, it finds
         none."""
@@ -282,7 +289,7 @@ class Scheduler:
 
     def grow(self, boundary: Sequence[RequestState]) -> None:
         """One more block for each of these decoding requests, all of whose blocks are full."""
-        taken = self.kv.pool.take(len(boundary))
+        taken = self._pool.take(len(boundary))
         for state, block in zip(boundary, taken):  # noqa: B905 - of equal length; checking costs
             state.table.blocks.append(block)
         sharing = self.decodes.sharing
@@ -596,6 +603,13 @@ class Scheduler:
                 place += 1
                 continue
             known, table, record = state.known, state.table, state.record
+            whole = self._admits_whole and known <= left and known == self._capped(known)
+            if whole and record.scheduled_ns < 0 and not table.shared_ids:
+                if not self._admit_whole(state, batch, now_ns):
+                    return
+                completed.append(state)
+                left -= known
+                continue
             hits = kv.no_hits() if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
             if speculation and speculation.drops_last_hit and hits:
                 hits.pop()
@@ -673,6 +687,29 @@ class Scheduler:
                 state.phase = Phase.PREFILL
                 self.prefilling.append(state)
 
+    def _admit_whole(self, state: RequestState, batch: Batch, now_ns: int) -> bool:
+        """Admit the head of the queue, new here, of which nothing can be cached and all is computed in this
+        step; False if blocks lack.
+
+        What :meth:`_admit` does with such a request, without its looks at what does not concern it.
+        """
+        kv, known = self.kv, state.known
+        free = self._pool.num_free - (self.limits.watermark_blocks if self.running else 0)
+        if kv.blocks_for(known) > free:
+            if self.limits.reserve_full_isl:
+                self._blocked_at = (self._frees, kv.registrations)
+            return False
+        self.waiting.popleft()
+        kv.grow(state.table, known)
+        state.order = self._admissions
+        self._admissions += 1
+        self.running.append(state)
+        state.record.scheduled_ns = now_ns
+        batch.lookup_tokens += known
+        batch.add_request(known, 0)
+        state.computed = known
+        return True
+
     def _note_fruitless(self) -> None:
         """A step preempts and generates no token; too many of them never end.
 
@@ -727,7 +764,7 @@ class Scheduler:
                 if state.stops and state.home is not None:
                     state.home.drop(state)
                 self._computed(state.table, whole)
-                if self._taken_on(state):
+                if self.connectors and self._taken_on(state):
                     leaving = [other for other in leaving if other is not state]
                     state.keeps_blocks = True
                     self.held += 1

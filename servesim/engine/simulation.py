@@ -299,8 +299,9 @@ def why_impossible(request: Request, instance: Instance, output_tokens: int | No
     output = request.output_tokens if output_tokens is None else output_tokens
     prompt, longest = request.input_tokens, options.max_model_len
     asked = max(output, request.max_tokens if output_tokens is None else 0)
-    cuts = CUTS_ANSWERS.holds(options.vllm_version)
-    if prompt + (1 if cuts else asked) > longest or asked > longest:
+    if prompt + asked > longest and (
+        prompt + 1 > longest or asked > longest or not CUTS_ANSWERS.holds(options.vllm_version)
+    ):
         return (
             f"{prompt} prompt + {asked} output tokens exceed the longest context of {longest} (max_model_len)"
         )

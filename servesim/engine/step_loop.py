@@ -232,12 +232,13 @@ class StepLoop:
             starved = False
             released = one_finish and self._leaving  # what that releases may arrive within a jump
             if self._quiet and not released and not self._gated and len(in_flight) == self._depth - 1:
-                self._jump_ahead(self._quiet, now_ns, horizon_ns)
-                if self._stretch is not None:
-                    return
-                if self._glider and len(in_flight) == self._depth - 1:
+                if self._glider is not None:
                     now_ns = self._glide(self._glider, now_ns, horizon_ns, one_finish)
                     starved = self._glider.starved
+                if self._glider is None or self._glider.quiet:
+                    self._jump_ahead(self._quiet, now_ns, horizon_ns)
+                    if self._stretch is not None:
+                        return
             if self._piped:
                 self._fill(now_ns)
             elif not starved:
@@ -396,7 +397,7 @@ class StepLoop:
     def _glide(self, glider: Glider, now_ns: int, horizon_ns: int, one_finish: bool) -> int:
         """Take steps up to the horizon; returns when it stopped."""
         in_flight = self._in_flight
-        flying = [batch for wave in in_flight for batch in wave.batches if batch is not None]
+        flying = [wave.batches[0] for wave in in_flight]
         taken = glider.run(flying, self._stage_free_ns[0], now_ns, horizon_ns, one_finish)
         if not taken:
             return now_ns

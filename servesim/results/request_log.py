@@ -154,10 +154,19 @@ class RequestLog(Sequence[RequestRecord]):
         small["instance"].append(record.instance)
         small["decode_instance"].append(record.decode_instance)
         small["track"].append(track)
-        for name, usual in _FEW.items():
-            value = getattr(record, name)
-            if value != usual:
-                self._few[name][row] = value
+        if (
+            record.npu_hit
+            or record.preemptions
+            or record.extra_tokens
+            or record.storage_hit
+            or record.recomputed_tokens
+            or record.cut_tokens
+            or record.handed_over_ns != -1
+        ):
+            for name, usual in _FEW.items():
+                value = getattr(record, name)
+                if value != usual:
+                    self._few[name][row] = value
         if record.prefill_step is not None or record.away is not None:
             self._rest[row] = record.prefill_step, record.away
 

@@ -46,7 +46,8 @@ class BlockIds:
     def of(self, index: int) -> list[int]:
         """The blocks of request `index`: entry k stands for its k-th block, for as long as at least one other
         request has the same block; the blocks after that are the request's own."""
-        return list(chain.from_iterable(self.runs[index]))
+        runs = self.runs[index]
+        return list(chain.from_iterable(runs)) if runs else []
 
     @property
     def ids(self) -> list[list[int]]:

@@ -103,6 +103,7 @@ def small_loop(
     stages: ConstantStages | None = None,
     tracks: list[array[int]] | None = None,
     noise: StepNoise | None = None,
+    connectors: Sequence[Connector] = (),
     **limits: Any,
 ) -> LoopPlan:
     """The loop of an instance with ``blocks`` blocks, vLLM's null block included.
@@ -113,8 +114,9 @@ def small_loop(
     count = len(stages.each) if stages is not None else 0
     ring = count if depth > 1 else 0
     member = small_member(
-        workload, index, tables, blocks, block_size, max_num_seqs, budget, caching, tracks, ring, **limits
-    )
+        workload, index, tables, blocks, block_size, max_num_seqs, budget, caching, tracks, ring,
+        connectors=connectors, **limits,
+    )  # fmt: skip
     if stages is not None:
         return LoopPlan([member], stages, depth=count + (depth > 1), stages=count, jump=False)
     return LoopPlan([member], OneInstance(times or LinearTimes()), depth=depth, jump=jump, noise=noise)

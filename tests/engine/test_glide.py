@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from servesim.engine.connector import Connector
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan
 from servesim.specs.options import RuntimeOptions
-from tests.engine.small_engine import LinearTimes, requests, small_member
+from tests.engine.small_engine import LinearTimes, requests, run_small, small_member
 from tests.engine.test_properties import everything
 from tests.hand_made import OneInstance
 
@@ -67,3 +68,25 @@ def test_a_glide_ends_where_blocks_lack(depth: int) -> None:
     _, stepped = launches(shapes, depth, jump=False, blocks=17)
     assert everything(log) == everything(stepped)
     assert sum(record.preemptions for record in log.requests) > 0
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_glide_admits_what_the_budget_lets_in(depth: int) -> None:
+    shapes = [(1, 14 + 3 * i, 0) for i in range(5)] + [(1, 4, 0)] * 4  # five decodes take the whole budget
+    _, log = launches(shapes, depth, jump=True, budget=5)
+    _, stepped = launches(shapes, depth, jump=False, budget=5)
+    assert everything(log) == everything(stepped)
+
+
+class Onlooker(Connector):
+    """A connector that does nothing: with one, the scheduler takes no short way to an admission."""
+
+
+@pytest.mark.parametrize("blocks", [1001, 12])
+@pytest.mark.parametrize("whole", [True, False])
+def test_whole_prompts_are_admitted_as_all_others(blocks: int, whole: bool) -> None:
+    shapes = [(4 + 5 * (i % 3), 5 + i, 900 * i) for i in range(12)]
+    how = {"blocks": blocks, "reserve_full_isl": whole, "budget": 16, "depth": 2}
+    plain = run_small(requests(*shapes), **how)
+    looked_on = run_small(requests(*shapes), connectors=[Onlooker()], **how)
+    assert everything(plain) == everything(looked_on)
