@@ -19,6 +19,7 @@ _FLAGS = (
     *("cluster_config", "hardware", "model", "tp", "dtype", "kv_cache_dtype"),
     *("max_num_seqs", "max_num_batched_tokens", "cudagraph", "auto_profile", "expert_routing_policy"),
     *("enable_local_offloading", "enable_attn_offloading", "enable_sub_batch_interleaving"),
+    *("decode_context_parallel_size", "dcp_comm_backend"),
 )
 
 

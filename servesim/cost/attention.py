@@ -286,7 +286,8 @@ class FullAttention:
         if n:
             parts += [describe_axis(decodes, n, "decodes"), describe_axis(lengths, kv, "KV length")]
         files = " and ".join(f"{label}.csv" for label in self.tables.attentions or ("attention",))
-        return f"{', '.join(parts)} in {self.tables.folder.name}/{files}"
+        source = self.tables.attention_source or f"{self.tables.folder.name}/{files}"
+        return f"{', '.join(parts)} in {source}"
 
 
 def _skew_origin(alpha: float, mean: int, kv_max: int) -> str:

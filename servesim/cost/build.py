@@ -17,8 +17,10 @@ from servesim.errors import InputError
 from servesim.memory.engine_memory import priced_hardware
 from servesim.network.topology import RankGroup, Topology
 from servesim.specs.block_layers import architecture_of, attention_groups
+from servesim.specs.context_parallel import new_tokens_apart, shared_attention
 from servesim.specs.dtypes import EIGHT_BIT
 from servesim.specs.hardware import describe_host, load_hardware, resolve_engine
+from servesim.specs.layers import LatentAttention
 from servesim.specs.model import load_model
 from servesim.specs.vllm_versions import experts_by_chunk, runs_v2
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
 
     from servesim.cost.bundle import Bundle, RankTables
+    from servesim.cost.context_parallel import ContextExchange
     from servesim.cost.expert_stage import ExpertRouting, ExpertStage
     from servesim.cost.offload import Offload
     from servesim.cost.tables import Curve
@@ -134,6 +137,7 @@ class Costs:
         key = (
             *(hardware, model, options.variant, instance.tp_size, engine),
             *(where, limit, links, overlaps, spec, by_chunk),
+            *(options.decode_context_parallel_size, options.dcp_comm_backend),
         )
         if key not in self._stages:
             tp = instance.tp_size
@@ -147,6 +151,9 @@ class Costs:
             if loaded and not options.skipped:
                 attention = decodes_under_load(tables.attention, engine.decode_attention_8bit)
                 tables = replace(tables, attention=attention)
+            exchange = None
+            if options.decode_context_parallel_size > 1:
+                tables, exchange = self._shared(bundle, tables, instance, model, options, stage.num_blocks)
             gemms = Gemms.of(engine, model, options.dtype, tp)
             terms = stage_terms(
                 *(architecture, stage, tables, tp, self.topology.tp),
@@ -165,8 +172,44 @@ class Costs:
                 overlaps=overlaps,
                 drafting=self._drafting(instance, model, options, spec) if spec else None,
                 per_request=per_request,
+                exchange=exchange,
             )
         return self._stages[key]
+
+    def _shared(
+        self,
+        bundle: Bundle,
+        own: RankTables,
+        instance: InstanceSpec,
+        model: ModelSpec,
+        options: InstanceOptions,
+        blocks: int,
+    ) -> tuple[RankTables, ContextExchange]:
+        """The tables of ranks that share KV, and what they send each other."""
+        from servesim.cost.context_parallel import (
+            WORKSPACE_TOKENS,
+            ContextExchange,
+            Passes,
+            shared_latent_tables,
+            shared_tables,
+        )
+
+        tp, ranks = instance.tp_size, options.decode_context_parallel_size
+        attention = shared_attention(model)
+        gathered = self._tables(bundle.of_degree(tp // ranks), tp // ranks)
+        if isinstance(attention, LatentAttention):
+            tables = shared_latent_tables(own, gathered, ranks)
+        else:
+            apart = new_tokens_apart(self._facts(instance.hardware).compute_capability)
+            tables = shared_tables(own, gathered, ranks, apart=apart)
+        passes = Passes(
+            ranks, self.topology.tp, own if ranks == tp else self._tables(bundle.of_degree(ranks), ranks)
+        )
+        # 8 contexts of full length, or 4 blocks for every sequence (see WORKSPACE_TOKENS)
+        wanted = max(8 * options.max_model_len, 4 * options.max_num_seqs * options.block_size)
+        workspace = min(wanted, WORKSPACE_TOKENS)
+        backend = options.dcp_comm_backend
+        return tables, ContextExchange(attention, tp, passes, blocks, backend, workspace)
 
     def _drafting(
         self, instance: InstanceSpec, model: ModelSpec, options: InstanceOptions, spec: SpeculativeSpec

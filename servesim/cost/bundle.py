@@ -81,6 +81,8 @@ class RankTables:
     attentions: dict[str, Surface] = field(default_factory=dict)
     """Stem of its file → time of one block, where blocks differ in their attention and have tables of their
     own; empty: all of them have the one of :attr:`attention`."""
+    attention_source: str = ""
+    """What :attr:`attention` was made of, where that is not a file of :attr:`folder`."""
 
     def for_stage(self, stage: Stage) -> RankTables:
         """With :attr:`attention` of the average block of a pipeline stage.
@@ -169,6 +171,14 @@ class Bundle:
             own = (self.folder / f"tp{tp}").is_dir()
             self._tables[tp] = self._read(tp) if own else find_bundle(self._asked(), tp).tables(tp)
         return self._tables[tp]
+
+    def of_degree(self, tp: int) -> Bundle:
+        """The bundle of the same name that has a degree, made if need be, with what its meta.yaml says now.
+
+        Raises:
+            InputError: (MissingFileError among them) there is none, and none can be made.
+        """
+        return find_bundle(self._asked(), tp)
 
     def with_tables(self, tp: int, tables: RankTables) -> Bundle:
         """The same bundle with other tables of one degree."""

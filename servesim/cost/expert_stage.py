@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from servesim.specs.model import ModelSpec
 
 
-_ONE_WAY = 1.75
+ONE_WAY = 1.75
 """An exchange runs at so many times the bandwidth of an all-reduce, which is what ``link_bw`` was fitted to.
 
 Fitted on a recorded run of two ranks that share experts over PCIe (Qwen3-30B-A3B, vLLM 0.19, RTX PRO 6000).
@@ -148,7 +148,7 @@ class TokenExchange:
         if measured:
             return float(measured.at(payload_bytes)[0]) * 1000.0
         formula = getattr(group or self._group, f"{collective}_ns")
-        return float(formula(payload_bytes / _ONE_WAY))
+        return float(formula(payload_bytes / ONE_WAY))
 
 
 class ExpertStage:

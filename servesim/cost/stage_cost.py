@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from servesim.cost.attention import AttentionTerm
     from servesim.cost.attention_lookup import DecodeRow
     from servesim.cost.bundle import Bundle, RankTables
+    from servesim.cost.context_parallel import ContextExchange
     from servesim.cost.step_terms import StageTerms
     from servesim.cost.terms import BatchShape, LayerCost, Term
     from servesim.specs.hardware import EngineSpec
@@ -39,7 +40,7 @@ class StageCost:
     ``tables`` are those of the instance's tensor-parallel degree; ``blocks`` the number of transformer
     blocks, all of the model's or those of a pipeline stage; ``terms`` everything but attention;
     ``capture_limit`` the tokens of the largest step that runs as a CUDA graph; ``drafting`` what speculative
-    decoding adds, with ``per_request`` tokens a decode.
+    decoding adds, with ``per_request`` tokens a decode; ``exchange`` what ranks that share KV send around.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class StageCost:
         overlaps: bool = True,
         drafting: Term | None = None,
         per_request: int = 1,
+        exchange: ContextExchange | None = None,
     ) -> None:
         self.bundle = bundle
         self.tables = tables
@@ -68,13 +70,15 @@ class StageCost:
         self.attention = attention_term(attention_kind, tables, blocks, engine)
         layers = (*terms.blocks, *terms.once, *terms.sequences)
         launches = 0 if engine.cudagraph else blocks + sum(layer.calls for layer in layers)
+        if exchange is not None and launches:
+            launches += exchange.launches
         self.host = HostTerm(engine, launches, overlaps=overlaps)
         self._has_floor = self.host.has_floor
         self._once = CountTerm(Role.ONCE, terms.once)
         self._heads = CountTerm(Role.HEAD, terms.sequences, by_sequences=True)
         self.terms: tuple[Term, ...] = (self.dense, self._once, self._heads, self.attention, self.host)
-        if drafting is not None:
-            self.terms = (*self.terms, drafting)
+        self._beside = tuple(term for term in (exchange, drafting) if term is not None)
+        self.terms = (*self.terms, *self._beside)
         self.decodes = DecodeRows(self.terms, self.attention, self.host, self.padding)
 
     def role_ns(self, role: Role, batch: BatchShape, tokens: int) -> float:
@@ -92,8 +96,8 @@ class StageCost:
         ns += self.attention.ns(batch, tokens)
         host_ns = self.host.ns(batch, tokens)
         ns += host_ns
-        if self._drafting is not None:
-            ns += self._drafting.ns(batch, tokens)
+        for term in self._beside:
+            ns += term.ns(batch, tokens)
         if self._has_floor:
             ns = max(ns, self.host.floor_ns(batch) + host_ns)
         whole = round(ns)

@@ -140,6 +140,14 @@ class Surface:
             )
         return total
 
+    def on(self, axes: Sequence[ArrayLike]) -> Floats:
+        """Values on the grid spanned by other axes, one axis after the other."""
+        values = self.tensor
+        for level, axis in enumerate(axes):
+            moved = np.moveaxis(values, level, 0)
+            values = np.moveaxis(resample(self.axes[level], moved, axis), 0, level)
+        return values
+
     def along(self, axis: int, query: float) -> Surface:
         """The surface cut at ``query`` on one axis, which disappears."""
         values = resample(self.axes[axis], np.moveaxis(self.tensor, axis, 0), [query])[0]
@@ -159,11 +167,7 @@ def weighted_sum(parts: Sequence[tuple[Surface, float]]) -> Surface:
     )
     total: Floats = np.zeros(tuple(len(axis) for axis in axes))
     for surface, weight in parts:
-        values = surface.tensor
-        for level, axis in enumerate(axes):
-            moved = np.moveaxis(values, level, 0)
-            values = np.moveaxis(resample(surface.axes[level], moved, axis), 0, level)
-        total += weight * values
+        total += weight * surface.on(axes)
     return Surface(axes, total)
 
 

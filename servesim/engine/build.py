@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from servesim.engine.noise import StepNoise, StepShift
     from servesim.engine.simulation import Observer
     from servesim.results.records import RunLog
+    from servesim.results.stated_errors import StatedError, Uncertainty
     from servesim.specs.cluster import ClusterSpec
     from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
@@ -73,7 +74,10 @@ if TYPE_CHECKING:
 
 FAR_APART = 5
 """Minor versions of vLLM between the tables and the one asked for, from which on a run warns."""
-_ONE_FOR_ALL = ("async_scheduling", "enable_block_copy")
+_ONE_FOR_ALL = (
+    *("async_scheduling", "enable_block_copy"),
+    *("decode_context_parallel_size", "dcp_comm_backend"),
+)
 """Options that a lock-step group has one of: they say how waves follow each other and what layers share."""
 
 
@@ -331,6 +335,7 @@ class Builder:
         started = self._started[index]
         options, capacity = started.options, started.capacity
         bundle = self._costs.bundle(spec, model, options)
+        doubt, error = self._doubts(index, bundle)
         tier = self._tiers.tier(index, node, spec, model, options)
         log = InstanceLog(
             index,
@@ -342,15 +347,10 @@ class Builder:
             self._costs.host(spec, model, options),
             self._new_steps(),
             front_end_us=self._costs.front_end_us(spec, model, options),
-            uncertainty=uncertainty(
-                bundle.meta,
-                spec.hardware,
-                calibrated=self._costs.is_calibrated(spec),
-                version=options.vllm_version if options.plan_as_vllm else None,
-            ),
+            uncertainty=doubt,
             tier=tier.memory if tier else None,
-            stated_error=stated_error(bundle.meta, spec.hardware, options.kv_dtype),
-            reach=reach_of(bundle.meta, bundle.measured_reach(spec.tp_size)),
+            stated_error=error,
+            reach=reach_of(bundle.meta, _measured(bundle, spec.tp_size, options)),
             pricing=pricing,
             notes=started.notes,
             kv_reads=array("q") if self._memories.resident(index) else None,
@@ -394,6 +394,20 @@ class Builder:
             list_lengths=options.enable_attn_offloading,
         )
         return Instance(log, scheduler, self._tables)
+
+    def _doubts(self, index: int, bundle: Bundle) -> tuple[Uncertainty, StatedError]:
+        """How far the kernel times of an instance may be off."""
+        spec, options = self._placed[index][1], self._started[index].options
+        doubt = uncertainty(
+            bundle.meta,
+            spec.hardware,
+            calibrated=self._costs.is_calibrated(spec),
+            version=options.vllm_version if options.plan_as_vllm else None,
+        )
+        error = stated_error(bundle.meta, spec.hardware, options.kv_dtype)
+        if options.decode_context_parallel_size == 1:
+            return doubt, error
+        return doubt.sharing_context(), error.sharing_context()
 
     def _speculation(self, options: InstanceOptions, log: InstanceLog) -> Speculation | None:
         """What the scheduler of an instance goes by while it speculates, None if it does not."""
@@ -485,6 +499,16 @@ def track_maker(
         return DecodeSet(block_size, num_instances + len(pipeline_tracks) - 1, times)
 
     return new_decodes
+
+
+def _measured(bundle: Bundle, tp: int, options: InstanceOptions) -> tuple[int, int] | None:
+    """Tokens of the longest prompt and context that were measured; of KV that ranks share, as many times
+    those of the table that their kernel is looked up in."""
+    ranks = options.decode_context_parallel_size
+    if ranks == 1:
+        return bundle.measured_reach(tp)
+    found = bundle.of_degree(tp // ranks).measured_reach(tp // ranks)
+    return found and (found[0], found[1] * ranks)
 
 
 def limits_of(options: InstanceOptions, skip_prefill: bool, num_blocks: int) -> SchedulerLimits:

@@ -46,6 +46,14 @@ class KvPlan:
     states_held: int = 1
     """States of one sequence in each layer that has them: 2 where they are cached at block boundaries."""
 
+    def shared_by(self, ranks: int) -> KvPlan:
+        """The plan where so many ranks share every block's tokens evenly: a rank's pages are what they were,
+        and a block holds that many times the tokens (``resolve_dcp_kv_block_size`` of vLLM 0.33)."""
+        if ranks == 1:
+            return self
+        groups = tuple(replace(group, block_size=group.block_size * ranks) for group in self.groups)
+        return replace(self, groups=groups)
+
     @property
     def is_plain(self) -> bool:
         """Whether all is one group that keeps every token."""

@@ -146,6 +146,7 @@ def kv_plan(model: ModelSpec, options: InstanceOptions, tp: int = 1, pp: int = 1
         if not kept:
             continue
         plan = plan_groups(kept, hybrid=not options.disable_hybrid_kv_cache_manager)
+        plan = plan.shared_by(options.decode_context_parallel_size)
         plans.append(replace(plan, states_held=2 if options.enable_prefix_caching else 1))
     if pp > 1 and not all(plan.is_plain for plan in plans):
         raise NotSupportedError(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from servesim.slotted import dataclass
+from servesim.specs.context_parallel import shared_attention
+from servesim.specs.layers import LatentAttention
 from servesim.specs.vllm_versions import experts_by_chunk
 
 if TYPE_CHECKING:
@@ -134,6 +136,26 @@ def all_reduce_bytes_per_token(model: ModelSpec, tp: int, ep: int = 1) -> int:
     if experts_by_chunk(model.model_type, tp, ep):
         reduces -= _expert_layers(model)
     return reduces * 2 * (tp - 1) * model.hidden_size * ACTIVATION_BYTES
+
+
+def shared_kv_bytes_per_token(model: ModelSpec, tp: int, ranks: int, backend: str) -> int:
+    """Decode context parallelism: queries, log-sum-exps and outputs among the ``ranks`` that share KV.
+
+    A pass of N ranks sends ``N - 1`` times its payload, in each of the ``tp / N`` groups; payloads as in
+    :class:`servesim.cost.context_parallel.ContextExchange`. A decode in latent attention; any token in
+    attention over heads, of steps in which something has KV.
+    """
+    if ranks == 1:
+        return 0
+    attention = shared_attention(model)
+    if isinstance(attention, LatentAttention):
+        query, value = attention.kv_rank + attention.rope_dim, attention.kv_rank
+    else:
+        query, value = attention.head_dim, attention.value_dim
+    sums = 2 if backend == "a2a" else ranks * 2  # of 32 bit, in 16-bit elements
+    elements = query + value + sums
+    heads = attention.heads // tp * ranks
+    return model.num_hidden_layers * (tp // ranks) * (ranks - 1) * heads * elements * ACTIVATION_BYTES
 
 
 def stage_bytes_per_token(model: ModelSpec, pp: int) -> int:

@@ -47,6 +47,8 @@ _SHOWN_WHEN_CHANGED = frozenset(
             "enable_lora",
             "max_loras",
             "disable_hybrid_kv_cache_manager",
+            "decode_context_parallel_size",
+            "dcp_comm_backend",
             "kv_cache_dtype_skip_layers",
             "num_reqs",
             "max_concurrency",

@@ -11,7 +11,7 @@ import numpy as np
 from servesim.memory.placement import CPU, NPU, PIM, kv_bytes_per_layer, placed_stages
 from servesim.memory.sizing import kv_bytes_per_token
 from servesim.memory.traffic import reaches_of, traffic_by_place
-from servesim.power.activity import Spans, link_bytes_per_token, moved_within
+from servesim.power.activity import Spans, link_bytes_per_token, moved_within, shared_kv_bytes_per_token
 from servesim.power.node import NodeActivity, NpuActivity, node_energy
 from servesim.power.quantities import mean_watts
 from servesim.slotted import dataclass
@@ -40,11 +40,16 @@ class InstanceMeter:
         self._dummies = Spans.none()
         spec = log.spec
         self._sends_kv = spec.pd_type == "prefill"
-        self._bytes_per_token = self._kv_bytes_per_token = 0
+        self._bytes_per_token = self._kv_bytes_per_token = self._shared_bytes = 0
+        self._decodes_alone = False
+        """Whether only decodes have queries sent around, where ranks share KV."""
         if spec.num_npus > 1 or spec.ep_size > 1 or self._sends_kv:
             model = load_model(spec.model_name)
             self._bytes_per_token = link_bytes_per_token(model, spec)
             self._kv_bytes_per_token = kv_bytes_per_token(model, log.options.kv_dtype)
+            ranks, backend = log.options.decode_context_parallel_size, log.options.dcp_comm_backend
+            self._shared_bytes = shared_kv_bytes_per_token(model, spec.tp_size, ranks, backend)
+            self._decodes_alone = model.is_mla
         self._model: ModelSpec | None = None
         """What an instance with bytes elsewhere runs."""
         self._traffic: dict[str, list[Traffic]] = {}
@@ -91,6 +96,10 @@ class InstanceMeter:
             return 0
         tokens = self._column("prefill_tokens") + self._column("decode_tokens")
         sent = tokens * self._bytes_per_token
+        if self._shared_bytes:
+            decodes = self._column("decode_tokens")
+            # what prompts send in steps without decodes is not counted: the log does not tell their history
+            sent += np.where(decodes > 0, decodes if self._decodes_alone else tokens, 0) * self._shared_bytes
         if self._sends_kv:  # what was sent before a preemption is not sent again
             new = tokens - self._column("recomputed_tokens") + self._column("hit_tokens")
             sent += new * self._kv_bytes_per_token

@@ -61,7 +61,9 @@ UNSTATED = 10.0
 """%: assumed of a bundle that says nothing about its origin."""
 DERIVED = 30.0
 """%: assumed where kernels of a KV or weight format were derived from those of another: nobody published what
-unpacking costs, and it may cost what the smaller bytes save."""
+unpacking costs, and it may cost what the smaller bytes save. Also where ranks share KV by tokens: no table
+has such a step."""
+_SHARED = "decode context parallelism: derived from tables of other degrees and collectives, not measured"
 
 
 @dataclass(slots=True, frozen=True)
@@ -74,6 +76,12 @@ class StatedError:
     """Where the number is from."""
     ttft: float | None = None
     """The same of TTFT, where it is known to be another, in percent."""
+
+    def sharing_context(self) -> StatedError:
+        """The same where ranks share KV by tokens."""
+        return StatedError(
+            max(self.percent, DERIVED), f"{_SHARED}; without it ±{self.percent:g} %", self.ttft
+        )
 
     @property
     def ttft_percent(self) -> float:
@@ -94,6 +102,15 @@ class Uncertainty:
     reason: str
     beyond: float = 0.12
     """Of decodes, on top, where contexts are longer than any that was measured."""
+
+    def sharing_context(self) -> Uncertainty:
+        """The same where ranks share KV by tokens."""
+        return replace(
+            self,
+            prefill=math.hypot(self.prefill, DERIVED / 100),
+            decode=math.hypot(self.decode, DERIVED / 100),
+            reason=f"{self.reason}, {_SHARED}",
+        )
 
     def beyond_range(self) -> Uncertainty:
         """The same where contexts are longer than any that was measured."""

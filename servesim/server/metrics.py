@@ -149,7 +149,7 @@ class Metrics:
         for index, instance in enumerate(engine.instances):
             options, labels = instance.log.options, (model_name, str(index))
             info.labels(
-                str(instance.log.capacity.block_size),
+                str(instance.log.capacity.block_size // options.decode_context_parallel_size),
                 str(instance.log.capacity.num_blocks),
                 str(options.enable_prefix_caching),
                 options.kv_dtype,

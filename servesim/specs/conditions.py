@@ -299,6 +299,24 @@ def windows_or_chunks(scene: Scene) -> str:
     return ""
 
 
+def shares_context(scene: Scene) -> str:
+    """Only ranks that share KV by tokens have outputs to bring together."""
+    if any(options.decode_context_parallel_size > 1 for options in scene.resolved):
+        return ""
+    return "no instance has a --decode-context-parallel-size above 1"
+
+
+def derived_exchange(scene: Scene) -> str:
+    """What the times of shared KV are made of."""
+    if not any(options.decode_context_parallel_size > 1 for options in scene.resolved):
+        return ""
+    return (
+        "its times are derived, not measured: attention from the tables of fewer ranks with as much less KV, "
+        "exchanges from collectives or links; the kernels that correct and merge outputs are left out "
+        "(docs/clusters.md, decode context parallelism)"
+    )
+
+
 def only_slow_memory(scene: Scene) -> str:
     """Reading weights beside the kernels shows where it takes longer than they do."""
     if not any(options.enable_local_offloading for options in scene.resolved):

@@ -98,6 +98,26 @@ KvCacheDtypeSkipLayers = Annotated[
     ),
 ]
 BlockSize = Annotated[int, Field(ge=1, le=65536), Unit("tokens"), Flag("tokens per KV block", ENGINE)]
+DecodeContextParallelSize = Annotated[
+    Annotated[int, Field(ge=1, le=65536)],
+    Flag(
+        "ranks of tp_size that share the KV of one head, or of latent attention, by tokens; a block then "
+        "holds so many times --block-size",
+        ENGINE,
+        "N",
+        aliases=("-dcp",),
+        except_for=conditions.derived_exchange,
+    ),
+]
+DcpCommBackend = Annotated[
+    Literal["ag_rs", "a2a"],
+    Flag(
+        "how those ranks bring outputs together: ag_rs (an all-gather and a reduce-scatter) or a2a (one "
+        "all-to-all)",
+        ENGINE,
+        acts=conditions.shares_context,
+    ),
+]
 MaxNumSeqs = Annotated[Limit, Flag("most running requests; 0 = unlimited", ENGINE)]
 MaxNumBatchedTokens = Annotated[Limit, Flag("token budget of a step; 0 = the longest context", ENGINE)]
 MaxModelLen = Annotated[
@@ -310,6 +330,8 @@ class EngineOptions(Spec):
     kv_cache_dtype: KvCacheDtype = "auto"
     kv_cache_dtype_skip_layers: KvCacheDtypeSkipLayers = None
     block_size: BlockSize = 16
+    decode_context_parallel_size: DecodeContextParallelSize = 1
+    dcp_comm_backend: DcpCommBackend = "ag_rs"
     max_num_seqs: MaxNumSeqs = 128
     max_num_batched_tokens: MaxNumBatchedTokens = 2048
     max_model_len: MaxModelLen = None
@@ -343,6 +365,8 @@ class OwnOptions(Spec):
     kv_cache_dtype: KvCacheDtype | None = None
     kv_cache_dtype_skip_layers: KvCacheDtypeSkipLayers = None
     block_size: BlockSize | None = None
+    decode_context_parallel_size: DecodeContextParallelSize | None = None
+    dcp_comm_backend: DcpCommBackend | None = None
     max_num_seqs: MaxNumSeqs | None = None
     max_num_batched_tokens: MaxNumBatchedTokens | None = None
     max_model_len: MaxModelLen = None

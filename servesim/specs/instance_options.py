@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from servesim.errors import InputError
 from servesim.slotted import dataclass
+from servesim.specs.context_parallel import check_context_parallel
 from servesim.specs.dtypes import resolve_kv_dtype, variant_name
 from servesim.specs.engine_options import EngineOptions
 from servesim.specs.hardware import load_hardware
@@ -67,6 +68,9 @@ class InstanceOptions:
     enable_lora: bool = False
     max_loras: int = 1
     disable_hybrid_kv_cache_manager: bool = False
+    decode_context_parallel_size: int = 1
+    """Ranks that share the KV of a head by tokens."""
+    dcp_comm_backend: str = "ag_rs"
     kv_cache_dtype_skip_layers: str | None = None
     """As asked for."""
     skipped: tuple[int, ...] = ()
@@ -195,6 +199,7 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
     skipped = skipped_layers(model.layers, chosen["kv_cache_dtype_skip_layers"], chosen["kv_cache_dtype"])
     if skipped:
         _check_skipped(options, instance, chosen)
+    check_context_parallel(options, instance, model, chosen, dtype)
     if instance.pp_size > 1 and not runs_v2(options.vllm_version, model.model_type, moe=model.is_moe):
         # The first model runner puts every running request into every batch of a pipeline, and its first
         # stage waits for the last one; that is not simulated (a note says so).

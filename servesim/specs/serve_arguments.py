@@ -11,6 +11,9 @@ OWN = {
     "-tp": "tp",
     "--pipeline-parallel-size": "pp",
     "-pp": "pp",
+    "--decode-context-parallel-size": "decode_context_parallel_size",
+    "-dcp": "decode_context_parallel_size",
+    "--dcp-comm-backend": "dcp_comm_backend",
     "--data-parallel-size": "dp",
     "-dp": "dp",
     "--dtype": "dtype",
@@ -75,7 +78,8 @@ ELSEWHERE = {
 }
 """Argument -> where the same is said here."""
 _BALANCERS = "another balancer than vLLM's own before the copies of an engine"
-_CONTEXT_PARALLEL = "context parallelism"
+_CONTEXT_PARALLEL = "prefill context parallelism"
+_RUNS = "KV that ranks share in runs of several tokens"
 _STATES = "the state cache of layers without attention"
 _SPECULATIVE = "speculative decoding that is not given as --speculative-config"
 NOT_SIMULATED = {
@@ -84,10 +88,11 @@ NOT_SIMULATED = {
     "--spec-tokens": _SPECULATIVE,
     "--max-num-partial-prefills": "more than the engine's one way to share a step among prompts",
     "--max-long-partial-prefills": "more than the engine's one way to share a step among prompts",
-    "--decode-context-parallel-size": _CONTEXT_PARALLEL,
-    "-dcp": _CONTEXT_PARALLEL,
     "--prefill-context-parallel-size": _CONTEXT_PARALLEL,
     "-pcp": _CONTEXT_PARALLEL,
+    "--dcp-q-replicate": "queries that every rank of decode context parallelism computes for itself",
+    "--dcp-kv-cache-interleave-size": _RUNS,
+    "--cp-kv-cache-interleave-size": _RUNS,
     "--enable-dbo": "dual-batch overlap",
     "--ubatch-size": "dual-batch overlap",
     "--enable-eplb": "moving experts between ranks",
@@ -134,8 +139,8 @@ NOT_SIMULATED = {
 }
 """Argument -> what the simulation does not have."""
 HARMLESS = {
-    "--decode-context-parallel-size": ("1",),
-    "-dcp": ("1",),
+    "--dcp-kv-cache-interleave-size": ("1",),
+    "--cp-kv-cache-interleave-size": ("1",),
     "--prefill-context-parallel-size": ("1",),
     "-pcp": ("1",),
     "--ubatch-size": ("0",),
@@ -169,7 +174,7 @@ REFUSED_SWITCHES = frozenset(
         *("--enable-dbo", "--enable-eplb", "--enable-elastic-ep", "--headless"),
         *("--data-parallel-hybrid-lb", "-dph", "--data-parallel-external-lb", "-dpe"),
         *("--data-parallel-multi-port-external-lb", "-dpm"),
-        *("--disable-sliding-window", "--kv-sharing-fast-prefill"),
+        *("--disable-sliding-window", "--kv-sharing-fast-prefill", "--dcp-q-replicate"),
         *("--enable-mamba-cache-stochastic-rounding", "--enable-mamba-shared-prefix-checkpoint"),
     }
 )
@@ -183,7 +188,7 @@ def _flags(text: str) -> frozenset[str]:
 KERNELS = _flags(
     """
     attention-backend attention-config mamba-backend mamba-ssu-algorithm moe-backend linear-backend
-    sparse-indexer-topk-backend gdn-prefill-backend kda-prefill-backend kda-decode-backend dcp-comm-backend
+    sparse-indexer-topk-backend gdn-prefill-backend kda-prefill-backend kda-decode-backend
     mm-encoder-attn-backend mm-encoder-attn-dtype compilation-config kernel-config ir-op-priority
     optimization-level cudagraph-capture-sizes max-cudagraph-capture-size cuda-graph-sizes
     """
@@ -192,7 +197,7 @@ KERNELS = _flags(
 KERNEL_SWITCHES = _flags(
     """
     enable-flashinfer-autotune monokernel disable-custom-all-reduce disable-cascade-attn enable-hc-sp
-    enable-batch-sharded-sampling dcp-q-replicate use-replayssm
+    enable-batch-sharded-sampling use-replayssm
     """
 )
 WITHOUT_INFLUENCE = _flags(
@@ -219,8 +224,8 @@ WITHOUT_INFLUENCE = _flags(
     per-request-spec-decode-metrics kv-cache-metrics-sample custom-histogram-buckets jit-monitor-mode
     kv-events-config structured-outputs-config profiler-config watchdog-config weight-transfer-config
     shutdown-timeout max-lora-rank lora-dtype max-cpu-loras guided-decoding-backend reasoning-config
-    dbo-decode-token-threshold dbo-prefill-token-threshold eplb-config dcp-kv-cache-interleave-size
-    cp-kv-cache-interleave-size elastic-ep-max-dp-size replayssm-buffer-len kv-offloading-backend
+    dbo-decode-token-threshold dbo-prefill-token-threshold eplb-config
+    elastic-ep-max-dp-size replayssm-buffer-len kv-offloading-backend
     offload-num-in-group offload-prefetch-step mm-encoder-fp8-scale-path mm-encoder-fp8-scale-save-path
     mm-encoder-fp8-scale-save-margin default-mm-loras max-lora-cls-labels
     """

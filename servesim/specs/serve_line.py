@@ -42,6 +42,7 @@ _WHOLE = frozenset(
         *("tp", "pp", "dp", "block_size", "max_num_seqs", "max_num_batched_tokens", "num_gpu_blocks"),
         *("long_prefill_token_threshold", "max_num_active_seqs", "max_num_scheduled_tokens"),
         *("prefill_schedule_interval", "max_loras", "max_num_queued_reqs", "max_num_queued_tokens"),
+        "decode_context_parallel_size",
     }
 )
 _SAYS_NOTHING = frozenset({("--dtype", "auto"), ("--max-model-len", "None")})

@@ -47,6 +47,7 @@ CLUSTERS: dict[str, dict[str, Any]] = {
     "stages": toy_cluster([roomy(pp_size=2)]),
     "first_runner": toy_cluster([roomy(MOE, pp_size=2)]),
     "windows": toy_cluster([roomy(WINDOWS)]),
+    "shared": toy_cluster([roomy(tp_size=4)]),
     "experts": toy_cluster([roomy(MOE, tp_size=2, ep_size=2)]),
     "one_rank": toy_cluster([roomy(MOE)]),
     "slow": toy_cluster(
@@ -164,6 +165,18 @@ OPTIONS: dict[str, Option] = {
             Case("--kv-cache-dtype-skip-layers 0", told=REFUSED),
             Case("--kv-cache-dtype-skip-layers sliding_window", beside="--kv-cache-dtype fp8", told=REFUSED),
         ],
+    ),
+    "decode_context_parallel_size": Option(
+        Case("--decode-context-parallel-size 2", "shared"),
+        [
+            Case("--decode-context-parallel-size 2", told=REFUSED),
+            Case("--decode-context-parallel-size 4", "shared", told=REFUSED),
+            Case("--decode-context-parallel-size 2", "windows", told=REFUSED),
+        ],
+    ),
+    "dcp_comm_backend": Option(
+        Case("--dcp-comm-backend a2a", "shared", beside="--decode-context-parallel-size 2"),
+        [Case("--dcp-comm-backend a2a", "shared", told=REFUSED)],
     ),
     "block_size": Option(Case("--block-size 32", "tight")),
     "max_num_seqs": Option(Case("--max-num-seqs 2")),

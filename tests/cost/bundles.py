@@ -45,6 +45,8 @@ def instance_options(**changes: Any) -> Any:
         "async_scheduling": True,
         "plan_as_vllm": None,
         "speculative": None,
+        "decode_context_parallel_size": 1,
+        "dcp_comm_backend": "ag_rs",
         "cudagraph": True,
         "max_num_batched_tokens": 2048,
     }

@@ -229,6 +229,8 @@ EVERY_OPTION: dict[str, tuple[Any, Any]] = {
     "kv_cache_dtype": ("fp8", "fp8"),
     "kv_cache_dtype_skip_layers": ("1 0", "0,1"),
     "block_size": (32, 32),
+    "decode_context_parallel_size": (1, 1),
+    "dcp_comm_backend": ("a2a", "a2a"),
     "max_num_seqs": (0, 2**31 - 1),
     "max_num_batched_tokens": (0, 2048),
     "max_model_len": ("1k", 1000),

@@ -25,7 +25,7 @@ KV_BYTES_PER_TOKEN = 2 * LAYERS * 2 * 4 * 2
 def toy_world(root: Path) -> Iterator[Path]:
     """Make ``root`` such a folder and the working directory."""
     experts: dict[tuple[int, ...], float] = {(t, a): 3.0 + t / 4 + a for t in (1, 64) for a in (1, 4)}
-    for tp in (1, 2):
+    for tp in (1, 2, 4):
         folder = Toy(tp=tp, moe=experts, meta={"source": "roofline", "gpu": f"{HARDWARE} GPU"}).write(root)
     for variant in ("bf16-kvfp8", "bf16-kvfp8-skip0", "fp8", "fp8-kvfp8"):
         shutil.copytree(folder, folder.parent / variant)

@@ -301,13 +301,15 @@ def test_each_per_instance_option_reaches_the_instance(name: str) -> None:
         "max_num_active_seqs": 5,
         "max_num_scheduled_tokens": 300,
         "watermark": 0.1,
+        "dcp_comm_backend": "a2a",
     }
+    degree = {"tp_size": 16, "num_npus": 16} if name == "decode_context_parallel_size" else {}
     value = other.get(name)
     if value is None:
         default = getattr(RuntimeOptions(), name)
         value = not default if isinstance(default, bool) else default + 1
-    assert getattr(resolved(**{name: value}), name) == value
-    assert getattr(resolved(RuntimeOptions(**{name: value})), name) == value
+    assert getattr(resolved(**{name: value}, **degree), name) == value
+    assert getattr(resolved(RuntimeOptions(**{name: value}), **degree), name) == value
 
 
 def test_memory_share_of_the_instance_wins_over_the_flag() -> None:

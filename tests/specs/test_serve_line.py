@@ -165,13 +165,24 @@ def test_the_tables_know_every_argument_of_vllm_once() -> None:
         ("--quantization awq", "awq is not allowed"),
         ("--gpu-memory-utilization high", "must be a number"),
         ("--nnodes 2", "several nodes"),
-        ("--decode-context-parallel-size 2", "context parallelism"),
+        ("--prefill-context-parallel-size 2", "prefill context parallelism"),
+        ("--dcp-q-replicate", "queries that every rank of decode context parallelism"),
+        ("--cp-kv-cache-interleave-size 16", "KV that ranks share in runs"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused(rest: str, told: str) -> None:
     with pytest.raises(InputError) as refusal:
         read_serve_line(f"vllm serve {LLAMA} {rest}")
     assert told in str(refusal.value)
+
+
+def test_context_parallelism_is_read() -> None:
+    line = read_serve_line(
+        f"vllm serve {LLAMA} -tp 16 -dcp 2 --dcp-comm-backend a2a -pcp 1 --no-dcp-q-replicate"
+    )
+    found = {name: line.options[name] for name in ("decode_context_parallel_size", "dcp_comm_backend")}
+    assert found == {"decode_context_parallel_size": 2, "dcp_comm_backend": "a2a"}
+    assert line.without_influence == ["-pcp 1", "--no-dcp-q-replicate"]
 
 
 def test_adapters_are_read_and_their_names_are_not() -> None:
