@@ -22,7 +22,7 @@ from servesim.memory.engine_memory import (
     outside_torch,
     total,
 )
-from servesim.memory.group_cache import GroupRules
+from servesim.memory.group_tables import GroupRules
 from servesim.memory.kv_groups import KvPlan, plan_groups
 from servesim.memory.kv_layers import kv_layers
 from servesim.memory.sizing import GIB, drafter_bytes, kv_bytes_per_token, weight_bytes_per_npu

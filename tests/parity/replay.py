@@ -24,7 +24,8 @@ from servesim.engine.scheduler import Scheduler
 from servesim.engine.simulation import Simulation
 from servesim.engine.speculation import hash_lookahead, speculation_of
 from servesim.engine.step_loop import LoopPlan
-from servesim.memory.group_cache import GroupRules, kv_cache_of
+from servesim.memory.group_cache import kv_cache_of
+from servesim.memory.group_tables import GroupRules
 from servesim.results.records import InstanceLog, RequestRecord, RunLog
 from servesim.specs.options import RuntimeOptions
 from servesim.specs.vllm_versions import (
