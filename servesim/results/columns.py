@@ -90,9 +90,12 @@ class Column(Sequence[int]):
         if len(self.tail) >= 2 * PACKED:
             self.pack()
 
-    def extend(self, values: Iterable[int]) -> None:
+    def extend(self, values: Iterable[int] | NDArray[np.int64]) -> None:
         """Add entries."""
-        self.tail.extend(values)
+        if isinstance(values, np.ndarray):
+            self.tail.frombytes(values.astype(self.tail.typecode).tobytes())
+        else:
+            self.tail.extend(values)
         self.pack()
 
     def pack(self) -> None:

@@ -1,18 +1,19 @@
-"""What happened to each request, and how that is kept: packed, in a fifth of the memory of as many objects.
+"""What happened to each request, and how that is kept: packed, in a tenth of the memory of as many objects.
 
-A few numbers and one run of tokens are kept for every request, everything else only where there is something.
+A few numbers and one run of tokens are kept for every request (:class:`~servesim.results.columns.Column`),
+everything else only where there is something.
 Whoever asks for a record gets one that is made for them: what they change in it stays theirs.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from servesim.results.columns import PACKED, Column
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
@@ -20,20 +21,21 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_EACH = (
-    "request",
-    "arrival_ns",
-    "queued_ns",
-    "scheduled_ns",
-    "first_token_ns",
-    "end_ns",
-    "front_end_ns",
-    "first",
-    "last",
-)
-"""Numbers of every request, in 64 bits; ``first`` and ``last`` of its first run of tokens."""
-_SMALL = ("instance", "decode_instance", "track")
-"""The same in 32 bits."""
+_EACH = {
+    "request": "q",
+    "arrival_ns": "q",
+    "queued_ns": "q",
+    "scheduled_ns": "q",
+    "first_token_ns": "q",
+    "end_ns": "q",
+    "front_end_ns": "q",
+    "first": "q",
+    "last": "q",
+    "instance": "i",
+    "decode_instance": "i",
+    "track": "i",
+}
+"""Numbers of every request and their types; ``track``, ``first`` and ``last`` of its first run of tokens."""
 _FEW = {
     "extra_tokens": 0,
     "npu_hit": 0,
@@ -123,11 +125,12 @@ class RequestRecord:
 class RequestLog(Sequence[RequestRecord]):
     """Records in the order in which they were added, or by request once sorted."""
 
-    __slots__ = ("_each", "_few", "_more_runs", "_rest", "_small")
+    __slots__ = ("_each", "_few", "_more_runs", "_rest", "_tails")
 
     def __init__(self, records: Iterable[RequestRecord] = ()) -> None:
-        self._each = {name: array("q") for name in _EACH}
-        self._small = {name: array("i") for name in _SMALL}
+        self._each = {name: Column(kind) for name, kind in _EACH.items()}
+        # a record goes straight to the ends of the columns, which are packed together
+        self._tails = [column.tail for column in self._each.values()]
         self._few: dict[str, dict[int, int]] = {name: {} for name in _FEW}
         self._more_runs: dict[int, list[tuple[int, int, int]]] = {}
         """Row → runs of tokens after the first."""
@@ -138,22 +141,29 @@ class RequestLog(Sequence[RequestRecord]):
 
     def append(self, record: RequestRecord) -> None:
         """Keep a record as it is now."""
-        row, each, small, runs = len(self), self._each, self._small, record.token_steps
+        row, runs = len(self), record.token_steps
         track, first, last = runs[0] if runs else (_NO_TRACK, 0, 0)
         if len(runs) > 1:
             self._more_runs[row] = runs[1:]
-        each["request"].append(record.request)
-        each["arrival_ns"].append(record.arrival_ns)
-        each["queued_ns"].append(record.queued_ns)
-        each["scheduled_ns"].append(record.scheduled_ns)
-        each["first_token_ns"].append(record.first_token_ns)
-        each["end_ns"].append(record.end_ns)
-        each["front_end_ns"].append(record.front_end_ns)
-        each["first"].append(first)
-        each["last"].append(last)
-        small["instance"].append(record.instance)
-        small["decode_instance"].append(record.decode_instance)
-        small["track"].append(track)
+        values = (
+            record.request,
+            record.arrival_ns,
+            record.queued_ns,
+            record.scheduled_ns,
+            record.first_token_ns,
+            record.end_ns,
+            record.front_end_ns,
+            first,
+            last,
+            record.instance,
+            record.decode_instance,
+            track,
+        )
+        for tail, value in zip(self._tails, values, strict=True):
+            tail.append(value)
+        if len(self._tails[0]) >= 2 * PACKED:
+            for column in self._each.values():
+                column.pack()
         if (
             record.npu_hit
             or record.preemptions
@@ -183,14 +193,24 @@ class RequestLog(Sequence[RequestRecord]):
     def __getitem__(self, row: slice) -> list[RequestRecord]: ...
     def __getitem__(self, row: int | slice) -> RequestRecord | list[RequestRecord]:
         if isinstance(row, slice):
-            return [self._record(at) for at in range(*row.indices(len(self)))]
+            start, stop, stride = row.indices(len(self))
+            if stride != 1:
+                return [self[at] for at in range(start, stop, stride)]
+            return list(self._between(start, stop))
         at = row if row >= 0 else row + len(self)
         if not 0 <= at < len(self):
             raise IndexError(f"record {row} of {len(self)}")
-        return self._record(at)
+        return self._record(at, *(column[at] for column in self._each.values()))
 
     def __iter__(self) -> Iterator[RequestRecord]:
-        return map(self._record, range(len(self)))
+        return self._between(0, len(self))
+
+    def _between(self, start: int, stop: int) -> Iterator[RequestRecord]:
+        for at in range(start, stop, PACKED):
+            end = min(at + PACKED, stop)
+            columns = [column.between(at, end).tolist() for column in self._each.values()]
+            for row, values in enumerate(zip(*columns, strict=True), at):
+                yield self._record(row, *values)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -198,21 +218,35 @@ class RequestLog(Sequence[RequestRecord]):
     def __repr__(self) -> str:
         return repr(list(self))
 
-    def _record(self, row: int) -> RequestRecord:
-        each, small, track = self._each, self._small, self._small["track"][row]
+    def _record(
+        self,
+        row: int,
+        request: int,
+        arrival_ns: int,
+        queued_ns: int,
+        scheduled_ns: int,
+        first_token_ns: int,
+        end_ns: int,
+        front_end_ns: int,
+        first: int,
+        last: int,
+        instance: int,
+        decode_instance: int,
+        track: int,
+    ) -> RequestRecord:
         record = RequestRecord(
-            each["request"][row],
-            small["instance"][row],
-            each["arrival_ns"][row],
-            each["queued_ns"][row],
-            each["scheduled_ns"][row],
-            each["first_token_ns"][row],
-            each["end_ns"][row],
-            decode_instance=small["decode_instance"][row],
-            front_end_ns=each["front_end_ns"][row],
+            request,
+            instance,
+            arrival_ns,
+            queued_ns,
+            scheduled_ns,
+            first_token_ns,
+            end_ns,
+            decode_instance=decode_instance,
+            front_end_ns=front_end_ns,
         )
         if track != _NO_TRACK:
-            record.token_steps.append((track, each["first"][row], each["last"][row]))
+            record.token_steps.append((track, first, last))
             record.token_steps += self._more_runs.get(row, ())
         for name, kept in self._few.items():
             if row in kept:
@@ -234,18 +268,20 @@ class RequestLog(Sequence[RequestRecord]):
                 rows = np.fromiter(kept, np.int64, len(kept))
                 column[rows] = np.fromiter(kept.values(), np.int64, len(kept))
             return column
-        found = self._each[name] if name in self._each else self._small[name]
-        return np.array(found if end - start == len(self) else found[start:end], dtype=np.int64)
+        return self._each[name].between(start, end)
 
     def total(self, name: str) -> int:
         """The exact sum of a number that is mostly 0."""
         return sum(self._few[name].values())
 
-    def runs(self) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
-        """(track, first, last) of the first run of tokens of every record, shape (records,); a track below
-        0 where there is none."""
-        each = self._each  # no copies: nothing can be added while somebody looks at them
-        return np.asarray(self._small["track"]), np.asarray(each["first"]), np.asarray(each["last"])
+    def runs(
+        self, start: int = 0, stop: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(track, first, last) of the first run of tokens of records ``start`` to ``stop - 1``, of all by
+        default; a track below 0 where there is none."""
+        end = len(self) if stop is None else stop
+        track, first, last = (self._each[name].between(start, end) for name in ("track", "first", "last"))
+        return track, first, last
 
     @property
     def later_runs(self) -> dict[int, list[tuple[int, int, int]]]:
@@ -254,17 +290,15 @@ class RequestLog(Sequence[RequestRecord]):
 
     def in_order(self) -> RequestLog:
         """Sorted by request: itself if it is."""
-        requests = np.frombuffer(self._each["request"], dtype=np.int64)
+        requests = self._each["request"].array()
         if (requests[1:] >= requests[:-1]).all():
             return self
         rows = np.argsort(requests, kind="stable")
         place = np.empty_like(rows)
         place[rows] = np.arange(len(rows))
         ordered = RequestLog()
-        for kind, own, theirs in (("q", self._each, ordered._each), ("i", self._small, ordered._small)):
-            for name, column in own.items():
-                dtype = np.int64 if kind == "q" else np.int32
-                theirs[name] = array(kind, np.frombuffer(column, dtype=dtype)[rows].tobytes())
+        for name, column in self._each.items():
+            ordered._each[name].extend(column.array()[rows])
         for name, kept in self._few.items():
             ordered._few[name] = {int(place[row]): value for row, value in kept.items()}
         ordered._more_runs = dict(sorted((int(place[row]), runs) for row, runs in self._more_runs.items()))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from servesim.results.columns import Column
+from servesim.results.columns import PACKED, Column
 from servesim.results.request_log import RequestLog, RequestRecord
 from servesim.results.stats import TokenGaps
 
@@ -39,6 +39,7 @@ def test_records_come_back_as_they_were(made: list[RequestRecord]) -> None:
     assert log == made
     assert log[1:] == made[1:]
     assert [log[i - len(made)] for i in range(len(made))] == made
+    assert log[::2] == made[::2]
     in_order = sorted(made, key=lambda record: record.request)
     assert list(log.in_order()) == in_order
     assert log.in_order().in_order() == in_order
@@ -63,8 +64,12 @@ def test_tokens_and_gaps_are_those_of_the_records(made: list[RequestRecord]) -> 
     assert sorted(np.repeat(values, counts).tolist()) == expected
 
 
-def test_a_request_takes_84_bytes() -> None:
-    log = RequestLog([RequestRecord(i, 0, 1, 2, 3, 4, 5, [(0, i, i + 9)], front_end_ns=7) for i in range(99)])
-    kept = [*log._each.values(), *log._small.values()]
-    assert sum(column.itemsize for column in kept) == 84
+def test_a_request_of_many_takes_36_bytes() -> None:
+    log, count = RequestLog(), 20 * PACKED
+    for i in range(count):
+        now = 10**10 + i * 10**8  # ten a second
+        log.append(RequestRecord(i, 0, now, now + 1, now + 2, now + 3, now + 10**9, [(0, i, i + 9)]))
+    latest = 84 * 2 * PACKED  # are not packed yet
+    assert sum(column.num_bytes for column in log._each.values()) < 36 * count + latest
+    assert [log[i].end_ns for i in (0, 99_999)] == [11 * 10**9, 10**10 + 99_999 * 10**8 + 10**9]
     assert not any([log._more_runs, log._rest, *log._few.values()])

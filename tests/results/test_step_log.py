@@ -96,7 +96,7 @@ def test_packed_numbers_are_the_same(narrow: int, numbers: list[int]) -> None:
             numbers * 8,
             [5] * 200,
         ):
-            column, grown = Column("q", plain), Column("q")
+            column, grown = Column("q", np.array(plain)), Column("q")
             for number in plain:
                 grown.append(number)
             assert len(grown.tail) < 64
