@@ -30,6 +30,7 @@ from servesim.bench.agreement import METRICS, STATISTICS, Agreement  # noqa: E40
 from servesim.bench.calibrate import calibrate  # noqa: E402
 from servesim.bench.recording import load_recording  # noqa: E402
 from servesim.bench.validate import recorded_run  # noqa: E402
+from servesim.cost.bundle import SAME_AS  # noqa: E402
 from servesim.cost.bundle_csv import stamp_of  # noqa: E402
 from servesim.errors import NotSupportedError  # noqa: E402
 from servesim.profiler.bundle_writer import meta_bytes  # noqa: E402
@@ -186,7 +187,7 @@ def changes() -> list[tuple[str, Outcomes]]:
         lines = outcomes(NO_HOST_TIME)
     return [
         ("graphs captured up to 512 tokens whatever `max_num_seqs`", captured),
-        ("no CUDA-graph padding", outcomes(NO_HOST_TIME, cudagraph=False)),
+        ("no CUDA-graph padding", outcomes(changed(eager_launch_us=0.0), cudagraph=False)),
         ("matrix products along lines instead of in tiles of 16 rows", lines),
         ("one batch in flight (`--no-async-scheduling`)", outcomes(NO_HOST_TIME, async_scheduling=False)),
         ("chunks of a step looked up as their sum", outcomes(changed(chunked_attention=False))),
@@ -217,7 +218,10 @@ def bundles_with_measured(table: str) -> Iterator[Path]:
         for path in sorted(shipped.rglob("meta.yaml")):
             place = Path(folder) / path.parent.relative_to(shipped)
             meta = read_yaml_object(path)
-            meta["files"] = {name: str(stamp_of((place / name).read_bytes())) for name in meta["files"]}
+            shared = meta.get(SAME_AS) or {}
+            files = {name: place.parent / shared[name] / name if name in shared else place / name
+                     for name in meta["files"]}  # fmt: skip
+            meta["files"] = {name: str(stamp_of(file.read_bytes())) for name, file in files.items()}
             (place / "meta.yaml").write_bytes(meta_bytes(meta))
         yield Path(folder)
 
