@@ -86,9 +86,10 @@ class FullAttention:
       alone would add. Unequal decodes add α here too, or the tail of the longest (:meth:`tail_us`), or
       nothing, as the engine constants say.
 
-    A is linear between measured points and goes on along the last two above the grid, but a kernel never
-    takes less time beyond the grid than at its edge: noise in the last two points must not turn into negative
-    time far out. KV lengths count the tokens in the cache before the step; the mean is rounded down.
+    A is linear between measured points and goes on above the grid with the rate that all points tell
+    (:mod:`servesim.cost.beyond`), but a kernel never takes less time beyond the grid than at its edge: noise
+    must not turn into negative time far out. KV lengths count the tokens in the cache before the step; the
+    mean is rounded down.
     """
 
     def __init__(self, tables: RankTables, blocks: int, engine: EngineSpec) -> None:

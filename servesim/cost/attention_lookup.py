@@ -1,7 +1,7 @@
 """Attention times in the form the step timer asks for them: single points, thousands of times a run.
 
-Beyond the measured grid a lookup goes on along the last two points of each axis, but never below the time at
-the grid's edge: noise in the last two points must not turn into negative time far out.
+Beyond the measured grid a lookup goes on as :mod:`servesim.cost.beyond` says, but never below the time at the
+grid's edge: noise must not turn into negative time far out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from servesim.cost.beyond import ChunkGrowth, chunk_growth, slope_beyond
 from servesim.cost.tables import bracket
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class DecodeRow:
         slopes = [
             (b - a) / (q - p) for p, q, a, b in zip(points, points[1:], values, values[1:], strict=False)
         ]
-        beyond = max(slopes[-1], 0.0) if slopes else 0.0
+        beyond = max(float(slope_beyond(np.array(points), np.array(values))), 0.0) if slopes else 0.0
         rates, lengths, alpha = (
             skew.for_decodes(decodes) if skew is not None and decodes > 1 else ([], [], None)
         )
@@ -106,18 +107,32 @@ class DecodeRow:
 class DecodeCorners:
     """The four (n_decode, kv_decode) corners around the decodes of a step, with weights."""
 
-    __slots__ = ("edge", "offsets", "weights")
+    __slots__ = ("_further", "beyond", "decodes", "kv_length", "offsets", "weights")
 
     def __init__(
         self,
+        decodes: int,
+        kv_length: int,
         offsets: tuple[int, int, int, int],
         weights: tuple[float, float, float, float],
-        edge: DecodeCorners | None,
+        beyond: bool,
     ) -> None:
+        self.decodes = decodes
+        self.kv_length = kv_length
         self.offsets = offsets
         self.weights = weights
-        self.edge = edge
-        """The same at the grid's edge when the decodes lie beyond it, else None."""
+        self.beyond = beyond
+        """Whether they lie beyond the grid; offsets and weights are then those of its edge."""
+        self._further: DecodeCorners | None = None
+
+    def further(self, tensor: AttentionTensor) -> DecodeCorners:
+        """The same in the one tensor that goes further."""
+        if self._further is None:
+            self._further = tensor.corners(self.decodes, self.kv_length)
+        return self._further
+
+
+_NO_END = 1 << 62
 
 
 class AttentionTensor:
@@ -128,22 +143,37 @@ class AttentionTensor:
         "_cells",
         "_chunk_stride",
         "_chunks",
+        "_ends",
+        "_further",
+        "_growth",
         "_histories",
+        "_history_end",
         "_history_stride",
+        "_last_chunk",
         "_lengths",
         "_n_stride",
         "_ns",
         "_plane",
+        "_surface",
         "smallest_chunk",
     )
 
-    def __init__(self, surface: Surface) -> None:
+    def __init__(self, surface: Surface, *, endless: bool = False) -> None:
+        """``endless``: a surface whose last interval goes on on every axis (:meth:`Surface.extended`)."""
+        self._surface = surface
         self._chunks, self._ns, self._histories, self._lengths = (axis.tolist() for axis in surface.axes)
+        ends = [axis[-1] if len(axis) > 1 and not endless else _NO_END for axis in
+                (self._chunks, self._ns, self._histories, self._lengths)]  # fmt: skip
+        self._last_chunk: int = ends[0]
+        self._history_end: int = ends[2]
+        self._ends: tuple[int, int] = (ends[1], ends[3])
         tensor = np.ascontiguousarray(surface.tensor)
         self._chunk_stride, self._n_stride, self._history_stride, _ = (
             s // tensor.itemsize for s in tensor.strides
         )
         self._cells: list[float] = tensor.ravel().tolist()
+        self._further: AttentionTensor | None = None
+        self._growth: ChunkGrowth | None = None
         self._beside: dict[int, tuple[int, int, float]] = {}
         """Decodes → where they lie on their axis: offsets of the points around, weight of the upper one."""
         self.smallest_chunk = int(self._chunks[bisect_right(self._chunks, 0)])
@@ -158,18 +188,27 @@ class AttentionTensor:
 
     def corners(self, decodes: int, kv_length: int) -> DecodeCorners:
         """Where ``decodes`` decodes of ``kv_length`` lie in the tensor."""
-        low, high, n = self._beside.get(decodes) or self._place(decodes)
-        k_low, k_high, k = bracket(self._lengths, kv_length)
-        edge = None
-        if n > 1.0 or k > 1.0:
-            edge = self.corners(min(decodes, self._ns[-1]), min(kv_length, self._lengths[-1]))
+        most, longest = self._ends
+        at = min(decodes, most)
+        low, high, n = self._beside.get(at) or self._place(at)
+        k_low, k_high, k = bracket(self._lengths, min(kv_length, longest))
         m, j = 1.0 - n, 1.0 - k
         return DecodeCorners(
-            (low + k_low, low + k_high, high + k_low, high + k_high), (m * j, m * k, n * j, n * k), edge
+            decodes,
+            kv_length,
+            (low + k_low, low + k_high, high + k_low, high + k_high),
+            (m * j, m * k, n * j, n * k),
+            decodes > most or kv_length > longest,
         )
 
     def us(self, chunk: int, history: int, corners: DecodeCorners) -> float:
         """µs of one block's attention over a chunk with history beside the decodes of ``corners``."""
+        if corners.beyond or chunk > self._last_chunk or history > self._history_end:
+            edge = self._inside_us(min(chunk, self._last_chunk), min(history, self._history_end), corners)
+            return max(self._beyond_us(chunk, history, corners), edge)
+        return self._inside_us(chunk, history, corners)
+
+    def _inside_us(self, chunk: int, history: int, corners: DecodeCorners) -> float:
         c_low, c_high, c = bracket(self._chunks, chunk)
         h_low, h_high, h = bracket(self._histories, history)
         o0, o1, o2, o3 = corners.offsets
@@ -191,10 +230,23 @@ class AttentionTensor:
                 more = w0 * cells[o + o0] + w1 * cells[o + o1] + w2 * cells[o + o2] + w3 * cells[o + o3]
                 upper = (1.0 - h) * upper + h * more
             total = (1.0 - c) * total + c * upper
-        if c > 1.0 or h > 1.0 or corners.edge is not None:
-            edge = corners.edge or corners
-            return max(total, self.us(min(chunk, self._chunks[-1]), min(history, self._histories[-1]), edge))
         return total
+
+    def _beyond_us(self, chunk: int, history: int, corners: DecodeCorners) -> float:
+        """Beyond the end of some axis: lines go on, and a chunk with its tokens and pairs."""
+        if self._further is None:
+            self._further = AttentionTensor(self._surface.extended(), endless=True)
+        us = self._further._inside_us(min(chunk, self._last_chunk), history, corners.further(self._further))
+        return us if chunk <= self._last_chunk else us + self.growth.us(chunk, history, self._last_chunk)
+
+    @property
+    def growth(self) -> ChunkGrowth:
+        """What a chunk beyond the largest takes more."""
+        if self._growth is None:
+            alone = self._surface.along(3, 0).along(1, 0)  # (chunk, history)
+            first = bisect_right(self._chunks, 0)
+            self._growth = chunk_growth(alone.axes[0][first:], alone.axes[1], alone.tensor[first:])
+        return self._growth
 
     def tail_us(self, decodes: int, mean: int, kv_max: int) -> float:
         """µs that one block waits for the longest of ``decodes`` > 1 decodes; see

@@ -1,21 +1,24 @@
 """Piecewise-linear lookup in measured kernel times, on any number of axes.
 
-The rule on every axis: linear between two measured points, constant below the first, and on along the line
-through the last two above the last. On several axes the rule is applied axis after axis, and each axis may
-have other points under every point of the axes before it (the measurements are *ragged*: long histories are
-measured with fewer chunk sizes, say). :func:`densify` turns such measurements into one dense tensor on the
-union of all points. The rule never bends a line between two points of the union, so a lookup in the tensor
-equals the ragged lookup everywhere, and needs only the ``2 ** axes`` corners of one cell.
+The rule on every axis: linear between two measured points, constant below the first, and above the last on
+with the rate that the points before it show (:mod:`servesim.cost.beyond`), but never below the value at the
+last. On several axes the rule is applied axis after axis, and each axis may have other points under every
+point of the axes before it (the measurements are *ragged*: long histories are measured with fewer chunk
+sizes, say). :func:`densify` turns such measurements into one dense tensor on the union of all points. The
+rule never bends a line between two points of the union, so a lookup in the tensor equals the ragged lookup up
+to the union's ends, and needs only the ``2 ** axes`` corners of one cell. Beyond them all points of the union
+tell the rate, and the lookup goes to a tensor with one more point on every axis (:meth:`Surface.extended`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from servesim.cost.beyond import slope_beyond
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
 def bracket(points: Sequence[int], query: float) -> tuple[int, int, float]:
     """``(low, high, weight)`` so that the value at ``query`` is ``(1 - weight) * v[low] + weight * v[high]``.
 
-    ``weight`` is 0 below the first point and exceeds 1 above the last one.
+    ``weight`` is 0 below the first point and exceeds 1 above the last one: along the last interval, which is
+    right where the last point is one of :meth:`Surface.extended`.
     """
     if query <= points[0] or len(points) == 1:
         return 0, 0, 0.0
@@ -52,7 +56,7 @@ def describe_lookup(points: Ints, query: float, unit: str) -> str:
         )
     low, high, _ = bracket(points.tolist(), query)
     if query > last:
-        return f"extrapolated to {query:g} from {points[low]} and {last} {unit}"
+        return f"extrapolated to {query:g}, measured up to {last} {unit}"
     return f"interpolated between {points[low]} and {points[high]} {unit}"
 
 
@@ -62,7 +66,7 @@ def describe_axis(points: Ints, query: int, name: str) -> str:
         return f"{name} {query}"
     low, high, weight = bracket(points.tolist(), query)
     if weight > 1.0:
-        return f"{name} {query} (extrapolated from {points[low]} and {points[high]})"
+        return f"{name} {query} (extrapolated, measured up to {points[-1]})"
     if low == high or query < points[0]:
         return f"{name} {query} (clamped to the smallest measured, {points[low]})"
     return f"{name} {query} (between {points[low]} and {points[high]})"
@@ -92,6 +96,10 @@ def resample(points: Ints, values: Floats, queries: ArrayLike) -> Floats:
     low, high, weight = brackets(points, queries)
     weight = weight.reshape((-1,) + (1,) * (values.ndim - 1))
     result: Floats = (1.0 - weight) * values[low] + weight * values[high]
+    wanted = np.asarray(queries, dtype=np.float64)
+    if len(points) > 1 and (beyond := wanted > points[-1]).any():
+        further = (wanted[beyond] - points[-1]).reshape((-1,) + (1,) * (values.ndim - 1))
+        result[beyond] = values[-1] + further * slope_beyond(points, values)
     return result
 
 
@@ -110,7 +118,10 @@ class Curve:
 
     def at(self, queries: ArrayLike) -> Floats:
         """Values at an array of queries, shape (Q,)."""
-        return resample(self.points, self.values, np.atleast_1d(queries))
+        wanted = np.atleast_1d(queries)
+        values = resample(self.points, self.values, wanted)
+        beyond = wanted > self.points[-1]
+        return np.where(beyond, np.maximum(values, self.values[-1]), values) if beyond.any() else values
 
     def rising(self, end: int) -> Curve:
         """The curve with every value up to the point ``end`` at most that of any point between them."""
@@ -128,8 +139,29 @@ class Surface:
     tensor: Floats
 
     def at(self, *coordinates: ArrayLike) -> Floats:
-        """Values at Q points, one (Q,) array per axis: weighted sums over the corners of their cells."""
-        sides = [brackets(axis, np.atleast_1d(x)) for axis, x in zip(self.axes, coordinates, strict=True)]
+        """Values at Q points, one (Q,) array per axis."""
+        asked = [np.atleast_1d(x) for x in coordinates]
+        ends = [axis[-1] if len(axis) > 1 else np.inf for axis in self.axes]
+        beyond = np.logical_or.reduce([x > end for x, end in zip(asked, ends, strict=True)])
+        if not beyond.any():
+            return self._inside(asked)
+        edge = self._inside([np.minimum(x, end) for x, end in zip(asked, ends, strict=True)])
+        return np.where(beyond, np.maximum(self.extended()._inside(asked), edge), edge)
+
+    def extended(self) -> Surface:
+        """With one more point on every axis of two and more, twice as far out as the last: lookups beyond the
+        last go along the line through both."""
+        axes, tensor = list(self.axes), self.tensor
+        for level, axis in enumerate(axes):
+            if len(axis) > 1:
+                axes[level] = np.append(axis, 2 * axis[-1])
+                values = resample(axis, np.moveaxis(tensor, level, 0), axes[level])
+                tensor = np.moveaxis(values, 0, level)
+        return Surface(tuple(axes), tensor)
+
+    def _inside(self, coordinates: Sequence[NDArray[Any]]) -> Floats:
+        """Weighted sums over the corners of the cells."""
+        sides = [brackets(axis, x) for axis, x in zip(self.axes, coordinates, strict=True)]
         total: Floats = np.zeros(())
         for corner in product((0, 1), repeat=len(sides)):
             weight: Floats = np.ones(())

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import yaml
 
 from servesim.cost.bundle import Bundle, load_bundle
@@ -188,7 +189,8 @@ def toy_architecture(root: Path, products: tuple[str, ...] = ()) -> Architecture
 
 
 def slow_lookup(rows: Rows, query: tuple[float, ...]) -> float:
-    """The nested ragged lookup, written as it is told: bracket the first axis, ask below both sides, mix."""
+    """The nested ragged lookup, written as it is told: bracket the first axis, ask below both sides, mix;
+    beyond the last point go on with the slope of all, each counted with its square."""
     if not query:
         return rows[()]
     points = sorted({key[0] for key in rows})
@@ -204,6 +206,12 @@ def slow_lookup(rows: Rows, query: tuple[float, ...]) -> float:
     x = query[0]
     if x <= points[0] or len(points) == 1:
         return at(points[0])
+    if x > points[-1]:
+        count = {p: p * p for p in points} if len(points) > 2 else dict.fromkeys(points, 1)
+        middle = sum(count[p] * p for p in points) / sum(count.values())
+        slope = sum(count[p] * (p - middle) * at(p) for p in points)
+        slope /= sum(count[p] * (p - middle) ** 2 for p in points)
+        return at(points[-1]) + slope * (x - points[-1])
     low = max((p for p in points[:-1] if p <= x), default=points[0])
     high = points[points.index(low) + 1]
     return at(low) + (at(high) - at(low)) * (x - low) / (high - low)
@@ -227,3 +235,13 @@ def tokens_ns(cost: StageCost, tokens: int) -> float:
     """What a step pays for its tokens, all layers but attention and output head together."""
     padded = cost.padding.of(tokens)
     return cost.role_ns(Role.ONCE, IDLE, padded) + cost.dense.of(padded)
+
+
+def slow_chunk_growth(rows: Rows, chunk: int, history: int) -> float:
+    """What a chunk beyond the largest takes more than it, where a pair of tokens has its time, a token none:
+    the chunks of the toy are so."""
+    alone = [(c, h, us) for (c, n, h, _), us in rows.items() if c and not n]
+    last = max(c for c, _, _ in alone)
+    fit = np.array([[c / us, c * c * (h + c / 2) / us, c * h / us] for c, h, us in alone])
+    _, pair_us, _ = np.linalg.lstsq(fit, np.array([c for c, _, _ in alone]), rcond=None)[0]
+    return float(pair_us * (chunk * (history + chunk / 2) - last * (history + last / 2)))

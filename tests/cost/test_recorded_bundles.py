@@ -94,7 +94,8 @@ def test_the_dense_tensor_equals_the_ragged_lookup_on_two_superimposed_grids(per
     rng = np.random.default_rng(1)
     surface = timer.tables.attention
     for _ in range(12):
-        query = tuple(int(rng.choice(axis)) + int(rng.integers(0, 700)) for axis in surface.axes)
+        picked = (int(rng.choice(axis)) + int(rng.integers(0, 700)) for axis in surface.axes)
+        query = tuple(min(x, int(axis[-1])) for x, axis in zip(picked, surface.axes, strict=True))
         assert surface.at(*([x] for x in query))[0] == pytest.approx(slow_lookup(rows, query), rel=1e-9)
     for key in list(rows)[:: len(rows) // 200]:
         assert surface.at(*([x] for x in key))[0] == rows[key]

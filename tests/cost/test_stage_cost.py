@@ -19,6 +19,7 @@ from tests.cost.bundles import (
     Toy,
     cluster_links,
     instance_options,
+    slow_chunk_growth,
     slow_lookup,
     tokens_ns,
     toy_model,
@@ -248,7 +249,8 @@ def slow_step_us(
     together = (sum(c for c, _ in chunks), sum(h for _, h in chunks))
 
     def a(chunk: int, history: int, kv: int) -> float:
-        return slow_lookup(toy.attention, (chunk, n, history, kv))
+        further = slow_chunk_growth(toy.attention, chunk, history) if chunk > 64 else 0.0
+        return slow_lookup(toy.attention, (min(chunk, 64), n, history, kv)) + further
 
     if len(chunks) > 1 and engine.chunked_attention:
         base = a(16, 0, mean) if n else 0.0
@@ -428,7 +430,7 @@ def test_the_breakdown_names_its_sources(root: Path) -> None:
     assert costs["host overhead"].total_us == 4
     mixed = {c.layer: c for c in timer.explain(Shape([(20, 0), (100, 64)], 4, 800, 200, 200))}
     assert mixed["attention: 100@64"].origin == (
-        "chunk 100 (extrapolated from 16 and 64), history 64 (between 32 and 128), decodes 4, "
+        "chunk 100 (extrapolated, measured up to 64), history 64 (between 32 and 128), decodes 4, "
         "KV length 200 (between 64 and 256) in tp2/attention.csv, less the decodes"
     )
 

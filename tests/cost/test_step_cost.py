@@ -19,7 +19,16 @@ from servesim.engine.experts import expert_routing
 from servesim.errors import MissingFileError
 from servesim.specs.hardware import EngineSpec
 from servesim.specs.model import ModelSpec, model_from_config
-from tests.cost.bundles import MODEL, Rows, Toy, instance_options, toy_architecture, toy_model
+from tests.cost.bundles import (
+    MODEL,
+    Rows,
+    Toy,
+    attention_rows,
+    instance_options,
+    slow_chunk_growth,
+    toy_architecture,
+    toy_model,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -182,8 +191,9 @@ def test_members_are_padded_to_the_largest_as_far_as_graphs_reach() -> None:
     # The 8 decodes have the longer attention, 5 + 8 + 32 = 45 against 18, and compute 40 tokens, too.
     assert us(group.timer(), few, many) == [(2 * (3 * 49 + 45) + 41 + 1 + 57, 0)]
     # With 64 + 1 tokens nobody runs graphs: 8 tokens stay 8, and 65 are not made 72.
-    beyond = batch(chunks=[(65, 0)])
-    assert us(group.timer(), few, beyond) == [(2 * (3 * 74 + 8 + 65 / 4) + 66 + 1 + 50, 0)]
+    attention = 8 + 64 / 4 + slow_chunk_growth(attention_rows(), 65, 0)
+    expected = 2 * (3 * 74 + attention) + 66 + 1 + 50
+    assert us(group.timer(), few, batch(chunks=[(65, 0)])) == [(pytest.approx(expected, abs=1e-3), 0)]
 
 
 @pytest.mark.usefixtures("root")
