@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from servesim.cost.build import Costs
 from servesim.cost.bundle import range_warnings
+from servesim.engine.block_tables import BlockTables
 from servesim.engine.clock import Clock
 from servesim.engine.connector import Connector, HandOver, LowerTierConnector, LowerTiers
 from servesim.engine.decode_set import DecodeSet
@@ -17,7 +18,6 @@ from servesim.engine.limits import SchedulerLimits
 from servesim.engine.pipeline import Pipeline
 from servesim.engine.pricing import StepPricing
 from servesim.engine.queue_policy import queue_policy
-from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler
 from servesim.engine.simulation import Simulation
 from servesim.engine.speculation import Speculation, hash_lookahead, speculation_of

@@ -137,8 +137,8 @@ class Glider:
                 self.left += member.finish(oldest)
                 if self.left and one_end:
                     break
-                if waiting or not alone or not decodes.count:  # the last one left by a stop token
-                    alone = scheduler.only_decodes()
+                waiting = len(scheduler.waiting)
+                alone = scheduler.only_decodes()
             if alone and not watched and decodes.next_end - decodes.tick >= LONG:
                 self.quiet = horizon_ns - now_ns >= LONG * (free_ns - start_ns)
                 if self.quiet:

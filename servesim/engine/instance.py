@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from servesim.engine.batch import Batch
-    from servesim.engine.request_state import BlockTables
+    from servesim.engine.block_tables import BlockTables
     from servesim.engine.scheduler import Scheduler
     from servesim.results.records import InstanceLog, RequestRecord
     from servesim.workload.request import Request

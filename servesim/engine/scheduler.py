@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from servesim.engine.request_state import RequestState
     from servesim.engine.speculation import Speculation
     from servesim.memory.group_cache import GroupedKvCache
-    from servesim.memory.kv_cache import AnyKvCache
+    from servesim.memory.kv_cache import AnyKvCache, BlockTable
 
 
 MOST_FRUITLESS = 10_000
@@ -291,7 +291,8 @@ class Scheduler:
         """One more block for each of these decoding requests, all of whose blocks are full."""
         taken = self._pool.take(len(boundary))
         for state, block in zip(boundary, taken):  # noqa: B905 - of equal length; checking costs
-            state.table.blocks.append(block)
+            table: BlockTable = state.table
+            table.blocks.append(block)
         sharing = self.decodes.sharing
         for state in [state for state in boundary if state in sharing] if sharing else ():
             self._publish(state, self.decodes.length(state))

@@ -29,7 +29,7 @@ from servesim.specs.validation import validated
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from servesim.engine.request_state import BlockTables
+    from servesim.engine.block_tables import BlockTables
     from servesim.explore.fleet import Fleet
 
 _OF_FILES = set(LOADING) - {"request_rate", "dataset"}

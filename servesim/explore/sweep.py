@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from servesim._version import __version__
 from servesim.api import check_used, loading_key, read_workload, simulate_loaded
+from servesim.engine.block_tables import BlockTables
 from servesim.engine.build import Kept
-from servesim.engine.request_state import BlockTables
 from servesim.errors import ServingError
 from servesim.explore.executors import RayPool, check_jobs, check_ray, run_parts
 from servesim.explore.journal import Journal

@@ -8,7 +8,7 @@ from hashlib import blake2b
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from servesim.engine.request_state import BlockTables
+from servesim.engine.block_tables import BlockTables
 from servesim.results.step_log import StepLog
 
 if TYPE_CHECKING:

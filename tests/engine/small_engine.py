@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from servesim.engine.block_tables import BlockTables
 from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
 from servesim.engine.limits import SchedulerLimits
 from servesim.engine.pipeline import Pipeline
-from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from servesim.engine.block_tables import BlockTables
 from servesim.engine.clock import Clock
 from servesim.engine.connector import LowerTierConnector
-from servesim.engine.request_state import BlockTables
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan
 from servesim.engine.transfers import Route, Transfers

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from servesim.engine.request_state import BlockTables
+from servesim.engine.block_tables import BlockTables
 from servesim.engine.simulation import Simulation
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servesim.engine.request_state import BlockTables
+from servesim.engine.block_tables import BlockTables
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan
 from servesim.results.records import RunLog

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, cast
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings
+from servesim.engine.block_tables import BlockTables
 from servesim.engine.build import track_maker
 from servesim.engine.instance import Instance
 from servesim.engine.limits import SchedulerLimits
 from servesim.engine.pipeline import Pipeline
 from servesim.engine.queue_policy import queue_policy
-from servesim.engine.request_state import BlockTables
 from servesim.engine.scheduler import Scheduler
 from servesim.engine.simulation import Simulation
 from servesim.engine.speculation import hash_lookahead, speculation_of
