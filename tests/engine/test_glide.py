@@ -78,6 +78,15 @@ def test_a_glide_admits_what_the_budget_lets_in(depth: int) -> None:
     assert everything(log) == everything(stepped)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_glide_ends_with_the_last_stop_token(depth: int) -> None:
+    workload = requests((4, 3, 0), (4, 6, 0))
+    for request in workload:
+        request.max_tokens = 20  # nobody knows beforehand which token is the last
+    jumped, stepped = (run_small(workload, jump=jump, depth=depth) for jump in (True, False))
+    assert everything(jumped) == everything(stepped)
+
+
 class Onlooker(Connector):
     """A connector that does nothing: with one, the scheduler takes no short way to an admission."""
 
