@@ -12,6 +12,7 @@ from servesim.cost.terms import Shape
 from servesim.engine.build import step_pricing
 from servesim.errors import InputError
 from servesim.power.activity import shared_kv_bytes_per_token
+from servesim.results.meters import InstanceMeter
 from servesim.specs.cluster import load_cluster
 from servesim.specs.model import load_model
 from servesim.specs.options import RuntimeOptions
@@ -106,6 +107,20 @@ def test_a_run_says_that_it_is_derived() -> None:
     assert entry["options"]["decode_context_parallel_size"] == 2
     assert entry["options"]["dcp_comm_backend"] == "ag_rs"
     assert any("derived, not measured" in note for note in result.log.notes)
+
+
+def sent_bytes(size: int, requests: list[Request]) -> int:
+    result = simulate(toy_cluster([shares(size)]), Workload(requests, "w"))
+    (log,) = result.log.instances
+    meter = InstanceMeter(log)
+    return meter.link_bytes(meter.look_at(0, result.log.end_ns), 0, result.log.end_ns)
+
+
+def test_the_meter_counts_what_decodes_send() -> None:
+    """One token of five is the prompt's, whose step has no KV to share; the other four are decodes."""
+    (request,) = requests = [Request(0, 40, 5, 0)]
+    each = shared_kv_bytes_per_token(load_model(DENSE), 4, 2, "ag_rs")
+    assert sent_bytes(2, requests) - sent_bytes(1, requests) == (request.output_tokens - 1) * each
 
 
 def test_bytes_that_decodes_send() -> None:
