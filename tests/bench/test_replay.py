@@ -284,7 +284,7 @@ def started(server: StreamingServer, *flags: str) -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "servesim", *command(server, *flags)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment)
-    end_s = time.monotonic() + 120
+    end_s = time.monotonic() + 300
     path = Path("rec/requests.jsonl")
     while not path.exists() or path.read_bytes().count(b"\n") < 5:
         assert time.monotonic() < end_s
@@ -331,7 +331,7 @@ def test_an_ended_replay_leaves_valid_files_and_goes_on(sign: signal.Signals, st
     with StreamingServer(**QUICK) as server:
         process = started(server)
         process.send_signal(sign)
-        _, error = process.communicate(timeout=120)
+        _, error = process.communicate(timeout=300)
         assert process.returncode == status, error
         if sign is signal.SIGINT:
             assert error == "rec: incomplete; the same command goes on with it\ninterrupted\n"

@@ -19,6 +19,7 @@ from servesim.__main__ import main
 from servesim.explore.executors import RayPool
 from servesim.explore.journal import Journal
 from tests.engine.toy_world import toy_cluster, toy_instance, toy_world
+from tests.explore.holding import ROWS, holding, let_go, wait_for_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -120,23 +121,22 @@ def test_lost_workers_are_replaced_and_their_items_tried_again(two_raylets: str)
 
 
 def test_a_driver_that_is_killed_goes_on_where_it_was(two_raylets: str) -> None:
-    write(60, 300)
-    words = ["sweep", "--cluster-config", CLUSTER, "--dataset", WORKLOAD, "--stepped"]
+    journal = Journal("killed.csv.journal.jsonl")
+    Path(CLUSTER).write_text(json.dumps(toy_cluster([toy_instance(), toy_instance()])), encoding="utf-8")
+    words = ["sweep", "--cluster-config", CLUSTER, "--dataset", WORKLOAD, *holding(journal)]
     words += ["--grid", "--max-num-seqs 1,2,3,4,5,6,7,8,9,10,11,12"]
     running = subprocess.Popen(
         [sys.executable, "-m", "servesim", *words, "--ray", two_raylets, "--output", "killed.csv"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    journal = Journal("killed.csv.journal.jsonl")
     try:
-        deadline = time.monotonic() + 120
-        while len(journal.rows()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for_rows(journal, running)
     finally:
         running.kill()
         running.wait()
+    let_go()
     finished = journal.rows()
-    assert 2 <= len(finished) < 12
+    assert ROWS <= len(finished) < 12
     assert main([*words, "--ray", two_raylets, "--output", "killed.csv"]) == 0
     assert main([*words, "--output", "whole.csv"]) == 0
     assert Path("killed.csv").read_bytes() == Path("whole.csv").read_bytes()

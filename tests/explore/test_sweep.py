@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from servesim.explore.journal import Journal
 from servesim.explore.space import Constraint, read_space, space_of
 from servesim.specs.options import RuntimeOptions
 from tests.engine.toy_world import toy_cluster, toy_instance, toy_world
+from tests.explore.holding import ROWS, holding, let_go, wait_for_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -269,24 +269,22 @@ def test_a_line_that_was_cut_off_is_passed_over() -> None:
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="process groups")
 def test_killing_everything_loses_no_finished_row() -> None:
     pytest.importorskip("joblib")
-    rows = [{"input_toks": 400, "output_toks": 300, "arrival_time_ns": i * 10**6} for i in range(150)]
-    Path(WORKLOAD).write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-    words = ["sweep", *COMMON, "--stepped", "--grid", "--max-num-seqs 1,2,3,4,5,6,7,8,9,10,11,12"]
+    journal = Journal("killed.csv.journal.jsonl")
+    Path(CLUSTER).write_text(json.dumps(toy_cluster([toy_instance(), toy_instance()])), encoding="utf-8")
+    words = ["sweep", *COMMON, *holding(journal), "--grid", "--max-num-seqs 1,2,3,4,5,6,7,8,9,10,11,12"]
     running = subprocess.Popen(
         [sys.executable, "-m", "servesim", *words, "--jobs", "2", "--output", "killed.csv"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
-    journal = Journal("killed.csv.journal.jsonl")
     try:
-        deadline = time.monotonic() + 120
-        while len(journal.rows()) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for_rows(journal, running)
     finally:
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
+    let_go()
     finished = journal.rows()
-    assert 2 <= len(finished) < 12
+    assert ROWS <= len(finished) < 12
     assert not Path("killed.csv").exists()
     assert main([*words, "--output", "killed.csv"]) == 0
     assert main([*words, "--output", "whole.csv"]) == 0

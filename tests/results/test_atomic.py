@@ -205,7 +205,7 @@ def work(_):
         handle.write("half")
         handle.flush()
         print("at work", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 
 command.run = work
 from servesim.door import main
@@ -223,7 +223,7 @@ def test_a_process_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
     assert process.stdout.readline() == "at work\n"
     assert list(tmp_path.rglob("*.tmp"))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(300) == 143
     assert list(tmp_path.iterdir()) == []
 
 

@@ -27,7 +27,7 @@ class Served:
 
     def get(self, path: str) -> Any:
         """The JSON or text of a path."""
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=300) as answer:
             raw = answer.read().decode()
         return json.loads(raw) if "json" in answer.headers.get("content-type", "") else raw
 
@@ -38,7 +38,7 @@ class Served:
             self.url + path, raw, {"content-type": "application/json", **headers}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 status, given = answer.status, answer.read()
         except urllib.error.HTTPError as error:
             status, given = error.code, error.read()
@@ -53,7 +53,7 @@ class Served:
 
     def wait_until_idle(self) -> dict[str, Any]:
         """The server's own status once nothing is open."""
-        until = monotonic() + 60
+        until = monotonic() + 300
         while (status := self.get("/servesim"))["open"]:
             assert monotonic() < until
             sleep(0.02)
@@ -77,5 +77,5 @@ def serving(words: str) -> Iterator[Served]:
         yield Served(listening.getsockname()[1])
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(300)
         assert not thread.is_alive()

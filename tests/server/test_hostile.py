@@ -43,7 +43,7 @@ def connect(server: Served, receive_buffer: int = 0) -> socket.socket:
     connection = socket.socket()
     if receive_buffer:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.settimeout(30)
+    connection.settimeout(300)
     connection.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
     return connection
 
@@ -80,7 +80,7 @@ def answer_to(server: Served, raw: bytes) -> bytes:
 
 def wait_for(server: Served, status: int) -> None:
     """Until a call of one token is answered with ``status``."""
-    until = monotonic() + 60
+    until = monotonic() + 300
     while server.post("/v1/completions", {"prompt": "a", "max_tokens": 1})[0] != status:
         assert monotonic() < until
         sleep(0.02)
@@ -217,7 +217,7 @@ def test_connections_beyond_the_limit_are_closed(monkeypatch: pytest.MonkeyPatch
 
 
 def wait_for_health(server: Served) -> None:
-    until = monotonic() + 30
+    until = monotonic() + 300
     while True:
         try:
             assert server.get("/health") == ""

@@ -40,7 +40,7 @@ def server(toys: None) -> Iterator[Served]:
 
 
 def client_of(server: Served, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=300)
 
 
 # ---------------------------------------------------------------------- a client that is not ours
@@ -250,7 +250,7 @@ def open_stream(server: Served, tokens: int) -> socket.socket:
     """A streaming call of which the client has read the first bytes."""
     body = json.dumps({"prompt": [3] * 100, "max_tokens": tokens, "stream": True}).encode()
     line = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
-    connection = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=300)
     connection.sendall(line.encode() + body)
     assert connection.recv(100)
     return connection

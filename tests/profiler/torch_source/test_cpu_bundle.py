@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,18 +97,32 @@ def test_a_sweep_killed_halfway_goes_on_and_keeps_its_rows(capsys: pytest.Captur
     load_bundle("CPU-test", "servesim/tiny-moe", "bf16").tables(1)
 
 
+_HOLDING = """
+import sys, time
+from servesim.profiler.measure.work_folder import TableFile
+append, rows = TableFile.append, int(sys.argv.pop(1))
+
+def holding(table, more):
+    append(table, more)
+    if table.path.name == "attention.csv" and len(table.rows) > rows:
+        print("at work", flush=True)
+        time.sleep(3600)
+
+TableFile.append = holding
+from servesim.door import main
+sys.exit(main())
+"""
+"""A sweep that stands still once its table of attention has so many rows, however fast the machine is."""
+
+
 def _kill_after_rows(arguments: Sequence[str], table: Path, rows: int) -> list[str]:
     """Start a sweep as a process, end it with SIGKILL once ``table`` has rows; its whole lines then."""
     environment = {**os.environ, "PYTHONPATH": str(_PROJECT)}
-    command = [sys.executable, "-m", "serving", "profile", *arguments]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-c", _HOLDING, str(rows), "profile", *arguments]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and process.poll() is None:
-                if table.exists() and table.read_bytes().count(b"\n") > rows:
-                    break
-                time.sleep(0.02)
-            assert process.poll() is None, "the sweep was over before it could be killed"
+            assert process.stdout is not None
+            assert any(line == "at work\n" for line in process.stdout), "the sweep ended by itself"
         finally:
             process.send_signal(signal.SIGKILL)
     content = table.read_text()
