@@ -45,7 +45,7 @@ VARIES = re.compile(r"^wall time .*", re.MULTILINE)
 """What differs from run to run."""
 _HERE_DOCUMENT = re.compile(r"<<'(\w+)'")
 _COPIED = ("configs", "examples", "workloads", "profiler")
-_TIMEOUT_S = 300
+_TIMEOUT_S = 3600
 
 
 @dataclass(slots=True)

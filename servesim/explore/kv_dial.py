@@ -47,8 +47,6 @@ FORMATS_OF_HEADS = (
 )
 FORMATS_OF_LATENTS = ("fp8",)
 FORMATS_OF_SPARSE_LATENTS = ("fp8", "fp8_ds_mla")
-_OWN_FLAGS = {"max_num_seqs": 256}
-"""Defaults that differ from those of a run: as vLLM's servers start."""
 
 Origin = Literal["tables", "derived", "unknown", "not simulated"]
 
@@ -177,7 +175,7 @@ def kv_dial(
         InputError: an option is wrong, or the memory of the hardware is not known.
         NotSupportedError: what the model's layers keep is not modelled.
     """
-    options = RuntimeOptions(model=model, hardware=hardware, **{**_OWN_FLAGS, **flags})
+    options = RuntimeOptions(model=model, hardware=hardware, **flags)
     spec, facts = load_model(model), load_hardware(hardware)
     _check(spec, facts, context, batch)
     instance = next(spec for _, spec in cluster_of(options).instances)
