@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 
-def slope_beyond(points: Ints, values: Floats) -> Floats:
+def slope_beyond(points: Ints | Floats, values: Floats) -> Floats:
     """What ``values``, shape (points, ...), grow by for each unit beyond the last of two points or more.
 
     ``points`` rise and are not below 0. Sums of products, so that all machines find the same floats.

@@ -14,6 +14,7 @@ from servesim.errors import InputError
 from servesim.profiler.bundle_writer import share_tables, write_bundle
 from servesim.profiler.meter import ProfileJob
 from servesim.profiler.silicon.decode_grid import DecodeGrid, Prompts
+from servesim.profiler.silicon.tables import read_table, silicon_gpu
 from servesim.profiler.silicon.windows import pairs
 from servesim.profiler.sources import compute, silicon_installed
 from servesim.specs.block_layers import architecture_of, attention_groups, block_layers, is_module
@@ -199,8 +200,33 @@ def test_a_grid_returns_its_points_and_lines_between_them() -> None:
     grid = DecodeGrid.of_rows(sizes, lengths, np.array([2.0, 8.0, 4.0, 16.0]))
     assert [grid.at(1, 16), grid.at(4, 64), grid.at(1, 8)] == [2.0, 16.0, 2.0]
     assert grid.at(2, 32) == pytest.approx((2 * 8 * 4 * 16) ** 0.25)
-    assert (grid.at(8, 64), grid.at(4, 128)) == (32.0, 32.0)
     assert replace(grid, flat=True).at(4, 128) == 16.0
+
+
+def test_a_grid_goes_on_along_lines_and_not_in_proportion() -> None:
+    sizes, lengths = np.repeat([1, 2, 4], 3), np.tile([1024, 2048, 4096], 3)
+    grid = DecodeGrid.of_rows(sizes, lengths, 90.0 + sizes + 0.001 * sizes * lengths)  # 90 us of weights
+    assert grid.at(64, 2048) == pytest.approx(90 + 64 + 131.072)
+    assert grid.at(4, 65536) == pytest.approx(90 + 4 + 262.144)
+    assert grid.at(64, 65536) == pytest.approx(90 + 64 + 4194.304)
+    alone = DecodeGrid.of_rows(np.array([2]), np.array([16]), np.array([3.0]))
+    assert (alone.at(4, 16), alone.at(2, 32)) == (6.0, 6.0)
+
+
+@needs_silicon
+@pytest.mark.parametrize("name", ["mla_generation_module_perf", "dsa_generation_module_perf"])
+def test_a_grid_foretells_larger_batches_of_modules(name: str) -> None:
+    family = "mla" if name.startswith("mla") else "sparse_attention"
+    table = read_table(silicon_gpu(load_hardware("H200")).folder, family, name)
+    names = [key for key in ("model", "num_heads", "kv_cache_dtype", "gemm_type") if key in table.columns]
+    rows = table.where(**{key: table.columns[key][0] for key in names})
+    sizes, lengths = rows.integers("batch_size"), rows.integers("step")
+    kept = sizes * lengths * 8 <= (sizes * lengths).max()
+    grid = DecodeGrid.of_rows(sizes[kept], lengths[kept], rows.latency_us[kept])
+    left = list(zip(sizes[~kept].tolist(), lengths[~kept].tolist(), rows.latency_us[~kept], strict=True))
+    errors = [grid.at(size, length) / us - 1 for size, length, us in left]
+    assert len(errors) > 10
+    assert np.percentile(np.abs(errors), 80) < 0.25
 
 
 def test_two_kernels_at_a_point_count_as_the_quicker() -> None:
