@@ -151,7 +151,7 @@ def test_the_documented_command_runs_verbatim_in_a_clone(tmp_path: Path) -> None
     assert len((clone / "outputs/fp8_kv_run.csv").read_text().splitlines()) == 301
 
 
-def test_without_a_bundle_the_documented_command_names_the_folder_and_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_bundle_is_named_with_the_remedy(tmp_path: Path) -> None:
     clone = _copy(tmp_path)
     done = _python(shlex.split(DOCUMENTED.replace("\\\n", "").replace("bfloat16", "int8"))[1:], clone)
     assert done.returncode == 2

@@ -105,11 +105,11 @@ def check_limits(options: InstanceOptions, where: str) -> None:
         InputError: what is wrong, and what would do.
     """
     version, budget = options.vllm_version, options.max_num_batched_tokens
-    seats, longest = options.max_num_seqs, options.max_model_len
+    running, longest = options.max_num_seqs, options.max_model_len
     threshold = options.long_prefill_token_threshold
-    if budget < seats < UNLIMITED:
+    if budget < running < UNLIMITED:
         raise InputError(
-            f"{where}: --max-num-batched-tokens: {budget} is not allowed; must be >= {seats}, the most "
+            f"{where}: --max-num-batched-tokens: {budget} is not allowed; must be >= {running}, the most "
             f"requests that run (vLLM does not start otherwise); give --max-num-seqs {budget} or less too"
         )
     if longest < threshold < UNLIMITED and LONG_THRESHOLD.holds(version):
@@ -118,7 +118,7 @@ def check_limits(options: InstanceOptions, where: str) -> None:
             f"longest context (vLLM {LONG_THRESHOLD.since} and later do not start otherwise)"
         )
     for name, most, told in (
-        ("max_num_active_seqs", seats, "the most requests that run"),
+        ("max_num_active_seqs", running, "the most requests that run"),
         ("max_num_scheduled_tokens", budget, "the token budget of a step"),
     ):
         value = getattr(options, name)

@@ -189,7 +189,7 @@ def one_front_end(scene: Scene) -> str:
     return "" if QUEUE_LIMITS.holds(version) else f"vLLM {version} has no such limit"
 
 
-def fewer_seats(scene: Scene) -> str:
+def fewer_running(scene: Scene) -> str:
     """A limit below another one binds where it is lower."""
     if all((options.max_num_active_seqs or UNLIMITED) >= options.max_num_seqs for options in scene.resolved):
         return "it is not below --max-num-seqs"

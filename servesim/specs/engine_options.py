@@ -202,7 +202,7 @@ MaxNumActiveSeqs = Annotated[
         ENGINE,
         "N",
         default_text="as --max-num-seqs",
-        acts=conditions.fewer_seats,
+        acts=conditions.fewer_running,
         noted=True,
     ),
 ]

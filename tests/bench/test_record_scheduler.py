@@ -138,7 +138,7 @@ def test_a_follow_up_is_released_when_its_predecessor_has_ended(tool_ns: int, qu
     assert (log.requests[1].arrival, log.requests[1].queued) == (115 + tool_ns, queued)
 
 
-def test_a_follow_up_misses_the_boundary_at_which_its_predecessor_ended() -> None:
+def test_a_follow_up_misses_its_predecessors_boundary() -> None:
     requests = [Request(0, 5, 1, 0), Request(1, 5, 2, 0), Request(2, 1, 1, 0, predecessor=0, tool_ns=0)]
     log = easy_recorder(requests, asynchronous=False).run()
     # Both run 0..130; request 1 goes on 130..241 while request 2, released at 130, is not there yet.

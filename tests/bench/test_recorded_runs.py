@@ -59,14 +59,14 @@ def test_the_other_run_is_predicted_within_one_percent(fit: Calibration) -> None
 
 
 @pytest.mark.parametrize("run", [LLAMA, MOE])
-def test_runs_the_shipped_host_time_was_not_fitted_on_are_as_close_as_published(run: tuple[str, str]) -> None:
+def test_other_runs_are_as_close_as_published(run: tuple[str, str]) -> None:
     with bundles_from(recorded_path("perf")):
         agreement = run_of(*run).simulate("queued")
     for metric, error in PUBLISHED[run].items():
         assert abs(agreement.error(metric)) <= error
 
 
-def test_the_run_it_was_fitted_on_is_as_close_with_the_time_of_another(fit: Calibration) -> None:
+def test_the_fitted_run_is_as_close_with_another_time(fit: Calibration) -> None:
     with bundles_from(recorded_path("perf")):
         agreement = run_of(*QWEN).simulate("queued", fit.engine)
     for metric, error in PUBLISHED[QWEN].items():

@@ -106,7 +106,7 @@ def test_validate_can_read_what_was_recorded() -> None:
     assert meta()["stamps"]["side"] == "client"
 
 
-def test_vllm_is_asked_for_exact_lengths_and_given_the_workloads_ids() -> None:
+def test_vllm_is_asked_for_exact_lengths() -> None:
     ids = list(range(500, 520))
     write_workload(
         {"input_toks": 20, "output_toks": 7, "arrival_time_ns": 0, "input_tok_ids": ids},
@@ -148,7 +148,7 @@ def test_the_first_chat_chunk_is_no_token() -> None:
     assert row["first_token_ts"] - row["queued_ts"] > 0.04
 
 
-def test_tokens_that_come_together_are_counted_if_the_server_counts(
+def test_tokens_that_come_together_are_counted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     even_requests(2, output=9)
@@ -184,7 +184,7 @@ def test_a_closed_loop_keeps_to_its_cap(capsys: pytest.CaptureFixture[str]) -> N
     assert len(server.requests) == 12
 
 
-def test_a_follow_up_is_sent_its_tool_time_after_its_predecessor_ended() -> None:
+def test_a_follow_up_is_sent_a_tool_time_later() -> None:
     turns = [{"input_toks": 10 + i, "output_toks": 4, "tool_duration_ns": 30_000_000} for i in range(3)]
     write_workload(
         {"session_id": "a", "arrival_time_ns": 0, "sub_requests": turns},

@@ -14,7 +14,7 @@ from servesim.errors import InputError
 SMALL = ["--dataset", "workloads/short_chat.jsonl", "--num-reqs", "10"]
 
 
-def test_without_arguments_a_kv_bound_workload_shows_what_fp8_kv_does(
+def test_without_arguments_fp8_kv_is_compared(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["compare", "--json"]) == 0

@@ -83,7 +83,7 @@ def test_chunks_are_tokens_at_history() -> None:
     assert parse_chunks("") == []
 
 
-def test_lengths_spread_evenly_around_the_mean_unless_said_otherwise() -> None:
+def test_lengths_spread_evenly_around_the_mean() -> None:
     assert decode_lengths(4, 100, None, None) == (400, 100, 100)
     assert decode_lengths(4, 100, None, 150) == (400, 50, 150)
     assert decode_lengths(4, 100, None, 500) == (400, 0, 500)

@@ -63,7 +63,7 @@ def test_every_output_is_the_same_bytes_stepped_or_jumped(
     assert shown[0] == shown[1] == shown[2]
 
 
-def test_a_missing_bundle_ends_the_run_with_its_folder_and_the_way_to_make_it(
+def test_a_missing_bundle_is_told_with_its_folder_and_remedy(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*DOCUMENTED, "--dtype", "int8", "--output", "x.csv"]) == 2

@@ -31,7 +31,7 @@ def make(*flags: str, hardware: str = "Mine") -> int:
     return main(["profile", MODEL, "--hardware", hardware, "--source", "roofline", *SMALL, *flags])
 
 
-def test_hardware_that_nobody_has_is_tried_with_a_file_of_four_facts(
+def test_hardware_nobody_has_takes_a_file_of_four_facts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["support", MODEL, "--hardware", "Mine"]) == 0

@@ -26,7 +26,7 @@ def test_only_the_folder_asked_for_is_read(root: Path) -> None:
     assert bundle.tables(1).dense["embedding"].at([51]).tolist() == [52.0]
 
 
-def test_a_missing_variant_names_the_folder_what_there_is_and_the_command(root: Path) -> None:
+def test_a_missing_variant_is_told_with_the_command(root: Path) -> None:
     Toy().write(root)
     with pytest.raises(MissingFileError) as error:
         load_bundle(HARDWARE, MODEL, "bf16-kvfp8")
@@ -78,7 +78,7 @@ def test_a_run_beyond_the_profiled_range_is_warned_about_once(root: Path) -> Non
     assert range_warnings(Toy(meta={}).bundle(root), 10**6, 10**6) == []
 
 
-def test_unknown_layers_and_columns_and_blank_lines_are_passed_over(root: Path) -> None:
+def test_unknown_layers_and_columns_are_passed_over(root: Path) -> None:
     bundle = Toy().bundle(root)
     path = root / FOLDER / "tp1" / "dense.csv"
     lines = path.read_text().splitlines()

@@ -48,7 +48,9 @@ def _all_reduce_us(root: Path, wanted: str, meta: dict[str, Any]) -> float:
         ("links", {}, LINKS),
     ],
 )
-def test_who_wins(root: Path, wanted: str, meta: dict[str, Any], us: float) -> None:
+def test_the_config_says_whether_tables_or_links_win(
+    root: Path, wanted: str, meta: dict[str, Any], us: float
+) -> None:
     assert _all_reduce_us(root, wanted, meta) == pytest.approx(us)
 
 

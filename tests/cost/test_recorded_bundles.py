@@ -84,7 +84,7 @@ def test_a_step_on_measured_points_is_the_sum_of_its_rows(perf: Path, name: str,
     assert timer.decode_ns(128, 128 * 1024, 1024, 1024) == pytest.approx(us * 1000, abs=1)
 
 
-def test_the_dense_tensor_equals_the_ragged_lookup_on_two_superimposed_grids(perf: Path) -> None:
+def test_the_dense_tensor_equals_the_ragged_lookup(perf: Path) -> None:
     timer = timer_of(LLAMA, 1, EngineSpec())
     axes = ("prefill_chunk", "n_decode", "kv_prefill", "kv_decode")
     rows = {
@@ -120,7 +120,7 @@ def test_a_breakdown_of_a_real_step_adds_up() -> None:
         )
 
 
-def test_a_wave_of_two_members_on_measured_points_is_the_sum_of_its_rows(perf: Path) -> None:
+def test_a_wave_on_measured_points_is_the_sum_of_its_rows(perf: Path) -> None:
     """Two members of 64 and 128 decodes, all of 1024 tokens, with 64 experts each."""
     folder = perf / MOE / "bf16" / "tp1"
     model = load_model(recorded_path("model", f"{MOE}.json"))

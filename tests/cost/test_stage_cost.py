@@ -139,7 +139,7 @@ def test_the_skew_fit_in_mixed_steps_can_be_switched_on(root: Path) -> None:
     assert without.mixed_ns(*step) == Toy().timer(root, engine=off).mixed_ns(*step)
 
 
-def test_a_mixed_step_waits_half_of_what_its_longest_decode_takes_longer(root: Path) -> None:
+def test_a_mixed_step_waits_half_for_its_longest_decode(root: Path) -> None:
     plain = EngineSpec(cudagraph=False, tail_in_mixed_steps=False)
     without, with_tail = (Toy(skew=ALPHAS).timer(root, engine=engine) for engine in (plain, PLAIN))
     # A single decode of 256 tokens takes (256 - 136) / 32 µs longer than one of 136; two blocks.
@@ -167,7 +167,7 @@ def test_the_tail_never_exceeds_decodes_that_are_all_the_longest(root: Path) -> 
     assert timer.mixed_ns([(16, 0)], 4, 4 * 136, 16, 256) == timer.mixed_ns([(16, 0)], 4, 4 * 136, 136, 136)
 
 
-def test_a_wild_fit_never_makes_a_step_faster_than_its_shortest_decode(root: Path) -> None:
+def test_a_wild_fit_is_no_faster_than_the_shortest_decode(root: Path) -> None:
     wild = [(chunk, "n<=8", "sr<=50%", "kvB>100", "kp=0", -735.0) for chunk in (0, 16)]
     timer = Toy(skew=wild).timer(root, engine=FITTED)
     assert timer.decode_ns(4, 256, 48, 128) == timer.decode_ns(4, 192, 48, 48)
@@ -175,7 +175,7 @@ def test_a_wild_fit_never_makes_a_step_faster_than_its_shortest_decode(root: Pat
     assert timer.mixed_ns([(16, 0)], 4, 256, 48, 128) == timer.mixed_ns([(16, 0)], 4, 192, 48, 48)
 
 
-def test_longer_sequences_that_measure_faster_leave_nothing_to_share_out(root: Path) -> None:
+def test_longer_decodes_that_measure_faster_share_nothing(root: Path) -> None:
     toy = Toy(skew=ALPHAS)
     toy.attention[0, 4, 0, 256] = toy.attention[0, 4, 0, 64] - 1
     timer = toy.timer(root)
@@ -193,7 +193,7 @@ def test_noise_in_the_last_points_never_turns_into_negative_time(root: Path) -> 
     assert timer.mixed_ns(step, 4, 4 * 131072, 131072, 131072) == timer.mixed_ns(step, 4, 4 * 256, 256, 256)
 
 
-def test_a_longer_history_never_makes_attention_faster_than_the_longest_measured(root: Path) -> None:
+def test_a_longer_history_never_makes_attention_faster(root: Path) -> None:
     toy = Toy()
     longest = 128
     for key in [key for key in toy.attention if key[2] == (longest if key[1] == 0 else 32)]:
@@ -358,7 +358,7 @@ def bundles(draw: st.DrawFn) -> Toy:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_a_run_of_decode_steps_is_its_single_steps_to_the_nanosecond(root: Path, data: st.DataObject) -> None:
+def test_a_run_of_decodes_is_its_single_steps(root: Path, data: st.DataObject) -> None:
     timer = data.draw(bundles()).timer(root, engine=EngineSpec(decode_step_overhead_us=0.123))
     for n, kv_sum, least, greatest in data.draw(st.lists(decodes(), min_size=1, max_size=5)):
         steps = data.draw(st.integers(1, 400))

@@ -128,7 +128,7 @@ def us(timer: StepCost, *batches: Batch | None) -> list[tuple[float, float]]:
 # Pipelines.
 
 
-def test_blocks_are_spread_evenly_and_the_last_stage_has_no_more_than_others() -> None:
+def test_the_last_stage_has_no_more_blocks_than_others() -> None:
     model = model_from_config(
         {**toy_model().model_dump(exclude_none=True), "num_hidden_layers": 8}, MODEL, "toy.json"
     )
@@ -261,7 +261,7 @@ def test_padding_goes_through_the_experts_too() -> None:
 
 
 @pytest.mark.usefixtures("root")
-def test_within_an_instance_tokens_are_everywhere_and_nothing_is_dispatched() -> None:
+def test_within_an_instance_nothing_is_dispatched() -> None:
     timer = Group(tp=2, ep=2, experts=8).timer()
     all_reduces = 2 * 2 * (1 + 0.032)
     expected = 2 * (2 * 13 + 13 + balanced_us(4) + all_reduces) + 5 + 1 + 53
@@ -396,7 +396,7 @@ def test_waves_are_told_apart_by_the_steps_of_their_members() -> None:
 
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize("policy", ["RAND", "ZIPF"])
-def test_what_a_wave_takes_does_not_depend_on_what_was_asked_before(policy: str) -> None:
+def test_a_wave_takes_the_same_whatever_was_asked_before(policy: str) -> None:
     group = Group(members=2, ep=2, experts=8, policy=policy, block_copy=False)
     waves = [[batch(decodes=[20] * n, step=n), batch(decodes=[30] * n, step=2 * n)] for n in range(1, 9)]
     timer = group.timer()

@@ -11,7 +11,7 @@ from servesim.cost.tables import Curve, bracket, brackets, densify, describe_loo
 from tests.cost.bundles import Rows, attention_rows, slow_lookup
 
 
-def test_lookups_are_linear_between_clamped_below_and_extrapolated_above() -> None:
+def test_lookups_are_clamped_below_and_extrapolated_above() -> None:
     curve = Curve.from_rows(np.array([30.0, 10.0, 20.0]), np.array([9.0, 1.0, 3.0]))
     assert curve.at([0, 10, 15, 20, 25, 30, 40]).tolist() == [
         1,

@@ -80,7 +80,7 @@ def test_a_page_that_is_wrong_is_found_and_corrected(tmp_path: Path) -> None:
     assert fresh == right
 
 
-def test_a_command_that_fails_is_found_and_what_is_shown_left_alone(tmp_path: Path) -> None:
+def test_a_command_that_fails_leaves_the_page_alone(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```console\n$ false\nfine\n```\n")
     fresh, differences = refresh.check_page(page)
@@ -96,7 +96,7 @@ def test_a_here_document_belongs_to_its_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_no_page_shows_a_fault_of_ours_or_a_path_of_the_machine_it_was_made_on(page: Path) -> None:
+def test_no_page_shows_a_fault_or_a_path_of_a_machine(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "a fault of servesim" not in text
     assert "Traceback" not in text

@@ -212,7 +212,7 @@ def test_sticky_sessions_stay_and_free_ones_take_turns() -> None:
     assert stay.requests["npu_hit"].sum() > free.requests["npu_hit"].sum()
 
 
-def test_a_sticky_session_that_changes_its_model_comes_back_to_the_same_instance() -> None:
+def test_a_sticky_session_comes_back_after_another_model() -> None:
     cluster = toy_cluster([toy_instance(), toy_instance(), toy_instance(MOE)])
     session = conversation(turns=4)
     for request, model in zip(session, (DENSE, MOE, DENSE, MOE), strict=True):
@@ -328,7 +328,7 @@ def test_fp8_on_the_prefill_side_halves_the_transfer() -> None:
     assert first_token_ns({}, {}) - first_token_ns({}, both) == 0
 
 
-def test_two_ranks_on_both_sides_move_half_each_and_on_one_side_do_not_help() -> None:
+def test_two_ranks_move_half_each_only_on_both_sides() -> None:
     kv_ns = 100 * KV_BYTES_PER_TOKEN * 1000
     single, double = {"tp_size": 1}, {"tp_size": 2}
     decode_step = {tp: first_token_ns(single, {"tp_size": tp}) - kv_ns for tp in (1, 2)}
@@ -404,7 +404,7 @@ def test_a_cluster_that_cannot_be_is_told(instances: list[dict[str, Any]], compl
         simulate(cluster, Workload([Request(0, 20, 2, 0)], "w"))
 
 
-def test_the_banner_says_how_an_instance_is_spread_and_what_part_it_has() -> None:
+def test_the_banner_says_how_an_instance_is_spread() -> None:
     sides: list[dict[str, Any]] = [{"pd_type": "prefill", "tp_size": 2}, {"pd_type": "decode", "pp_size": 3}]
     group = toy_instance(MOE, dp_group="A", ep_size=2)
     cluster = toy_cluster([*(toy_instance(**side) for side in sides), group, group])

@@ -87,7 +87,7 @@ def run_split(
     return log
 
 
-def test_the_first_token_comes_from_the_decode_side_once_the_kv_is_there() -> None:
+def test_the_decode_side_gives_the_first_token() -> None:
     # 8 tokens = 8000 bytes = 8000 ns, more than the step (1080) and its last layer (2000) take
     record = run_split(requests((8, 3, 0))).requests[0]
     assert (record.instance, record.decode_instance) == (0, 1)
@@ -126,7 +126,7 @@ def test_latency_is_paid_once() -> None:
     assert record.first_token_ns == 300 + 8000 + 1010
 
 
-def test_two_prefill_instances_share_the_way_into_one_decode_instance() -> None:
+def test_two_prefill_instances_share_the_way_in() -> None:
     log = run_split(requests((8, 1, 0), (8, 1, 0)), prefill=2)
     assert {r.instance for r in log.requests} == {0, 1}
     assert [r.first_token_ns for r in log.requests] == [16000 + 1020] * 2

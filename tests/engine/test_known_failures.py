@@ -235,7 +235,7 @@ def test_a_stuck_request_is_named(pp: int, asynchronous: bool) -> None:
 
 
 @pytest.mark.usefixtures("any_budget")
-def test_a_stuck_member_of_a_group_is_named_once_the_others_are_done() -> None:
+def test_a_stuck_member_is_named_once_others_are_done() -> None:
     group = [toy_instance(MOE, dp_group="A"), toy_instance(MOE, dp_group="A", **preempted(9))]
     requests = [Request(0, 8, 16, 0), Request(1, 8, 16, 0), Request(2, 8, 500, 0)]
     with pytest.raises(RunError, match="instance 1 cannot go on: requests 1 wait"):

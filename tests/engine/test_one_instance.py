@@ -56,7 +56,7 @@ def test_without_chunking_a_prompt_waits_for_a_step_with_room() -> None:
     assert list(log.instances[0].steps.prefill_tokens) == [40, 40]
 
 
-def test_without_chunking_a_prompt_over_the_budget_is_rejected_and_the_others_run() -> None:
+def test_without_chunks_a_prompt_over_the_budget_is_rejected() -> None:
     log = run_small(requests((65, 1, 0), (64, 1, 0)), budget=64, chunked_prefill=False)
     assert [r.request for r in log.rejected] == [0]
     assert "max_num_batched_tokens 64" in log.rejected[0].reason
@@ -69,7 +69,7 @@ def test_a_request_that_can_never_fit_is_rejected_with_its_reason() -> None:
     assert "11 blocks" in log.rejected[0].reason
 
 
-def test_the_last_running_request_is_preempted_and_resumes_with_its_own_blocks() -> None:
+def test_the_last_running_request_is_preempted_and_resumes() -> None:
     # 6 usable blocks of 4; both prompts of 8 take 2 each. Each needs a third block at its first decode, which
     # leaves none free; at length 12 request 0 needs a fourth, and request 1 has to go.
     log = run_small(requests((8, 8, 0), (8, 8, 0)), blocks=7)
@@ -83,7 +83,7 @@ def test_the_last_running_request_is_preempted_and_resumes_with_its_own_blocks()
     assert second.recomputed_tokens >= 0
 
 
-def test_full_prompt_admission_keeps_a_request_out_until_its_prompt_fits() -> None:
+def test_a_full_prompt_gate_waits_until_the_prompt_fits() -> None:
     long_and_short = requests((16, 4, 0), (12, 1, 0))
     waited = run_small(long_and_short, blocks=7, budget=16)
     admitted = run_small(long_and_short, blocks=7, budget=24, reserve_full_isl=False)

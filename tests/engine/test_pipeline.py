@@ -42,7 +42,7 @@ def test_batches_fill_the_pipeline_one_stage_behind_each_other() -> None:
     assert [r.end_ns for r in log.requests] == [3000, 4000, 5000, 6000]
 
 
-def test_a_request_is_in_one_batch_at_a_time_and_the_pipeline_drains() -> None:
+def test_a_request_is_in_one_batch_and_the_pipeline_drains() -> None:
     # Two prompts fill two batches; then each request decodes every second step until it has three tokens.
     log = run_small(requests((64, 3, 0), (64, 3, 0)), stages=ConstantStages(2))
     assert ends(log) == [2000, 3000, 4000, 5000, 6000, 7000]
@@ -53,7 +53,7 @@ def test_a_request_is_in_one_batch_at_a_time_and_the_pipeline_drains() -> None:
     assert tokens == [[2000, 4000, 6000], [3000, 5000, 7000]]
 
 
-def test_chunks_of_one_prompt_follow_each_other_through_the_pipeline() -> None:
+def test_chunks_of_a_prompt_follow_through_the_stages() -> None:
     log = run_small(requests((150, 1, 0)), stages=ConstantStages(2))
     assert list(log.instances[0].steps.prefill_tokens) == [64, 64, 22]
     assert ends(log) == [2000, 3000, 4000]

@@ -145,7 +145,7 @@ def test_only_a_run_with_a_tier_has_storage_hits() -> None:
         assert cache["storage_read_bytes"] % (CHUNK * KV_BYTES_PER_TOKEN) == 0
 
 
-def test_a_fast_tier_is_better_than_computing_again_and_a_very_slow_one_worse() -> None:
+def test_a_fast_tier_beats_computing_and_a_slow_one_does_not() -> None:
     cluster, apart = toy_cluster([llama()]), sessions(gap_ms=4000)
     computed = run(cluster, apart)
     fast = run(cluster, apart, **CPU_TIER)
@@ -168,7 +168,7 @@ def test_a_cxl_pool_is_read_from_all_its_devices_at_once() -> None:
     assert ttft_ns(1) - ttft_ns(4) == 0.75 * 40.96 * MS
 
 
-def test_fp8_halves_what_is_read_and_written_and_doubles_the_tokens_that_fit() -> None:
+def test_fp8_halves_tier_bytes_and_doubles_its_tokens() -> None:
     apart = sessions(gap_ms=4000)
     wide, narrow = (
         run(workload=apart, kv_cache_dtype=dtype, **CPU_TIER).summary["prefix_cache"]
@@ -192,7 +192,7 @@ def test_sharing_lets_an_instance_recall_what_another_computed() -> None:
     assert written[1] < written[0]
 
 
-def test_instances_with_kv_of_another_kind_share_the_room_and_nothing_else() -> None:
+def test_instances_of_other_kv_share_the_room_alone() -> None:
     twice = [Request(i, 400, 2, i * 100 * MS, np.arange(400), model=DENSE) for i in range(3)]
     kinds = toy_cluster([small(), small(kv_cache_dtype="fp8")])
     hits = run(
@@ -286,7 +286,7 @@ def test_tiers_serve_every_kind_of_parallelism(keys: list[dict[str, Any]]) -> No
     assert result.requests["storage_hit"].sum() > 0
 
 
-def test_a_small_tier_keeps_what_was_used_last_and_never_more_than_fits() -> None:
+def test_a_small_tier_keeps_what_was_used_last() -> None:
     hits = []
     for chunks in (1, 6, 12, 1000):
         cluster = with_cpu(toy_cluster([small()]), mem_size=chunks * CHUNK * KV_BYTES_PER_TOKEN / 2**30)
@@ -349,7 +349,7 @@ def files_below(folder: Path) -> list[Path]:
         (["--prefix-storage", "CPU", "--no-enable-prefix-caching"], "leave one of them out"),
     ],
 )
-def test_what_does_not_go_together_is_said_before_anything_is_written(
+def test_what_excludes_each_other_is_told_before_writing(
     flags: list[str], words: str, toys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files_below(toys)

@@ -76,7 +76,7 @@ def again(gap: int = 100_000) -> Workload:
     return requests((600, 1, 0), (600, 1, gap), (600, 1, 2 * gap), ids=[A, B, A])
 
 
-def test_a_recall_delays_the_step_that_needs_it_by_bytes_over_bandwidth_and_latency() -> None:
+def test_a_recall_delays_its_step_by_bytes_over_bandwidth() -> None:
     log = run_tiered(again())
     third = log.requests[2]
     assert (third.npu_hit, third.storage_hit) == (0, 512)

@@ -77,7 +77,7 @@ def test_random_choices_follow_the_seed() -> None:
     assert set(first) == {0, 1, 2, 3}
 
 
-def test_prefix_goes_where_most_is_cached_then_where_least_is_to_do() -> None:
+def test_prefix_goes_where_most_is_cached() -> None:
     assert choices(router("PREFIX", Busy(0, 0, 0), Busy(1, 0, 3, cached=32)), 1, 0, 1) == [1]
     alike = router("PREFIX", Busy(0, 0, 3, cached=32), Busy(1, 0, 2, cached=32))
     assert choices(alike, 1, 0, 1) == [1]

@@ -93,7 +93,7 @@ def test_a_quick_search_stays_within_its_work(monkeypatch: pytest.MonkeyPatch) -
     assert quick.to_dict()["left_out"] == quick.left_out
 
 
-def test_a_load_of_the_answer_keeps_the_bounds_and_one_above_does_not() -> None:
+def test_the_answer_keeps_the_bounds_and_more_does_not() -> None:
     found = search("ttft:p95:60 tpot:50", patterns=1)
     assert found.load is not None
     kept = servesim.simulate(CLUSTER, WORKLOAD, request_rate=found.load)

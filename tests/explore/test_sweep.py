@@ -82,7 +82,7 @@ def test_a_grid_is_every_combination_and_a_list_is_as_written() -> None:
         ({"min": 1.0, "max": 100, "step": 10, "scale": "log"}, [1.0, 10.0, 100.0]),
     ],
 )
-def test_ranges(given: dict[str, Any], values: list[float]) -> None:
+def test_a_range_is_its_values(given: dict[str, Any], values: list[float]) -> None:
     assert space_of({"grid": {"request_rate": {"range": given}}}).grid["request_rate"] == values
 
 

@@ -147,7 +147,7 @@ def test_without_rules_the_plan_is_the_usual_one() -> None:
     assert memory_map(placed({"default": {"weights": "npu"}})).capacity(0) == usual
 
 
-def test_kv_of_half_the_blocks_elsewhere_doubles_what_the_npu_holds() -> None:
+def test_half_the_kv_elsewhere_doubles_what_the_npu_holds() -> None:
     usual = memory_map(cluster()).capacity(0)
     config = with_memory(
         512, instance(placement={"blocks": [{"blocks": "16-31", "kv_loc": "cpu"}], "default": {}})
@@ -164,7 +164,7 @@ def test_kv_in_cpu_memory_is_bounded_by_it_and_halved_by_fp8() -> None:
     assert memory_map(config, kv_cache_dtype="fp8").capacity(0).num_blocks == 16 * GIB // (8 * KV_PER_TOKEN)
 
 
-def test_instances_of_a_node_split_what_weights_leave_of_its_memory() -> None:
+def test_instances_split_what_weights_leave_of_a_memory() -> None:
     kv = instance(placement={"default": {"kv_loc": "cpu"}})
     weights = instance(placement={"blocks": [{"blocks": "0-9", "weights": "cpu"}], "default": {}})
     made = memory_map(with_memory(16, kv, weights, kv))
@@ -187,7 +187,7 @@ def test_two_ranks_keep_their_weights_in_one_memory() -> None:
     assert one.outside[0].weight_bytes == weight_bytes_per_npu(load_model(LLAMA), "bfloat16")
 
 
-def test_tied_weights_are_kept_once_and_read_where_the_embedding_is() -> None:
+def test_tied_weights_are_kept_once() -> None:
     rules = {"default": {}, "layers": {"embedding": {"weights": "cxl:2"}}}
     resident = memory_map(placed(rules, keys={"model_name": "Qwen/Qwen3-0.6B"})).resident(0)
     assert resident is not None

@@ -88,7 +88,7 @@ def test_fp8_kv_halves_a_block_and_doubles_the_blocks() -> None:
     assert auto.weight_bytes == fp8.weight_bytes
 
 
-def test_a_reserve_of_zero_gives_all_that_weights_leave_to_the_cache() -> None:
+def test_no_reserve_gives_all_that_is_left_to_the_cache() -> None:
     memory = {"mem_size": 96, "mem_bw": 1597, "mem_latency": 0, "reserve": 0}
     left = int(96 * GIB * 0.9) - 2 * 8_030_261_248
     assert plan({"npu_mem": memory}).num_blocks == left // (16 * 131072) == 36578

@@ -29,7 +29,7 @@ def test_a_chunk_larger_than_the_tier_is_left_out() -> None:
     assert len(pool) == 0
 
 
-def test_a_prefix_is_recalled_in_whole_chunks_and_never_to_its_last_token() -> None:
+def test_a_prefix_is_recalled_in_whole_chunks() -> None:
     tier = LowerTier(TierPool(1 << 40), 0, block_size=16, bytes_per_token=10)
     table = BlockTable([], unique_base=0)
     tier.write_through(table, 1000)  # three full chunks of 256

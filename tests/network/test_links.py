@@ -61,7 +61,7 @@ def test_what_one_transfer_cannot_use_the_others_get() -> None:
     assert links.rates() == {0: 2.0, 1: 8.0, 2: 2.0}
 
 
-def test_a_transfer_cannot_end_before_its_floor_and_frees_its_ports_when_its_bytes_are_gone() -> None:
+def test_a_transfer_ends_no_earlier_than_its_floor() -> None:
     # The first is through at 200 ns and only waits; the second then has the port to itself.
     assert run([(0, 1000, (OUT,), 900), (0, 3000, (OUT,), 0)]) == {0: 900, 1: 400}
 
@@ -124,7 +124,7 @@ def test_every_transfer_ends_no_earlier_than_it_could_alone(
 
 @settings(max_examples=200, deadline=None)
 @given(TRANSFERS)
-def test_a_port_moves_no_more_than_it_can_and_is_never_idle_with_work(
+def test_a_port_is_never_idle_with_work(
     transfers: list[tuple[int, int, list[Port], int]],
 ) -> None:
     """One port alone: at any end, all bytes due there have moved, in the time somebody was there."""

@@ -85,7 +85,7 @@ def test_collectives_of_any_mix_of_dimensions(
     assert group.all_to_all_ns(payload) == pytest.approx(sum(one_pass(span, payload) for span in spans))
 
 
-def test_one_number_holds_for_all_dimensions_and_a_list_goes_on_with_its_last() -> None:
+def test_a_list_of_links_goes_on_with_its_last() -> None:
     one = Topology.of(load_cluster(cluster(link_bw=16, link_latency=20_000)))
     assert one.tp == Dimension("tp", "ring", 16, 20_000)
     assert one.nodes == Dimension("nodes", "ring", 16, 20_000)

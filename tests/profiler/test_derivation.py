@@ -219,7 +219,7 @@ def test_measurements_replace_peak_rates_once_installed(home: Path) -> None:
 
 
 @needs_silicon
-def test_an_old_bundle_made_on_demand_is_made_again_with_all_its_degrees(home: Path) -> None:
+def test_an_old_bundle_is_made_again_with_all_degrees(home: Path) -> None:
     folder = _shipped_like(home, source="silicon", derivation=0, made_on_demand=True)
     old = (folder / "tp2" / "dense.csv").read_bytes()
     (line,), warned = _read()

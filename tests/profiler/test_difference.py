@@ -40,7 +40,7 @@ def test_a_bundle_does_not_differ_from_itself(tmp_path: Path) -> None:
     assert all(row.outside == 0 for row in found)
 
 
-def test_a_slower_layer_is_named_with_the_point_where_it_differs_most(tmp_path: Path) -> None:
+def test_a_slower_layer_is_named_with_its_worst_point(tmp_path: Path) -> None:
     base, other = bundle(tmp_path / "a"), bundle(tmp_path / "b")
     path = other.folder / "tp1/dense.csv"
     lines = path.read_text().splitlines()

@@ -18,7 +18,7 @@ def test_doubling_always_ends_with_its_last_value() -> None:
 
 
 @given(st.integers(18, 3000))
-def test_the_token_grid_reproduces_a_staircase_of_tiles_exactly_up_to_2048(last: int) -> None:
+def test_the_token_grid_follows_tiles_up_to_2048(last: int) -> None:
     grid = token_grid(last)
     assert grid[0] == 1
     assert grid[-1] == last
@@ -47,7 +47,7 @@ def test_refining_puts_points_on_both_sides_of_a_step() -> None:
         assert math.isclose(np.interp(count, grid, [stairs(c) for c in grid]), stairs(count))
 
 
-def test_every_chunk_and_decode_count_has_a_full_rectangle_of_histories_and_lengths() -> None:
+def test_every_chunk_and_count_has_a_full_rectangle() -> None:
     grid = attention_grid(2048, 256, 131072)
     by_slice: dict[tuple[int, int], set[tuple[int, int]]] = {}
     for chunk, history, decodes, kv in grid.rows():

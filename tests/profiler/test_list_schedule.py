@@ -23,7 +23,7 @@ def test_blocks_share_the_memory_until_one_is_left_alone() -> None:
     assert shared_stream_us([10.0, 10.0, 10.0, 12.0], 3, 6.0, 10.0) == pytest.approx(3.0 + 2.0)
 
 
-def test_a_long_block_at_the_end_reads_no_faster_than_one_block_can() -> None:
+def test_a_last_long_block_reads_no_faster_than_one_can() -> None:
     # two blocks of 1 at rate 1 each (1 us), the long one goes on alone at 1 although the memory gives 100
     assert shared_stream_us([1.0, 1.0, 50.0], 3, 1.0, 100.0) == pytest.approx(50.0)
 

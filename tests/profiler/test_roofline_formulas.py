@@ -53,14 +53,14 @@ def test_a_large_product_runs_at_the_peak_rate() -> None:
     assert float(gemm_us(TOY, 8192, 8192, 8192, "bfloat16")) == pytest.approx(padded / 1e9, rel=0.01)
 
 
-def test_eight_bit_products_halve_the_weights_and_pay_for_quantising() -> None:
+def test_8_bit_gemms_halve_the_weights_and_pay_to_quantise() -> None:
     one = float(gemm_us(TOY, 1, 4096, 4096, "fp8"))
     assert one == pytest.approx(float(gemm_us(TOY, 1, 4096, 4096, "bfloat16")) / 2, rel=0.01)
     narrow = float(gemm_us(TOY, 8192, 64, 4096, "fp8"))
     assert narrow > 8192 * 4096 * 3 / 1e6  # reading 16-bit activations and writing 8-bit ones
 
 
-def test_without_eight_bit_arithmetic_small_weights_still_stream_faster() -> None:
+def test_8_bit_weights_stream_faster_without_8_bit_rates() -> None:
     plain = accelerator(
         TOY_HARDWARE.model_copy(update={"peak_tflops": {"bfloat16": 1000.0}}), efficiency=PERFECT
     )
@@ -137,9 +137,7 @@ def test_an_all_reduce_of_two_ranks_sends_its_payload_once() -> None:
     k=st.integers(64, 20_000),
     dtype=st.sampled_from(["bfloat16", "fp8"]),
 )
-def test_products_never_get_faster_with_more_tokens_and_never_beat_the_roofline(
-    tokens: int, more: int, n: int, k: int, dtype: str
-) -> None:
+def test_gemms_never_beat_the_roofline(tokens: int, more: int, n: int, k: int, dtype: str) -> None:
     less, greater = gemm_us(TOY, np.array([tokens, tokens + more]), n, k, dtype)
     assert less <= greater * (1 + 1e-12)
     element = 1 if dtype == "fp8" else 2
@@ -173,7 +171,7 @@ def test_what_the_hardware_file_states_wins_over_every_fit() -> None:
     assert changed.decode_start_us == 7.0
 
 
-def test_a_measured_gpu_has_its_own_constants_and_others_the_medians() -> None:
+def test_gpus_not_measured_have_the_median_constants() -> None:
     own = fits()["gpus"]["h100_sxm"]
     assert efficiency_of(load_hardware("H100")).product_stream == own["product_stream"]
     assert efficiency_of(load_hardware("MI300X")) == typical()

@@ -60,9 +60,7 @@ def test_whole_steps_of_a_moe_model_match_a_measured_profile(kind: str, median: 
 
 
 @pytest.mark.parametrize(("tp", "sizes"), [(1, ("n<=64", "n<=128", "n<=256")), (2, ("n<=128", "n<=256"))])
-def test_the_predicted_skew_of_large_batches_is_that_of_the_measured_fit(
-    tp: int, sizes: tuple[str, ...]
-) -> None:
+def test_skew_of_large_batches_is_that_of_the_measured_fit(tp: int, sizes: tuple[str, ...]) -> None:
     """α of decodes alone in the buckets that serving visits: 64 to 256 decodes, mean near the shortest."""
     pairs = []
     for folder in (SHIPPED, recorded_path("perf")):

@@ -172,7 +172,7 @@ def test_without_the_extra_the_command_says_how_to_get_it(
     assert "pip install 'servesim[silicon]'" in capsys.readouterr().err
 
 
-def test_a_hardware_without_measurements_is_an_error_that_names_the_field() -> None:
+def test_hardware_without_measurements_names_the_field() -> None:
     from servesim.profiler.silicon.tables import silicon_gpu
 
     importlib.import_module("servesim.profiler.silicon.tables")

@@ -65,7 +65,7 @@ def test_weights_always_come_from_dram() -> None:
         assert times.time_us(np.array([1]), n, 1024)[0] == pytest.approx(LAUNCH_US + _from_dram_us(n))
 
 
-def test_a_table_without_a_jump_at_a_sixth_of_l2_is_taken_as_measured() -> None:
+def test_a_table_without_a_jump_is_taken_as_measured() -> None:
     times = _streaming(0.95)
     assert not times.warm
     assert times.time_us(np.array([1]), 1024, 1024)[0] == pytest.approx(
@@ -73,7 +73,7 @@ def test_a_table_without_a_jump_at_a_sixth_of_l2_is_taken_as_measured() -> None:
     )
 
 
-def test_a_sample_whose_whole_tile_would_beat_the_peak_stands_for_its_own_rows() -> None:
+def test_a_tile_that_beats_the_peak_stands_for_its_own_rows() -> None:
     """257 rows in 100 us: 384 would be 1.28 times the peak of a GPU that computes 300 rows in that time."""
     rows = [(256, 95.0), (257, 100.0), (512, 185.0)]
     listed = [{"gemm_dtype": "bfloat16", "m": m, "n": 1024, "k": 1024, "us": us} for m, us in rows]
@@ -155,7 +155,7 @@ def test_history_lengthens_every_round_of_tiles_alike() -> None:
     assert times.prefill_us(192, 1000) - times.prompt_us(192) == pytest.approx(2000 * times.tile_token_us)
 
 
-def test_two_launches_cost_their_sum_and_one_launch_less_than_each_alone_is_impossible() -> None:
+def test_two_launches_cost_their_sum() -> None:
     flashinfer = toy_attention(kernel="toy_flashinfer")
     both = flashinfer.mixed_us(128, 1000, 8, 500)
     assert both == pytest.approx(flashinfer.prefill_us(128, 1000) + flashinfer.decode_us(8, 500))
@@ -163,7 +163,7 @@ def test_two_launches_cost_their_sum_and_one_launch_less_than_each_alone_is_impo
     assert fa2.mixed_us(128, 1000, 8, 500) >= fa2.prefill_us(128, 1000)
 
 
-def test_without_splits_many_decodes_beside_a_chunk_queue_for_the_sms() -> None:
+def test_without_splits_decodes_queue_for_the_sms() -> None:
     times = toy_attention()
     few, many = (times.mixed_us(16, 0, n, 1000) for n in (2, 20))
     per_round = times.tile_start_us + times.tile_token_us * 1001
@@ -184,7 +184,7 @@ def test_unequal_batches_have_the_asked_extremes_and_rate(rate: float) -> None:
     assert (mean - 512) / (8192 - 512) == pytest.approx(rate, abs=0.03)
 
 
-def test_equal_lengths_cost_no_skew_and_unequal_ones_less_than_all_at_the_longest() -> None:
+def test_unequal_lengths_cost_less_than_the_longest_for_all() -> None:
     model = SkewModel(toy_attention(), token_us=0.02)
     mixed, _ = model.alpha(128, 0, 16, 0.27, 8192)
     alone, batches = model.alpha(0, 0, 64, 0.27, 8192)
@@ -194,7 +194,7 @@ def test_equal_lengths_cost_no_skew_and_unequal_ones_less_than_all_at_the_longes
     assert model.alone_us([700] * 9) == model.alone_us([700] * 9)
 
 
-def test_unequal_lengths_are_priced_at_the_sizes_between_which_a_run_interpolates() -> None:
+def test_unequal_lengths_are_priced_at_the_sizes_around() -> None:
     """And at no other, whose equal lengths may fill their waves worse than those of the table do."""
     sizes = set()
 

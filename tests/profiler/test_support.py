@@ -38,7 +38,7 @@ def test_without_a_bundle_a_hardware_file_is_enough_to_make_one() -> None:
     )
 
 
-def test_without_anything_nothing_can_be_made_and_the_missing_fact_is_named() -> None:
+def test_the_fact_without_which_nothing_is_made_is_named() -> None:
     told = answer(job(hardware=HardwareSpec(name="Blank")), ASKED)
     assert told.letter == "-"
     assert "configs/hardware/Blank.yaml: memory_bandwidth_gbs: is missing" in told.ways[1].about
@@ -58,7 +58,7 @@ def test_a_bundle_is_described_with_its_reach_and_what_lies_beyond(root: Path) -
     assert "nothing measured" in (found.confidence or "")
 
 
-def test_a_bundle_without_the_degree_asked_for_is_a_problem_with_a_way_out(root: Path) -> None:
+def test_a_missing_degree_is_told_with_a_way_out(root: Path) -> None:
     write(root, tp_degrees=(1,))
     told = answer(job(tp_degrees=(4,)), ASKED, ways=False)
     assert told.bundle is not None

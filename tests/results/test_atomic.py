@@ -87,7 +87,7 @@ def test_checking_leaves_nothing_behind(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["file/new/run.csv", "new/" + "x" * 300 + "/run.csv", "y" * 300])
-def test_a_path_that_could_not_be_created_is_told_and_leaves_nothing(path: str, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_created_leaves_nothing(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--output .*: cannot be written"):
         check_writable(tmp_path / path, "--output")

@@ -104,7 +104,7 @@ def test_power_per_interval_sees_standby_reach_into_the_next_one() -> None:
         result.power(0)
 
 
-def test_tensor_parallel_ranks_all_draw_and_pay_for_their_all_reduces() -> None:
+def test_ranks_all_draw_and_pay_for_all_reduces() -> None:
     spec = one_node(num_npus=2, tp_size=2)
     devices = two_steps(spec).summary["energy"]["per_node"][0]["devices_j"]
     assert devices["npu"] == 1600.0

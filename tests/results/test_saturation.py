@@ -35,7 +35,7 @@ def test_full_slots_count_by_time() -> None:
     assert saturation(result)[0].reasons() == ["max_num_seqs requests ran for 20 % of the busy time"]
 
 
-def test_a_queue_that_gets_longer_while_requests_arrive_is_saturation() -> None:
+def test_a_queue_that_grows_with_arrivals_is_saturation() -> None:
     result = ten_steps([0, 1, 1, 1, 2, 3, 4, 5, 6, 7], [1] * 10)
     (found,) = saturation(result)
     assert (found.queue_early, found.queue_late) == (1.0, 5.0)

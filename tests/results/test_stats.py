@@ -13,7 +13,7 @@ from servesim.results import stats
 from servesim.results.stats import describe, exact_sum, weighted_percentiles
 
 
-def test_the_median_of_an_even_sample_lies_between_its_middle_values() -> None:
+def test_the_median_lies_between_the_middle_values() -> None:
     figures = describe(np.array([10, 20, 30, 40]))
     assert (figures.count, figures.mean, figures.median, figures.maximum) == (4, 25.0, 25.0, 40)
     assert figures.p90 == pytest.approx(37.0)  # rank 2.7 of 0..3
@@ -51,7 +51,7 @@ def test_an_empty_sample_is_all_zero() -> None:
         lambda s: any(c for _, c in s)
     )
 )
-def test_weighted_percentiles_equal_those_of_the_sample_written_out(sample: list[tuple[int, int]]) -> None:
+def test_weighted_percentiles_are_those_of_the_sample(sample: list[tuple[int, int]]) -> None:
     values = np.array([value for value, _ in sample], dtype=np.int64)
     counts = np.array([count for _, count in sample], dtype=np.int64)
     percents = (0, 12.5, 50, 90, 99, 100)

@@ -102,7 +102,7 @@ def test_experts_spread_over_a_data_parallel_group() -> None:
         check_cluster(load_cluster(cluster(member)))
 
 
-def test_an_instance_may_hold_the_experts_several_times_or_a_group_share_them() -> None:
+def test_an_instance_may_hold_experts_twice_or_share_them() -> None:
     several = instance(model_name=MIXTRAL, num_npus=4, tp_size=4, ep_size=2)
     check_cluster(load_cluster(cluster(several)))
     shared = instance(model_name=MIXTRAL, num_npus=2, tp_size=2, ep_size=4, dp_group="A")

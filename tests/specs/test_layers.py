@@ -64,7 +64,7 @@ class TestParameters:
             ("blis__deepseek-v2-lite", 15_706_484_224),
         ],
     )
-    def test_published_counts(self, name, parameters):
+    def test_parameters_are_those_published(self, name, parameters):
         assert layers_of(name).parameters() == parameters
 
     def test_phi_3_14b(self):
@@ -81,7 +81,7 @@ class TestParameters:
         )  # fmt: skip
         assert read_layers(olmo, "x").parameters() == pytest.approx(32.2e9, rel=0.002)
 
-    def test_granite_8b(self):
+    def test_granite_has_8_billion_parameters(self):
         granite = llama(
             model_type="granite", num_hidden_layers=40, intermediate_size=12800, vocab_size=49159,
             tie_word_embeddings=True,
@@ -215,7 +215,7 @@ class TestKinds:
         kinds = {(type(layer.attention), type(layer.mlp)) for layer in model.layers}
         assert kinds == {(Recurrent, type(None)), (type(None), Experts), (Attention, type(None))}
 
-    def test_compressed_tokens(self):
+    def test_deepseek_v4_attends_to_compressed_tokens(self):
         model = layers_of("deepseek-ai__DeepSeek-V4-Flash")
         assert all(isinstance(layer.attention, CompressedAttention) for layer in model.layers)
         assert {layer.attention.ratio for layer in model.layers} == {0, 4, 128}

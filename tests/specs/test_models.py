@@ -122,7 +122,7 @@ def test_some_layers_may_be_dense_in_a_model_of_experts() -> None:
     assert parse().num_moe_layers == 0
 
 
-def test_sliding_layers() -> None:
+def test_layers_slide_as_the_config_says() -> None:
     assert parse().num_sliding_layers == 0
     assert parse(sliding_window=128).num_sliding_layers == 4
     assert parse(sliding_window=128, use_sliding_window=False).num_sliding_layers == 0
@@ -141,7 +141,7 @@ def test_the_language_model_of_a_multimodal_config() -> None:
     assert model_from_config(nested, "tiny", "config.json") == parse()
 
 
-def test_latent_attention() -> None:
+def test_a_kv_rank_makes_attention_latent() -> None:
     assert not parse().is_mla
     assert parse(kv_lora_rank=512, qk_rope_head_dim=64).is_mla
 

@@ -142,7 +142,7 @@ def test_what_is_on_can_be_turned_off(name: str) -> None:
         ("--enable-prefix-sharing", "enable_prefix_sharing", True),
     ],
 )
-def test_switches(flag: str, name: str, value: bool) -> None:
+def test_a_switch_changes_its_option(flag: str, name: str, value: bool) -> None:
     assert getattr(RuntimeOptions(), name) is not value
     assert getattr(parsed(flag), name) is value
 

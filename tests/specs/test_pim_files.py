@@ -43,7 +43,7 @@ def test_bandwidth_and_latency_follow_from_the_dram(tmp_path: Path) -> None:
         ("HBM2_1GB_2000", 1, 32, 242.05, 14514),
     ],
 )
-def test_shipped_devices(
+def test_shipped_devices_are_as_documented(
     name: str, capacity: float, bandwidth: float, slope: float, intercept: float
 ) -> None:
     device = load_pim(name)

@@ -50,7 +50,7 @@ def test_the_example_has_300_requests_with_prefixes_to_share() -> None:
     assert 150 < sharing < 300
 
 
-def test_the_sessions_come_back_for_more_than_a_16_bit_kv_cache_holds() -> None:
+def test_the_sessions_need_more_than_a_16_bit_cache() -> None:
     workload = load_workload(FOLDER / "agentic_sessions.jsonl.gz")
     result = servesim.simulate(workload=workload, kv_cache_dtype="auto")
     capacity = result.summary["kv_cache"]["tokens"]

@@ -65,9 +65,7 @@ def written(folder: Path, *conversations: object, form: str = "list") -> Path:
 
 @needs_tokenizers
 @pytest.mark.parametrize("form", ["list", "pretty", "lines"])
-def test_the_first_question_is_the_prompt_and_its_answer_the_output(
-    form: str, tmp_path: Path, words: Path
-) -> None:
+def test_the_first_question_is_the_prompt(form: str, tmp_path: Path, words: Path) -> None:
     path = written(tmp_path, ILIAD, ODYSSEY, form=form)
     first, second = load_workload(path, tokenizer=words)
     assert first.input_ids is not None

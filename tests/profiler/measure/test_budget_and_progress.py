@@ -23,7 +23,7 @@ def _shots(grid: object) -> int:
     return sum(len(shots(name, job(), grid, 1 << 40)) for name in ("attention", "skew"))  # type: ignore[arg-type]
 
 
-def test_every_rung_of_the_ladder_has_fewer_shots_than_the_one_before() -> None:
+def test_every_rung_of_the_ladder_has_fewer_shots() -> None:
     from servesim.profiler.measure.grid import SweepGrid
 
     counts = [_shots(grid) for grid in ladder(SweepGrid())]

@@ -44,7 +44,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("model", ["servesim/tiny-llama", "servesim/tiny-moe"])
-def test_a_sweep_makes_a_bundle_that_loads_with_the_times_it_measured(model: str) -> None:
+def test_a_sweep_makes_a_bundle_of_the_times_it_measured(model: str) -> None:
     what = job(model, tp=(1, 2))
     report = _measure(what, FakeMeter())
     bundle = load_bundle("Fake", model, "bf16")
@@ -73,7 +73,7 @@ def test_alpha_comes_out_as_the_clock_was_made() -> None:
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 20, 60])
-def test_a_stopped_sweep_goes_on_where_it_was_and_ends_with_the_same_bytes(stop_after: int) -> None:
+def test_a_stopped_sweep_ends_with_the_same_bytes(stop_after: int) -> None:
     what = job(tp=(1, 2))
     whole = FakeMeter()
     _measure(what, whole)
@@ -151,7 +151,7 @@ def test_force_keeps_the_degrees_that_were_not_asked_for() -> None:
         _measure(job(tp=(1,)), FakeMeter(device="another device"), MeasureOptions(force=True))
 
 
-def test_what_is_measured_again_is_not_taken_from_another_variant_any_more() -> None:
+def test_remeasured_table_is_not_reused() -> None:
     _measure(job(), FakeMeter())
     fp8 = job(dtype="fp8")
     _measure(fp8, FakeMeter())
@@ -199,7 +199,7 @@ def test_a_finished_bundle_takes_the_points_of_a_second_grid() -> None:
     assert len((_folder(what) / "tp1" / "attention.csv").read_text().splitlines()) > before
 
 
-def test_variants_share_the_tables_that_do_not_depend_on_what_differs() -> None:
+def test_variants_share_the_tables_that_do_not_differ() -> None:
     _measure(job(), FakeMeter())
     fp8_kv, fp8, both = FakeMeter(), FakeMeter(), FakeMeter()
     _measure(job(kv="fp8"), fp8_kv)  # its dense layers are those of bf16
@@ -210,7 +210,7 @@ def test_variants_share_the_tables_that_do_not_depend_on_what_differs() -> None:
     assert taken == {"attention": "bf16-kvfp8", "skew": "bf16-kvfp8", "dense": "fp8", "per_sequence": "fp8"}
 
 
-def test_a_small_memory_leaves_large_batches_out_and_the_bundle_still_loads() -> None:
+def test_a_small_memory_leaves_large_batches_out() -> None:
     what = job()
     _measure(what, FakeMeter(capacity=700))
     rows = (_folder(what) / "tp1" / "attention.csv").read_text().splitlines()[1:]

@@ -68,7 +68,7 @@ class Clock:
         return Device(torch=fake, name="cuda", iterations=3)
 
 
-def test_a_round_of_rotated_buffers_is_timed_as_one_and_held_until_it_is_queued() -> None:
+def test_a_round_of_buffers_is_held_until_it_is_queued() -> None:
     clock = Clock(cache_bytes=50 * MIB)
     functions = [clock.kernel(f"gemm{i}", 40.0) for i in range(3)]
     us = clock.device().time_us(Calls(functions, cold_bytes=40 * MIB))  # 120 MiB are more than 2 x 50
@@ -79,7 +79,7 @@ def test_a_round_of_rotated_buffers_is_timed_as_one_and_held_until_it_is_queued(
     assert rounds[0].split()[:3] in (["gemm0", "gemm1", "gemm2"], ["gemm1", "gemm2", "gemm0"])
 
 
-def test_buffers_that_stay_in_the_cache_are_flushed_out_and_the_events_own_time_taken_off() -> None:
+def test_small_buffers_are_flushed_out_of_the_cache() -> None:
     clock = Clock(cache_bytes=50 * MIB)
     us = clock.device().time_us(Calls([clock.kernel("decode", 7.0)], cold_bytes=30 * MIB))
     assert us == pytest.approx(7.0)
@@ -178,7 +178,7 @@ def _flashinfer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_flashinfer")
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
-def test_flashinfer_gets_the_batch_as_one_prefill_and_one_decode_launch(kv: str) -> None:
+def test_flashinfer_gets_one_prefill_and_one_decode_launch(kv: str) -> None:
     what = job(kv=kv)
     shapes = rank_shapes(what.model, 2)
     attention = FlashInferAttention(open_device("cpu"), what, shapes, 1000)
@@ -196,7 +196,7 @@ def test_flashinfer_gets_the_batch_as_one_prefill_and_one_decode_launch(kv: str)
 
 
 @pytest.mark.usefixtures("_flashinfer")
-def test_the_steps_own_keys_are_written_to_the_end_of_every_sequence() -> None:
+def test_own_keys_are_written_to_the_end_of_a_sequence() -> None:
     what = job(dtype="float16")
     attention = FlashInferAttention(open_device("cpu"), what, rank_shapes(what.model, 1), 400)
     function = attention.calls(AttentionBatch(3, 15, ((2, 16),))).functions[0]

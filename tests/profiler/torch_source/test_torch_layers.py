@@ -95,7 +95,7 @@ def test_a_layer_nobody_knows_is_reported(device: Device) -> None:
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
-def test_the_chunk_attends_to_its_history_and_itself_up_to_each_token(device: Device, kv: str) -> None:
+def test_a_chunk_attends_to_its_history_and_itself(device: Device, kv: str) -> None:
     what = job(dtype="float32", kv=kv)
     shapes = rank_shapes(what.model, 1)
     attention = SdpaAttention(device, what, shapes, 100)
@@ -162,7 +162,7 @@ def test_unequal_decodes_run_as_one_call_for_every_length(device: Device) -> Non
     assert [tuple(part.shape[::2]) for part in parts] == [(1, 4), (3, 1), (2, 1)]
 
 
-def test_slots_are_dealt_out_evenly_to_exactly_the_experts_asked_for() -> None:
+def test_slots_go_evenly_to_the_experts_asked_for() -> None:
     assert assigned_experts(4, 2, 3) == [[0, 1], [2, 0], [1, 2], [0, 1]]
     for tokens, top_k, activated in ((1, 2, 2), (16, 2, 8), (5, 2, 7)):
         found = assigned_experts(tokens, top_k, activated)
@@ -170,7 +170,7 @@ def test_slots_are_dealt_out_evenly_to_exactly_the_experts_asked_for() -> None:
         assert all(len(set(row)) == top_k for row in found)
 
 
-def test_the_expert_layer_is_the_weighted_sum_of_its_tokens_experts(device: Device) -> None:
+def test_an_expert_layer_is_the_weighted_sum_of_experts(device: Device) -> None:
     torch.manual_seed(3)
     what = job("servesim/tiny-moe", dtype="float32")
     experts = RankExperts(device, what, 1)
@@ -204,7 +204,7 @@ def test_buffers_are_used_in_turn_from_round_to_round(device: Device) -> None:
     assert timed == [i % 7 for i in range(len(timed))]
 
 
-def test_a_cold_cache_takes_more_copies_of_a_small_weight_than_of_a_large_one(device: Device) -> None:
+def test_a_cold_cache_takes_more_copies_of_small_weights(device: Device) -> None:
     assert device.copies(1 << 10) == 64
     assert device.copies(1 << 40) == 1
     device.cold = False

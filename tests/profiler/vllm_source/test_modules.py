@@ -95,7 +95,7 @@ def test_a_layer_without_a_module_is_named_with_what_there_is() -> None:
         layers_of(load_architecture("qwen3"), [("model", _qwen3())])
 
 
-def test_a_norm_before_attention_and_one_before_the_mlp_are_two_calls_of_one_layer() -> None:
+def test_both_norms_of_a_block_are_calls_of_one_layer() -> None:
     architecture = load_architecture("qwen3")
     counts = {
         layer: calls_of(architecture, layer, 1) for layer in ("layernorm", "qk_norm", "lm_head", "attention")

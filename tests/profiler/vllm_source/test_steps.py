@@ -43,7 +43,7 @@ ENGINE = SimpleNamespace(
 )
 
 
-def test_a_decode_has_its_prompt_behind_it_and_a_chunk_is_part_of_one() -> None:
+def test_a_decode_has_its_prompt_behind_it() -> None:
     decode, chunk = requests_of(32, 100, [(1, 40)])
     assert (decode, decode.prompt_tokens, decode.blocks) == (StepRequest(40, 1), 40, 3)
     assert (chunk, chunk.prompt_tokens, chunk.blocks) == (StepRequest(100, 32), 132, 9)
@@ -60,7 +60,7 @@ def test_a_step_schedules_what_it_should_and_ends_the_last_one() -> None:
     assert second.finished_req_ids == set(first.num_scheduled_tokens)
 
 
-def test_blocks_are_never_the_engines_own_and_never_shared_within_a_step() -> None:
+def test_blocks_of_a_step_are_shared_with_nobody() -> None:
     maker = StepMaker(ENGINE, None, num_blocks=20)
     for _ in range(10):
         taken = [
@@ -73,7 +73,7 @@ def test_blocks_are_never_the_engines_own_and_never_shared_within_a_step() -> No
         assert max(taken) < 20
 
 
-def test_a_field_that_a_version_requires_and_nobody_knows_is_reported() -> None:
+def test_a_required_field_that_is_not_known_is_told() -> None:
     @dataclass
     class Newer:
         req_id: str
