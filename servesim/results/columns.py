@@ -118,6 +118,8 @@ class Column(Sequence[int]):
             start, stop, stride = index.indices(len(self))
             if stride != 1:
                 return [self[at] for at in range(start, stop, stride)]
+            if start >= self.first:
+                return self.tail[start - self.first : max(stop - self.first, 0)].tolist()
             found: list[int] = self.between(start, stop).tolist()
             return found
         place = index - self.first

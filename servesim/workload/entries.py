@@ -187,5 +187,7 @@ def collect(
 
 
 def _memory_bytes(request: Request) -> int:
+    if request.input_ids is None and request.output_ids is None and request.hashes is None:
+        return REQUEST_BYTES
     arrays = (request.input_ids, request.output_ids, request.hashes)
     return REQUEST_BYTES + sum(ids.nbytes for ids in arrays if ids is not None)

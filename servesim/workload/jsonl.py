@@ -49,6 +49,7 @@ MAX_SEQUENCES = 1024
 """Most answers that one request may ask for."""
 
 _request_keys = frozenset(REQUEST_KEYS)
+_plain_keys = frozenset(REQUEST_KEYS[:3])
 _session_keys = frozenset(SESSION_KEYS)
 _sub_request_keys = frozenset(SUB_REQUEST_KEYS)
 
@@ -137,6 +138,8 @@ def _request(entry: dict[str, Any], index: int, where: str, model: str | None) -
     input_tokens = whole_number(_required(entry, "input_toks", where), f"{where}input_toks", 1, MAX_TOKENS)
     output_tokens = whole_number(_required(entry, "output_toks", where), f"{where}output_toks", 1, MAX_TOKENS)
     request = Request(index, input_tokens, output_tokens, 0, model=model)
+    if entry.keys() <= _plain_keys:
+        return request
     ids = entry.get("input_tok_ids")
     if ids is not None:
         request.input_ids = token_ids(ids, f"{where}input_tok_ids", input_tokens, "input_toks")
