@@ -86,11 +86,11 @@ class Glider:
         member, depth, decode_ns = self._member, self._depth, self._times.decode_ns
         scheduler, steps = member.scheduler, member.log.steps
         decodes, pool, running = scheduler.decodes, scheduler.kv.pool, scheduler.running
-        log_step = steps.append
+        ends, counts, runs, waits, used = steps.tails()
         first = step = len(steps)
         waiting = len(scheduler.waiting)
         # steps in flight whose end does something
-        watched = {flying.step: flying for flying in in_flight if flying is not None and flying.finishing}
+        watched = {batch.step: batch for batch in in_flight if batch is not None and batch.finishing}
         self.left = []
         self.starved = self.quiet = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
@@ -105,7 +105,13 @@ class Glider:
                 count = decodes.count
                 kv_sum, kv_min, kv_max = decodes.lengths()
                 free_ns = start_ns + decode_ns(count, kv_sum, kv_min, kv_max)
-                log_step(start_ns, free_ns, count, len(running), waiting, pool.num_used)
+                if start_ns != before_ns:
+                    steps.start_ns.put(step, start_ns)
+                ends.append(free_ns)
+                counts.append(count)
+                runs.append(len(running))
+                waits.append(waiting)
+                used.append(pool.usable - pool.num_free)
                 untold = True
                 ended = decodes.advance()
                 if ended:
@@ -146,8 +152,9 @@ class Glider:
         self.now_ns = now_ns
         if untold:
             scheduler.stepped(alone=depth == 1)
-        ends = [(step - 2, before_ns), (step - 1, free_ns)][2 - depth + (not full) :]
-        self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in ends]
+        steps.pack()
+        flying = [(step - 2, before_ns), (step - 1, free_ns)][2 - depth + (not full) :]
+        self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in flying]
         return step - first
 
     def _step_ns(self, batch: Batch) -> int:

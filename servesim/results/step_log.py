@@ -216,9 +216,17 @@ class StepLog:
         self._running.append(running)
         self._waiting.append(waiting)
         self._used.append(used)
-        if len(ends) >= 2 * PACKED:
-            self._pack()
+        self.pack()
         return step
+
+    def tails(self) -> tuple[array[int], array[int], array[int], array[int], array[int]]:
+        """Where a step's ``end_ns``, ``decode_tokens``, ``running``, ``waiting`` and ``kv_blocks_used`` go, for
+        a loop that adds very many.
+
+        It adds an entry to each, puts into ``start_ns`` what is not the end of the step before, and calls
+        :meth:`pack` when it is through.
+        """
+        return self._ends, self._decodes, self._running, self._waiting, self._used
 
     def append_quiet(
         self,
@@ -240,9 +248,12 @@ class StepLog:
         for column, value in ((self._decodes, decodes), (self._running, running), (self._waiting, waiting)):
             one[0] = value
             column.extend(one * len(ends))
-        self._pack()
+        self.pack()
 
-    def _pack(self) -> None:
+    def pack(self) -> None:
+        """Pack what has been there for long."""
+        if len(self._ends) < 2 * PACKED:
+            return
         self.end_ns.pack()
         for name in self.EACH:
             getattr(self, name).pack()
