@@ -220,8 +220,8 @@ class StepLog:
         return step
 
     def tails(self) -> tuple[array[int], array[int], array[int], array[int], array[int]]:
-        """Where a step's ``end_ns``, ``decode_tokens``, ``running``, ``waiting`` and ``kv_blocks_used`` go, for
-        a loop that adds very many.
+        """Where a step's ``end_ns``, ``decode_tokens``, ``running``, ``waiting`` and ``kv_blocks_used`` go,
+        for a loop that adds very many.
 
         It adds an entry to each, puts into ``start_ns`` what is not the end of the step before, and calls
         :meth:`pack` when it is through.
