@@ -29,8 +29,15 @@ from servesim.cost.beyond import chunk_growth  # noqa: E402
 from servesim.cost.tables import Curve  # noqa: E402
 from servesim.profiler.silicon.attention import WARM_BYTES, AttentionShape  # noqa: E402
 from servesim.profiler.silicon.comm import all_reduce_rows  # noqa: E402
+from servesim.profiler.silicon.decode_grid import DecodeGrid  # noqa: E402
 from servesim.profiler.silicon.gemm import gemm_times  # noqa: E402
-from servesim.profiler.silicon.tables import KernelTable, installed, read_table, silicon_gpu  # noqa: E402
+from servesim.profiler.silicon.tables import (  # noqa: E402
+    KernelTable,
+    installed,
+    read_table,
+    silicon_gpu,
+    table_versions,
+)
 from servesim.results.stated_errors import CHUNKED_PROMPTS  # noqa: E402
 from servesim.specs.hardware import load_hardware  # noqa: E402
 from servesim.specs.model import load_model  # noqa: E402
@@ -249,6 +256,42 @@ def shipped_beyond() -> dict[str, dict[int, list[tuple[float, float]]]]:
     return found
 
 
+MODULES = {
+    "latent attention": ("mla", "mla_generation_module_perf"),
+    "with an indexer": ("sparse_attention", "dsa_generation_module_perf"),
+    "over compressed tokens": ("sparse_attention", "dsv4_csa_generation_module_perf"),
+    "MiniMax M3's": ("msa", "msa_generation_module_perf"),
+}
+"""What a module computes -> its public table."""
+MODULE = ("model", "num_heads", "kv_cache_dtype", "gemm_type")
+MODULE_GPUS = ("H100", "H200", "B200", "GB200")
+EVERY = 20
+"""One in so many shapes of a table is tried."""
+
+
+def modules_beyond(family: str, name: str) -> list[tuple[float, float]]:
+    """Errors in % of decodes whose KV is more than an eighth of the table's most: in proportion to the batch
+    and as built."""
+    found = []
+    for hardware in MODULE_GPUS:
+        gpu = silicon_gpu(load_hardware(hardware)).folder
+        if not table_versions(gpu, family, name):
+            continue
+        for rows in list(_groups(read_table(gpu, family, name), MODULE))[::EVERY]:
+            sizes, lengths, us = rows.integers("batch_size"), rows.integers("step"), rows.latency_us
+            kept = sizes * lengths * 8 <= (sizes * lengths).max()
+            grid = DecodeGrid.of_rows(sizes[kept], lengths[kept], us[kept])
+            for size, length, truth in zip(
+                sizes[~kept].tolist(), lengths[~kept].tolist(), us[~kept], strict=True
+            ):
+                most = sizes[kept & (lengths == length)]
+                if len(most) > 2:
+                    flat = grid.at(int(most.max()), length) * size / int(most.max())
+                    told = flat, grid.at(size, length)
+                    found.append(tuple(100 * (value / truth - 1) for value in told))
+    return found  # type: ignore[return-value]
+
+
 # ---------------------------------------------------------------- between points
 
 
@@ -283,6 +326,10 @@ by the line through all points, each counted with the square of its place (chunk
 and one for every pair of tokens). Decodes count where the KV of the last point kept is at least four times
 L2. Products of shipped bundles are compared with the public tables, which go on where a bundle ends. Errors
 in %: signed median / P80 of the size. Made by `python benchmarks/held_out.py`."""
+MODULES_TEXT = """\
+Attention measured as a module, on H100, H200, B200 and GB200: decodes with more than an eighth of the
+table's most KV left out and told from the rest, in proportion to the batch (as before) and along lines
+(now); as above."""
 BETWEEN_TEXT = """\
 Every second point left out and told from its neighbours, which makes the gaps twice as wide as they are.
 Errors in %: median / P80 of the size, and the greatest one, of a straight line (as lookups do); then median
@@ -305,6 +352,11 @@ def section() -> str:
         ]
     for kind, errors in shipped_beyond().items():
         lines.append(f"| shipped | {kind} | {_beyond_cells(errors)} |")
+    lines += ["", MODULES_TEXT, "", "| module | rows | in proportion | now |", "| --- | ---: | ---: | ---: |"]
+    for what, place in MODULES.items():
+        errors = np.array(modules_beyond(*place))
+        told = [f"{np.median(v):+.1f} / {np.percentile(abs(v), 80):.1f}" for v in errors.T]
+        lines.append(f"| {what} | {len(errors):,} | {' | '.join(told)} |")
     lines += ["", BETWEEN_TEXT, "", f"| table | axis | points | line | greatest | {' | '.join(WAYS)} |"]
     lines.append("| --- | --- | ---: | ---: | ---: |" + " ---: |" * len(WAYS))
     for source, tables in sources.items():
