@@ -26,8 +26,13 @@ os.environ["SERVESIM_CACHE"] = "0"  # nor on what an earlier run kept
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="servesim-tests-")  # nor on the bundles of this user
 atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], ignore_errors=True)
 
-settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("tests")  # nor on how fast the machine is
+# Nor on how fast the machine is, nor on chance: examples of properties follow from the tests alone. Others
+# are drawn with `pytest --hypothesis-profile chance`.
+for profile, derandomize in (("chance", False), ("tests", True)):
+    settings.register_profile(
+        profile, deadline=None, derandomize=derandomize, suppress_health_check=[HealthCheck.too_slow]
+    )
+settings.load_profile("tests")
 
 for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)  # what is printed depends on no screen
