@@ -82,16 +82,16 @@ def _device(root: Path, name: str, text: str) -> PimSpec:
     return load_pim(name)
 
 
-def test_a_dramsim_file_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pim = _device(tmp_path, monkeypatch, "DDR4_8GB_3200_pim", DRAMSIM)
+def test_a_dramsim_file_says_the_same(root: Path) -> None:
+    pim = _device(root, "DDR4_8GB_3200_pim", DRAMSIM)
     dram = pim.dram
     assert (dram.capacity_gb, dram.data_rate_mts, dram.bus_width_bits, dram.burst_length) == (2, 4000, 64, 8)
     assert (dram.row_to_column_ns, dram.cas_latency_ns) == (11, 10)
     assert pim.attention == load_pim("DDR4_8GB_3200").attention
 
 
-def test_a_dramsim_file_may_time_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pim = _device(tmp_path, monkeypatch, "Mine", DRAMSIM + "[attention]\nslope = 3\nintercept = 5\n")
+def test_a_dramsim_file_may_time_attention(root: Path) -> None:
+    pim = _device(root, "Mine", DRAMSIM + "[attention]\nslope = 3\nintercept = 5\n")
     assert (pim.attention.slope, pim.attention.intercept) == (3, 5)
 
 
@@ -104,11 +104,9 @@ def test_a_dramsim_file_may_time_attention(tmp_path: Path, monkeypatch: pytest.M
         (DRAMSIM.replace("[system]", "[other]"), r"system\.channel_size: is missing"),
     ],
 )
-def test_what_a_dramsim_file_lacks_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, words: str
-) -> None:
+def test_what_a_dramsim_file_lacks_is_named(root: Path, text: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        _device(tmp_path, monkeypatch, "Mine", text)
+        _device(root, "Mine", text)
 
 
 def test_a_name_may_end_in_pim() -> None:
