@@ -115,6 +115,7 @@ class Recorder:
         idle, self.patience = 0, _MOST_FRUITLESS * tokens
         while True:
             self._take_arrivals()
+            self._take_loads()
             if self.scheduler.has_requests():
                 before = len(self.preempted)
                 batch = self._schedule()
@@ -131,8 +132,9 @@ class Recorder:
                 continue
             self.in_flight.clear()
             self._release()
-            if self.arrivals:
-                self.now = max(self.now, self.arrivals[0][0])
+            ends = self.scheduler.connector.ends.values() if self.settings.kv_loads else ()
+            if self.arrivals or ends:
+                self.now = max(self.now, min([*ends, *(at for at, _ in self.arrivals[:1])]))
             elif self.scheduler.has_unfinished_requests():
                 raise RunError(f"vLLM's scheduler makes no progress at {self.now} ns with nothing in flight")
             else:
@@ -157,6 +159,26 @@ class Recorder:
             known = prompt_ids(request)
             ids = [PRIVATE_TOKEN + index] * request.input_tokens if known is None else known.tolist()
             self.scheduler.add_request(self.new_request(request, ids, arrival_ns))
+
+    def _take_loads(self) -> None:
+        """Tell the scheduler what a KV connector has read by now.
+
+        vLLM's worker says it in the output of a step, also of one that computes nothing.
+        """
+        if not self.settings.kv_loads:
+            return
+        from vllm.v1.core.sched.output import SchedulerOutput
+        from vllm.v1.outputs import KVConnectorOutput
+
+        connector = self.scheduler.connector
+        ended = connector.take_ended(self.now)
+        if ended:
+            output = self.runner_output(
+                req_ids=[],
+                req_id_to_index={},
+                kv_connector_output=KVConnectorOutput(finished_recving=ended),
+            )
+            self.scheduler.update_from_output(SchedulerOutput.make_empty(), output)
 
     def _schedule(self) -> _Batch | None:
         """One call of schedule(); None when it scheduled no token."""

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from servesim.bench.kv_loads import Elsewhere, LoadFormula, parse_loads, vllm_connector
 from servesim.errors import InputError, RunError
 from servesim.memory.kv_groups import KvGroup
 from servesim.slotted import dataclass
@@ -74,6 +75,9 @@ class SchedulerSettings:
     """Stages; with asynchronous scheduling, of vLLM's second model runner."""
     decode_context_parallel_size: int = 1
     """Ranks that share the tokens of a block: it holds ``block_size`` of each."""
+    kv_loads: str = ""
+    """A KV connector that has KV of the prompts; see :func:`servesim.bench.kv_loads.parse_loads`. Empty:
+    none."""
 
     @property
     def scheduler_block(self) -> int:
@@ -94,6 +98,11 @@ class SchedulerSettings:
     def speculative(self) -> SpeculativeSpec | None:
         """What to speculate with, None if with nothing."""
         return speculative_spec(self.speculative_config or None)
+
+    @property
+    def loads(self) -> LoadFormula | None:
+        """What its connector has, None without one."""
+        return parse_loads(self.kv_loads) if self.kv_loads else None
 
 
 _ONLY_IF_ASKED = (
@@ -200,6 +209,11 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
             f"decode_context_parallel_size {shards}: recorded with one KV cache group and without "
             "speculative decoding; leave one out"
         )
+    if settings.kv_loads and (settings.kv_groups or settings.speculative_config or shards > 1):
+        raise InputError(
+            "--kv-loads: connectors are recorded with one KV cache group, without speculative decoding and "
+            "decode context parallelism; leave one out"
+        )
     if stages > 1:
         os.environ.pop(_SECOND_RUNNER, None)
     from vllm.config import (
@@ -250,6 +264,7 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         speculative_config=speculative,
         lora_config=LoRAConfig(max_loras=settings.max_loras) if settings.max_loras else None,
         **({"parallel_config": ParallelConfig(**degrees)} if degrees else {}),
+        **_kv_transfer(settings),
     )
     cache.num_gpu_blocks = settings.num_gpu_blocks
     if settings.enable_prefix_caching and any(group.kind == "state" for group in settings.groups):
@@ -269,6 +284,18 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
     )
     check_scheduler(scheduler, settings)
     return scheduler
+
+
+def _kv_transfer(settings: SchedulerSettings) -> dict[str, Any]:
+    """vLLM's configuration of the KV connector, nothing without."""
+    if settings.loads is None:
+        return {}
+    from vllm.config import KVTransferConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    made = vllm_connector(Elsewhere(settings.loads, settings.block_size))
+    KVConnectorFactory._registry[made.__name__] = lambda: made  # another one for every scheduler
+    return {"kv_transfer_config": KVTransferConfig(kv_connector=made.__name__, kv_role="kv_consumer")}
 
 
 def _speculative_config(folder: Path, settings: SchedulerSettings, model: Any) -> Any:

@@ -79,6 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most LoRA adapters in a step (default: LoRA is off)",
     )
+    scheduling.add_argument(
+        "--kv-loads",
+        default="",
+        metavar="WHAT",
+        help="a KV connector that has KV of the prompts: async:SHARE:BASE_US:PER_TOKEN_US (requests wait "
+        "with their blocks while a share of their prompt is read in that time) or sync:SHARE (it is there in "
+        "the step), perhaps with /N for every N-th request (default: none)",
+    )
     add_flags(parser, EngineOptions, only=AS_IN_A_RUN, title="scheduler, as in a run")
     formula = parser.add_argument_group("step time, in microseconds")
     for name, default, text in (

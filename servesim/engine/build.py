@@ -14,6 +14,7 @@ from servesim.engine.clock import Clock
 from servesim.engine.connector import Connector, HandOver, LowerTierConnector, LowerTiers
 from servesim.engine.decode_set import DecodeSet
 from servesim.engine.instance import Instance
+from servesim.engine.kv_loads import KvLoads, LateFrees
 from servesim.engine.limits import SchedulerLimits
 from servesim.engine.pipeline import Pipeline
 from servesim.engine.pricing import StepPricing
@@ -49,10 +50,12 @@ from servesim.specs.validation import UNLIMITED
 from servesim.specs.vllm_versions import (
     AWAITS_BATCHES,
     COUNTS_VICTIMS,
+    HOLDERS_FIRST,
     LONE_PREFILL,
     ONE_QUEUE,
     RUNNING_LORAS,
     SERVES_ON,
+    SPARES_FLYING,
 )
 from servesim.workload.request import Workload
 
@@ -64,9 +67,10 @@ if TYPE_CHECKING:
     from servesim.cost.step_cost import StepCost
     from servesim.engine.noise import StepNoise, StepShift
     from servesim.engine.simulation import Observer
+    from servesim.memory.kv_cache import AnyKvCache
     from servesim.results.records import RunLog
     from servesim.results.stated_errors import StatedError, Uncertainty
-    from servesim.specs.cluster import ClusterSpec
+    from servesim.specs.cluster import ClusterSpec, InstanceSpec
     from servesim.specs.instance_options import InstanceOptions
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import RuntimeOptions
@@ -369,7 +373,10 @@ class Builder:
         # the hand-over is asked first: KV that has been sent here need not be read from a lower tier
         connectors: list[Connector] = [self.hand_over] if self.hand_over and spec.pd_type else []
         if tier:
-            connectors.append(LowerTierConnector(tier.view, tier.route, self.transfers))
+            asynchronous = options.kv_load == "async"
+            connectors.append(
+                LowerTierConnector(tier.view, tier.route, self.transfers, asynchronous=asynchronous)
+            )
         pipeline = None
         if spec.pp_size > 1:
             pipeline = Pipeline(
@@ -377,19 +384,23 @@ class Builder:
                 spec.pp_size if options.async_scheduling else 0,
                 awaits_chunks=AWAITS_BATCHES.holds(options.vllm_version),
             )
+        kv = kv_cache_of(
+            capacity.plan.groups if capacity.plan else (),
+            capacity.num_blocks,
+            capacity.block_size,
+            options.enable_prefix_caching,
+            group_rules(options),
+        )
+        loads, late_frees = loads_of(options, kv, spec, lower_tier=tier is not None)
         scheduler = Scheduler(
             limits_of(options, self._options.skip_prefill, capacity.num_blocks),
-            kv_cache_of(
-                capacity.plan.groups if capacity.plan else (),
-                capacity.num_blocks,
-                capacity.block_size,
-                options.enable_prefix_caching,
-                group_rules(options),
-            ),
+            kv,
             policy=queue_policy(options.scheduling_policy),
             connectors=connectors,
             pipeline=pipeline,
             speculation=self._speculation(options, log),
+            loads=loads,
+            late_frees=late_frees,
             list_requests=spec.pd_type == "prefill",
             list_lengths=options.enable_attn_offloading,
         )
@@ -532,6 +543,20 @@ def limits_of(options: InstanceOptions, skip_prefill: bool, num_blocks: int) -> 
         max_loras=options.max_loras if options.enable_lora else 0,
         counts_all_loras=RUNNING_LORAS.holds(options.vllm_version),
         deferred_first=not ONE_QUEUE.holds(options.vllm_version),
+    )
+
+
+def loads_of(
+    options: InstanceOptions, kv: AnyKvCache, spec: InstanceSpec, *, lower_tier: bool
+) -> tuple[KvLoads | None, LateFrees | None]:
+    """What the scheduler of an instance keeps beside where requests wait for KV with blocks in hand."""
+    if options.kv_load != "async" or not (lower_tier or spec.pd_type == "decode"):
+        return None, None
+    version = options.vllm_version
+    several = spec.pp_size + options.async_scheduling > 1  # steps in flight
+    return (
+        KvLoads(kv, first=HOLDERS_FIRST.holds(version)),
+        LateFrees(spares=SPARES_FLYING.holds(version)) if several else None,
     )
 
 

@@ -57,7 +57,8 @@ class DecodeSet:
         self.knew = True
         """Whether nothing of them was in flight when that batch was scheduled."""
         self.joined: set[RequestState] = set()
-        """Requests that came since from another set: nothing of them is in flight."""
+        """Requests that came since from another set, or sat out the last step: nothing of them is in
+        flight."""
         self.sharing: set[RequestState] = set()
         """Requests with blocks yet to be made visible to other requests."""
         self._ends: dict[int, list[RequestState]] = {}

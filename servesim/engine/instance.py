@@ -160,9 +160,10 @@ class Instance:
         if batch.recomputed_tokens:
             steps.recomputed_tokens.put(step, batch.recomputed_tokens)
         if connectors:
-            recalled_bytes = sum(batch.recalls)
-            if recalled_bytes:
+            recalled_bytes = sum(batch.recalls) + self._read_bytes()
+            if batch.recalled_tokens:
                 steps.recalled_tokens.put(step, batch.recalled_tokens)
+            if recalled_bytes:
                 steps.recalled_bytes.put(step, recalled_bytes)
             moved = recalled_bytes + self._written_bytes()
             if moved:
@@ -206,12 +207,28 @@ class Instance:
             written += connector.take_written_bytes()
         return written
 
+    def _read_bytes(self) -> int:
+        """Bytes read from the lower tier since the last call while requests waited for them."""
+        read = 0
+        for connector in self.scheduler.connectors:
+            read += connector.take_read_bytes()
+        return read
+
     def stuck_message(self) -> str:
         """Why nothing can go on although requests wait."""
         waiting = self.scheduler.waiting
         names = ", ".join(str(state.request.index) for state in islice(waiting, 5))
         more = f" and {len(waiting) - 5} more" if len(waiting) > 5 else ""
         state, limits, pool = waiting[0], self.scheduler.limits, self.scheduler.kv.pool
+        loads = self.scheduler.loads
+        if loads and loads.holding:
+            return (
+                f"instance {self.log.index} cannot go on: requests {names}{more} wait, nothing runs, and "
+                f"{len(loads.holding)} of them hold {pool.num_used} of {pool.usable} blocks for KV that was "
+                "read, so that none has blocks for all its tokens. vLLM comes to a halt here as well (before "
+                "0.33 more often); give the KV cache more blocks, or read KV in the step that needs it "
+                "(--kv-load step)"
+            )
         return (
             f"instance {self.log.index} cannot go on: requests {names}{more} wait, nothing runs, and the "
             f"first of them ({state.known} tokens to compute) is never admitted (token budget "

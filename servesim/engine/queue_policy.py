@@ -1,9 +1,9 @@
 """Which waiting request is admitted first, and which running one has to go when no block is free.
 
 A policy keeps the scheduler's queue in its order: the scheduler only ever admits the head, and what blocks
-the head blocks all behind it, as in vLLM. Only a request whose LoRA adapter finds no slot is passed over; it
-is looked at first from then on. A policy decides nothing else; token budget, blocks and the order
-in which running requests are served stay with the scheduler.
+the head blocks all behind it, as in vLLM. Only a request whose LoRA adapter finds no slot, or whose KV is
+being read, is passed over; it is looked at first from then on. A policy decides nothing else; token budget,
+blocks and the order in which running requests are served stay with the scheduler.
 
 Another policy is a class in a file of its own and a line in :data:`QUEUE_POLICIES`.
 """
@@ -38,12 +38,18 @@ class QueuePolicy(Protocol):
         """Whether a victim may have been served in this step already; if not, it is never before the request
         that needs a block."""
 
-    def add(self, waiting: deque[RequestState], state: RequestState) -> None:
-        """Put a request that has arrived into the queue."""
+    def add(self, waiting: deque[RequestState], state: RequestState, ahead: int = 0) -> None:
+        """Put a request that has arrived into the queue, behind the first ``ahead`` requests in any case."""
 
-    def put_back(self, waiting: deque[RequestState], state: RequestState, passed_over: int) -> None:
-        """Put a request that was preempted into the queue, at whose head ``passed_over`` requests have been
-        passed over before."""
+    def put_back(
+        self, waiting: deque[RequestState], state: RequestState, passed_over: int, ahead: int = 0
+    ) -> None:
+        """Put a request that was preempted into the queue, behind the first ``ahead`` requests in any case;
+        the ``passed_over`` requests behind those have been passed over before."""
+
+    def put_ahead(self, waiting: deque[RequestState], state: RequestState, ahead: int) -> None:
+        """Put a request that waits with blocks in hand among the first ``ahead`` requests, which do so
+        too."""
 
     def victim(self, running: Sequence[RequestState], first: int) -> int:
         """The place in ``running`` of the request to be preempted.
@@ -60,13 +66,20 @@ class FirstComeFirstServed:
 
     strikes_anywhere = False
 
-    def add(self, waiting: deque[RequestState], state: RequestState) -> None:
+    def add(self, waiting: deque[RequestState], state: RequestState, ahead: int = 0) -> None:
         """See :class:`QueuePolicy`."""
+        del ahead
         waiting.append(state)
 
-    def put_back(self, waiting: deque[RequestState], state: RequestState, passed_over: int) -> None:
+    def put_back(
+        self, waiting: deque[RequestState], state: RequestState, passed_over: int, ahead: int = 0
+    ) -> None:
         """See :class:`QueuePolicy`."""
-        waiting.insert(passed_over, state)
+        waiting.insert(ahead + passed_over, state)
+
+    def put_ahead(self, waiting: deque[RequestState], state: RequestState, ahead: int) -> None:
+        """See :class:`QueuePolicy`."""
+        waiting.insert(ahead, state)
 
     def victim(self, running: Sequence[RequestState], first: int) -> int:
         """See :class:`QueuePolicy`."""
@@ -83,14 +96,20 @@ class ByPriority:
 
     strikes_anywhere = True
 
-    def add(self, waiting: deque[RequestState], state: RequestState) -> None:
+    def add(self, waiting: deque[RequestState], state: RequestState, ahead: int = 0) -> None:
         """See :class:`QueuePolicy`."""
-        insort(waiting, state, key=_by_rank)
+        insort(waiting, state, ahead, key=_by_rank)
 
-    def put_back(self, waiting: deque[RequestState], state: RequestState, passed_over: int) -> None:
+    def put_back(
+        self, waiting: deque[RequestState], state: RequestState, passed_over: int, ahead: int = 0
+    ) -> None:
         """See :class:`QueuePolicy`."""
         del passed_over
-        insort(waiting, state, key=_by_rank)
+        insort(waiting, state, ahead, key=_by_rank)
+
+    def put_ahead(self, waiting: deque[RequestState], state: RequestState, ahead: int) -> None:
+        """See :class:`QueuePolicy`."""
+        insort(waiting, state, 0, ahead, key=_by_rank)
 
     def victim(self, running: Sequence[RequestState], first: int) -> int:
         """See :class:`QueuePolicy`."""

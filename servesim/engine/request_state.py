@@ -28,6 +28,8 @@ class Phase(IntEnum):
     FINISHED = 4
     VERIFY = 5
     """Running with speculative decoding: a step computes one new token and drafts behind it."""
+    LOADING = 6
+    """Queued, with blocks: a connector reads KV into them."""
 
 
 class RequestState:
@@ -39,11 +41,12 @@ class RequestState:
         "computed",
         "decode_base",
         "drafts",
+        "handed_over",
         "home",
         "keeps_blocks",
         "known",
-        "kv_arrived",
         "last_tick",
+        "loaded",
         "lost",
         "noted",
         "order",
@@ -80,7 +83,7 @@ class RequestState:
             table: for its KV blocks, empty; of the kind that the instance's cache makes.
             output_tokens: those to generate here; all of them by default.
             longest: most tokens that prompt and answer may have; the answer is cut there.
-            handed_over: its record from the instance that computed its prompt; the KV has arrived.
+            handed_over: its record from the instance that computed its prompt.
         """
         self.request = request
         self.table = table
@@ -96,6 +99,9 @@ class RequestState:
         the number follows from ``decode_base`` instead."""
         self.lost = 0
         """Leading tokens whose KV was computed before a preemption."""
+        self.loaded = -1
+        """Waiting with blocks: leading tokens whose KV a connector reads, or has read, into them; -1: it
+        waits without."""
         self.drafts = 0
         """With speculative decoding: drafts that the next step can verify."""
         self.pending = 0
@@ -119,12 +125,13 @@ class RequestState:
         self.awaits_token = False
         """Preempted while a batch in flight computed for it; not admitted again before that has ended."""
         self.passed_over = False
-        """Waiting; when it was looked at last, the adapters of a step left no slot for its own, or a batch in
-        flight computed for it."""
+        """Waiting; when it was looked at last, the adapters of a step left no slot for its own, a batch in
+        flight computed for it, or its KV was being read."""
         self.chunk: Batch | None = None
-        """In a pipeline: the last batch that computed a chunk of its known tokens."""
-        self.kv_arrived = handed_over is not None
-        """The KV of its prompt was computed elsewhere and has arrived; true until a preemption loses it."""
+        """The last batch that computed a chunk of its known tokens, noted where batches in flight matter."""
+        self.handed_over = handed_over is not None
+        """The KV of its prompt was computed elsewhere, and has arrived or can be read from there; true until
+        a preemption loses it."""
         self.stops = output_tokens is None and wanted < longest and request.max_tokens > request.output_tokens
         """Its last token is a stop token: it is scheduled on until that token is known."""
         self.keeps_blocks = False

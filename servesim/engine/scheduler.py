@@ -13,11 +13,13 @@ requests an unequal number of tokens, they are (:class:`~servesim.engine.specula
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 from servesim.engine.adapters import AdapterSlots
 from servesim.engine.batch import Batch, Outputs
+from servesim.engine.connector import Found
 from servesim.engine.decode_set import DecodeSet, by_order
 from servesim.engine.group_changes import GroupChanges
 from servesim.engine.limits import PrefillCadence
@@ -30,13 +32,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from servesim.engine.connector import Connector
+    from servesim.engine.kv_loads import KvLoads, LateFrees
     from servesim.engine.limits import SchedulerLimits
     from servesim.engine.pipeline import Pipeline
     from servesim.engine.queue_policy import QueuePolicy
     from servesim.engine.request_state import RequestState
     from servesim.engine.speculation import Speculation
     from servesim.memory.group_cache import GroupedKvCache
-    from servesim.memory.kv_cache import AnyKvCache, BlockTable
+    from servesim.memory.kv_cache import AnyKvCache, BlockTable, KvCache
 
 
 MOST_FRUITLESS = 10_000
@@ -59,6 +62,7 @@ class Scheduler:
         "_fruitless",
         "_grouped",
         "_last_alone",
+        "_late_frees",
         "_list_lengths",
         "_list_requests",
         "_passed_over",
@@ -69,6 +73,7 @@ class Scheduler:
         "held",
         "kv",
         "limits",
+        "loads",
         "pipeline",
         "prefilling",
         "running",
@@ -85,6 +90,8 @@ class Scheduler:
         connectors: Sequence[Connector] = (),
         pipeline: Pipeline | None = None,
         speculation: Speculation | None = None,
+        loads: KvLoads | None = None,
+        late_frees: LateFrees | None = None,
         list_requests: bool = False,
         list_lengths: bool = False,
     ) -> None:
@@ -96,6 +103,8 @@ class Scheduler:
             connectors: bring KV from elsewhere and take it there.
             pipeline: which decoding requests can be scheduled when; given where there are several stages.
             speculation: how drafts are scheduled and verified; None: one token a step.
+            loads: requests that wait with blocks in hand; given where a connector reads KV beside the steps.
+            late_frees: blocks that steps in flight still write to; None: blocks are free at once.
             list_requests: whether batches list their requests one by one (:attr:`Batch.entries`).
             list_lengths: whether batches list the KV lengths of their decodes (:attr:`Batch.kv_lengths`).
         """
@@ -113,6 +122,8 @@ class Scheduler:
         self.decodes = pipeline.first() if pipeline else DecodeSet(kv.period)
         """Decoding requests that can be scheduled."""
         self.speculation = speculation
+        self.loads = loads
+        self._late_frees = late_frees
         self.held = 0
         """Finished requests that keep their blocks for now."""
         self._grouped = GroupChanges(kv, pipelined=pipeline is not None) if kv.several else None
@@ -121,7 +132,7 @@ class Scheduler:
         self._admissions = 0
         self._adapters = AdapterSlots(limits.max_loras, limits.counts_all_loras) if limits.max_loras else None
         self._passed_over = 0
-        """Waiting requests that were passed over for want of a slot for their adapter."""
+        """Waiting requests that are passed over; see :attr:`RequestState.passed_over`."""
         self._frees = 0
         self._fruitless = 0
         """Steps with preemptions since the last one that generated a token."""
@@ -148,6 +159,11 @@ class Scheduler:
         busy = self.decodes.count or self.prefilling or self.waiting
         return bool(busy or (self.speculation and self.running))
 
+    @property
+    def awaits_others(self) -> bool:
+        """Whether something will happen that does not depend on its steps: blocks come back, or KV comes."""
+        return bool(self.held or (self.loads and self.loads.under_way))
+
     # ------------------------------------------------------------------ a step
 
     def schedule(self, step: int, now_ns: int, in_flight: bool) -> Batch:
@@ -163,10 +179,16 @@ class Scheduler:
         if self.speculation:
             batch.outputs = Outputs()
         pipeline, cadence, adapters = self.pipeline, self._cadence, self._adapters
+        if self._late_frees:
+            self._late_frees.note_scheduled(step - 1)
         if pipeline:
             self.decodes = pipeline.next_set() or self.decodes
             in_flight = self.decodes.flying is not None
         decodes = self.decodes
+        if decodes.joined and decodes.sharing and not pipeline:
+            # what sat out the last step: its tokens became known with the step before
+            for state in sorted(decodes.joined & decodes.sharing, key=by_order):
+                self._publish(state, decodes.length(state))
         if self._grouped:
             self._grouped.new_step(in_flight)
         if self._cap_varies:
@@ -195,7 +217,7 @@ class Scheduler:
                     self._publish(state, decodes.length(state) + 1)
             elif decodes.joined and decodes.sharing:
                 for state in decodes.at_boundary(1):
-                    if state in decodes.sharing and not took_part(state, decodes):
+                    if state in decodes.sharing and self._sat_out(state):
                         self._publish(state, decodes.length(state) + 1)
         if not batch.preempted:
             if self.waiting:
@@ -227,16 +249,22 @@ class Scheduler:
             self._last_alone = not in_flight
             if self._grouped:
                 self._grouped.scheduled(completed, stalled)
+            if self._late_frees:
+                self._late_frees.note_scheduled(step)
         if cadence:
             cadence.end(batch)
         if pipeline:
             if not batch.is_empty:
                 pipeline.sent(batch, decodes)
             self.decodes = pipeline.behind(decodes, not batch.is_empty)
+        else:
+            decodes.joined.clear()
         for state in stalled:
             if pipeline:
                 state.track, state.run_start = self.decodes.track, len(self.decodes.token_times)
-                self.decodes.joined.add(state)
+            elif batch.is_empty:
+                state.run_start = step  # the next batch has this number
+            self.decodes.joined.add(state)
             self.decodes.add(state)
         return batch
 
@@ -260,7 +288,7 @@ class Scheduler:
             if len(boundary) <= self.kv.pool.num_free:
                 self.grow(boundary)
                 return left, [], []
-        if self._policy.strikes_anywhere and self._may_run_short():
+        if (self._policy.strikes_anywhere or self._late_frees) and self._may_run_short():
             return self._serve_in_turn(batch, in_flight)
         if not prefilling and left >= 0:
             return self._serve(self._changing(in_flight), left, True, batch, in_flight)
@@ -357,8 +385,11 @@ class Scheduler:
 
     def _knows_token(self, state: RequestState, in_flight: bool) -> bool:
         """Whether the last token of a request that can decode now is known already."""
-        joined = self.pipeline is not None and not took_part(state, self.decodes)
-        return joined or self._knows_tokens(in_flight)
+        return self._sat_out(state) or self._knows_tokens(in_flight)
+
+    def _sat_out(self, state: RequestState) -> bool:
+        """Whether a request that can decode now is not in the newest batch in flight of its decode set."""
+        return not took_part(state, self.decodes) if self.pipeline else state in self.decodes.joined
 
     def _may_run_short(self) -> bool:
         """Whether blocks may be missing for what this step could serve of the running requests."""
@@ -373,11 +404,11 @@ class Scheduler:
     def _serve_in_turn(
         self, batch: Batch, in_flight: bool
     ) -> tuple[int, list[RequestState], list[RequestState]]:
-        """As :meth:`_serve_running`, one by one: with speculative decoding, and where any running request may
-        be preempted, those that wait for their turn, and those that had it, which give back the tokens they
-        were to compute."""
+        """As :meth:`_serve_running`, one by one: with speculative decoding, where preempting one may free no
+        blocks yet, and where any running request may be preempted, those that wait for their turn, and those
+        that had it, which give back the tokens they were to compute."""
         decodes, kv, running, limits = self.decodes, self.kv, self.running, self.limits
-        speculation = self.speculation
+        speculation, late_frees = self.speculation, self._late_frees
         left, turn, beside = limits.max_num_batched_tokens, 0, 0
         if speculation:
             left, beside = left - speculation.reserve, speculation.slots
@@ -389,6 +420,8 @@ class Scheduler:
                 self._release(state, reach - tokens, batch.step, in_flight)
             while tokens and kv.shortage(state.table, reach) > 0:
                 at = self._policy.victim(running, turn)
+                if late_frees and late_frees.spares and self._is_flying(running[at]):
+                    break
                 victim = running.pop(at)
                 taken_back = served.pop(victim, 0)
                 left += taken_back + beside if taken_back else 0
@@ -401,6 +434,8 @@ class Scheduler:
                 if limits.serves_on:
                     continue
                 break
+            if tokens and kv.shortage(state.table, reach) > 0:
+                break  # the victim was spared
             turn += 1
             if not tokens:
                 continue
@@ -457,7 +492,7 @@ class Scheduler:
             self._cadence.note_prefill()
         if self._adapters:
             self._adapters.note(state)
-        if self.pipeline:
+        if self.pipeline or self._late_frees:
             state.chunk = batch
         batch.add_request(tokens, computed)
         if state.lost:
@@ -537,6 +572,7 @@ class Scheduler:
             computed = victim.computed
             cached = computed + taken_back
         pipeline = self.pipeline
+        late = self._is_flying(victim)
         flight = pipeline.computes(victim) if pipeline else None
         if self.speculation:
             computed, cached = self.speculation.preempt(victim)
@@ -563,15 +599,40 @@ class Scheduler:
             pipeline.await_batch(flight, victim)
         for connector in self.connectors:
             connector.computed(victim.table, cached)
-        self.kv.preempt(victim.table, cached)
+        self._give_back(victim, cached, late=late, preempted=True)
         self._frees += 1
         victim.phase = Phase.WAITING
-        victim.kv_arrived = False
+        victim.handed_over = False
         victim.computed = computed
         victim.record.note_lost(batch.step)
         before = self._passed_over if self.limits.deferred_first else 0
-        self._policy.put_back(self.waiting, victim, before)
+        self._policy.put_back(self.waiting, victim, before, self.loads.ahead if self.loads else 0)
         batch.preempted = [*batch.preempted, victim]
+
+    def _is_flying(self, state: RequestState) -> bool:
+        """Whether a step in flight computes for a request that runs, so that its blocks come back late."""
+        late = self._late_frees
+        if late is None or late.ended >= late.scheduled:
+            return False
+        if state.phase is Phase.PREFILL:
+            chunk = state.chunk
+            return chunk is not None and late.ended < chunk.step <= late.scheduled
+        if self.pipeline:
+            flight = self.pipeline.computes(state)
+            return flight is not None and flight.step > late.ended
+        return state.phase is Phase.DRAINING or state.home is None or state.run_start <= late.scheduled
+
+    def _give_back(self, state: RequestState, tokens: int, *, late: bool, preempted: bool) -> None:
+        """Take a request's blocks, the first ``tokens`` tokens of which are computed and known; ``late``:
+        they are free only when the steps in flight have ended."""
+        if late:
+            assert self._late_frees is not None
+            kv = cast("KvCache", self.kv)  # several groups are refused
+            self._late_frees.keep(*kv.detach(state.table, tokens, preempted=preempted))
+        elif preempted:
+            self.kv.preempt(state.table, tokens)
+        else:
+            self.kv.free(state.table, tokens)
 
     # ------------------------------------------------------------------ admission
 
@@ -579,7 +640,7 @@ class Scheduler:
         """Take a request in."""
         if state.record.queued_ns < 0:
             state.record.queued_ns = now_ns
-        self._policy.add(self.waiting, state)
+        self._policy.add(self.waiting, state, self.loads.ahead if self.loads else 0)
         if self.waiting[0] is state or self._passed_over:
             self._blocked_at = None  # that was said of another head
 
@@ -587,8 +648,7 @@ class Scheduler:
         """Admit waiting requests while token budget, ``max_num_seqs`` and blocks last.
 
         The first that cannot be admitted ends it: nobody behind the head of the queue overtakes it. Only
-        those whose adapter finds no slot, and those that a batch in flight still computes for, are passed
-        over.
+        those that cannot go on whatever is free are passed over (:meth:`_is_held_up`).
         """
         limits, kv, waiting, speculation = self.limits, self.kv, self.waiting, self.speculation
         adapters = self._adapters
@@ -596,11 +656,11 @@ class Scheduler:
         while len(waiting) > place and left > 0 and len(self.running) < limits.max_num_seqs:
             state = waiting[place]
             cache_state = (self._frees, kv.registrations)
-            if cache_state == self._blocked_at and not state.awaits_token:
+            held_up = state.awaits_token or state.phase is Phase.LOADING
+            if cache_state == self._blocked_at and not held_up:
                 return
-            if state.awaits_token or (adapters and not adapters.has_room(state)):
-                self._passed_over += not state.passed_over
-                state.passed_over = True
+            if self._is_held_up(state):
+                self._pass_over(state)
                 place += 1
                 continue
             known, table, record = state.known, state.table, state.record
@@ -611,13 +671,22 @@ class Scheduler:
                 completed.append(state)
                 left -= known
                 continue
-            hits = kv.no_hits() if limits.skip_prefill else kv.lookup(table, known, record.preemptions > 0)
+            holds = state.loaded >= 0
+            nothing = limits.skip_prefill or holds
+            hits = kv.no_hits() if nothing else kv.lookup(table, known, record.preemptions > 0)
             if speculation and speculation.drops_last_hit and hits:
                 hits.pop()
             hit_tokens = kv.hit_tokens(hits)
-            done, read_bytes = (known - 1 if limits.skip_prefill else hit_tokens), 0
-            if self.connectors and not limits.skip_prefill:
-                done, read_bytes = self._lookup(state, hit_tokens)
+            done, read_bytes = (known - 1 if limits.skip_prefill else max(state.loaded, hit_tokens)), 0
+            if self.connectors and not nothing:
+                found = self._lookup(state, hit_tokens)
+                if found.reader or found.undecided:
+                    if found.reader and not self._begin_load(state, place, hits, found, now_ns):
+                        return
+                    self._pass_over(state)
+                    place += 1
+                    continue
+                done, read_bytes = found.tokens, found.read_bytes
             if self._holds_prefills and done < known - 1:
                 return
             tokens = known - done
@@ -633,41 +702,40 @@ class Scheduler:
                 tokens = self._clipped(state, done, tokens, admitting=True)
                 if not tokens:
                     return
-            whole = limits.reserve_full_isl
-            free = kv.pool.num_free - (limits.watermark_blocks if self.running else 0)
-            if whole and kv.missing_blocks(hits, done, known, whole=True) > free:
-                if not adapters:  # else a slot for an adapter may change who is looked at
-                    self._blocked_at = cache_state
-                return
             reach = slots = done + tokens
             if speculation:
                 slots = speculation.reach(reach)
-            tight = not whole or kv.several or speculation
-            if tight and kv.missing_blocks(hits, done, slots) > free:
+            if not self._has_room(state, hits, done, slots):
                 return
             self._take_out(state, place)
             if adapters:
                 adapters.note(state)
-            if self.pipeline:
+            if self.pipeline or self._late_frees:
                 state.chunk = batch
-            kv.admit(table, hits, done, slots)
+            if holds:
+                kv.grow(table, slots)
+            else:
+                kv.admit(table, hits, done, slots)
             self._computed(table, speculation.note(state, reach) if speculation else reach)
             state.order = self._admissions
             self._admissions += 1
             self.running.append(state)
             if record.scheduled_ns < 0:
                 record.scheduled_ns = now_ns
-                record.npu_hit = hit_tokens
-                record.storage_hit = done - hit_tokens if read_bytes else 0
-                batch.hit_tokens += hit_tokens + record.storage_hit
+                if not holds:
+                    record.npu_hit = hit_tokens
+                    record.storage_hit = done - hit_tokens if read_bytes else 0
+                batch.hit_tokens += record.npu_hit + record.storage_hit
                 batch.lookup_tokens += known
                 batch.recalled_tokens += record.storage_hit
-            elif not state.kv_arrived:
+            elif not state.handed_over:
                 record.note_back(now_ns)
                 state.lost = max(state.lost, state.computed)
                 # a lower tier may hold more by now than was lost
                 record.recomputed_tokens += state.computed - min(done, state.lost)
                 batch.note_again(state.lost, done, reach)
+            if self.loads and holds:
+                self.loads.leave(state)
             for connector in self.connectors:
                 connector.admitted(batch, read_bytes)
             if reach > known:
@@ -711,6 +779,67 @@ class Scheduler:
         state.computed = known
         return True
 
+    def _is_held_up(self, state: RequestState) -> bool:
+        """Whether a waiting request cannot be admitted whatever is free: its KV is being read, a batch in
+        flight still computes for it, or the adapters of the step leave no slot for its own."""
+        if state.phase is Phase.LOADING:
+            assert self.loads is not None
+            if not self.loads.take_up(state):
+                return True
+        return state.awaits_token or (self._adapters is not None and not self._adapters.has_room(state))
+
+    def _pass_over(self, state: RequestState) -> None:
+        """Look at the request behind this one, which is looked at first from now on."""
+        self._passed_over += not state.passed_over
+        state.passed_over = True
+
+    def _has_room(self, state: RequestState, hits: Any, done: int, slots: int, reserved: int = 0) -> bool:
+        """Whether there are blocks for ``slots`` tokens of a waiting request, ``done`` of them computed, and
+        for all its known tokens if those have to fit; ``reserved`` free blocks are for others."""
+        limits, kv = self.limits, self.kv
+        free = kv.pool.num_free - (limits.watermark_blocks if self.running else 0)
+        whole = limits.reserve_full_isl
+        if whole and self._missing(state, hits, done, state.known, whole=True) > free:
+            if not self._adapters:  # else a slot for an adapter may change who is looked at
+                self._blocked_at = (self._frees, kv.registrations)
+            return False
+        tight = not whole or kv.several or self.speculation or reserved
+        return not tight or self._missing(state, hits, done, slots) <= free - reserved
+
+    def _missing(self, state: RequestState, hits: Any, done: int, tokens: int, *, whole: bool = False) -> int:
+        """Free blocks it takes for a waiting request to hold ``tokens`` tokens."""
+        if state.loaded >= 0:
+            return max(self.kv.shortage(state.table, tokens) + self.kv.pool.num_free, 0)
+        return self.kv.missing_blocks(hits, done, tokens, whole=whole)
+
+    def _begin_load(self, state: RequestState, place: int, hits: Any, found: Found, now_ns: int) -> bool:
+        """Give a waiting request blocks and let a connector read KV into them; False if they lack."""
+        loads, tokens = self.loads, found.tokens
+        assert loads is not None
+        assert found.reader is not None
+        if not self._has_room(state, hits, tokens, tokens, loads.reserved(self.prefilling)):
+            return False
+        record, hit_tokens = state.record, self.kv.hit_tokens(hits)
+        self.kv.admit(state.table, hits, tokens, tokens)
+        if record.scheduled_ns < 0:
+            record.npu_hit = hit_tokens
+            record.storage_hit = min(tokens, state.known - 1) - hit_tokens
+        if loads.first:
+            del self.waiting[place]
+            self._policy.put_ahead(self.waiting, state, loads.ahead)
+        loads.begin(state, tokens)
+        found.reader.begin_load(state, found.read_bytes, now_ns, partial(self._loaded, state, now_ns))
+        return True
+
+    def _loaded(self, state: RequestState, since_ns: int, now_ns: int) -> None:
+        """The KV of a request is there, which has waited for it with blocks in hand since ``since_ns``."""
+        assert self.loads is not None
+        if state.record.scheduled_ns < 0 or state.handed_over:
+            state.record.note_load(since_ns, now_ns)
+        self.loads.arrive(state)
+        self._blocked_at = None
+        self.loads.wake(now_ns)
+
     def _note_fruitless(self) -> None:
         """A step preempts and generates no token; too many of them never end.
 
@@ -735,13 +864,13 @@ class Scheduler:
         self._passed_over -= state.passed_over
         state.passed_over = False
 
-    def _lookup(self, state: RequestState, hit_tokens: int) -> tuple[int, int]:
-        """(leading tokens whose KV is or will be there, bytes to read for them) of a waiting request."""
+    def _lookup(self, state: RequestState, hit_tokens: int) -> Found:
+        """How far the KV of a waiting request reaches."""
         for connector in self.connectors:
             found = connector.lookup(state, hit_tokens)
             if found is not None:
                 return found
-        return hit_tokens, 0
+        return Found(hit_tokens)
 
     # ------------------------------------------------------------------ end of a step
 
@@ -751,6 +880,8 @@ class Scheduler:
         Returns:
             Those that leave the system, which is all of them unless a connector takes some on.
         """
+        if self._late_frees:
+            self._frees += self._late_frees.end(batch.step, self.kv.pool)
         if self.speculation:
             batch.finishing = self.speculation.commit(batch, self._computed)
         leaving = batch.finishing
@@ -762,6 +893,7 @@ class Scheduler:
                     leaving = [other for other in leaving if other is not state]
             else:
                 self.running.remove(state)
+                late = state.stops and self._is_flying(state)
                 if state.stops and state.home is not None:
                     state.home.drop(state)
                 self._computed(state.table, whole)
@@ -770,7 +902,7 @@ class Scheduler:
                     state.keeps_blocks = True
                     self.held += 1
                 else:
-                    self.kv.free(state.table, whole)
+                    self._give_back(state, whole, late=late, preempted=False)
             state.phase = Phase.FINISHED
             state.end_run(batch.step if batch.travelling is None else batch.track_step)
             state.record.end_ns = batch.end_ns
@@ -840,6 +972,8 @@ class Scheduler:
         count = self.decodes.count
         if not count or self.prefilling or self.decodes.sharing:
             return False
+        if self._late_frees and self._late_frees.pending:
+            return False
         if count > self.limits.max_num_batched_tokens:
             return False
         return not self.waiting or self._is_blocked()
@@ -848,6 +982,7 @@ class Scheduler:
         """Such steps were made; ``alone``: each with nothing in flight."""
         self._last_alone = alone
         self._fruitless = 0
+        self.decodes.joined.clear()
 
     def quiet_ticks(self, most: int, in_flight: bool) -> int:
         """How many coming steps, up to ``most``, are sure to be the same decodes growing by a token and no
@@ -884,8 +1019,11 @@ class Scheduler:
         after each."""
         unknown = int(not self._last_alone)
         self._last_alone = False  # in an asynchronous loop every one of them follows a step in flight
+        self.decodes.joined.clear()
         if self._cadence:
             self._cadence.skip(ticks)
+        if self._late_frees:
+            self._late_frees.note_scheduled(self._late_frees.scheduled + ticks)
         decodes = self.decodes
         if self._grouped:
             used = self._grouped.run_quietly(decodes, ticks, unknown)

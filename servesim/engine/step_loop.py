@@ -151,6 +151,9 @@ class StepLoop:
         self._leave = leave
         self._coupling = coupling
         self._connected = any(member.scheduler.connectors for member in plan.members)
+        for member in plan.members:
+            if member.scheduler.loads:
+                member.scheduler.loads.call(self.wake)
         self._depth = plan.depth
         self._quiet: StepTimes | None = plan.times.alone if plan.jump else None
         self._sharing = sharing if coupling is not Coupling.STEPS else 1
@@ -246,7 +249,7 @@ class StepLoop:
                     pass
             if not in_flight:
                 for member in members:
-                    if member.scheduler.waiting and not member.scheduler.held:
+                    if member.scheduler.waiting and not member.scheduler.awaits_others:
                         raise RunError(member.stuck_message())
                 return
             if in_flight[0] is self._gated:

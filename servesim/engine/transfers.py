@@ -65,6 +65,7 @@ class Transfers:
         self._waiting: dict[int, tuple[Callable[[int], None], int, int, tuple[str, ...]]] = {}
         """Whom to tell of the end, start, bytes, names of the ports."""
         self._serial = 0
+        self._soon: list[Callable[[int], None]] = []
         self.moved: list[MovedBytes] = []
         """What has been moved."""
 
@@ -84,8 +85,16 @@ class Transfers:
         if not self._advancing and first_byte_ns < self._clock.due_ns(self._actor):
             self._clock.at(first_byte_ns, self._actor)
 
+    def soon(self, call: Callable[[int], None]) -> None:
+        """Call back with the present time when whoever acts now is done."""
+        self._soon.append(call)
+        self._clock.at(self._clock.now_ns, self._actor)
+
     def _advance(self, now_ns: int) -> None:
         """End and start what is due at ``now_ns``."""
+        soon, self._soon = self._soon, []
+        for call in soon:
+            call(now_ns)
         # Whoever is told of an end may plan more at once: that is started here too, and only then are the
         # rates of all shared out, since sharing in between would round the bytes left twice.
         self._advancing = True

@@ -191,7 +191,20 @@ class KvCache:
 
     def free(self, table: BlockTable, tokens: int) -> None:
         """Give all blocks back; the first ``tokens`` tokens are computed and known."""
-        num_full = tokens // self.block_size if self.caching else 0
-        self.pool.free(table.blocks, table.num_hashed, num_full)
+        self.pool.free(*self._detach(table, tokens))
+
+    def detach(self, table: BlockTable, tokens: int, *, preempted: bool) -> tuple[list[int], int, int]:
+        """Take all blocks away as :meth:`preempt` or :meth:`free` does, without giving them back.
+
+        Returns:
+            What :meth:`BlockPool.free` is to be called with later; they can be hit until then, too.
+        """
+        if preempted and self.caching:
+            self._register(table, tokens // self.block_size)
+        return self._detach(table, tokens)
+
+    def _detach(self, table: BlockTable, tokens: int) -> tuple[list[int], int, int]:
+        blocks, num_hashed = table.blocks, table.num_hashed
         table.blocks = []
         table.num_hashed = 0
+        return blocks, num_hashed, tokens // self.block_size if self.caching else 0

@@ -96,9 +96,13 @@ class LowerTier:
             self.written_bytes += self._pool.put(self._key(table, chunk), self.chunk_bytes)
         table.chunks_written = max(table.chunks_written, full)
 
+    def content(self, table: BlockTable, chunk: int) -> int:
+        """Identity of the content of a chunk."""
+        return table.content((chunk + 1) * self._chunk_blocks - 1)
+
     def check_integrity(self) -> None:
         """See :meth:`TierPool.check_integrity`."""
         self._pool.check_integrity()
 
     def _key(self, table: BlockTable, chunk: int) -> tuple[int, int]:
-        return self._namespace, table.content((chunk + 1) * self._chunk_blocks - 1)
+        return self._namespace, self.content(table, chunk)

@@ -44,6 +44,7 @@ _SHOWN_WHEN_CHANGED = frozenset(
             "long_prefill_token_threshold_adaptive",
             "prefill_schedule_interval",
             "watermark",
+            "kv_load",
             "enable_lora",
             "max_loras",
             "disable_hybrid_kv_cache_manager",

@@ -99,6 +99,10 @@ def _of_request(record: RequestRecord, lookups: list[_Steps], tracks: list[Colum
             begun_ns = min(max(int(lookups[track].starts[entry]), begun_ns), record.first_token_ns)
         parts["queue"] += begun_ns - record.handed_over_ns
         parts["decode"] = record.first_token_ns - begun_ns
+    if record.load_ended_ns >= 0:  # a part of its time in the queue
+        loaded_ns = record.load_ended_ns - record.load_began_ns
+        parts["queue"] -= loaded_ns
+        parts["recall" if record.prefill_step is None else "transfer"] += loaded_ns
     _add_prefill(parts, record, front, computed_ns, lookups)
     _add_decode(parts, record, lookups, tracks)
     return parts

@@ -44,6 +44,8 @@ _FEW = {
     "recomputed_tokens": 0,
     "handed_over_ns": -1,
     "cut_tokens": 0,
+    "load_began_ns": -1,
+    "load_ended_ns": -1,
 }
 """Numbers that mostly are what they say here, and are kept where not."""
 _NO_TRACK = -1
@@ -84,6 +86,14 @@ class RequestRecord:
     """When it was queued at another instance that decodes it; -1 where there is none."""
     cut_tokens: int = 0
     """Tokens that its answer lacks, since the context was full."""
+    load_began_ns: int = -1
+    """When it got blocks for KV that was then read while it waited; -1 if it never did."""
+    load_ended_ns: int = -1
+    """When that KV was there."""
+
+    def note_load(self, began_ns: int, ended_ns: int) -> None:
+        """It waited for KV with blocks in hand, before its first admission."""
+        self.load_began_ns, self.load_ended_ns = began_ns, ended_ns
 
     def note_cut(self, tokens: int) -> None:
         """Its answer is shorter by so many tokens."""

@@ -142,6 +142,8 @@ def _instance_entry(instance: InstanceLog, rows: RequestTable) -> dict[str, Any]
     options = asdict(instance.options) if is_dataclass(instance.options) else {}
     if options.get("speculative", ...) is None:
         del options["speculative"]
+    if options.get("kv_load") == "step":
+        del options["kv_load"]
     return {
         "instance": instance.index,
         "node": instance.node,
@@ -221,6 +223,7 @@ def _options(result: Result) -> dict[str, Any] | None:
         for name, value in chosen.items()
         if name not in _NOT_IN_SUMMARY and name not in output_fields()
         if value is not None or not name.startswith("speculative_")
+        if (name, value) != ("kv_load", "step")
     }
 
 

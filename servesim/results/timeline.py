@@ -197,6 +197,8 @@ def _request(record: RequestRecord, log: RunLog, starts: list[StartColumn]) -> I
 
     yield {"ph": "b", "name": f"request {record.request}", "ts": record.arrival_ns / 1000, **base}
     yield from span("queued", record.arrival_ns, record.scheduled_ns)
+    if record.load_ended_ns >= 0:
+        yield from span("KV load", record.load_began_ns, record.load_ended_ns)
     first_ns = record.first_token_ns
     if record.prefill_step is None:
         yield from span("prefill", record.scheduled_ns, first_ns)
@@ -205,7 +207,8 @@ def _request(record: RequestRecord, log: RunLog, starts: list[StartColumn]) -> I
         beyond = track - len(log.instances)
         ends = log.instances[track].steps.end_ns if beyond < 0 else log.pipeline_tracks[beyond]
         yield from span("prefill", record.scheduled_ns, ends[entry])
-        yield from span("KV transfer", ends[entry], record.handed_over_ns)
+        if record.handed_over_ns > ends[entry]:  # else the decode side loads it later
+            yield from span("KV transfer", ends[entry], record.handed_over_ns)
         yield from span("first token", record.handed_over_ns, first_ns)
     lost = []
     for where, step, back_ns in record.away or ():

@@ -189,6 +189,19 @@ def one_front_end(scene: Scene) -> str:
     return "" if QUEUE_LIMITS.holds(version) else f"vLLM {version} has no such limit"
 
 
+def takes_kv_in(scene: Scene) -> str:
+    """KV comes in where a connector brings it."""
+    evicts = any(
+        rule.kv_evict_loc not in (None, "npu")
+        for instance in scene.instances
+        if instance.placement is not None
+        for _, rule in instance.placement.rules
+    )
+    if not (scene.options.prefix_storage or evicts or any(one.pd_type for one in scene.instances)):
+        return "no KV comes in: there is no --prefix-storage and no decode instance (pd_type)"
+    return whole_prompts_at_once(scene)
+
+
 def fewer_running(scene: Scene) -> str:
     """A limit below another one binds where it is lower."""
     if all((options.max_num_active_seqs or UNLIMITED) >= options.max_num_seqs for options in scene.resolved):

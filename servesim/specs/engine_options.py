@@ -245,6 +245,16 @@ Watermark = Annotated[
         "SHARE",
     ),
 ]
+KvLoad = Annotated[
+    Literal["step", "async"],
+    Flag(
+        "how KV comes in from a lower tier or a prefill instance: step (the step that needs it waits, or it "
+        "is sent before the request is queued) or async (the request waits with its blocks in hand while "
+        "others run, as with vLLM's OffloadingConnector and NixlConnector)",
+        ENGINE,
+        acts=conditions.takes_kv_in,
+    ),
+]
 EnableLora = Annotated[
     bool,
     Flag(
@@ -349,6 +359,7 @@ class EngineOptions(Spec):
     long_prefill_token_threshold_adaptive: AdaptiveThreshold = False
     prefill_schedule_interval: PrefillScheduleInterval = 1
     watermark: Watermark = 0.0
+    kv_load: KvLoad = "step"
     enable_lora: EnableLora = False
     max_loras: MaxLoras = 1
     enable_local_offloading: EnableLocalOffloading = False
@@ -382,6 +393,7 @@ class OwnOptions(Spec):
     long_prefill_token_threshold_adaptive: AdaptiveThreshold | None = None
     prefill_schedule_interval: PrefillScheduleInterval | None = None
     watermark: Watermark | None = None
+    kv_load: KvLoad | None = None
     enable_lora: EnableLora | None = None
     max_loras: MaxLoras | None = None
     enable_local_offloading: EnableLocalOffloading | None = None

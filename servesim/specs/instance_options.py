@@ -65,6 +65,8 @@ class InstanceOptions:
     long_prefill_token_threshold_adaptive: bool = False
     prefill_schedule_interval: int = 1
     watermark: float = 0.0
+    kv_load: str = "step"
+    """How KV comes in from elsewhere: step or async."""
     enable_lora: bool = False
     max_loras: int = 1
     disable_hybrid_kv_cache_manager: bool = False

@@ -59,7 +59,7 @@ ELSEWHERE = {
     "--kv-transfer-config": "prefill and decode instances: pd_type is set in the cluster config: "
     "docs/cluster-config.md",
     "--cpu-offload-gb": "where weights are: placement is set in the cluster config: docs/cluster-config.md",
-    "--kv-offloading-size": "a lower tier of the prefix cache: --prefix-storage CPU",
+    "--kv-offloading-size": "a lower tier of the prefix cache: --prefix-storage CPU --kv-load async",
     "--swap-space": "vLLM V1 has no swap; preempted requests are computed again, here too",
     "--kv-cache-memory-bytes": "give --num-gpu-blocks-override, or a utilization",
     "--quantization-config": "the model's quantization_config says it; --dtype fp8 sets 8-bit weights",

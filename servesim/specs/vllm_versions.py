@@ -79,6 +79,16 @@ ONE_QUEUE = Difference(
     "a preempted request comes before those that were passed over, for max_loras or since a batch of a "
     "pipeline still computed for them; before, these have a queue of their own (0.29 to 0.32: unknown)",
 )
+HOLDERS_FIRST = Difference(
+    "0.33",
+    "requests that hold blocks while a connector reads their KV come before all others that wait; before, "
+    "they keep their places (0.29 to 0.32: unknown)",
+)
+SPARES_FLYING = Difference(
+    "0.33",
+    "where a connector reads KV, a running request is not preempted while a step in flight computes for it; "
+    "before, it is, although its blocks are free only after that step (0.29 to 0.32: unknown)",
+)
 LOCAL_CADENCE = Difference(
     "0.33", "prefill_schedule_interval acts on every engine, not only on data-parallel groups with experts"
 )
@@ -101,7 +111,7 @@ CUTS_ANSWERS = Difference(
 DIFFERENCES = (
     *(LONE_PREFILL, LARGE_GPU_BATCHES, COUNTS_VICTIMS, SERVES_ON),
     *(SETTLED_FREES, STATE_STOPS, SPARSE_WINDOWS, SLOTS_BY_REQUEST, LOOKAHEAD_HASHES),
-    *(V2_NGRAM, RUNNING_LORAS, AWAITS_BATCHES, ONE_QUEUE),
+    *(V2_NGRAM, RUNNING_LORAS, AWAITS_BATCHES, ONE_QUEUE, HOLDERS_FIRST, SPARES_FLYING),
     *(LOCAL_CADENCE, ACTIVE_SEQS, ADAPTIVE_THRESHOLD, CUTS_ANSWERS, LONG_THRESHOLD, QUEUE_LIMITS),
 )
 

@@ -247,6 +247,13 @@ OPTIONS: dict[str, Option] = {
         [Case("--prefill-schedule-interval 3", beside="--vllm-version 0.32", told=REFUSED)],
     ),
     "watermark": Option(Case("--watermark 0.5", "tight")),
+    "kv_load": Option(
+        Case("--kv-load async", "sides"),
+        [
+            Case("--kv-load async", told=REFUSED),
+            Case("--kv-load async", "sides", beside="--skip-prefill", told=REFUSED),
+        ],
+    ),
     "enable_lora": Option(
         Case("--enable-lora", workload="adapted"),
         [Case("--enable-lora", told=NOTED), Case("--enable-lora", "two", told=NOTED)],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from servesim.engine.block_tables import BlockTables
-from servesim.engine.build import track_maker
+from servesim.engine.build import loads_of, track_maker
 from servesim.engine.instance import Instance
 from servesim.engine.limits import SchedulerLimits
 from servesim.engine.pipeline import Pipeline
@@ -137,15 +137,20 @@ def small_member(
     pd_type: str | None = None,
     node: int = 0,
     connectors: Sequence[Connector] = (),
+    kv_load: str = "step",
+    asynchronous: bool = False,
     **limits: Any,
 ) -> Instance:
-    """An instance that no loop runs yet; ``tracks`` where it is in a pipeline."""
+    """An instance that no loop runs yet; ``tracks`` where it is in a pipeline, ``asynchronous``: a loop that
+    schedules a step while another runs."""
     options = instance_options(
         block_size=block_size,
         max_num_batched_tokens=budget,
         max_num_seqs=max_num_seqs,
         enable_chunked_prefill=limits.get("chunked_prefill", True),
         max_model_len=1 << 20,
+        kv_load=kv_load,
+        async_scheduling=asynchronous,
     )
     log = InstanceLog(
         index,
@@ -157,9 +162,13 @@ def small_member(
         "no host",
     )
     log.spec.pd_type = pd_type  # type: ignore[misc, assignment]
+    kv = KvCache(blocks, block_size, caching)
+    loads, late_frees = loads_of(options, kv, log.spec, lower_tier=False)
     scheduler = Scheduler(
         SchedulerLimits(max_num_seqs, budget, **limits),
-        KvCache(blocks, block_size, caching),
+        kv,
+        loads=loads,
+        late_frees=late_frees,
         connectors=connectors,
         pipeline=None if tracks is None else Pipeline(track_maker(block_size, tracks, instances), ring),
         list_requests=pd_type == "prefill",

@@ -246,6 +246,7 @@ EVERY_OPTION: dict[str, tuple[Any, Any]] = {
     "long_prefill_token_threshold_adaptive": (True, True),
     "prefill_schedule_interval": (3, 3),
     "watermark": (0.1, 0.1),
+    "kv_load": ("async", "async"),
     "enable_lora": (True, True),
     "max_loras": (4, 4),
     "enable_block_copy": (False, False),

@@ -56,6 +56,7 @@ def run_split(
     depth: int = 1,
     decode_blocks: int = 1001,
     nodes: tuple[int, ...] = (),
+    kv_load: str = "step",
     **limits: Any,
 ) -> RunLog:
     tables = BlockTables(workload)
@@ -73,6 +74,8 @@ def run_split(
             pd_type=side,
             node=nodes[index] if nodes else 0,
             connectors=[hand_over],
+            kv_load=kv_load,
+            asynchronous=depth > 1,
             **(limits if side == "prefill" else {**limits, "blocks": decode_blocks}),
         )
         for index, side in enumerate(sides)
@@ -171,6 +174,56 @@ def test_prefix_hits_of_the_prefill_side_travel_too() -> None:
     assert log.requests[1].first_token_ns == 50_000 + 16_000 + 1010
 
 
+def test_pulled_kv_takes_blocks_before_it_is_read() -> None:
+    """Two prompts of 20 tokens, 20,000 ns each on the link; the decode side has 8 blocks of 4 tokens, a
+    request needs 5 for its prompt and all 8 to end."""
+    shapes = (20, 12, 0), (20, 12, 0)
+    sent = run_split(requests(*shapes), decode_blocks=9)
+    # sent: both share the link and have arrived at 40,000; the second waits for the first one's blocks
+    first, second = sent.requests
+    assert first.first_token_ns == 40_000 + 1010
+    assert second.first_token_ns == first.end_ns + 1010 == 40_000 + 13 * 1010
+    assert max(sent.instances[1].steps.kv_blocks_used) == 8
+    pulled = run_split(requests(*shapes), decode_blocks=9, kv_load="async")
+    # pulled: both are queued when their step has ended (1400). Only the first one gets blocks, so its KV has
+    # the link to itself; that of the second leaves when the first has ended
+    first, second = pulled.requests
+    assert first.handed_over_ns == second.handed_over_ns == 1400
+    assert (first.load_began_ns, first.load_ended_ns) == (1400, 21_400)
+    assert first.first_token_ns == 21_400 + 1010
+    assert (second.load_began_ns, second.load_ended_ns) == (first.end_ns, first.end_ns + 20_000)
+    assert second.first_token_ns == 21_400 + 12 * 1010 + 20_000 + 1010
+
+
+def test_a_request_with_little_to_pull_overtakes() -> None:
+    # both get blocks at once; 4000 of the second's bytes are there when as many of the first's are
+    first, second = run_split(requests((40, 2, 0), (4, 2, 0)), kv_load="async").requests
+    assert second.load_ended_ns == 1440 + 2 * 4000
+    assert second.end_ns == second.load_ended_ns + 2 * 1010
+    assert first.load_ended_ns == 1440 + 44_000 > second.end_ns
+
+
+def test_what_the_decode_side_has_cached_is_not_pulled() -> None:
+    # 3 blocks of 4 of the second prompt are there; its last 4 tokens travel
+    prompt = list(range(16))
+    log = run_split(requests((16, 1, 0), (16, 1, 50_000), ids=[prompt, prompt]), kv_load="async")
+    first, second = log.requests
+    assert first.load_ended_ns - first.load_began_ns == 16_000
+    assert second.load_ended_ns - second.load_began_ns == 4000
+
+
+def test_a_prompt_of_one_token_is_pulled_once() -> None:
+    record = run_split(requests((1, 3, 0)), kv_load="async").requests[0]
+    assert record.first_token_ns == 1010 + 1000 + 1010
+
+
+def test_pulled_kv_is_kept_at_the_prefill_side_until_then() -> None:
+    # the prefill side has blocks for one prompt: the second starts when the first one's KV has left
+    log = run_split(requests((16, 2, 0), (16, 2, 0)), kv_load="async", blocks=6)
+    first, second = log.requests
+    assert second.scheduled_ns == first.load_ended_ns == 1160 + 16_000
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     workloads(),
@@ -180,12 +233,28 @@ def test_prefix_hits_of_the_prefill_side_travel_too() -> None:
     st.integers(1, 2),
     st.integers(25, 130),
     st.integers(25, 130),
+    st.sampled_from(["step", "async"]),
 )
 def test_nothing_is_lost_on_the_way(
-    workload: Workload, prefill: int, decode: int, bandwidth: float, depth: int, blocks: int, room: int
+    workload: Workload,
+    prefill: int,
+    decode: int,
+    bandwidth: float,
+    depth: int,
+    blocks: int,
+    room: int,
+    kv_load: str,
 ) -> None:
     log = run_split(
-        workload, prefill, decode, bandwidth, latency=7, depth=depth, blocks=blocks, decode_blocks=room
+        workload,
+        prefill,
+        decode,
+        bandwidth,
+        latency=7,
+        depth=depth,
+        blocks=blocks,
+        decode_blocks=room,
+        kv_load=kv_load,
     )
     ended = [r.request for r in log.requests] + [r.request for r in log.rejected]
     assert sorted(ended) == list(range(len(workload)))

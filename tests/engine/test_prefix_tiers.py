@@ -365,3 +365,24 @@ def test_what_excludes_each_other_is_told_before_writing(
 def test_the_same_from_python_is_an_input_error() -> None:
     with pytest.raises(InputError, match="has no cxl_mem"):
         simulate(toy_cluster([small()]), sessions(1), **CXL_TIER)
+
+
+def test_no_step_waits_for_chunks_that_requests_wait_for() -> None:
+    made = []
+    for how in ("step", "async"):
+        CheckedPool.made.clear()
+        made.append(run(**CPU_TIER, kv_load=how))
+    in_step, beside = made
+    for result in made:
+        assert result.summary["prefix_cache"]["storage_hit_tokens"] > 0
+    assert len(in_step.instances[0].gates.step) > 0
+    assert len(beside.instances[0].gates.step) == 0
+    waited = [record for record in beside.records if record.load_ended_ns >= 0]
+    assert waited
+    for record in waited:
+        assert record.arrival_ns <= record.load_began_ns < record.load_ended_ns <= record.scheduled_ns
+        assert record.storage_hit > 0
+    assert beside.steps["recalled_bytes"].sum() > 0
+    assert "kv_load" not in in_step.summary["options"]
+    assert beside.summary["options"]["kv_load"] == "async"
+    assert beside.summary["instances"][0]["options"]["kv_load"] == "async"

@@ -588,6 +588,42 @@ RECIPES: dict[str, Recipe] = {
         "requests that find all but a token cached are filled up to the others' drafts",
         lambda r: echoes(r, 60, 6), settings(40, max_num_seqs=16, **drafts("draft_model", 0.6, 0.4)),
     ),
+    "async_loads": Recipe(
+        "a connector reads the first 60 % of every prompt while the request waits; ample memory",
+        lambda r: unrelated(r, 60, 15, (20, 200), (5, 60)), settings(600, kv_loads="async:0.6:9000:20"),
+    ),
+    "async_loads_tight": Recipe(
+        "whole prompts are read, as from a prefill instance; little memory, preemptions",
+        lambda r: unrelated(r, 60, 6, (5, 120), (20, 120)),
+        settings(40, **NO_CACHE, kv_loads="async:1:20000:100"),
+    ),
+    "sync_loads_tight": Recipe(
+        "whole prompts are read, as from a prefill instance; little memory, preemptions, one batch in flight",
+        lambda r: unrelated(r, 60, 6, (5, 120), (20, 120)),
+        settings(40, **SYNC, **NO_CACHE, kv_loads="async:1:20000:100"),
+    ),
+    "async_loads_prefixes": Recipe(
+        "shared prefixes, of which one request at a time reads the beginning; preemptions",
+        lambda r: shared_prefixes(r, 70, 8, output=(5, 70)), settings(50, kv_loads="async:0.5:30000:0"),
+    ),
+    "async_loads_priority": Recipe(
+        "every second request has KV elsewhere; priorities, stop tokens, little memory",
+        lambda r: with_priorities(r, with_stops(r, unrelated(r, 60, 6, (5, 120), (20, 120)), 0.4), 3),
+        settings(48, **PRIORITY, kv_loads="async:0.9:15000:50/2"),
+    ),
+    "async_loads_in_step": Recipe(
+        "KV that is there when the step begins, half of every prompt; shared prefixes, little memory",
+        lambda r: shared_prefixes(r, 70, 8, output=(5, 70)), settings(50, kv_loads="sync:0.5"),
+    ),
+    "sync_loads_in_step": Recipe(
+        "KV that is there when the step begins, whole prompts, one batch in flight; little memory",
+        lambda r: unrelated(r, 60, 6, (5, 120), (20, 120)), settings(40, **SYNC, kv_loads="sync:1"),
+    ),
+    "async_loads_pipeline": Recipe(
+        "two stages, every second request has KV elsewhere, little memory",
+        lambda r: unrelated(r, 45, 6, (5, 120), (20, 120)),
+        settings(60, **TWO, kv_loads="async:1:20000:100/2"), since=WAITS,
+    ),
 }  # fmt: skip
 
 
@@ -596,7 +632,7 @@ ACROSS = (
     *(
         name
         for name in RECIPES
-        if any(word in name for word in ("priority", "stops", "cadence", "loras", "pipeline", "dcp"))
+        if any(word in name for word in ("priority", "stops", "cadence", "loras", "loads", "pipeline", "dcp"))
     ),
     *("async_context_full", "async_watermark"),
     *("async_two_seats_tight", "sync_prefix_tight", "async_last_token_victims_cached", "async_echoes"),

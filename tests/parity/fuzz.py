@@ -227,6 +227,16 @@ def random_shards(seed: int, settings: SchedulerSettings) -> SchedulerSettings:
     return replace(settings, decode_context_parallel_size=shards, num_gpu_blocks=blocks)
 
 
+def random_loads(seed: int, settings: SchedulerSettings) -> SchedulerSettings:
+    """The same with a KV connector, drawn on its own so that the rest of a seed stays as it is."""
+    rng = np.random.default_rng([seed, 4])
+    share = float(rng.choice([0.3, 0.6, 0.9, 1.0, 1.0]))
+    every = int(rng.choice([1, 1, 1, 2, 3]))
+    base, each = float(rng.choice([1, 500, 9000, 60000, 400000])), float(rng.choice([0, 1, 77.7, 1000]))
+    mode = f"async:{share}:{base}:{each}" if rng.random() < 0.8 else f"sync:{share}"
+    return replace(settings, kv_loads=f"{mode}/{every}")
+
+
 def installed_version() -> VllmVersion:
     """The version of the vLLM that is driven."""
     found = str(minor_version(version("vllm")))
@@ -244,11 +254,13 @@ def compare(
     loras: bool = False,
     pipelined: bool = False,
     sharded: bool = False,
+    loaded: bool = False,
 ) -> Outcome:
     """Run one seed through vLLM and through the engine, stepped and, but for pipelines, jumping.
 
     ``grouped``: with several groups of layers; ``speculative``: with speculative decoding; ``loras``: with
-    LoRA adapters; ``pipelined``: in a pipeline; ``sharded``: with decode context parallelism.
+    LoRA adapters; ``pipelined``: in a pipeline; ``sharded``: with decode context parallelism;
+    ``loaded``: with a KV connector.
     """
     rng = np.random.default_rng(seed)
     entries = random_entries(rng)
@@ -264,6 +276,8 @@ def compare(
         settings = random_pipeline(seed, settings)
     if sharded:
         settings = random_shards(seed, settings)
+    if loaded:
+        settings = random_loads(seed, settings)
     try:
         log = record_scheduler(build_workload(entries, "random"), settings, random_formula(rng))
     except RunError:  # vLLM comes to a halt: a step holds less than the block of a state (0.24)
@@ -289,6 +303,7 @@ def main(arguments: list[str]) -> int:
     kinds.add_argument("--pipelines", action="store_true", help="in pipelines")
     parser.add_argument("--loras", action="store_true", help="with LoRA adapters, also beside the others")
     kinds.add_argument("--context-parallel", action="store_true", help="with decode context parallelism")
+    parser.add_argument("--kv-loads", action="store_true", help="with a KV connector, also beside the others")
     parser.add_argument("--first", type=int, default=0, help="first seed (default: 0)")
     options = parser.parse_args(arguments)
     failures = steps = preemptions = halted = 0
@@ -300,6 +315,7 @@ def main(arguments: list[str]) -> int:
             options.loras,
             options.pipelines,
             options.context_parallel,
+            options.kv_loads,
         )
         steps += len(log.steps)
         halted += not log.steps

@@ -8,15 +8,21 @@ in a schedule that came out empty.
 from __future__ import annotations
 
 from dataclasses import asdict
+from heapq import heappop, heappush
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from servesim.bench.kv_loads import Elsewhere
+from servesim.bench.record_scheduler import PRIVATE_TOKEN
 from servesim.bench.scheduler_log import LoggedRequest, LoggedStep, SchedulerLog
 from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings
 from servesim.engine.block_tables import BlockTables
 from servesim.engine.build import track_maker
+from servesim.engine.clock import Clock, Order
+from servesim.engine.connector import Connector, Found
 from servesim.engine.instance import Instance
+from servesim.engine.kv_loads import KvLoads, LateFrees
 from servesim.engine.limits import SchedulerLimits
 from servesim.engine.pipeline import Pipeline
 from servesim.engine.queue_policy import queue_policy
@@ -31,19 +37,22 @@ from servesim.specs.options import RuntimeOptions
 from servesim.specs.vllm_versions import (
     AWAITS_BATCHES,
     COUNTS_VICTIMS,
+    HOLDERS_FIRST,
     LOCAL_CADENCE,
     LONE_PREFILL,
     NEWEST,
     ONE_QUEUE,
     RUNNING_LORAS,
     SERVES_ON,
+    SPARES_FLYING,
 )
+from servesim.workload.hashes import prompt_ids
 from tests.golden.golden_file import drains, is_drained, version_of
 from tests.hand_made import OneInstance
 
 if TYPE_CHECKING:
     from array import array
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from servesim.engine.batch import Batch
     from servesim.engine.instance import StepHook
@@ -51,7 +60,7 @@ if TYPE_CHECKING:
     from servesim.engine.speculation import Speculation
     from servesim.memory.kv_cache import AnyKvCache
     from servesim.specs.vllm_versions import VllmVersion
-    from servesim.workload.request import Workload
+    from servesim.workload.request import Request, Workload
     from tests.golden.golden_file import Golden
 
 
@@ -105,24 +114,78 @@ def replay(golden: Golden) -> SchedulerLog:
     version = version_of(golden)
     scheduler = Scheduler(
         limits(settings, version),
-        kv_cache(settings, version),
+        cache := kv_cache(settings, version),
         policy=queue_policy(settings.scheduling_policy),
         pipeline=pipeline_of(settings, version, tracks),
         speculation=speculation(settings, version),
         list_requests=True,
+        **connected(settings, version, cache, clock := Clock(), workload := golden.workload()),
     )
-    workload, notes = golden.workload(), Notes(scheduler, drained=is_drained(golden.name))
+    notes = Notes(scheduler, drained=is_drained(golden.name))
     tables = block_tables(golden, workload)
     loop = build_loop(scheduler, settings, formula, tables, jump=False, hook=notes)
-    run = simulate(loop, workload, tracks)
+    run = simulate(loop, workload, clock, tracks)
     scheduler.kv.pool.check_integrity()
     steps = [notes.steps[step] for step in sorted(notes.steps)]
     return SchedulerLog(golden.log.header, steps, [logged(record) for record in run.requests])
 
 
-def simulate(loop: LoopPlan, workload: Workload, tracks: list[array[int]] | None = None) -> RunLog:
+def simulate(
+    loop: LoopPlan, workload: Workload, clock: Clock, tracks: list[array[int]] | None = None
+) -> RunLog:
     """Run a workload on one instance by the simulation's own event loop."""
-    return Simulation([loop], workload, RuntimeOptions(), pipeline_tracks=tracks).run()
+    return Simulation([loop], workload, RuntimeOptions(), clock=clock, pipeline_tracks=tracks).run()
+
+
+def connected(
+    settings: SchedulerSettings, version: VllmVersion, cache: AnyKvCache, clock: Clock, workload: Workload
+) -> dict[str, Any]:
+    """What a scheduler with a KV connector needs beside."""
+    if settings.loads is None:
+        return {}
+    connector = FormulaConnector(Elsewhere(settings.loads, settings.block_size), clock, workload)
+    late = LateFrees(spares=SPARES_FLYING.holds(version)) if settings.batches_in_flight > 1 else None
+    loads = KvLoads(cache, first=HOLDERS_FIRST.holds(version)) if settings.loads.asynchronous else None
+    return {"connectors": [connector], "loads": loads, "late_frees": late}
+
+
+class FormulaConnector(Connector):
+    """The twin of :func:`servesim.bench.kv_loads.vllm_connector`."""
+
+    def __init__(self, elsewhere: Elsewhere, clock: Clock, workload: Workload) -> None:
+        self._elsewhere = elsewhere
+        self._clock = clock
+        self._actor = clock.actor(Order.KV, self._advance)
+        self._prompts = [self._prompt(request) for request in workload]
+        self._ends: list[tuple[int, int, Callable[[int], None]]] = []
+
+    def _prompt(self, request: Request) -> list[int]:
+        ids = prompt_ids(request)
+        return [PRIVATE_TOKEN + request.index] * request.input_tokens if ids is None else ids.tolist()
+
+    def lookup(self, state: RequestState, hit_tokens: int) -> Found:
+        index = state.request.index
+        there = self._elsewhere.lookup(index, self._prompts[index], state.known, hit_tokens)
+        if there is None:
+            return Found(hit_tokens, undecided=True)
+        asynchronous = self._elsewhere.formula.asynchronous and there > hit_tokens
+        return Found(there, there - hit_tokens, self if asynchronous else None)
+
+    def begin_load(
+        self, state: RequestState, read_bytes: int, now_ns: int, there: Callable[[int], None]
+    ) -> None:
+        index = state.request.index
+        self._elsewhere.begin(index, self._prompts[index])
+        heappush(self._ends, (now_ns + self._elsewhere.formula.read_ns(read_bytes), index, there))
+        self._clock.at(self._ends[0][0], self._actor)
+
+    def _advance(self, now_ns: int) -> None:
+        while self._ends and self._ends[0][0] <= now_ns:
+            _, index, there = heappop(self._ends)
+            self._elsewhere.end(index)
+            there(now_ns)
+        if self._ends:
+            self._clock.at(self._ends[0][0], self._actor)
 
 
 def pipeline_of(
@@ -239,7 +302,7 @@ def logged(record: RequestRecord) -> LoggedRequest:
         scheduled=record.scheduled_ns,
         first=record.first_token_ns,
         end=record.end_ns,
-        hit=record.npu_hit,
+        hit=record.npu_hit + record.storage_hit,
         preemptions=record.preemptions,
     )
 
@@ -251,9 +314,10 @@ def replay_in_jumps(golden: Golden) -> RunLog:
     version = version_of(golden)
     scheduler = Scheduler(
         limits(settings, version),
-        kv_cache(settings, version),
+        cache := kv_cache(settings, version),
         policy=queue_policy(settings.scheduling_policy),
         speculation=speculation(settings, version),
+        **connected(settings, version, cache, clock := Clock(), workload),
     )
     tables = block_tables(golden, workload)
-    return simulate(build_loop(scheduler, settings, formula, tables, jump=True), workload)
+    return simulate(build_loop(scheduler, settings, formula, tables, jump=True), workload, clock)

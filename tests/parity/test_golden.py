@@ -134,11 +134,19 @@ def test_goldens_speculate_in_every_version() -> None:
 def test_pipelines_are_in_every_version() -> None:
     pipelines = [golden(name) for name in NAMES if stages_of(name) > 1]
     counted = Counter(version_of(one) for one in pipelines)
-    assert counted == {"0.24": 8, "0.28": 11, "0.33": 11}
+    assert counted == {"0.24": 8, "0.28": 12, "0.33": 12}
     shapes = {(stages_of(one.name), settings_of(one.name)["async_scheduling"]) for one in pipelines}
     assert shapes >= {(2, True), (2, False), (4, True), (4, False)}
     preempting = [one for one in pipelines if any(step.preempted for step in one.log.steps)]
-    assert Counter(version_of(one) for one in preempting) == {"0.24": 2, "0.28": 5, "0.33": 5}
+    assert Counter(version_of(one) for one in preempting) == {"0.24": 2, "0.28": 6, "0.33": 6}
+
+
+def test_connectors_are_in_every_version() -> None:
+    loading = [golden(name) for name in NAMES if settings_of(name).get("kv_loads")]
+    assert Counter(version_of(one) for one in loading) == {"0.24": 7, "0.28": 8, "0.33": 8}
+    modes = Counter(settings_of(one.name)["kv_loads"].partition(":")[0] for one in loading)
+    assert modes == {"async": 17, "sync": 6}
+    assert sum(bool(step.preempted) for one in loading for step in one.log.steps) > 300
 
 
 def test_context_parallelism_is_in_every_version() -> None:
@@ -176,7 +184,11 @@ def settings_of(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["async_alone", "sync_alone_sessions", "pipeline_alone", "async_eagle3", "async_eagle_tight"]
+    "recipe",
+    [
+        *("async_alone", "sync_alone_sessions", "pipeline_alone", "async_eagle3", "async_eagle_tight"),
+        *("async_loads_tight", "async_loads_in_step"),
+    ],
 )
 def test_a_version_is_not_taken_for_another(recipe: str) -> None:
     old, new = golden(golden_name(recipe, "0.28")), golden(golden_name(recipe, "0.33"))

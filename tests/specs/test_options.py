@@ -302,6 +302,7 @@ def test_each_per_instance_option_reaches_the_instance(name: str) -> None:
         "max_num_scheduled_tokens": 300,
         "watermark": 0.1,
         "dcp_comm_backend": "a2a",
+        "kv_load": "async",
     }
     degree = {"tp_size": 16, "num_npus": 16} if name == "decode_context_parallel_size" else {}
     value = other.get(name)
