@@ -154,7 +154,8 @@ class Costs:
             exchange = None
             if options.decode_context_parallel_size > 1:
                 tables, exchange = self._shared(bundle, tables, instance, model, options, stage.num_blocks)
-            gemms = Gemms.of(engine, model, options.dtype, tp)
+            peak_tflops = self._facts(instance.hardware).peak_tflops.get("bfloat16")
+            gemms = Gemms.of(engine, model, options.dtype, tp, peak_tflops)
             terms = stage_terms(
                 *(architecture, stage, tables, tp, self.topology.tp),
                 experts=experts,

@@ -78,15 +78,26 @@ class LayerTerm:
     """
     row_us: float = 0.0
     """µs that a row takes at the rate that GEMMs sustain; 0: the curve alone decides."""
+    peak_us: float = 0.0
+    """µs that a row takes at the GPU's peak rate, which bounds what lies beyond the last measured one; 0: not
+    known. Up to there a GEMM may only have read its weights, so that its rows tell no rate."""
 
     def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
         if not self.tiled:
-            return self.curve.at(counts)
+            return self._bounded(counts, self.curve.at(counts))
         rows = gemm_rows(counts)
         sustained: NDArray[np.float64] = np.maximum(self.curve.at(rows), rows * self.row_us)
         return sustained
 
+    def _bounded(self, counts: NDArray[np.int64], us: NDArray[np.float64]) -> NDArray[np.float64]:
+        beyond = counts > self.curve.points[-1]
+        if not self.peak_us or not beyond.any():
+            return us
+        return np.where(beyond, np.maximum(us, counts * self.peak_us), us)
+
     def origin(self, count: int) -> str:
+        if count > self.curve.points[-1] and count * self.peak_us > float(self.curve.at(count)[0]):
+            return f"{count} rows at the GPU's peak rate (peak_tflops)"
         rows = int(gemm_rows(np.array([count]))[0]) if self.tiled else count
         whole = f", tiles of {TILE_ROWS} rows" if rows != count else ""
         if rows * self.row_us > float(self.curve.at(rows)[0]):
@@ -107,17 +118,23 @@ class Gemms:
     """Up to so many rows one takes at most what a larger one takes: fewer rows can be padded to more."""
     row_us: Mapping[str, float] = field(default_factory=dict)
     """Layer -> µs of a row at the sustained rate; none for a layer without a known one."""
+    head_us: float = 0.0
+    """µs of a row of the output head at the peak rate of 16-bit arithmetic; 0: not known."""
 
     @classmethod
-    def of(cls, engine: EngineSpec, model: ModelSpec, dtype: str, tp: int) -> Gemms:
-        """What the engine's constants say; ``dtype`` of the weights, ``tp`` ranks that share them."""
+    def of(
+        cls, engine: EngineSpec, model: ModelSpec, dtype: str, tp: int, peak_tflops: float | None = None
+    ) -> Gemms:
+        """What the engine's constants say; ``dtype`` of the weights, ``tp`` ranks that share them, and the
+        peak rate of 16-bit arithmetic."""
         smooth_rows = SMOOTH_ROWS[engine.smooth_gemms]
+        head_us = 2e-6 * (model.vocab_size // tp) * model.hidden_size / peak_tflops if peak_tflops else 0.0
         rate = engine.sustained_tflops_8bit if dtype in EIGHT_BIT else engine.sustained_tflops_16bit
         if rate is None:
-            return cls(smooth_rows)
+            return cls(smooth_rows, head_us=head_us)
         shapes = rank_shapes(model, tp)
         sizes = {layer: shapes.gemm(layer) for layer in GEMM_LAYERS}
-        return cls(smooth_rows, {layer: 2e-6 * n * k / rate for layer, (n, k) in sizes.items()})
+        return cls(smooth_rows, {layer: 2e-6 * n * k / rate for layer, (n, k) in sizes.items()}, head_us)
 
     def term(self, layer: str, calls: int, curve: Curve, source: str) -> LayerTerm:
         """The layer whose GEMMs over tokens were measured as ``curve``."""
@@ -293,7 +310,10 @@ def stage_terms(
         in_blocks,
         [_token_term(layer, n, architecture, model, tables, gemms) for layer, n in once.items()],
         [
-            LayerTerm(layer, n, tables.layer("per_sequence", layer), "sequences", source)
+            LayerTerm(
+                *(layer, n, tables.layer("per_sequence", layer), "sequences", source),
+                peak_us=gemms.head_us if layer == "lm_head" else 0.0,
+            )
             for layer, n in heads.items()
         ],
     )

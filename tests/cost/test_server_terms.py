@@ -9,7 +9,7 @@ import pytest
 
 from servesim.cost.attention import decodes_under_load
 from servesim.cost.stage_cost import StageCost
-from servesim.cost.step_terms import Gemms, stage_terms
+from servesim.cost.step_terms import Gemms, LayerTerm, stage_terms
 from servesim.cost.tables import Curve
 from servesim.cost.terms import Shape, whole_model
 from servesim.network.topology import Dimension
@@ -112,3 +112,16 @@ def test_the_second_model_runner_by_version() -> None:
     assert runs_v2("0.28", "gemma3", moe=False)
     assert not runs_v2("0.28", "qwen3_moe", moe=True)
     assert runs_v2("0.33", "qwen3_moe", moe=True)
+
+
+def test_an_output_head_beyond_its_rows_beats_no_peak() -> None:
+    model = toy_model()
+    gemms = Gemms.of(EngineSpec(), model, "fp8", 1, peak_tflops=1e-3)
+    row_us = 2e-6 * model.vocab_size * model.hidden_size / 1e-3
+    flat = Curve(np.array([1, 16, 256]), np.array([50.0, 50.0, 51.0]))  # reading the weights
+    term = LayerTerm("lm_head", 1, flat, "sequences", "per_sequence.csv", peak_us=gemms.head_us)
+    many = round(100 / row_us) + 300
+    assert term.us(np.array([256, many])).tolist() == [51.0, pytest.approx(many * row_us)]
+    assert term.origin(many) == f"{many} rows at the GPU's peak rate (peak_tflops)"
+    assert term.origin(256) == "profiled at 256 sequences in per_sequence.csv"
+    assert Gemms.of(EngineSpec(), model, "fp8", 1).head_us == 0.0
