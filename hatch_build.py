@@ -34,6 +34,7 @@ MODULES = (
     "servesim/engine/glide.py",
     "servesim/engine/instance.py",
     "servesim/engine/limits.py",
+    "servesim/engine/outlook.py",
     "servesim/engine/queue_policy.py",
     "servesim/engine/request_state.py",
     "servesim/engine/scheduler.py",

@@ -90,6 +90,39 @@ class DecodeRow:
         skewed = ns + alpha * (longest - ns)
         return skewed if alpha >= 0.0 else max(skewed, min(self.ns(kv_min), ns))
 
+    def add_ends(self, ends_ns: list[int], mean: int, kv_min: int, kv_max: int, steps: int) -> bool:
+        """Add to ``ends_ns`` the ends of ``steps`` steps that follow each other from its last entry on.
+
+        Each takes what :meth:`unequal_ns` says, rounded, and all lengths grow by one a step. Mostly the steps
+        lie on one line for their mean length, on one for their greatest and in one bucket of α, which then
+        are looked up once. Otherwise, and where α is negative, nothing is added: False.
+        """
+        points, alpha = self.points, 0.0
+        i = j = bisect_right(points, mean)
+        if i < len(points) and points[i] < mean + steps:
+            return False
+        if mean != kv_max and self.alpha is not None:
+            j = bisect_right(points, kv_max)
+            bucket = bisect_left(self.length_bounds, kv_max)
+            alpha = self.alpha[bisect_left(self.rate_bounds, (mean - kv_min) / (kv_max - kv_min))][bucket]
+            if alpha < 0.0 or bucket != bisect_left(self.length_bounds, kv_max + steps - 1):
+                return False
+            if j < len(points) and points[j] < kv_max + steps:
+                return False
+        value, slope, at = self.values[i], self.slopes[i], mean - self.anchors[i]
+        most, rise, top = self.values[j], self.slopes[j], kv_max - self.anchors[j]
+        end_ns = ends_ns[-1]
+        for step in range(steps):
+            ns = value + slope * (at + step)
+            if alpha:
+                longest = most + rise * (top + step)
+                if longest > ns:
+                    ns += alpha * (longest - ns)
+            whole = round(ns)
+            end_ns += whole if whole > 0 else 1
+            ends_ns.append(end_ns)
+        return True
+
     def growing_ns(self, kv_length: int, steps: int) -> NDArray[np.float64]:
         """:meth:`ns` of ``kv_length``, ``kv_length + 1``, …, shape (steps,); the same floats."""
         growth = np.arange(steps, dtype=np.float64)

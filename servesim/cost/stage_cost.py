@@ -122,6 +122,16 @@ class StageCost:
         """``steps`` consecutive steps of the same decodes; see :meth:`DecodeRows.run_ns`."""
         return self.decodes.run_ns(n, kv_sum, kv_min, kv_max, steps)
 
+    def decode_ends(
+        self, ends_ns: list[int], n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
+    ) -> None:
+        """Add to ``ends_ns`` the ends of ``steps`` steps of the same decodes that follow each other from its
+        last entry on, every KV length growing by one a step."""
+        if not self.decodes.add_ends(ends_ns, n, kv_sum, kv_min, kv_max, steps):
+            for step in range(steps):
+                ns = self.decode_ns(n, kv_sum + step * n, kv_min + step, kv_max + step)
+                ends_ns.append(ends_ns[-1] + ns)
+
     def mixed_ns(
         self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
     ) -> int:
@@ -226,6 +236,12 @@ class DecodeRows:
         if self._floors is not None:
             ns = np.maximum(ns, self._floors[n])
         return np.maximum(np.rint(ns).astype(np.int64), 1)
+
+    def add_ends(self, ends_ns: list[int], n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> bool:
+        """Add the ends of ``steps`` steps of the same decodes; False, with nothing added, where it takes more
+        than one look at the row."""
+        row = self._rows.get(n) or self._new_row(n)
+        return self._floors is None and row.add_ends(ends_ns, kv_sum // n, kv_min, kv_max, steps)
 
     def _new_row(self, n: int) -> DecodeRow:
         batch, tokens = Shape((), n), self._padding.of(n)

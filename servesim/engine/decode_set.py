@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
-from heapq import heappop, heappush
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
@@ -64,7 +63,7 @@ class DecodeSet:
         self._ends: dict[int, list[RequestState]] = {}
         """Tick → requests whose last token is produced at it."""
         self._end_ticks: list[int] = []
-        """Heap of the keys of ``_ends``; keys that are gone are dropped when they come up."""
+        """The keys of ``_ends``, rising; keys that are gone are dropped when they come up."""
         self._block_size = block_size
         self._boundaries: list[list[RequestState]] = [[] for _ in range(block_size)]
         self._bases: list[int] = []
@@ -87,7 +86,7 @@ class DecodeSet:
             self._ends[state.last_tick].append(state)
         elif state.last_tick >= self.tick:
             self._ends[state.last_tick] = [state]
-            heappush(self._end_ticks, state.last_tick)
+            insort(self._end_ticks, state.last_tick)
         if state.table.awaits_hash:
             self.sharing.add(state)
         insort(self._boundaries[-base % self._block_size], state, key=by_order)
@@ -161,8 +160,25 @@ class DecodeSet:
         """The tick at which the next request ends; there is at least one."""
         ticks = self._end_ticks
         while ticks[0] not in self._ends:
-            heappop(ticks)
+            del ticks[0]
         return ticks[0]
+
+    def coming_ends(self, steps: int) -> list[tuple[int, list[RequestState]]]:
+        """(steps before it, requests that get their last token in it) of those of the next ``steps`` steps
+        that end any, in order."""
+        ends, tick, before = self._ends, self.tick, -1
+        found = []
+        for at in self._end_ticks:
+            if at >= tick + steps:
+                break
+            if at in ends and at != before:
+                found.append((at - tick, ends[at]))
+                before = at
+        return found
+
+    def bases(self) -> list[int]:
+        """A copy of the ``decode_base`` of every request, rising."""
+        return self._bases.copy()
 
     def advance(self) -> Iterable[RequestState]:
         """Give every request one token; returns those for which it is the last one (no longer filed here)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.batch import Batch
+from servesim.engine.outlook import LONG
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
     from servesim.engine.instance import Instance
     from servesim.engine.request_state import RequestState
 
-LONG = 48
-"""Quiet steps from which on a vectorised jump is faster."""
-
 
 class StepTimes(Protocol):
     """Durations of the steps of one instance; see :class:`servesim.cost.stage_cost.StageCost`."""
 
     def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int: ...
+
+    def decode_ends(
+        self, ends_ns: list[int], n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
+    ) -> None: ...
 
     def decode_run_ns(
         self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
@@ -63,7 +65,14 @@ class Glider:
         """Whether it stopped since the coming steps are better jumped over."""
 
     def run(
-        self, in_flight: Sequence[Batch | None], free_ns: int, now_ns: int, horizon_ns: int, one_end: bool
+        self,
+        in_flight: Sequence[Batch | None],
+        free_ns: int,
+        now_ns: int,
+        horizon_ns: int,
+        one_end: bool,
+        priced: Sequence[int] = (),
+        mail_ns: int = 0,
     ) -> int:
         """Take steps until nothing can be scheduled, the next would be at ``horizon_ns`` or later, or so many
         of decodes alone are ahead that they are better jumped over.
@@ -78,7 +87,9 @@ class Glider:
             free_ns: when the NPUs are free.
             now_ns: when the first step is scheduled.
             horizon_ns: when something else may happen.
-            one_end: stop also when a request has left.
+            one_end: when requests have left, take what is scheduled at that very time and stop.
+            priced: when the first steps end, as far as that was laid out.
+            mail_ns: when the instance takes in requests, at the earliest.
 
         Returns:
             the steps taken.
@@ -91,6 +102,7 @@ class Glider:
         waiting = len(scheduler.waiting)
         # steps in flight whose end does something
         watched = {batch.step: batch for batch in in_flight if batch is not None and batch.finishing}
+        at, mail = 0, member.has_mail
         self.left = []
         self.starved = self.quiet = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
@@ -103,8 +115,12 @@ class Glider:
                 if boundary:
                     scheduler.grow(boundary)
                 count = decodes.count
-                kv_sum, kv_min, kv_max = decodes.lengths()
-                free_ns = start_ns + decode_ns(count, kv_sum, kv_min, kv_max)
+                if at < len(priced):
+                    free_ns = priced[at]
+                    at += 1
+                else:
+                    kv_sum, kv_min, kv_max = decodes.lengths()
+                    free_ns = start_ns + decode_ns(count, kv_sum, kv_min, kv_max)
                 if start_ns != before_ns:
                     steps.start_ns.put(step, start_ns)
                 ends.append(free_ns)
@@ -142,7 +158,12 @@ class Glider:
             if oldest is not None:
                 self.left += member.finish(oldest)
                 if self.left and one_end:
-                    break
+                    horizon_ns = now_ns + 1
+            comes = mail and now_ns >= mail_ns
+            if comes:
+                member.take_in(now_ns)
+                mail = False
+            if comes or oldest is not None:
                 waiting = len(scheduler.waiting)
                 alone = scheduler.only_decodes()
             if alone and not watched and decodes.next_end - decodes.tick >= LONG:

@@ -38,6 +38,7 @@ class Instance:
     __slots__ = (
         "_inbox",
         "hook",
+        "left",
         "log",
         "preempted",
         "scheduler",
@@ -63,6 +64,8 @@ class Instance:
         self.tables = tables
         self.hook = hook
         self._inbox: list[RequestState] = []
+        self.left = 0
+        """Running requests that have left as its step loop laid out; the scheduler learns it later."""
         self.preempted = 0
         """Preemptions that are not in the log of steps yet."""
 
@@ -74,7 +77,7 @@ class Instance:
     def counts(self) -> tuple[int, int]:
         """Waiting and running requests."""
         scheduler = self.scheduler
-        return len(scheduler.waiting) + len(self._inbox), len(scheduler.running)
+        return len(scheduler.waiting) + len(self._inbox), len(scheduler.running) - self.left
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens of the request's prompt that this instance's prefix cache holds right now."""
@@ -104,6 +107,11 @@ class Instance:
     def put_in(self, state: RequestState) -> None:
         """Lay a request into the inbox; :meth:`take_in` finds it at the next step boundary."""
         self._inbox.append(state)
+
+    @property
+    def has_mail(self) -> bool:
+        """Whether requests wait for the next step boundary."""
+        return bool(self._inbox)
 
     def abort(self, state: RequestState) -> bool:
         """Take a request out before its end; see :meth:`Scheduler.abort`."""

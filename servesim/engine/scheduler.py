@@ -1014,6 +1014,17 @@ class Scheduler:
             return True
         return self._blocked_at == (self._frees, self.kv.registrations)
 
+    def steps_with_room(self, most: int) -> int:
+        """How many of the next ``most`` steps of the present decodes find their blocks even if none is given
+        back meanwhile."""
+        free = self.kv.pool.num_free
+        if self.decodes.count * self.kv.blocks_for(most) > free:
+            for step, needed in enumerate(self.decodes.blocks_needed(most)):
+                free -= needed
+                if free < 0:
+                    return step
+        return most
+
     def run_quietly(self, ticks: int) -> list[int]:
         """Advance by ``ticks`` steps that :meth:`quiet_ticks` has vouched for; returns the blocks in use
         after each."""

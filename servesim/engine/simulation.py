@@ -14,7 +14,7 @@ import numpy as np
 from servesim.engine.arrivals import Arrivals, FrontEnds, QueueLimits
 from servesim.engine.clock import Clock, Order
 from servesim.engine.router import Router
-from servesim.engine.step_loop import Coupling, LoopPlan, StepLoop
+from servesim.engine.step_loop import Coupling, Foresight, LoopPlan, StepLoop
 from servesim.errors import BrokenRunError
 from servesim.results.records import RejectedRequest, RunLog
 from servesim.specs.options import output_fields
@@ -111,9 +111,12 @@ class Simulation:
             coupling = Coupling.STEPS
         self._loops: dict[int, StepLoop] = {}
         """Index of an instance -> the loop that runs it."""
-        sharing = len(plans) if self._router.looks_at_counts else 1
+        foresight = Foresight.NONE
+        if len(plans) > 1 and self._router.looks_at_counts and coupling is not Coupling.STEPS:
+            told = self._arrivals.feedback or self._limits
+            foresight = Foresight.TO_AN_END if told else Foresight.THROUGH_ENDS
         for plan in plans:
-            loop = StepLoop(plan, self._clock, self._end, coupling, sharing, self._router.acted)
+            loop = StepLoop(plan, self._clock, self._end, coupling, foresight, self._router.acted)
             self._loops.update((member.log.index, loop) for member in plan.members)
 
     def run(self, observer: Observer | None = None) -> RunLog:

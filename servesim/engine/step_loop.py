@@ -7,7 +7,7 @@ other; a stage takes it up when the stage before has handed it over and the wave
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import deque
 from enum import IntEnum
 from itertools import accumulate
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.batch import Batch
 from servesim.engine.clock import NEVER, Order
-from servesim.engine.glide import LONG, Glider
+from servesim.engine.glide import Glider
+from servesim.engine.outlook import LONG, Outlook, look_ahead
 from servesim.errors import RunError
 from servesim.results.records import StageLog
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _MIN_JUMP = 2  # steps; below this, there is nothing to gain
 _MIN_VECTOR = 16  # steps; below this, their durations are computed faster one by one
 _MAX_JUMP = 8192
+_LEAST_REACH = 8  # steps of an outlook; fewer cost more visits than they save
 
 
 class WaveTimes(Protocol):
@@ -61,20 +63,6 @@ class Wave:
         return not any(self.batches)
 
 
-class Stretch:
-    """Steps of a single instance in which the same requests decode and nothing else happens."""
-
-    __slots__ = ("ends_ns", "known_ns", "start_ns")
-
-    def __init__(self, start_ns: int, ends_ns: list[int], known_ns: list[int]) -> None:
-        self.start_ns = start_ns
-        """Of the first step."""
-        self.ends_ns = ends_ns
-        self.known_ns = known_ns
-        """When each step is scheduled: the ends of the steps that many before it that are in flight at
-        once."""
-
-
 class Coupling(IntEnum):
     """What of a step loop can concern others, and so how far it may run ahead."""
 
@@ -84,6 +72,17 @@ class Coupling(IntEnum):
     """The end of a request, which may let another arrive, here or elsewhere."""
     STEPS = 2
     """Every step, since it may move KV over links that others use."""
+
+
+class Foresight(IntEnum):
+    """How far a step loop looks past arrivals that may be for others, see :class:`Outlook`."""
+
+    NONE = 0
+    """Not at all: there is no other, or whoever shares requests out looks at more than how many there are."""
+    TO_AN_END = 1
+    """Until a request leaves: others act by it at that very time."""
+    THROUGH_ENDS = 2
+    """On and on: it is enough that the count of running requests is right."""
 
 
 class LoopPlan:
@@ -129,7 +128,7 @@ class StepLoop:
         clock: Clock,
         leave: Callable[[RequestState], None],
         coupling: Coupling = Coupling.NONE,
-        sharing: int = 1,
+        foresight: Foresight = Foresight.NONE,
         acted: set[int] | None = None,
     ) -> None:
         """
@@ -138,8 +137,7 @@ class StepLoop:
             clock: says when to act.
             leave: called with every request that leaves the system.
             coupling: what of this loop concerns others.
-            sharing: step loops that arrivals are shared out among, this one included; 1 also where whoever
-                shares them out looks at more than how many requests wait and run.
+            foresight: how far it looks past arrivals.
             acted: takes the index of every member when its counts may change.
         """
         self.members = plan.members
@@ -156,10 +154,10 @@ class StepLoop:
                 member.scheduler.loads.call(self.wake)
         self._depth = plan.depth
         self._quiet: StepTimes | None = plan.times.alone if plan.jump else None
-        self._sharing = sharing if coupling is not Coupling.STEPS else 1
+        self._foresight = foresight if self._quiet else Foresight.NONE
         self._glider = self._glider_of(plan)
         self._min_jump = LONG if self._glider else _MIN_JUMP
-        self._stretch: Stretch | None = None
+        self._outlook: Outlook | None = None
         self._indices = [member.log.index for member in plan.members]
         self._acted = set() if acted is None else acted
         self._noise = plan.noise
@@ -171,6 +169,10 @@ class StepLoop:
         """When the gated wave would have started."""
         self._reads_left = 0
         self._launched = 0
+        self._reach = _LEAST_REACH
+        """Steps that an outlook is for: about those from one request that comes to the next."""
+        self._cut_at = 0
+        """Steps before the last request came."""
         self._in_flight: deque[Wave] = deque()
         self._stage_free_ns = [0] * plan.stages
         self._piped = plan.stages > 1
@@ -179,11 +181,10 @@ class StepLoop:
                 member.log.stages.extend(StageLog() for _ in range(plan.stages))
 
     def _glider_of(self, plan: LoopPlan) -> Glider | None:
-        """What takes steps in a tight loop; None: they are launched, or laid out as stretches of decodes
-        alone that arrivals elsewhere do not cut."""
+        """What takes steps in a tight loop; None: they are launched, or jumped over."""
         member = plan.members[0]
-        lone = self._sharing == 1 and self._coupling is not Coupling.STEPS
-        if self._quiet is None or not lone or self._connected or plan.noise or not member.plain:
+        coupled = self._coupling is Coupling.STEPS or self._connected
+        if self._quiet is None or coupled or plan.noise or not member.plain:
             return None
         return Glider(member, self._quiet, plan.depth)
 
@@ -193,10 +194,14 @@ class StepLoop:
         ``released_by``: the actor of the step loop in which a request ended at this very time and so let this
         one come; -1: none did.
         """
-        self.settle(now_ns, acted=self.actor < released_by)
         self._acted.update(self._indices)
         member.put_in(state)
-        self.wake(now_ns)
+        if self._outlook is not None:
+            # if its turn at this time is over, a step was scheduled at this time, too
+            self._outlook.cut(now_ns, after=self.actor < released_by)
+            self._clock.at(self._outlook.next_ns(), self.actor)
+        else:
+            self.wake(now_ns)
 
     def wake(self, now_ns: int) -> None:
         """Act at ``now_ns`` unless something is in flight, whose end will be soon enough."""
@@ -205,23 +210,40 @@ class StepLoop:
 
     def act(self, now_ns: int) -> None:
         """Run until something else may concern this loop, or what it has done may concern others."""
-        self.settle(NEVER)
         self._acted.update(self._indices)
+        outlook, begin_ns = self._outlook, now_ns
+        if outlook is not None:
+            if now_ns < outlook.until_ns:
+                self.members[0].left = outlook.left_by(now_ns)
+                self._clock.at(outlook.next_ns(), self.actor)
+                return
+            begin_ns, steps = self._in_flight[0].end_ns, len(self.members[0].log.steps)
+            if self.members[0].has_mail:
+                self._reach, self._cut_at = max(steps - self._cut_at, _LEAST_REACH), steps
+            else:
+                self._reach = min(2 * self._reach, _MAX_JUMP)
         coupling = self._coupling
         horizon_ns = self._clock.horizon_ns(alone=coupling is Coupling.NONE)
-        if coupling is Coupling.STEPS:
-            horizon_ns = min(horizon_ns, now_ns + 1)  # its transfers must be on the clock before it goes on
-        self.run(now_ns, horizon_ns, coupling is not Coupling.NONE)
+        if coupling is Coupling.STEPS or (self._foresight and horizon_ns < NEVER):
+            # its transfers must be on the clock before it goes on; or an outlook shows what comes
+            horizon_ns = min(horizon_ns, now_ns + 1)
+        self.run(begin_ns, horizon_ns, coupling is not Coupling.NONE, now_ns)
+        self._let_leave()
+        if self._foresight:
+            self._look_ahead()
+
+    def _let_leave(self) -> None:
+        """The present action is over: the requests that left in it leave the system."""
         if self._leaving:
             for state in self._leaving:
                 self._leave(state)
             self._leaving.clear()
 
-    def run(self, now_ns: int, horizon_ns: int, one_finish: bool) -> None:
+    def run(self, now_ns: int, horizon_ns: int, one_finish: bool, mail_ns: int) -> None:
         """Run from ``now_ns`` until the next action would be at ``horizon_ns`` or later.
 
         ``one_finish``: also return as soon as a request has left, so that what it releases can be placed in
-        time.
+        time. ``mail_ns``: no request is taken in before.
 
         Raises:
             RunError: requests wait that can never be scheduled.
@@ -230,18 +252,18 @@ class StepLoop:
         while True:
             if in_flight and in_flight[0].end_ns <= now_ns:
                 self._complete(in_flight.popleft())
-            for member in members:
-                member.take_in(now_ns)
+            if now_ns >= mail_ns:
+                for member in members:
+                    member.take_in(now_ns)
             starved = False
-            released = one_finish and self._leaving  # what that releases may arrive within a jump
-            if self._quiet and not released and not self._gated and len(in_flight) == self._depth - 1:
+            if self._quiet and not self._gated and len(in_flight) == self._depth - 1:
+                released = one_finish and bool(self._leaving)  # what that releases may come at this very time
                 if self._glider is not None:
-                    now_ns = self._glide(self._glider, now_ns, horizon_ns, one_finish)
+                    until_ns = now_ns + 1 if released else horizon_ns
+                    now_ns = self._glide(self._glider, now_ns, until_ns, one_finish, mail_ns)
                     starved = self._glider.starved
-                if self._glider is None or self._glider.quiet:
-                    self._jump_ahead(self._quiet, now_ns, horizon_ns)
-                    if self._stretch is not None:
-                        return
+                if not released and (self._glider is None or self._glider.quiet):
+                    self._jump_ahead(now_ns, horizon_ns)
             if self._piped:
                 self._fill(now_ns)
             elif not starved:
@@ -367,41 +389,44 @@ class StepLoop:
 
     # ------------------------------------------------------------------ quiet stretches of a single instance
 
-    def _jump_ahead(self, times: StepTimes, now_ns: int, horizon_ns: int) -> None:
+    def _jump_ahead(self, now_ns: int, horizon_ns: int) -> None:
         """Do many steps at once while nothing but decoding goes on, with the same outcome as one by one."""
         member, in_flight = self.members[0], self._in_flight
         scheduler, steps = member.scheduler, member.log.steps
+        most = _MAX_JUMP
+        if horizon_ns < NEVER and len(steps) > 1:
+            last_ns = steps.end_ns[-1] - steps.end_ns[-2]
+            most = min(most, (horizon_ns - now_ns) // max(last_ns, 1) + 2)
+        if most < self._min_jump:
+            return
         for wave in in_flight:
             batch = wave.batches[0]
             if batch is None or batch.finishing:
                 return
-        most = _MAX_JUMP
-        if horizon_ns < NEVER and len(steps) > 1:
-            last_ns = steps.end_ns[-1] - steps.end_ns[-2]
-            most = min(most, self._sharing * (horizon_ns - now_ns) // max(last_ns, 1) + 2)
         count = scheduler.quiet_ticks(most, bool(in_flight))
         if count < self._min_jump:
             return
         start = max(self._stage_free_ns[0], now_ns)
-        ends = list(accumulate(self._quiet_ns(times, scheduler.decodes, count), initial=start))
-        del ends[0]
+        ends = self._priced()[:count] or self._quiet_ends(start, count)
         # A step is scheduled when the step `depth` before it has ended; that must be before the horizon.
         known = [now_ns, *(wave.end_ns for wave in in_flight), *ends]
-        near = bisect_left(known, horizon_ns, 0, count)
-        if self._sharing > 1:
-            count = bisect_left(known, self._clock.watch_ns, 0, count)
-            if near < count:  # the next arrival may be somebody else's
-                self._stretch = Stretch(start, ends[:count], known)
-                self._clock.at(known[count], self.actor)
-                return
+        near = bisect_left(known, horizon_ns, 0, len(ends))
         if near >= self._depth:
-            self._commit(Stretch(start, ends, known), near)
+            self._commit(start, ends[:near])
 
-    def _glide(self, glider: Glider, now_ns: int, horizon_ns: int, one_finish: bool) -> int:
+    def _priced(self) -> list[int]:
+        """When the next steps end, as far as that was laid out."""
+        outlook = self._outlook
+        return (
+            [] if outlook is None else outlook.ends_before(len(self.members[0].log.steps), outlook.until_ns)
+        )
+
+    def _glide(self, glider: Glider, now_ns: int, horizon_ns: int, one_finish: bool, mail_ns: int) -> int:
         """Take steps up to the horizon; returns when it stopped."""
         in_flight = self._in_flight
         flying = [wave.batches[0] for wave in in_flight]
-        taken = glider.run(flying, self._stage_free_ns[0], now_ns, horizon_ns, one_finish)
+        free_ns = self._stage_free_ns[0]
+        taken = glider.run(flying, free_ns, now_ns, horizon_ns, one_finish, self._priced(), mail_ns)
         if not taken:
             return now_ns
         self._launched += taken
@@ -411,35 +436,74 @@ class StepLoop:
         self._stage_free_ns[0] = self.members[0].log.steps.end_ns[-1]
         return glider.now_ns
 
-    def settle(self, now_ns: int, acted: bool = False) -> None:
-        """Do what is left of a quiet stretch: the steps that are scheduled before ``now_ns``.
-
-        Nobody can tell until then: through a quiet stretch the same requests wait and run.
-
-        ``acted``: this loop's turn at ``now_ns`` is over, so that a step was scheduled at that time, too.
-        """
-        stretch = self._stretch
-        if stretch is None:
+    def _look_ahead(self) -> None:
+        """Lay out what comes if no request does, and act no earlier than that matters to others."""
+        in_flight, times, member = self._in_flight, self._quiet, self.members[0]
+        self._drop_outlook()
+        if times is None or self._gated or len(in_flight) < self._depth:
             return
-        self._stretch = None
-        cut = bisect_right if acted else bisect_left
-        count = cut(stretch.known_ns, now_ns, 0, len(stretch.ends_ns))
-        self._commit(stretch, count)
-        if count < len(stretch.ends_ns):
-            self._clock.at(stretch.known_ns[count], self.actor)
+        flying = [batch for wave in in_flight for batch in wave.batches if batch is not None]
+        scheduler, first, watch_ns = member.scheduler, len(member.log.steps), self._clock.watch_ns
+        if self._glider is not None:
+            through = self._foresight is Foresight.THROUGH_ENDS
+            outlook = look_ahead(scheduler, first, times, flying, self._reach, watch_ns, through)
+        else:
+            outlook = self._quiet_outlook(flying, watch_ns)
+        if outlook is not None:
+            self._outlook = outlook
+            self._clock.at(outlook.next_ns(), self.actor)
 
-    def _commit(self, stretch: Stretch, count: int) -> None:
-        """Do the first ``count`` steps of a stretch; those of them that have not ended are in flight then."""
+    def _quiet_outlook(self, flying: Sequence[Batch], before_ns: int) -> Outlook | None:
+        """The steps up to the next end of a request, where a step is more than its decodes' lengths."""
+        if any(state.stops for batch in flying for state in batch.finishing):
+            return None
+        most = next((place for place, batch in enumerate(flying) if batch.finishing), self._reach)
+        count = self.members[0].scheduler.quiet_ticks(most, self._depth > 1)
+        if count < _MIN_JUMP:
+            return None
+        known = [batch.end_ns for batch in flying]
+        ends = self._quiet_ends(known[-1], count)
+        count = bisect_left([*known, *ends], before_ns, 0, count)
+        if not count:
+            return None
+        return Outlook(len(self.members[0].log.steps), [*known, *ends[:count]], len(known), [])
+
+    def _drop_outlook(self) -> None:
+        if self._outlook is not None:
+            self._outlook = None
+            self.members[0].left = 0
+
+    def settle(self, now_ns: int) -> None:
+        """Take the steps of an outlook that are scheduled before ``now_ns``; the rest of it is void."""
+        outlook = self._outlook
+        if outlook is not None:
+            due_ns = self._in_flight[0].end_ns
+            if due_ns < now_ns:
+                self.run(due_ns, now_ns, False, outlook.until_ns)
+            else:
+                self._clock.at(due_ns, self.actor)
+            self._drop_outlook()
+            self._let_leave()
+
+    def _commit(self, start_ns: int, ends: list[int]) -> None:
+        """Do quiet steps that follow each other from ``start_ns`` on; those of them that have not ended are
+        in flight then."""
         member, in_flight, depth = self.members[0], self._in_flight, self._depth
-        ends = stretch.ends_ns[:count]
-        first = len(member.log.steps)
-        log_quiet_steps(member, stretch.start_ns, ends, member.scheduler.run_quietly(count))
+        count, first = len(ends), len(member.log.steps)
+        log_quiet_steps(member, start_ns, ends, member.scheduler.run_quietly(count))
         self._stage_free_ns[0] = ends[-1]
         self._launched += count
         for _ in range(min(count - 1, len(in_flight))):
             in_flight.popleft()
         for step in range(max(count - depth, 0), count):
             in_flight.append(Wave([Batch(first + step, ends[step])], ends[step]))
+
+    def _quiet_ends(self, start_ns: int, count: int) -> list[int]:
+        """Ends of the next ``count`` steps from ``start_ns`` on, which nothing but the present decodes takes
+        part in."""
+        assert self._quiet is not None
+        durations = self._quiet_ns(self._quiet, self.members[0].scheduler.decodes, count)
+        return list(accumulate(durations, initial=start_ns))[1:]
 
     def _quiet_ns(self, times: StepTimes, decodes: DecodeSet, count: int) -> Sequence[int]:
         """Durations of the next ``count`` steps, which nothing but the present decodes takes part in."""

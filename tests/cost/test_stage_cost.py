@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -367,6 +368,9 @@ def test_a_run_of_decodes_is_its_single_steps(root: Path, data: st.DataObject) -
         assert run.dtype == np.int64
         assert run.tolist() == single
         assert min(single) >= 1
+        ends = [77]
+        timer.decode_ends(ends, n, kv_sum, least, greatest, steps)
+        assert ends == list(accumulate(single, initial=77))
 
 
 def slow_tail_us(tensor: AttentionTensor, n: int, mean: int, kv_max: int) -> float:

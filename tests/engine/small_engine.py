@@ -43,6 +43,12 @@ class LinearTimes:
         assert kv_min * n <= kv_sum <= kv_max * n
         return self.base + self.per_token * n + self.per_kv * (kv_sum // n)
 
+    def decode_ends(
+        self, ends_ns: list[int], n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
+    ) -> None:
+        for i in range(steps):
+            ends_ns.append(ends_ns[-1] + self.decode_ns(n, kv_sum + i * n, kv_min + i, kv_max + i))
+
     def decode_run_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> NDArray[np.int64]:
         times = [self.decode_ns(n, kv_sum + i * n, kv_min + i, kv_max + i) for i in range(steps)]
         return np.array(times, dtype=np.int64)
