@@ -108,6 +108,10 @@ class Instance:
         """Lay a request into the inbox; :meth:`take_in` finds it at the next step boundary."""
         self._inbox.append(state)
 
+    def note_left(self, requests: int) -> None:
+        """So many running requests have left of which the scheduler does not know yet."""
+        self.left = requests
+
     @property
     def has_mail(self) -> bool:
         """Whether requests wait for the next step boundary."""

@@ -214,7 +214,7 @@ class StepLoop:
         outlook, begin_ns = self._outlook, now_ns
         if outlook is not None:
             if now_ns < outlook.until_ns:
-                self.members[0].left = outlook.left_by(now_ns)
+                self.members[0].note_left(outlook.left_by(now_ns))
                 self._clock.at(outlook.next_ns(), self.actor)
                 return
             begin_ns, steps = self._in_flight[0].end_ns, len(self.members[0].log.steps)
@@ -471,7 +471,7 @@ class StepLoop:
     def _drop_outlook(self) -> None:
         if self._outlook is not None:
             self._outlook = None
-            self.members[0].left = 0
+            self.members[0].note_left(0)
 
     def settle(self, now_ns: int) -> None:
         """Take the steps of an outlook that are scheduled before ``now_ns``; the rest of it is void."""
