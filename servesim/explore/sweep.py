@@ -264,6 +264,8 @@ class Bench:
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
         self._workloads: dict[tuple[Any, ...], Workload] = {}
+        self._read_with: dict[tuple[Any, ...], list[str]] = {}
+        """What was told when a workload was read; it holds for every row of it."""
         self._tables: dict[tuple[Any, ...], BlockTables] = {}
         self._clusters: dict[str, ClusterSpec] = {}
         self._costs: Costs | None = None
@@ -285,7 +287,7 @@ class Bench:
         told: list[str] = []
         try:
             with _collected(told):
-                result = self._simulate(configuration)
+                result = self._simulate(configuration, told)
             if result.nothing_ran:
                 row |= {"status": "rejected", "reason": result.rejected[0].reason}
             else:
@@ -308,15 +310,17 @@ class Bench:
         ]
         return sorted({*told, *earlier})
 
-    def _simulate(self, configuration: Mapping[str, Any]) -> Result:
+    def _simulate(self, configuration: Mapping[str, Any], told: list[str]) -> Result:
         changes, keys = split(configuration)
         options = validated(RuntimeOptions, {**self._setting.options, **changes}, "options")
         check_used(options, "sweep", None, self._setting.cluster)
         cluster = with_options(self._cluster(options, keys), options)
         asked = loading_key(options)
         if asked not in self._workloads:
-            self._workloads[asked] = read_workload(options)
+            with _collected(self._read_with.setdefault(asked, [])):
+                self._workloads[asked] = read_workload(options)
             self._tables[asked] = BlockTables(self._workloads[asked])
+        told += self._read_with[asked]
         kept = Kept(self._costs, self._tables[asked])
         result = simulate_loaded(cluster, self._workloads[asked], options, None, kept)
         self._costs = kept.costs

@@ -234,6 +234,16 @@ def test_rows_are_the_same_on_two_processes() -> None:
     assert [row["status"] for row in one.rows].count("failed") == 3  # no int8 tables
 
 
+def test_what_reading_a_workload_tells_is_in_every_row() -> None:
+    lines = [
+        "TIMESTAMP,ContextTokens,GeneratedTokens,NumImages",
+        *(f"2024-05-10 00:00:0{i},40,5,1" for i in range(6)),
+    ]
+    Path("images.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = servesim.sweep({"grid": {"max_num_seqs": [2, 4, 8]}}, cluster=CLUSTER, workload="images.csv")
+    assert ["NumImages is not used" in row["notes"] for row in found.rows] == [True] * 3
+
+
 def test_rows_in_the_journal_are_not_made_again() -> None:
     space = {"grid": {"max_num_seqs": [2, 4, 8]}}
     first = sweep(space, journal="j.jsonl")
