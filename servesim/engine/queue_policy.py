@@ -38,18 +38,12 @@ class QueuePolicy(Protocol):
         """Whether a victim may have been served in this step already; if not, it is never before the request
         that needs a block."""
 
-    def add(self, waiting: deque[RequestState], state: RequestState, ahead: int = 0) -> None:
-        """Put a request that has arrived into the queue, behind the first ``ahead`` requests in any case."""
+    def add(self, waiting: deque[RequestState], state: RequestState) -> None:
+        """Put a request that has arrived into the queue."""
 
-    def put_back(
-        self, waiting: deque[RequestState], state: RequestState, passed_over: int, ahead: int = 0
-    ) -> None:
-        """Put a request that was preempted into the queue, behind the first ``ahead`` requests in any case;
-        the ``passed_over`` requests behind those have been passed over before."""
-
-    def put_ahead(self, waiting: deque[RequestState], state: RequestState, ahead: int) -> None:
-        """Put a request that waits with blocks in hand among the first ``ahead`` requests, which do so
-        too."""
+    def put_back(self, waiting: deque[RequestState], state: RequestState, passed_over: int) -> None:
+        """Put a request that was preempted into the queue, at whose head ``passed_over`` requests have been
+        passed over before."""
 
     def victim(self, running: Sequence[RequestState], first: int) -> int:
         """The place in ``running`` of the request to be preempted.
@@ -66,20 +60,13 @@ class FirstComeFirstServed:
 
     strikes_anywhere = False
 
-    def add(self, waiting: deque[RequestState], state: RequestState, ahead: int = 0) -> None:
+    def add(self, waiting: deque[RequestState], state: RequestState) -> None:
         """See :class:`QueuePolicy`."""
-        del ahead
         waiting.append(state)
 
-    def put_back(
-        self, waiting: deque[RequestState], state: RequestState, passed_over: int, ahead: int = 0
-    ) -> None:
+    def put_back(self, waiting: deque[RequestState], state: RequestState, passed_over: int) -> None:
         """See :class:`QueuePolicy`."""
-        waiting.insert(ahead + passed_over, state)
-
-    def put_ahead(self, waiting: deque[RequestState], state: RequestState, ahead: int) -> None:
-        """See :class:`QueuePolicy`."""
-        waiting.insert(ahead, state)
+        waiting.insert(passed_over, state)
 
     def victim(self, running: Sequence[RequestState], first: int) -> int:
         """See :class:`QueuePolicy`."""
@@ -96,20 +83,14 @@ class ByPriority:
 
     strikes_anywhere = True
 
-    def add(self, waiting: deque[RequestState], state: RequestState, ahead: int = 0) -> None:
+    def add(self, waiting: deque[RequestState], state: RequestState) -> None:
         """See :class:`QueuePolicy`."""
-        insort(waiting, state, ahead, key=_by_rank)
+        insort(waiting, state, key=_by_rank)
 
-    def put_back(
-        self, waiting: deque[RequestState], state: RequestState, passed_over: int, ahead: int = 0
-    ) -> None:
+    def put_back(self, waiting: deque[RequestState], state: RequestState, passed_over: int) -> None:
         """See :class:`QueuePolicy`."""
         del passed_over
-        insort(waiting, state, ahead, key=_by_rank)
-
-    def put_ahead(self, waiting: deque[RequestState], state: RequestState, ahead: int) -> None:
-        """See :class:`QueuePolicy`."""
-        insort(waiting, state, 0, ahead, key=_by_rank)
+        insort(waiting, state, key=_by_rank)
 
     def victim(self, running: Sequence[RequestState], first: int) -> int:
         """See :class:`QueuePolicy`."""

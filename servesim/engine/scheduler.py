@@ -606,7 +606,9 @@ class Scheduler:
         victim.computed = computed
         victim.record.note_lost(batch.step)
         before = self._passed_over if self.limits.deferred_first else 0
-        self._policy.put_back(self.waiting, victim, before, self.loads.ahead if self.loads else 0)
+        holders = self._take_holders()
+        self._policy.put_back(self.waiting, victim, before)
+        self.waiting.extendleft(reversed(holders))
         batch.preempted = [*batch.preempted, victim]
 
     def _is_flying(self, state: RequestState) -> bool:
@@ -640,9 +642,17 @@ class Scheduler:
         """Take a request in."""
         if state.record.queued_ns < 0:
             state.record.queued_ns = now_ns
-        self._policy.add(self.waiting, state, self.loads.ahead if self.loads else 0)
+        holders = self._take_holders()
+        self._policy.add(self.waiting, state)
+        self.waiting.extendleft(reversed(holders))
         if self.waiting[0] is state or self._passed_over:
             self._blocked_at = None  # that was said of another head
+
+    def _take_holders(self) -> deque[RequestState]:
+        """Take those that wait with blocks in hand from the head of the queue, if their place is there: a
+        policy orders them among themselves, and the others among themselves."""
+        ahead = self.loads.ahead if self.loads else 0
+        return deque([self.waiting.popleft() for _ in range(ahead)])
 
     def _admit(self, batch: Batch, left: int, now_ns: int, completed: list[RequestState]) -> None:
         """Admit waiting requests while token budget, ``max_num_seqs`` and blocks last.
@@ -826,7 +836,9 @@ class Scheduler:
             record.storage_hit = min(tokens, state.known - 1) - hit_tokens
         if loads.first:
             del self.waiting[place]
-            self._policy.put_ahead(self.waiting, state, loads.ahead)
+            holders = self._take_holders()
+            self._policy.add(holders, state)
+            self.waiting.extendleft(reversed(holders))
         loads.begin(state, tokens)
         found.reader.begin_load(state, found.read_bytes, now_ns, partial(self._loaded, state, now_ns))
         return True
