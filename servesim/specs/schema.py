@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import sys
@@ -116,7 +117,9 @@ def schema_text() -> str:
 
 def main() -> int:
     """Write the schema of a source checkout, or to the path given."""
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else packaged_data_dir() / SCHEMA_FILE
+    parser = argparse.ArgumentParser(description="Write the JSON Schema of cluster configs.")
+    parser.add_argument("path", nargs="?", type=Path, help="file to write (default: that of the checkout)")
+    path = parser.parse_args().path or packaged_data_dir() / SCHEMA_FILE
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(schema_text(), encoding="utf-8")
     temporary.replace(path)
