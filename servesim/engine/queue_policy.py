@@ -1,9 +1,10 @@
 """Which waiting request is admitted first, and which running one has to go when no block is free.
 
-A policy keeps the scheduler's queue in its order: the scheduler only ever admits the head, and what blocks
-the head blocks all behind it, as in vLLM. Only a request whose LoRA adapter finds no slot, or whose KV is
-being read, is passed over; it is looked at first from then on. A policy decides nothing else; token budget,
-blocks and the order in which running requests are served stay with the scheduler.
+The scheduler looks at the requests of its queue (:class:`WaitingQueue`) from the head on. It only ever
+admits the head, and what blocks the head blocks all behind it, as in vLLM. Only a request whose LoRA adapter
+finds no slot, or whose KV is being read, is passed over; it is looked at first from then on. A policy keeps
+the queue in its order and decides nothing else; token budget, blocks and the order in which running requests
+are served stay with the scheduler.
 
 Another policy is a class in a file of its own and a line in :data:`QUEUE_POLICIES`.
 """
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import importlib
 from bisect import insort
+from collections import deque
 from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections import deque
     from collections.abc import Sequence
 
+    from servesim.engine.kv_loads import KvLoads
     from servesim.engine.request_state import RequestState
 
 QUEUE_POLICIES = {
@@ -96,6 +98,63 @@ class ByPriority:
         """See :class:`QueuePolicy`."""
         del first
         return max(range(len(running)), key=lambda place: running[place].rank[:2])
+
+
+class WaitingQueue:
+    """The waiting requests of one scheduler, in the order in which it looks at them.
+
+    Where those that wait with blocks in hand come first, the policy orders them among themselves, and the
+    others among themselves.
+    """
+
+    __slots__ = ("_loads", "_policy", "passed_over", "requests")
+
+    def __init__(self, policy: QueuePolicy, loads: KvLoads | None = None) -> None:
+        """``loads``: knows who waits with blocks in hand; None: nobody does."""
+        self._policy = policy
+        self._loads = loads
+        self.requests: deque[RequestState] = deque()
+        """Always the same object."""
+        self.passed_over = 0
+        """How many of them are passed over; see :attr:`RequestState.passed_over`."""
+
+    def add(self, state: RequestState) -> None:
+        """Put a request that has arrived into the queue."""
+        holders = self._take_holders()
+        self._policy.add(self.requests, state)
+        self.requests.extendleft(reversed(holders))
+
+    def put_back(self, state: RequestState, *, behind_passed_over: bool) -> None:
+        """Put a request that was preempted into the queue."""
+        holders = self._take_holders()
+        self._policy.put_back(self.requests, state, self.passed_over if behind_passed_over else 0)
+        self.requests.extendleft(reversed(holders))
+
+    def put_ahead(self, state: RequestState, place: int) -> None:
+        """Put the request at ``place``, which waits with blocks in hand from now on, among those that do."""
+        del self.requests[place]
+        holders = self._take_holders()
+        self._policy.add(holders, state)
+        self.requests.extendleft(reversed(holders))
+
+    def pass_over(self, state: RequestState) -> None:
+        """Look at the request behind this one, which is looked at first from now on."""
+        self.passed_over += not state.passed_over
+        state.passed_over = True
+
+    def take_out(self, state: RequestState, place: int) -> None:
+        """Take a request out, which is at ``place``."""
+        if place:
+            del self.requests[place]
+        else:
+            self.requests.popleft()
+        self.passed_over -= state.passed_over
+        state.passed_over = False
+
+    def _take_holders(self) -> deque[RequestState]:
+        """Take those that wait with blocks in hand from the head, if their place is there."""
+        ahead = self._loads.ahead if self._loads else 0
+        return deque([self.requests.popleft() for _ in range(ahead)])
 
 
 def queue_policy(name: str) -> QueuePolicy:

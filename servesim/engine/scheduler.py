@@ -12,7 +12,6 @@ requests an unequal number of tokens, they are (:class:`~servesim.engine.specula
 
 from __future__ import annotations
 
-from collections import deque
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +23,7 @@ from servesim.engine.decode_set import DecodeSet, by_order
 from servesim.engine.group_changes import GroupChanges
 from servesim.engine.limits import PrefillCadence
 from servesim.engine.pipeline import took_part
-from servesim.engine.queue_policy import FirstComeFirstServed
+from servesim.engine.queue_policy import FirstComeFirstServed, WaitingQueue
 from servesim.engine.request_state import Phase
 from servesim.errors import RunError
 
@@ -65,9 +64,9 @@ class Scheduler:
         "_late_frees",
         "_list_lengths",
         "_list_requests",
-        "_passed_over",
         "_policy",
         "_pool",
+        "_queue",
         "connectors",
         "decodes",
         "held",
@@ -113,7 +112,8 @@ class Scheduler:
         self._pool = kv.pool
         self.connectors = tuple(connectors)
         self._policy = policy or FirstComeFirstServed()
-        self.waiting: deque[RequestState] = deque()
+        self._queue = WaitingQueue(self._policy, loads)
+        self.waiting = self._queue.requests
         self.running: list[RequestState] = []
         """Every running request, in admission order; at most ``max_num_seqs``."""
         self.prefilling: list[RequestState] = []
@@ -131,8 +131,6 @@ class Scheduler:
         self._list_lengths = list_lengths
         self._admissions = 0
         self._adapters = AdapterSlots(limits.max_loras, limits.counts_all_loras) if limits.max_loras else None
-        self._passed_over = 0
-        """Waiting requests that are passed over; see :attr:`RequestState.passed_over`."""
         self._frees = 0
         self._fruitless = 0
         """Steps with preemptions since the last one that generated a token."""
@@ -223,7 +221,7 @@ class Scheduler:
             if self.waiting:
                 self._admit(batch, left, now_ns, completed)
             if cadence:
-                cadence.admitted(len(self.waiting) - self._passed_over)
+                cadence.admitted(len(self.waiting) - self._queue.passed_over)
         if decodes.count or completed:
             self._fruitless = 0
         elif batch.preempted:
@@ -605,10 +603,7 @@ class Scheduler:
         victim.handed_over = False
         victim.computed = computed
         victim.record.note_lost(batch.step)
-        before = self._passed_over if self.limits.deferred_first else 0
-        holders = self._take_holders()
-        self._policy.put_back(self.waiting, victim, before)
-        self.waiting.extendleft(reversed(holders))
+        self._queue.put_back(victim, behind_passed_over=self.limits.deferred_first)
         batch.preempted = [*batch.preempted, victim]
 
     def _is_flying(self, state: RequestState) -> bool:
@@ -642,17 +637,9 @@ class Scheduler:
         """Take a request in."""
         if state.record.queued_ns < 0:
             state.record.queued_ns = now_ns
-        holders = self._take_holders()
-        self._policy.add(self.waiting, state)
-        self.waiting.extendleft(reversed(holders))
-        if self.waiting[0] is state or self._passed_over:
+        self._queue.add(state)
+        if self.waiting[0] is state or self._queue.passed_over:
             self._blocked_at = None  # that was said of another head
-
-    def _take_holders(self) -> deque[RequestState]:
-        """Take those that wait with blocks in hand from the head of the queue, if their place is there: a
-        policy orders them among themselves, and the others among themselves."""
-        ahead = self.loads.ahead if self.loads else 0
-        return deque([self.waiting.popleft() for _ in range(ahead)])
 
     def _admit(self, batch: Batch, left: int, now_ns: int, completed: list[RequestState]) -> None:
         """Admit waiting requests while token budget, ``max_num_seqs`` and blocks last.
@@ -670,7 +657,7 @@ class Scheduler:
             if cache_state == self._blocked_at and not held_up:
                 return
             if self._is_held_up(state):
-                self._pass_over(state)
+                self._queue.pass_over(state)
                 place += 1
                 continue
             known, table, record = state.known, state.table, state.record
@@ -693,7 +680,7 @@ class Scheduler:
                 if found.reader or found.undecided:
                     if found.reader and not self._begin_load(state, place, hits, found, now_ns):
                         return
-                    self._pass_over(state)
+                    self._queue.pass_over(state)
                     place += 1
                     continue
                 done, read_bytes = found.tokens, found.read_bytes
@@ -717,7 +704,7 @@ class Scheduler:
                 slots = speculation.reach(reach)
             if not self._has_room(state, hits, done, slots):
                 return
-            self._take_out(state, place)
+            self._queue.take_out(state, place)
             if adapters:
                 adapters.note(state)
             if self.pipeline or self._late_frees:
@@ -798,11 +785,6 @@ class Scheduler:
                 return True
         return state.awaits_token or (self._adapters is not None and not self._adapters.has_room(state))
 
-    def _pass_over(self, state: RequestState) -> None:
-        """Look at the request behind this one, which is looked at first from now on."""
-        self._passed_over += not state.passed_over
-        state.passed_over = True
-
     def _has_room(self, state: RequestState, hits: Any, done: int, slots: int, reserved: int = 0) -> bool:
         """Whether there are blocks for ``slots`` tokens of a waiting request, ``done`` of them computed, and
         for all its known tokens if those have to fit; ``reserved`` free blocks are for others."""
@@ -835,10 +817,7 @@ class Scheduler:
             record.npu_hit = hit_tokens
             record.storage_hit = min(tokens, state.known - 1) - hit_tokens
         if loads.first:
-            del self.waiting[place]
-            holders = self._take_holders()
-            self._policy.add(holders, state)
-            self.waiting.extendleft(reversed(holders))
+            self._queue.put_ahead(state, place)
         loads.begin(state, tokens)
         found.reader.begin_load(state, found.read_bytes, now_ns, partial(self._loaded, state, now_ns))
         return True
@@ -867,15 +846,6 @@ class Scheduler:
                 "(--reserve-full-isl)"
             )
 
-    def _take_out(self, state: RequestState, place: int) -> None:
-        """Take a request out of the queue, where it is at ``place``."""
-        if place:
-            del self.waiting[place]
-        else:
-            self.waiting.popleft()
-        self._passed_over -= state.passed_over
-        state.passed_over = False
-
     def _lookup(self, state: RequestState, hit_tokens: int) -> Found:
         """How far the KV of a waiting request reaches."""
         for connector in self.connectors:
@@ -900,7 +870,7 @@ class Scheduler:
         for state in batch.finishing:
             whole = state.noted if self.speculation else state.total_tokens - 1
             if state.phase is Phase.WAITING:  # preempted while its last token was in flight
-                self._take_out(state, self.waiting.index(state))  # its blocks went then
+                self._queue.take_out(state, self.waiting.index(state))  # its blocks went then
                 if self._taken_on(state):
                     leaving = [other for other in leaving if other is not state]
             else:
@@ -951,7 +921,7 @@ class Scheduler:
         if self.connectors or last_in_flight or phase in (Phase.DRAINING, Phase.FINISHED):
             return False
         if phase is Phase.WAITING:
-            self._take_out(state, self.waiting.index(state))
+            self._queue.take_out(state, self.waiting.index(state))
         else:
             self.running.remove(state)
             computed = state.computed
