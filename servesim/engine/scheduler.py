@@ -792,7 +792,9 @@ class Scheduler:
         free = kv.pool.num_free - (limits.watermark_blocks if self.running else 0)
         whole = limits.reserve_full_isl
         if whole and self._missing(state, hits, done, state.known, whole=True) > free:
-            if not self._adapters:  # else a slot for an adapter may change who is looked at
+            # Else who is looked at may change meanwhile: an adapter has a slot again; or what a request would
+            # hit is taken, and then a connector cannot tell how much of it is elsewhere.
+            if not self._adapters and not self.loads:
                 self._blocked_at = (self._frees, kv.registrations)
             return False
         tight = not whole or kv.several or self.speculation or reserved

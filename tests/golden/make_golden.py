@@ -619,6 +619,15 @@ RECIPES: dict[str, Recipe] = {
         "KV that is there when the step begins, whole prompts, one batch in flight; little memory",
         lambda r: unrelated(r, 60, 6, (5, 120), (20, 120)), settings(40, **SYNC, kv_loads="sync:1"),
     ),
+    "sync_loads_evicted": Recipe(
+        "the head of the queue lacks blocks; what it would hit is evicted, then it waits for another's read",
+        lambda _: shared_prefixes(
+            np.random.default_rng(1_002_397), 40, 4, prefix=(20, 100), tail=(1, 60), output=(5, 40)
+        ),
+        settings(
+            242, block_size=1, max_num_seqs=16, max_model_len=300, **SYNC, kv_loads="async:0.5:400000:0"
+        ),
+    ),
     "async_loads_pipeline": Recipe(
         "two stages, every second request has KV elsewhere, little memory",
         lambda r: unrelated(r, 45, 6, (5, 120), (20, 120)),
