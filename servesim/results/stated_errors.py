@@ -194,7 +194,7 @@ def stated_error(meta: Mapping[str, Any], hardware: str, kv_dtype: str) -> State
     if meta.get("source") == "forward":
         known = stated_error({**meta, "source": meta.get("corrects")}, hardware, kv_dtype)
         return replace(known, reason=f"before whole steps corrected it; {known.reason}")
-    source = meta.get("source") or ("vllm" if meta.get("vllm_version") else "")
+    source = str(meta.get("source") or ("vllm" if meta.get("vllm_version") else ""))
     derived = derived_formats(meta, kv_dtype) if source in ("silicon", "roofline") else ""
     if derived:
         return StatedError(DERIVED, f"{source}: {derived} derived from other formats, not measured")
@@ -261,7 +261,7 @@ def uncertainty(
         before = {**meta, "source": meta.get("corrects")}
         known = uncertainty(before, hardware, calibrated=calibrated, version=version)
         return replace(known, reason=f"before whole steps corrected it: {known.reason}")
-    source = meta.get("source") or ("vllm" if meta.get("vllm_version") else "")
+    source = str(meta.get("source") or ("vllm" if meta.get("vllm_version") else ""))
     front_end = FRONT_END_KNOWN if calibrated and hardware in SERVED else FRONT_END_UNKNOWN
     if source == "silicon":
         prefill, decode = NOT_SERVED

@@ -8,7 +8,7 @@ import pytest
 
 from servesim.errors import InputError
 from servesim.results.closing import closing
-from servesim.results.stated_errors import Reach
+from servesim.results.stated_errors import Reach, stated_error, uncertainty
 from tests.cost.bundles import Toy
 from tests.hand_made import two_requests
 
@@ -62,3 +62,11 @@ def test_the_range_comes_from_meta_yaml(root: Path) -> None:
 def test_a_measured_table_ends_where_it_ends(root: Path) -> None:
     assert Toy(meta={"source": "torch"}).bundle(root).measured_reach(1) == (64 + 128, 256)
     assert Toy(meta={"source": "roofline"}).bundle(root).measured_reach(1) is None
+
+
+@pytest.mark.parametrize("source", [["silicon"], {"vllm": 1}, 7])
+def test_a_source_of_another_type_is_no_fault(source: object) -> None:
+    meta = {"source": source}
+    assert stated_error(meta, "H100", "bfloat16") == stated_error({"source": "unknown"}, "H100", "bfloat16")
+    known = uncertainty({"source": "unknown"}, "H100", calibrated=False)
+    assert uncertainty(meta, "H100", calibrated=False) == known
