@@ -653,8 +653,7 @@ class Scheduler:
         while len(waiting) > place and left > 0 and len(self.running) < limits.max_num_seqs:
             state = waiting[place]
             cache_state = (self._frees, kv.registrations)
-            held_up = state.awaits_token or state.phase is Phase.LOADING
-            if cache_state == self._blocked_at and not held_up:
+            if cache_state == self._blocked_at and not state.awaits_token:
                 return
             if self._is_held_up(state):
                 self._queue.pass_over(state)
@@ -714,9 +713,7 @@ class Scheduler:
             else:
                 kv.admit(table, hits, done, slots)
             self._computed(table, speculation.note(state, reach) if speculation else reach)
-            state.order = self._admissions
-            self._admissions += 1
-            self.running.append(state)
+            self._let_run(state)
             if record.scheduled_ns < 0:
                 record.scheduled_ns = now_ns
                 if not holds:
@@ -765,16 +762,20 @@ class Scheduler:
             if self.limits.reserve_full_isl:
                 self._blocked_at = (self._frees, kv.registrations)
             return False
-        self.waiting.popleft()
+        self._queue.take_out(state, 0)
         kv.grow(state.table, known)
-        state.order = self._admissions
-        self._admissions += 1
-        self.running.append(state)
+        self._let_run(state)
         state.record.scheduled_ns = now_ns
         batch.lookup_tokens += known
         batch.add_request(known, 0)
         state.computed = known
         return True
+
+    def _let_run(self, state: RequestState) -> None:
+        """Put an admitted request behind those that run."""
+        state.order = self._admissions
+        self._admissions += 1
+        self.running.append(state)
 
     def _is_held_up(self, state: RequestState) -> bool:
         """Whether a waiting request cannot be admitted whatever is free: its KV is being read, a batch in
@@ -830,7 +831,6 @@ class Scheduler:
         if state.record.scheduled_ns < 0 or state.handed_over:
             state.record.note_load(since_ns, now_ns)
         self.loads.arrive(state)
-        self._blocked_at = None
         self.loads.wake(now_ns)
 
     def _note_fruitless(self) -> None:
