@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -48,6 +49,8 @@ _FEW = {
     "load_ended_ns": -1,
 }
 """Numbers that mostly are what they say here, and are kept where not."""
+_USUAL = tuple(_FEW.values())
+_few_of = attrgetter(*_FEW)
 _NO_TRACK = -1
 
 
@@ -174,17 +177,9 @@ class RequestLog(Sequence[RequestRecord]):
         if len(self._tails[0]) >= 2 * PACKED:
             for column in self._each.values():
                 column.pack()
-        if (
-            record.npu_hit
-            or record.preemptions
-            or record.extra_tokens
-            or record.storage_hit
-            or record.recomputed_tokens
-            or record.cut_tokens
-            or record.handed_over_ns != -1
-        ):
-            for name, usual in _FEW.items():
-                value = getattr(record, name)
+        few = _few_of(record)
+        if few != _USUAL:
+            for (name, usual), value in zip(_FEW.items(), few, strict=True):
                 if value != usual:
                     self._few[name][row] = value
         if record.prefill_step is not None or record.away is not None:
