@@ -136,34 +136,7 @@ class StageCost:
         self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
     ) -> int:
         """A step of prefill ``chunks`` (tokens > 1, tokens in the cache before) beside ``n`` >= 0 decodes."""
-        return self.step_ns(MixedShape(chunks, n, kv_sum, kv_min, kv_max))
-
-
-class MixedShape:
-    """A batch shape as :class:`~servesim.cost.terms.Shape` is one, made a hundred thousand times a run."""
-
-    __slots__ = (
-        "chunks",
-        "draft_tokens",
-        "kv_lengths",
-        "kv_max",
-        "kv_min",
-        "kv_sum",
-        "num_decodes",
-        "step",
-    )
-
-    def __init__(
-        self, chunks: Sequence[tuple[int, int]], num_decodes: int, kv_sum: int, kv_min: int, kv_max: int
-    ) -> None:
-        self.chunks = chunks
-        self.num_decodes = num_decodes
-        self.kv_sum = kv_sum
-        self.kv_min = kv_min
-        self.kv_max = kv_max
-        self.kv_lengths: Sequence[int] | None = None
-        self.step = 0
-        self.draft_tokens = 0
+        return self.step_ns(Shape(chunks, n, kv_sum, kv_min, kv_max))
 
 
 class Padding:

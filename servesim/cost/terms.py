@@ -46,9 +46,9 @@ class BatchShape(Protocol):
     def kv_lengths(self) -> Sequence[int] | None: ...
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # not frozen: a run makes one for every step with a chunk
 class Shape:
-    """A batch shape by itself, for questions that no running engine asks.
+    """A batch shape by itself.
 
     Decodes are ``num_decodes`` requests of one token. Their KV lengths, in tokens, are those before the step.
     """
