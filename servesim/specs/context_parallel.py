@@ -15,9 +15,10 @@ from servesim.specs.dtypes import resolve_kv_dtype
 from servesim.specs.layers import Attention, LatentAttention
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.model import ModelSpec
-    from servesim.specs.options import RuntimeOptions
 
 OPTION = "--decode-context-parallel-size"
 
@@ -68,16 +69,16 @@ def new_tokens_apart(compute_capability: str | None) -> bool:
 
 
 def check_context_parallel(
-    options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec, chosen: dict[str, Any], dtype: str
+    instance: InstanceSpec, model: ModelSpec, chosen: dict[str, Any], dtype: str, beside: Mapping[str, bool]
 ) -> None:
     """Refuse sizes that vLLM refuses, and what is not simulated beside one above 1.
 
     Args:
-        options: of the run.
         instance: whose ranks share KV.
         model: what it runs.
         chosen: its options.
         dtype: of its weights.
+        beside: what moves or drafts KV, in words, and whether the instance has it.
 
     Raises:
         InputError: the size is not allowed (NotSupportedError among them: not simulated here).
@@ -101,16 +102,7 @@ def check_context_parallel(
             "otherwise); raise tp_size, or choose one of these"
         )
     kv_dtype = resolve_kv_dtype(dtype, chosen["kv_cache_dtype"])
-    beside = {
-        f"a KV cache in {kv_dtype}, whose kernels differ in what they exchange": kv_dtype
-        not in ("bfloat16", "float16"),
-        "speculative decoding (--speculative-config)": options.speculative_config is not None,
-        "prefill and decode instances (pd_type)": instance.pd_type is not None,
-        "a lower tier of the prefix cache (--prefix-storage)": options.prefix_storage is not None,
-        "--enable-attn-offloading": chosen["enable_attn_offloading"],
-        "--enable-local-offloading": chosen["enable_local_offloading"],
-        "placement": instance.placement is not None,
-    }
-    for name, there in beside.items():
+    others = f"a KV cache in {kv_dtype}, whose kernels differ in what they exchange"
+    for name, there in {others: kv_dtype not in ("bfloat16", "float16"), **beside}.items():
         if there:
             raise NotSupportedError(f"{OPTION}: not simulated with {name}; leave one out")

@@ -19,6 +19,8 @@ from servesim.specs.validation import UNLIMITED
 from servesim.specs.vllm_versions import NEWEST, STATE_STOPS, V2_NGRAM, VllmVersion, runs_v2
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from servesim.specs.cluster import InstanceSpec
     from servesim.specs.model import ModelSpec
     from servesim.specs.options import RuntimeOptions
@@ -102,11 +104,7 @@ def _speculative(
     threshold = chosen["long_prefill_token_threshold"]
     beside = {
         f"pp_size {instance.pp_size}": instance.pp_size > 1,
-        "prefill and decode instances (pd_type)": instance.pd_type is not None,
-        "a lower tier of the prefix cache (--prefix-storage)": options.prefix_storage is not None,
-        "--enable-attn-offloading": chosen["enable_attn_offloading"],
-        "--enable-local-offloading": chosen["enable_local_offloading"],
-        "placement": instance.placement is not None,
+        **_moving_kv(options, instance, chosen),
         "--skip-prefill": options.skip_prefill,
         f"draft_tensor_parallel_size {spec.draft_tp} and tp_size {instance.tp_size}": (
             spec.draft_tp not in (None, instance.tp_size)
@@ -124,20 +122,23 @@ def _speculative(
     return spec
 
 
-def _check_skipped(options: RuntimeOptions, instance: InstanceSpec, chosen: dict[str, Any]) -> None:
-    """Layers with a KV format of their own are not simulated together with what moves or drafts KV.
-
-    Raises:
-        InputError: so it is asked.
-    """
-    beside = {
-        "speculative decoding (--speculative-config)": options.speculative_config is not None,
+def _moving_kv(options: RuntimeOptions, instance: InstanceSpec, chosen: dict[str, Any]) -> dict[str, bool]:
+    """What moves KV or keeps it elsewhere, in words -> whether an instance has it."""
+    return {
         "prefill and decode instances (pd_type)": instance.pd_type is not None,
         "a lower tier of the prefix cache (--prefix-storage)": options.prefix_storage is not None,
         "--enable-attn-offloading": chosen["enable_attn_offloading"],
         "--enable-local-offloading": chosen["enable_local_offloading"],
         "placement": instance.placement is not None,
     }
+
+
+def _check_skipped(chosen: dict[str, Any], beside: Mapping[str, bool]) -> None:
+    """Layers with a KV format of their own are not simulated together with what moves or drafts KV.
+
+    Raises:
+        InputError: so it is asked.
+    """
     for name, there in beside.items():
         if there:
             why = f"{SKIP}: layers with a KV format of their own are not simulated with {name}; leave one out"
@@ -199,9 +200,13 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
         chosen |= serve_defaults(hardware, size_gib, options.vllm_version, longest, stated)
     speculative = _speculative(options, instance, chosen)
     skipped = skipped_layers(model.layers, chosen["kv_cache_dtype_skip_layers"], chosen["kv_cache_dtype"])
+    beside = {
+        "speculative decoding (--speculative-config)": options.speculative_config is not None,
+        **_moving_kv(options, instance, chosen),
+    }
     if skipped:
-        _check_skipped(options, instance, chosen)
-    check_context_parallel(options, instance, model, chosen, dtype)
+        _check_skipped(chosen, beside)
+    check_context_parallel(instance, model, chosen, dtype, beside)
     if instance.pp_size > 1 and not runs_v2(options.vllm_version, model.model_type, moe=model.is_moe):
         # The first model runner puts every running request into every batch of a pipeline, and its first
         # stage waits for the last one; that is not simulated (a note says so).
