@@ -47,7 +47,7 @@ def test_the_same_job_gives_the_same_bytes() -> None:
     assert bundle_files(build_bundle(job())) == bundle_files(build_bundle(job()))
 
 
-def test_a_written_bundle_loads_and_says_that_nothing_was_measured(root: Path) -> None:
+def test_a_written_bundle_loads_and_says_nothing_was_measured(root: Path) -> None:
     asked = job(tp_degrees=(1, 2), kv_cache_dtype="fp8")
     write_bundle(root / "profiler/perf/Toy" / asked.model.name / asked.variant, build_bundle(asked))
     bundle = load_bundle("Toy", asked.model.name, "bf16-kvfp8")

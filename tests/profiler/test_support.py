@@ -44,7 +44,7 @@ def test_the_fact_without_which_nothing_is_made_is_named() -> None:
     assert "configs/hardware/Blank.yaml: memory_bandwidth_gbs: is missing" in told.ways[1].about
 
 
-def test_a_bundle_is_described_with_its_reach_and_what_lies_beyond(root: Path) -> None:
+def test_a_bundle_is_told_with_its_reach_and_what_lies_beyond(root: Path) -> None:
     write(root, tp_degrees=(1, 2))
     told = answer(job(), ASKED, ways=False)
     assert told.letter == "R"
