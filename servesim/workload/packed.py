@@ -36,7 +36,7 @@ class PackedRequests(Sequence[Request]):
             self._inputs.append(request.input_tokens)
             self._outputs.append(request.output_tokens)
             self._arrivals.append(request.arrival_ns)
-            if request.index != place or says_more(request):
+            if request.index != place or _says_more(request):
                 self._special[place] = request
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class PackedRequests(Sequence[Request]):
         return column
 
 
-def says_more(request: Request) -> bool:
+def _says_more(request: Request) -> bool:
     """Whether a request has more than lengths and an arrival."""
     return (
         request.input_ids is not None

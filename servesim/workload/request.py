@@ -83,11 +83,11 @@ class Workload:
     def pack(self) -> None:
         """Keep the requests in few bytes from now on, where most say no more than lengths and an arrival; see
         :class:`~servesim.workload.packed.PackedRequests`. For those who change none of them any more."""
-        from servesim.workload.packed import PackedRequests, says_more
+        from servesim.workload.packed import PackedRequests
 
-        if 2 * sum(map(says_more, self.requests)) < len(self.requests):
-            # reads as a list does
-            self.requests = cast("list[Request]", PackedRequests(self.requests))
+        packed = PackedRequests(self.requests)
+        if 2 * len(packed.special) < len(packed):
+            self.requests = cast("list[Request]", packed)  # reads as a list does
 
     @property
     def special(self) -> Sequence[Request]:

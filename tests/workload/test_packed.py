@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import Field, fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,13 @@ def test_packed_requests_read_as_the_list() -> None:
     assert packed[3] is SPECIAL[0]
     with pytest.raises(IndexError):
         packed[10]
+
+
+@pytest.mark.parametrize("field", fields(Request)[4:], ids=lambda field: field.name)
+def test_no_field_is_lost(field: Field[Any]) -> None:
+    value = 7 if isinstance(field.default, int) else np.arange(10) if "NDArray" in str(field.type) else "x"
+    request = replace(Request(0, 10, 1, 0), **{field.name: value})
+    assert getattr(PackedRequests([request])[0], field.name) is value
 
 
 @pytest.mark.parametrize("name", NUMBERS)
