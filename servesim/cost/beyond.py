@@ -13,7 +13,7 @@ with a time for every token and one for every pair of tokens (:class:`ChunkGrowt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
+
+_Number = TypeVar("_Number", float, "NDArray[np.float64]")
 
 
 def slope_beyond(points: Ints | Floats, values: Floats) -> Floats:
@@ -37,7 +39,7 @@ def slope_beyond(points: Ints | Floats, values: Floats) -> Floats:
     return slope
 
 
-def pairs(chunk: float, history: float) -> float:
+def pairs(chunk: _Number, history: _Number) -> _Number:
     """Pairs of a token of the chunk and one that it attends to, of itself half."""
     return chunk * (history + chunk / 2.0)
 
@@ -70,7 +72,7 @@ def chunk_growth(chunks: Ints, histories: Ints, us: Floats) -> ChunkGrowth:
     history = np.tile(histories.astype(np.float64), len(chunks))
     weight = chunk / last / us.ravel()
     units = {"start": 1.0, "token": last, "pair": pairs(last, longest), "history": longest}
-    columns = {"start": np.ones(len(weight)), "token": chunk, "pair": chunk * (history + chunk / 2.0)}
+    columns = {"start": np.ones(len(weight)), "token": chunk, "pair": pairs(chunk, history)}
     if longest:
         columns["history"] = history
     names = list(columns)
