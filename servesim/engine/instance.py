@@ -37,8 +37,8 @@ class Instance:
 
     __slots__ = (
         "_inbox",
+        "_left",
         "hook",
-        "left",
         "log",
         "preempted",
         "scheduler",
@@ -64,7 +64,7 @@ class Instance:
         self.tables = tables
         self.hook = hook
         self._inbox: list[RequestState] = []
-        self.left = 0
+        self._left = 0
         """Running requests that have left as its step loop laid out; the scheduler learns it later."""
         self.preempted = 0
         """Preemptions that are not in the log of steps yet."""
@@ -77,7 +77,7 @@ class Instance:
     def counts(self) -> tuple[int, int]:
         """Waiting and running requests."""
         scheduler = self.scheduler
-        return len(scheduler.waiting) + len(self._inbox), len(scheduler.running) - self.left
+        return len(scheduler.waiting) + len(self._inbox), len(scheduler.running) - self._left
 
     def cached_tokens(self, request: Request) -> int:
         """Tokens of the request's prompt that this instance's prefix cache holds right now."""
@@ -110,7 +110,7 @@ class Instance:
 
     def note_left(self, requests: int) -> None:
         """So many running requests have left of which the scheduler does not know yet."""
-        self.left = requests
+        self._left = requests
 
     @property
     def has_mail(self) -> bool:
