@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,10 @@ for profile, derandomize in (("chance", False), ("tests", True)):
         profile, deadline=None, derandomize=derandomize, suppress_health_check=[HealthCheck.too_slow]
     )
 settings.load_profile("tests")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # nor on whether they run behind a shell's `&`: commands that tests start would ignore interrupts, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
     os.environ.pop(name, None)  # what is printed depends on no screen

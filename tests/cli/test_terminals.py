@@ -81,7 +81,6 @@ def test_ctrl_c_while_modules_load_ends_quietly(module: str) -> None:
     # A module that is loaded early on sends the signal: no test of ours depends on how fast a machine is.
     code = (
         "import builtins, os, runpy, signal\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests' own parent did\n"
         "load = builtins.__import__\n"
         "def interrupted(name, *rest, **named):\n"
         "    if name == 'servesim.errors': os.kill(os.getpid(), signal.SIGINT)\n"
