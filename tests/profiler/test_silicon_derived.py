@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from servesim.errors import InputError
-from servesim.profiler.silicon.attention import AttentionShape
+from servesim.profiler.silicon.attention import AttentionShape, AttentionTimes
 from servesim.profiler.silicon.gemm import SQUARE, waves
 from servesim.profiler.silicon.head_shapes import neighbours, rows_for
 from servesim.profiler.silicon.list_schedule import repeated_makespan_us
 from servesim.profiler.silicon.moe import ROUTER_US, START_US, ExpertSizes, MoeTimes
+from servesim.profiler.silicon.tables import KernelTable
 from tests.profiler.silicon_data import TOY, needs_silicon, table, toy_attention
 
 GPUS = ("H100", "H200", "B200", "B300", "GB200", "GB300", "L40S", "A100", "B60", "RTXPRO6000")
@@ -105,6 +106,58 @@ def test_experts_of_another_size_cost_their_arithmetic() -> None:
     times = _experts(load="power_law_1.01", inter=80)
     assert times.notes == ["8 experts of 100 x 80, top 2, scaled from 8 of 100 x 40, top 2"]
     assert times.token_us == pytest.approx(2.0)
+
+
+def _cut_short(rows: KernelTable, **where: object) -> KernelTable:
+    """All but the rows with 128 tokens or more of these."""
+    long = rows.integers("num_tokens") >= 128
+    for name, value in where.items():
+        long &= rows.columns[name] == value
+    return rows.those(~long)
+
+
+def test_a_degree_measured_with_one_number_of_tokens_does_not_count() -> None:
+    fixed = {"moe_dtype": "bfloat16", "hidden_size": 100, "inter_size": 40, "topk": 2, "num_experts": 8}
+    rows = [
+        {**fixed, "moe_ep_size": 1, "moe_tp_size": tp, "num_tokens": tokens, "us": START_US + tokens / tp}
+        for tp in (1, 2, 8)
+        for tokens in (1, 64, 128, 256)
+    ]
+    whole = table("moe_perf", rows)
+    sizes = ExpertSizes(100, 40, 8, 2)
+    assert MoeTimes(TOY, whole, "bfloat16", sizes, 16.0, tp=8).notes == []
+    cut = _cut_short(whole, moe_tp_size=8)
+    times = MoeTimes(TOY, cut, "bfloat16", sizes, 16.0, tp=8)
+    assert times.notes == ["tp8 scaled from tp2"]
+    assert times.time_us(256, 8) == pytest.approx(ROUTER_US + START_US + 256 / 8)
+    with pytest.raises(InputError, match="no bfloat16 experts were measured on toy"):
+        MoeTimes(TOY, _cut_short(whole), "bfloat16", sizes, 16.0)
+
+
+def test_sizes_measured_with_one_number_of_tokens_are_scaled() -> None:
+    fixed = {"moe_dtype": "bfloat16", "hidden_size": 100, "topk": 2, "num_experts": 8}
+    rows = [
+        {**fixed, "inter_size": inter, "moe_ep_size": 1, "moe_tp_size": 1, "num_tokens": tokens, "us": us}
+        for inter in (40, 80, 90)
+        for tokens in (64, 128, 256)
+        for us in (START_US + inter * tokens,)
+    ]
+    cut = _cut_short(_cut_short(table("moe_perf", rows), inter_size=80), inter_size=90)
+    times = MoeTimes(TOY, cut, "bfloat16", ExpertSizes(100, 80, 8, 2), 16.0)
+    assert times.notes == ["8 experts of 100 x 80, top 2, scaled from 8 of 100 x 40, top 2"]
+    assert times.token_us == pytest.approx(80.0)
+
+
+def test_of_a_prompt_measured_twice_the_quicker_counts() -> None:
+    once = toy_attention(kernel="toy_flashinfer")
+    context = once.context
+    twice = KernelTable(
+        *(context.name, context.version, np.concatenate([context.latency_us + 2, context.latency_us])),
+        {name: np.concatenate([column, column]) for name, column in context.columns.items()},
+    )
+    again = AttentionTimes(TOY, once.shape, once.generation, twice)
+    assert again.pair_us == once.pair_us > 0
+    assert again.prefill_us(1024, 2048) == once.prefill_us(1024, 2048)
 
 
 def test_experts_in_a_format_nobody_measured_are_refused() -> None:

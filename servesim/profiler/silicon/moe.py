@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
+from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,8 @@ START_US = 20.0
 STREAM_EFFICIENCY = 0.85
 TABLE_FROM_TOKENS = 64
 """Below this the table's rows were measured on few, L2-resident experts."""
+FEWEST = 3
+"""Numbers of tokens from there on that have to be measured; some measurements ended at the first few rows."""
 
 
 LOADS = ("balanced", "power_law_1.01", "power_law_1.2")
@@ -64,8 +67,9 @@ class ExpertSizes:
 class MoeTimes:
     """Times of one layer's experts on one of ``tp`` ranks, which holds a slice of every expert.
 
-    Where the degree was not measured, the time beyond the start is that of the nearest degree in proportion
-    to the slice; where the experts' sizes were not, streaming and arithmetic are scaled from the nearest.
+    Where the degree was not measured, or with few tokens, the time beyond the start is that of the nearest
+    degree in proportion to the slice; where the experts' sizes were not, streaming and arithmetic are scaled
+    from the nearest.
     ``narrow_bits``: of a weight with its scales where rows of 16 bit stand for a narrower format; a time is
     then taken for ``hypot(stream, compute)``, and the stream gets shorter.
     """
@@ -114,26 +118,32 @@ class MoeTimes:
             )
 
     def _of_size(self, rows: KernelTable) -> KernelTable:
-        """Rows of these experts, or of the nearest that were measured."""
+        """Rows of these experts, or of the nearest that were measured.
+
+        Raises:
+            InputError: there are none.
+        """
         sizes, wanted = self.sizes, self.sizes.columns()
-        own = rows.where(**wanted)
+        own = _whole(rows.where(**wanted))
         self._own_size = len(own) > 0
         if self._own_size:
             return own
-        if not len(rows):
-            raise InputError(
-                f"no {self.dtype} experts were measured on {self.gpu.folder} with vLLM {self.table.version}; "
-                f"measured: {', '.join(self.table.values('moe_dtype'))}"
-            )
         away = sum(np.abs(np.log(rows.integers(name) / value)) for name, value in wanted.items())
-        at = int(np.argmin(away))
-        nearest = {name: int(rows.integers(name)[at]) for name in wanted}
-        hidden, inter, experts, top_k = nearest.values()
-        self.notes.append(
-            f"{sizes.experts} experts of {sizes.hidden} x {sizes.inter}, top {sizes.top_k}, scaled from "
-            f"{experts} of {hidden} x {inter}, top {top_k}"
+        order = np.argsort(away, kind="stable")
+        columns = [rows.integers(name)[order].tolist() for name in wanted]
+        for near in dict.fromkeys(zip(*columns, strict=True)):
+            found = _whole(rows.where(**dict(zip(wanted, near, strict=True))))
+            if len(found):
+                hidden, inter, experts, top_k = near
+                self.notes.append(
+                    f"{sizes.experts} experts of {sizes.hidden} x {sizes.inter}, top {sizes.top_k}, scaled "
+                    f"from {experts} of {hidden} x {inter}, top {top_k}"
+                )
+                return found
+        raise InputError(
+            f"no {self.dtype} experts were measured on {self.gpu.folder} with vLLM {self.table.version}; "
+            f"measured: {', '.join(self.table.values('moe_dtype'))}"
         )
-        return rows.where(**nearest)
 
     def _of_load(self, rows: KernelTable) -> KernelTable:
         """Rows of the load asked for, or of the most even one there is."""
@@ -182,6 +192,19 @@ class MoeTimes:
         if tokens > self._tokens[-1]:
             return float(self._times[-1] + self.token_us * (tokens - self._tokens[-1]))
         return float(np.interp(tokens, self._tokens, self._times))
+
+
+def _whole(rows: KernelTable) -> KernelTable:
+    """Those of a degree and a load that were measured with :data:`FEWEST` numbers of tokens."""
+    many = rows.integers("num_tokens") >= TABLE_FROM_TOKENS
+    degrees = rows.integers("moe_tp_size")
+    loads = rows.columns.get("distribution", np.full(len(rows), ""))
+    keep = np.zeros(len(rows), dtype=bool)
+    for degree, load in product(np.unique(degrees), np.unique(loads)):
+        group = (degrees == degree) & (loads == load)
+        if (group & many).sum() >= FEWEST:
+            keep |= group
+    return rows.those(keep)
 
 
 def moe_times(gpu: Gpu, element: str, weight_bits: float, sizes: ExpertSizes, tp: int, load: str) -> MoeTimes:

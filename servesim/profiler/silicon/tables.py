@@ -76,8 +76,12 @@ class KernelTable:
         for name, value in wanted.items():
             if name in self.columns:
                 keep &= self.columns[name] == value
-        columns = {name: values[keep] for name, values in self.columns.items()}
-        return KernelTable(self.name, self.version, self.latency_us[keep], columns)
+        return self.those(keep)
+
+    def those(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> KernelTable:
+        """Chosen rows, by a mask or by their places."""
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        return KernelTable(self.name, self.version, self.latency_us[rows], columns)
 
     def integers(self, name: str) -> NDArray[np.int64]:
         """A column as integers; a table without it cannot be used, which is an InputError."""
