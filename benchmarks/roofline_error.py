@@ -1,7 +1,7 @@
 """How far the roofline source is off, on GPUs that were measured: its section of benchmarks/RESULTS.md.
 
-    python benchmarks/roofline_error.py          needs: pip install 'servesim[silicon]'
-    python benchmarks/roofline_error.py --print  leaves the file alone
+    python benchmarks/roofline_error.py            needs: pip install 'servesim[silicon]'
+    python benchmarks/roofline_error.py --print    the section on the screen only
 
 Every GPU is predicted three times: with the constants fitted to itself, with the medians of all others
 (leave-one-GPU-out), and with the medians of those of other generations, since a B300 is nearly a B200. What
@@ -10,15 +10,15 @@ it is compared with are the kernel times of the silicon source, at the shapes of
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from results_page import write_section
-from roofline_samples import FAMILIES, log_errors, measured_hardware, samples_of
+from results_page import command
+from roofline_samples import FAMILIES, log_errors, measured_hardware, samples_of, shipped_models
 
 from servesim.cost.bundle import Bundle
 from servesim.cost.stage_cost import StageCost
@@ -30,6 +30,7 @@ from servesim.profiler.meter import ProfileJob
 from servesim.profiler.roofline.efficiency import efficiency_of, typical, with_overrides
 from servesim.profiler.roofline.formulas import accelerator
 from servesim.profiler.roofline.meter import RooflineMeter
+from servesim.profiler.silicon.tables import installed
 from servesim.profiler.sources import compute
 from servesim.profiler.sweep import computed_bundle
 from servesim.specs.architecture import load_architecture
@@ -74,7 +75,7 @@ def sizes(log_error: np.ndarray) -> str:
 
 def kernel_tables(gpus: list[HardwareSpec]) -> Iterable[str]:
     """One table per set of constants: GPUs by kernel families."""
-    samples = {gpu.name: samples_of(gpu) for gpu in gpus}
+    samples = {gpu.name: samples_of(gpu, shipped_models()) for gpu in gpus}
     for title in candidates(gpus[0]):
         rows = []
         for gpu in gpus:
@@ -137,8 +138,9 @@ def section() -> str:
     lines = [
         "The roofline source (`--source roofline`) against the kernel times of the silicon source, at the "
         "shapes of every shipped model, TP 1 to 8, bf16 and fp8. Its constants are fitted to each measured "
-        "GPU by `benchmarks/fit_roofline.py`; hardware nobody measured gets their medians, so *left out* "
-        "is what to expect there. Made by `python benchmarks/roofline_error.py`.",
+        "GPU by `benchmarks/fit_roofline.py`, at the shapes of 13 of them; hardware nobody measured gets "
+        "their medians, so *left out* is what to expect there. Made by "
+        "`python benchmarks/roofline_error.py`.",
         *kernel_tables(gpus),
     ]
     with tempfile.TemporaryDirectory() as folder:
@@ -155,18 +157,11 @@ def section() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--print", action="store_true", help="print the section instead of writing it")
-    asked = parser.parse_args()
-    text = section()
-    if asked.print:
-        print(text)
-    else:
-        write_section("roofline", text)
+def main() -> int:
+    """Print the section, and put it on the page; returns the exit status."""
+    lacking = "" if installed() else "needs pip install 'servesim[silicon]'"
+    return command("roofline", (__doc__ or "").splitlines()[0], section, lacking)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Kernel times of the measured GPUs that the roofline formulas are fitted to and judged by.
 
-They come through the silicon source, which corrects the public tables for warm caches, at the shapes of every
-shipped model; only rows that were measured, not derived, are kept where the two differ much.
+They come through the silicon source, which corrects the public tables for warm caches, at the shapes of given
+models; only rows that were measured, not derived, are kept where the two differ much.
 """
 
 from __future__ import annotations
@@ -14,21 +14,26 @@ import numpy as np
 
 from servesim.errors import ServingError
 from servesim.profiler.roofline import formulas
-from servesim.profiler.roofline.formulas import Accelerator, AttentionShape, ExpertShape
+from servesim.profiler.roofline.formulas import AttentionShape, ExpertShape
 from servesim.profiler.silicon import attention, comm, gemm, moe, tables
 from servesim.specs import paths
+from servesim.specs.block_layers import experts_of
+from servesim.specs.dtypes import dtype_bytes
 from servesim.specs.hardware import load_hardware
 from servesim.specs.model import known_models, load_model
 from servesim.specs.rank_shapes import rank_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
+    from servesim.profiler.roofline.formulas import Accelerator
     from servesim.profiler.silicon.tables import Gpu
     from servesim.specs.hardware import HardwareSpec
     from servesim.specs.model import ModelSpec
+
+    Floats = NDArray[np.float64]
 
 DEGREES = (1, 2, 4, 8)
 DTYPES = ("bfloat16", "fp8")
@@ -45,24 +50,12 @@ FAMILIES = ("product", "decode", "prefill", "moe", "all_reduce")
 
 @dataclass(frozen=True)
 class Samples:
-    """Times of one kernel family with one shape key; ``at`` are the formula's arguments."""
+    """Times of one kernel family with one shape."""
 
     family: str
-    shape: object
-    at: tuple[NDArray[np.float64], ...]
-    time_us: NDArray[np.float64]
-
-    def predicted(self, acc: Accelerator) -> NDArray[np.float64]:
-        """What the roofline formula says at the same points."""
-        if self.family == "product":
-            return formulas.gemm_us(acc, *self.at, str(self.shape))
-        if self.family == "decode":
-            return formulas.decode_us(acc, self.shape, *self.at)  # type: ignore[arg-type]
-        if self.family == "prefill":
-            return formulas.prefill_us(acc, self.shape, *self.at)  # type: ignore[arg-type]
-        if self.family == "moe":
-            return formulas.moe_us(acc, self.shape, *self.at)  # type: ignore[arg-type]
-        return formulas.all_reduce_us(acc, int(str(self.shape)), *self.at)
+    time_us: Floats
+    predicted: Callable[[Accelerator], Floats]
+    """What the roofline formula says at the same points."""
 
 
 def measured_hardware() -> list[HardwareSpec]:
@@ -71,17 +64,21 @@ def measured_hardware() -> list[HardwareSpec]:
     return [hardware for hardware in map(load_hardware, names) if hardware.silicon]
 
 
-def samples_of(hardware: HardwareSpec) -> list[Samples]:
-    """Everything that was measured on one GPU at the shapes of the shipped models."""
+def samples_of(hardware: HardwareSpec, names: Iterable[str]) -> list[Samples]:
+    """Everything that was measured on one GPU at the shapes of these models."""
     gpu = tables.silicon_gpu(hardware)
-    models = [load_model(name) for name in known_models() if not name.startswith("servesim/")]
-    models = [model for model in models if model.kv_lora_rank is None]
+    models = [model for model in map(load_model, names) if model.kv_lora_rank is None]
     found: list[Samples] = []
     for dtype in DTYPES:
         found += _products(gpu, dtype, models)
         found += _attention(gpu, dtype, models)
         found += _experts(gpu, dtype, models)
     return found + (_all_reduces(gpu) if hardware.link else [])
+
+
+def shipped_models() -> list[str]:
+    """Every model with a config here, toys left out."""
+    return [name for name in known_models() if not name.startswith("servesim/")]
 
 
 def _ranks(models: list[ModelSpec]) -> Iterator[tuple[ModelSpec, int]]:
@@ -102,9 +99,9 @@ def _products(gpu: Gpu, dtype: str, models: list[ModelSpec]) -> list[Samples]:
     except ServingError:
         return []
     counts = np.array(TOKENS)
-    points = [(count, n, k) for n, k in sorted(sizes) for count in TOKENS]
+    m, n, k = np.array([(count, n, k) for n, k in sorted(sizes) for count in TOKENS], dtype=np.float64).T
     time = np.concatenate([times.time_us(counts, n, k) for n, k in sorted(sizes)])
-    return [Samples("product", dtype, tuple(np.array(points, dtype=np.float64).T), time)]
+    return [Samples("product", time, lambda acc: formulas.gemm_us(acc, m, n, k, dtype))]
 
 
 def _attention(gpu: Gpu, dtype: str, models: list[ModelSpec]) -> list[Samples]:
@@ -118,29 +115,52 @@ def _attention(gpu: Gpu, dtype: str, models: list[ModelSpec]) -> list[Samples]:
         if times.derived_heads:
             continue
         shape = AttentionShape(*key, kv_bytes=1 if dtype == "fp8" else 2)
-        decodes = [(b, kv) for b in SEQUENCES for kv in LENGTHS if b * kv <= MOST_KV]
-        found.append(_sampled("decode", shape, decodes, [times.decode_us(*at) for at in decodes]))
-        # History under FlashAttention-2 follows a rule derived for that kernel alone: nothing to learn from.
-        histories = HISTORIES[:1] if times.single_launch else HISTORIES
-        chunks = [(c, h) for c in CHUNKS for h in histories]
-        found.append(_sampled("prefill", shape, chunks, [times.prefill_us(*at) for at in chunks]))
+        found += [_decodes(times, shape), _chunks(times, shape)]
     return found
+
+
+def _decodes(times: attention.AttentionTimes, shape: AttentionShape) -> Samples:
+    points = [(b, kv) for b in SEQUENCES for kv in LENGTHS if b * kv <= MOST_KV]
+    count, length = np.array(points, dtype=np.float64).T
+    us = np.array([times.decode_us(*at) for at in points])
+    return Samples("decode", us, lambda acc: formulas.decode_us(acc, shape, count, length))
+
+
+def _chunks(times: attention.AttentionTimes, shape: AttentionShape) -> Samples:
+    # History under FlashAttention-2 follows a rule derived for that kernel alone: nothing to learn from.
+    histories = HISTORIES[:1] if times.single_launch else HISTORIES
+    points = [(c, h) for c in CHUNKS for h in histories]
+    chunk, history = np.array(points, dtype=np.float64).T
+    us = np.array([times.prefill_us(*at) for at in points])
+    return Samples("prefill", us, lambda acc: formulas.prefill_us(acc, shape, chunk, history))
 
 
 def _experts(gpu: Gpu, dtype: str, models: list[ModelSpec]) -> list[Samples]:
-    found = []
-    for model, tp in _ranks([model for model in models if model.is_moe]):
-        sizes = (model.hidden_size, model.moe_intermediate_size, model.num_experts, model.num_experts_per_tok)
+    bits, found = 8.0 * dtype_bytes(dtype), []
+    sizes = {(_expert_sizes(model), tp): None for model, tp in _ranks(models) if model.is_moe}
+    for size, tp in sizes:
         try:
-            times = moe.moe_times(gpu, dtype, model, tp, "balanced")
+            times = moe.moe_times(gpu, dtype, bits, size, tp, "balanced")
         except ServingError:
             continue
-        if times.notes:  # not this size, this degree or this load
-            continue
-        points = [(tokens, min(sizes[2], tokens * sizes[3])) for tokens in MOE_TOKENS]
-        shape = ExpertShape(sizes[0], sizes[1] // tp, sizes[3], dtype)
-        found.append(_sampled("moe", shape, points, [times.time_us(*at) for at in points]))
+        if not times.notes:  # else not this size, this degree, this format or this load
+            shape = ExpertShape(size.hidden, size.inter // tp, size.top_k, dtype, matrices=size.matrices)
+            found.append(_expert_layers(times, shape))
     return found
+
+
+def _expert_sizes(model: ModelSpec) -> moe.ExpertSizes:
+    experts = experts_of(model.layers)
+    assert experts is not None
+    sizes = (experts.latent or model.hidden_size, experts.width, experts.count, experts.top_k)
+    return moe.ExpertSizes(*sizes, matrices=3 if experts.gated else 2)
+
+
+def _expert_layers(times: moe.MoeTimes, shape: ExpertShape) -> Samples:
+    points = [(tokens, min(times.sizes.experts, tokens * times.sizes.top_k)) for tokens in MOE_TOKENS]
+    tokens, activated = np.array(points, dtype=np.float64).T
+    us = np.array([times.time_us(*at) for at in points])
+    return Samples("moe", us, lambda acc: formulas.moe_us(acc, shape, tokens, activated))
 
 
 def _all_reduces(gpu: Gpu) -> list[Samples]:
@@ -149,16 +169,14 @@ def _all_reduces(gpu: Gpu) -> list[Samples]:
     for _, ranks, size, time in rows:
         if size >= PAYLOADS_FROM:
             by_ranks[ranks].append((size, time))
-    return [
-        _sampled("all_reduce", ranks, [(size,) for size, _ in found], [time for _, time in found])
-        for ranks, found in sorted(by_ranks.items())
-    ]
+    return [_all_reduce(ranks, found) for ranks, found in sorted(by_ranks.items())]
 
 
-def _sampled(family: str, shape: object, points: list[tuple[float, ...]], times: list[float]) -> Samples:
-    return Samples(family, shape, tuple(np.array(points, dtype=np.float64).T), np.array(times))
+def _all_reduce(ranks: int, found: list[tuple[float, float]]) -> Samples:
+    payload, us = np.array(found).T
+    return Samples("all_reduce", us, lambda acc: formulas.all_reduce_us(acc, ranks, payload))
 
 
-def log_errors(samples: list[Samples], acc: Accelerator) -> NDArray[np.float64]:
+def log_errors(samples: list[Samples], acc: Accelerator) -> Floats:
     """``ln(predicted / measured)`` of every sample."""
     return np.concatenate([np.log(some.predicted(acc) / some.time_us) for some in samples])
