@@ -1,18 +1,19 @@
 """The ring formula against measured all-reduces.
 
-    python benchmarks/all_reduce.py
+    python benchmarks/all_reduce.py            the table, and the section of benchmarks/RESULTS.md
+    python benchmarks/all_reduce.py --print    the section on the screen only
 
 Compares the closed form of `servesim.network.topology` with the measured tables of the shipped bundles,
-with the link of each hardware file (bandwidth of all links of a GPU, its latency split over the hops), and
-writes the table into benchmarks/RESULTS.md.
+with the link of each hardware file (bandwidth of all links of a GPU, its latency split over the hops).
 """
 
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
-from results_page import write_section
+from results_page import command
 
 from servesim.network.topology import ring_all_reduce_ns
 from servesim.specs.hardware import load_hardware
@@ -60,8 +61,8 @@ def lines() -> tuple[list[str], list[float]]:
     return out, shares
 
 
-def main() -> None:
-    """Replace the section of RESULTS.md."""
+def section() -> str:
+    """The section as Markdown."""
     table, shares = lines()
     note = (
         "Measured time of an all-reduce at the payload nearest to each column, and the ring formula's error "
@@ -71,9 +72,13 @@ def main() -> None:
         "Where a bundle has the table measured over NVLink, a run uses it instead. Made by `python "
         "benchmarks/all_reduce.py`."
     )
-    text = "\n".join([note, "", *table])
-    write_section("all-reduce", text)
+    return "\n".join([note, "", *table])
+
+
+def main() -> int:
+    """Print the section, and put it on the page; returns the exit status."""
+    return command("all-reduce", (__doc__ or "").splitlines()[0], section)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

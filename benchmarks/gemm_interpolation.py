@@ -1,6 +1,7 @@
 """Cross-validates how times of matrix products between the measured sizes are told, on the tables themselves.
 
-    python benchmarks/gemm_interpolation.py          needs: pip install 'servesim[silicon]'
+    python benchmarks/gemm_interpolation.py            needs: pip install 'servesim[silicon]'
+    python benchmarks/gemm_interpolation.py --print    the section on the screen only
 
 Leaves every measured n out once, and every measured k, predicts the products of that size from the others and
 compares; then looks for the size up to which a measurement found its weights in L2. Writes the section of
@@ -14,11 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from results_page import write_section
+from results_page import command
 
 from servesim.errors import InputError
 from servesim.profiler.silicon.gemm import BEST, STREAM_TOKENS, STREAM_WIDTH, TILES, Tile, gemm_times, waves
-from servesim.profiler.silicon.tables import silicon_gpu
+from servesim.profiler.silicon.tables import installed, silicon_gpu
 from servesim.specs.hardware import load_hardware
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Axis:
 
 
 def _between(at: Floats, index: int, lower: Floats, upper: Floats) -> Floats:
-    weight = (at[index] - at[index - 1]) / (at[index + 1] - at[index - 1])
+    weight = float((at[index] - at[index - 1]) / (at[index + 1] - at[index - 1]))
     return (1.0 - weight) * lower + weight * upper
 
 
@@ -92,19 +93,19 @@ def log_log(sizes: Floats, index: int, times: Floats) -> Floats:
 
 def beyond_start(sizes: Floats, index: int, times: Floats) -> Floats:
     """Time beyond that of the smallest product, as a power of the size."""
-    start = 0.9 * np.nanmin(times)
+    start = 0.9 * float(np.nanmin(times))
     return start + log_log(sizes, index, times - start)
 
 
 def rate(sizes: Floats, index: int, times: Floats) -> Floats:
     """Achieved FLOP/s, and with them bytes/s, are linear in the size."""
     rates = sizes[:, None, None] / times
-    return sizes[index] / straight(sizes, index, rates)
+    return float(sizes[index]) / straight(sizes, index, rates)
 
 
 def time_per_size(sizes: Floats, index: int, times: Floats) -> Floats:
     """Time per weight is linear in the size."""
-    return sizes[index] * straight(sizes, index, times / sizes[:, None, None])
+    return float(sizes[index]) * straight(sizes, index, times / sizes[:, None, None])
 
 
 def nearest(sizes: Floats, index: int, times: Floats) -> Floats:
@@ -172,11 +173,11 @@ def axes(hardware: str, dtype: str) -> Iterator[Axis]:
         for j, k in enumerate(depths):
             if (n, k) in gemm.columns:
                 known, column_us = gemm.columns[n, k]
-                _, at, its = np.intersect1d(edges, known, return_indices=True)
-                times[i, j, at] = column_us[its]
+                _, ours, its = np.intersect1d(edges, known, return_indices=True)
+                times[i, j, ours] = column_us[its]
     n, k = np.array(widths, dtype=np.float64), np.array(depths, dtype=np.float64)
     cold = np.array([[not (gemm.warm and gemm.in_l2(width, depth)) for depth in depths] for width in widths])
-    at, wide, deep = np.array(edges), n >= SMALLEST, k >= SMALLEST
+    at, wide, deep = np.array(edges, dtype=np.float64), n >= SMALLEST, k >= SMALLEST
     yield Axis("n", gemm, n, at, times[:, deep], cold[:, deep])
     yield Axis("k", gemm, k, at, times.swapaxes(0, 1)[:, wide], cold.T[:, wide])
 
@@ -263,11 +264,9 @@ def section() -> str:
 
 
 def main() -> int:
-    """Replace the section of RESULTS.md."""
-    text = section()
-    print(text)
-    write_section("gemm", text)
-    return 0
+    """Print the section, and put it on the page; returns the exit status."""
+    lacking = "" if installed() else "needs pip install 'servesim[silicon]'"
+    return command("gemm", (__doc__ or "").splitlines()[0], section, lacking)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from servesim.profiler.silicon.comm import all_reduce_rows  # noqa: E402
 from servesim.profiler.silicon.decode_grid import DecodeGrid  # noqa: E402
 from servesim.profiler.silicon.gemm import gemm_times  # noqa: E402
 from servesim.profiler.silicon.tables import (  # noqa: E402
-    KernelTable,
     installed,
     read_table,
     silicon_gpu,
@@ -48,8 +47,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from servesim.profiler.silicon.tables import KernelTable
+
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
+    Missed = tuple[float, float]
+    """Errors in % of what was told before and of what is told now."""
+    ByCut = dict[int, list[Missed]]
 
 CUTS = (2, 4, 8)
 """The last point over the last that is kept."""
@@ -57,8 +61,10 @@ FEWEST = 4
 """Points that have to be kept."""
 PROFILES = RECORDED / "perf"
 SHIPPED = ROOT / "profiler" / "perf"
-EXPERTS = ("moe_dtype", "hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size")
-EXPERTS = (*EXPERTS, "distribution", "kernel_source")
+EXPERTS = (
+    *("moe_dtype", "hidden_size", "inter_size", "topk", "num_experts"),
+    *("moe_tp_size", "moe_ep_size", "distribution", "kernel_source"),
+)
 """What tells two layers of experts apart."""
 GEMM_SIZES = (1024, 2048, 4096, 5120, 6144, 8192, 12288, 14336, 16384)
 
@@ -134,8 +140,8 @@ def public(names: Iterable[str] = CHUNKED_PROMPTS) -> Iterator[Measured]:
         decodes = read_table(gpu.folder, "attention", "generation_attention_perf").where(window_size=0)
         shape = ("num_heads", "num_key_value_heads", "head_dim", "kv_cache_dtype", "kernel_source")
         for rows in _groups(decodes, shape):
-            first = {name: rows.columns[name][0] for name in shape[1:4]}
-            own = AttentionShape(0, *(int(v) for v in list(first.values())[:2]), str(first["kv_cache_dtype"]))
+            kv_heads, head_dim = (int(rows.integers(name)[0]) for name in shape[1:3])
+            own = AttentionShape(0, kv_heads, head_dim, rows.values("kv_cache_dtype")[0])
             far = WARM_BYTES * gpu.l2_bytes / own.kv_bytes(1, 1)
             lengths = rows.integers("step") + 1
             yield from _decodes(rows.integers("batch_size"), lengths, rows.latency_us, far)
@@ -155,9 +161,7 @@ def public(names: Iterable[str] = CHUNKED_PROMPTS) -> Iterator[Measured]:
 
 def _groups(table: KernelTable, names: tuple[str, ...]) -> Iterator[KernelTable]:
     columns = [table.columns[name] for name in names if name in table.columns]
-    for rows in _same(columns):
-        kept = {name: values[rows] for name, values in table.columns.items()}
-        yield KernelTable(table.name, table.version, table.latency_us[rows], kept)
+    yield from map(table.those, _same(columns))
 
 
 def _same(columns: Iterable[Any]) -> Iterator[NDArray[np.int64]]:
@@ -196,24 +200,32 @@ def as_built(points: Ints, us: Floats, wanted: float) -> float:
     return float(Curve(points, us).at([wanted])[0])
 
 
-def beyond(tables: Iterable[Measured]) -> dict[str, dict[int, list[tuple[float, float]]]]:
+def _missed(before: float, now: float, truth: float) -> Missed:
+    return 100 * (before / truth - 1), 100 * (now / truth - 1)
+
+
+def _both(points: Ints, us: Floats, wanted: float, truth: float) -> Missed:
+    """Of the ways along the last interval and as built."""
+    return _missed(last_interval(points, us, wanted), as_built(points, us, wanted), truth)
+
+
+def beyond(tables: Iterable[Measured]) -> dict[str, ByCut]:
     """Kind → cut → errors in % of the last point, along the last interval and as built."""
-    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, ByCut] = defaultdict(lambda: defaultdict(list))
     for table in tables:
         for cut in CUTS:
             kept = table.points * cut <= table.points[-1]
             if kept.sum() >= FEWEST and table.points[kept][-1] >= table.far:
                 points, us, truth = table.points[kept], table.us[kept], table.us[-1]
-                told = (way(points, us, table.points[-1]) for way in (last_interval, as_built))
-                found[table.kind][cut].append(tuple(100 * (value / truth - 1) for value in told))  # type: ignore[arg-type]
+                found[table.kind][cut].append(_both(points, us, table.points[-1], truth))
     return found
 
 
-def chunks_beyond() -> dict[str, dict[int, list[tuple[float, float]]]]:
+def chunks_beyond() -> dict[str, ByCut]:
     """The same for the largest chunk of the recorded tables, alone and beside decodes."""
     from servesim.profiler.inspection import open_bundle
 
-    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, ByCut] = defaultdict(lambda: defaultdict(list))
     for path in sorted(PROFILES.rglob("attention.csv")):
         surface = open_bundle(str(path.parent.parent)).tables(int(path.parent.name[2:])).attention
         chunks, decodes, histories, _ = surface.axes
@@ -227,18 +239,18 @@ def chunks_beyond() -> dict[str, dict[int, list[tuple[float, float]]]]:
                 more = growth.us(most, history, last)
                 for n, count in enumerate(decodes.tolist()):
                     for us in tensor[:, n, h, ::4].T if count else tensor[:, n, h, :1].T:
-                        told = last_interval(chunks[kept], us[kept], most), us[kept][-1] + more
+                        before = last_interval(chunks[kept], us[kept], most)
                         kind = "a chunk beside decodes, by tokens" if count else "a chunk, by tokens"
-                        found[kind][cut].append(tuple(100 * (value / us[-1] - 1) for value in told))  # type: ignore[arg-type]
+                        found[kind][cut].append(_missed(before, us[kept][-1] + more, us[-1]))
     return found
 
 
-def shipped_beyond() -> dict[str, dict[int, list[tuple[float, float]]]]:
+def shipped_beyond() -> dict[str, ByCut]:
     """Products of the shipped bundles beyond their last row, against the public tables, which go further."""
     from servesim.profiler.inspection import open_bundle
 
     of_table = cache(gemm_times)
-    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, ByCut] = defaultdict(lambda: defaultdict(list))
     for meta in sorted(SHIPPED.glob("*/meta-llama/*/*/meta.yaml")):
         bundle = open_bundle(str(meta.parent))
         model, gpu = load_model(bundle.meta["model"]), silicon_gpu(load_hardware(bundle.meta["hardware"]))
@@ -251,8 +263,7 @@ def shipped_beyond() -> dict[str, dict[int, list[tuple[float, float]]]]:
                 rows = curve.points[-1] * np.array([cut for cut in CUTS if cut * curve.points[-1] <= 32768])
                 truth = of_table(gpu, dtype).time_us(rows, *shapes.gemm(name))
                 for cut, wanted, us in zip(CUTS, rows.tolist(), truth.tolist(), strict=False):
-                    told = (way(curve.points, curve.values, wanted) for way in (last_interval, as_built))
-                    found[kind][cut].append(tuple(100 * (value / us - 1) for value in told))  # type: ignore[arg-type]
+                    found[kind][cut].append(_both(curve.points, curve.values, wanted, us))
     return found
 
 
@@ -269,10 +280,10 @@ EVERY = 20
 """One in so many shapes of a table is tried."""
 
 
-def modules_beyond(family: str, name: str) -> list[tuple[float, float]]:
+def modules_beyond(family: str, name: str) -> list[Missed]:
     """Errors in % of decodes whose KV is more than an eighth of the table's most: in proportion to the batch
     and as built."""
-    found = []
+    found: list[Missed] = []
     for hardware in MODULE_GPUS:
         gpu = silicon_gpu(load_hardware(hardware)).folder
         if not table_versions(gpu, family, name):
@@ -287,9 +298,8 @@ def modules_beyond(family: str, name: str) -> list[tuple[float, float]]:
                 most = sizes[kept & (lengths == length)]
                 if len(most) > 2:
                     flat = grid.at(int(most.max()), length) * size / int(most.max())
-                    told = flat, grid.at(size, length)
-                    found.append(tuple(100 * (value / truth - 1) for value in told))
-    return found  # type: ignore[return-value]
+                    found.append(_missed(flat, grid.at(size, length), truth))
+    return found
 
 
 # ---------------------------------------------------------------- between points
@@ -354,9 +364,9 @@ def section() -> str:
         lines.append(f"| shipped | {kind} | {_beyond_cells(errors)} |")
     lines += ["", MODULES_TEXT, "", "| module | rows | in proportion | now |", "| --- | ---: | ---: | ---: |"]
     for what, place in MODULES.items():
-        errors = np.array(modules_beyond(*place))
-        told = [f"{np.median(v):+.1f} / {np.percentile(abs(v), 80):.1f}" for v in errors.T]
-        lines.append(f"| {what} | {len(errors):,} | {' | '.join(told)} |")
+        missed = np.array(modules_beyond(*place))
+        told = [f"{np.median(v):+.1f} / {np.percentile(abs(v), 80):.1f}" for v in missed.T]
+        lines.append(f"| {what} | {len(missed):,} | {' | '.join(told)} |")
     lines += ["", BETWEEN_TEXT, "", f"| table | axis | points | line | greatest | {' | '.join(WAYS)} |"]
     lines.append("| --- | --- | ---: | ---: | ---: |" + " ---: |" * len(WAYS))
     for source, tables in sources.items():
@@ -365,7 +375,7 @@ def section() -> str:
     return "\n".join(lines)
 
 
-def _beyond_cells(errors: dict[int, list[tuple[float, float]]]) -> str:
+def _beyond_cells(errors: ByCut) -> str:
     cells = [f"{len(errors[CUTS[0]]):,}"]
     for cut in CUTS:
         for column in (0, 1):

@@ -24,14 +24,14 @@ from results_page import command  # noqa: E402
 from servesim.errors import InputError  # noqa: E402
 from servesim.profiler.silicon.attention import WARM_BYTES, AttentionShape, AttentionTimes  # noqa: E402
 from servesim.profiler.silicon.head_shapes import measured_heads  # noqa: E402
-from servesim.profiler.silicon.tables import KernelTable, installed, read_table, silicon_gpu  # noqa: E402
+from servesim.profiler.silicon.tables import installed, read_table, silicon_gpu  # noqa: E402
 from servesim.results.stated_errors import CHUNKED_PROMPTS  # noqa: E402
 from servesim.specs.hardware import load_hardware  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from servesim.profiler.silicon.tables import Gpu
+    from servesim.profiler.silicon.tables import Gpu, KernelTable
 
 HEAD_DIM = 128
 GROUPS = (4, 5, 8)
@@ -73,18 +73,13 @@ def _of_shape(
         kept = own[own <= longest // cut]
         if len(kept) < 3 or shape.kv_bytes(size, int(kept[-1])) < WARM_BYTES * gpu.l2_bytes:
             continue
-        times = AttentionTimes(gpu, shape, _shorter(rows, lengths <= kept[-1]), prompts)
+        times = AttentionTimes(gpu, shape, rows.those(lengths <= kept[-1]), prompts)
         truth = float(rows.latency_us[(sizes == size) & (lengths == longest)][0])
         last = float(rows.latency_us[(sizes == size) & (lengths == kept[-1])][0])
         yield (
             100 * (times.measured_us(size, longest) / truth - 1),
             100 * (last * longest / int(kept[-1]) / truth - 1),
         )
-
-
-def _shorter(table: KernelTable, keep: np.ndarray) -> KernelTable:
-    columns = {name: values[keep] for name, values in table.columns.items()}
-    return KernelTable(table.name, table.version, table.latency_us[keep], columns)
 
 
 def section() -> str:

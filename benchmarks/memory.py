@@ -10,10 +10,11 @@ memory is resident is what Linux says (``/proc/self``).
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from results_page import RESULTS, write_section
 from speed import machine, paragraph, synthetic, table
@@ -55,7 +56,11 @@ def run(requests: int, folder: Path, phases: Phases) -> Result:
     """The phases of ``servesim run``."""
     phases.ended("imports")
     dataset = synthetic(folder, requests)[1]
-    outputs = {"output": str(folder / "r.csv"), "summary": str(folder / "s.json"), "itl": False}
+    outputs: dict[str, Any] = {
+        "output": str(folder / "r.csv"),
+        "summary": str(folder / "s.json"),
+        "itl": False,
+    }
     options = RuntimeOptions(dataset=dataset, dtype="bfloat16", hardware="H100", **outputs)
     cluster, workload = api.read_cluster(options), api.read_workload(options)
     phases.ended("reading the workload")
@@ -130,8 +135,11 @@ def section(requests: int) -> str:
 
 def main() -> int:
     """Measure, and write the section unless a number of requests is given."""
-    text = section(int(sys.argv[1]) if len(sys.argv) > 1 else 100_000)
-    if len(sys.argv) > 1:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("requests", type=int, nargs="?", help="as many, printed only (default: 100,000)")
+    requests: int | None = parser.parse_args().requests
+    text = section(requests or 100_000)
+    if requests:
         print(text)
     else:
         write_section("memory", text)

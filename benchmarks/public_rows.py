@@ -21,7 +21,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -170,13 +170,16 @@ def closed_loop(row: Row) -> Run:
             seed=SEED,
         )
     )
+    formats: dict[str, Any] = {
+        "dtype": {"bf16": "bfloat16"}.get(row["weights"], row["weights"]),
+        "kv_cache_dtype": row["kv_cache"],
+    }
     options = RuntimeOptions(
         cluster_config=str(CLUSTER),
         hardware=row["hardware"],
         model=model,
         tp=int(row["tp"]),
-        dtype={"bf16": "bfloat16"}.get(row["weights"], row["weights"]),
-        kv_cache_dtype=row["kv_cache"],
+        **formats,
         max_num_seqs=concurrency if varied else 1024,
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         max_concurrency=concurrency,

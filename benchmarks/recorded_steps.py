@@ -94,8 +94,8 @@ def steps_until(recording: Recording, when: NDArray[np.int64]) -> Floats:
     passed = bins(recording.last_token_ns) - bins(recording.first_token_ns)
     smooth = 0.05 * np.diff(np.eye(len(knots) - 1), axis=0)
     wanted = np.concatenate([recording.output_tokens - 1.0, np.zeros(len(smooth))])
-    rates = np.linalg.lstsq(np.vstack([passed, smooth]), wanted, rcond=None)[0]
-    return bins(when) @ rates
+    rates: Floats = np.linalg.lstsq(np.vstack([passed, smooth]), wanted, rcond=None)[0]
+    return np.asarray(bins(when) @ rates)
 
 
 def prompts_of(recording: Recording, hits: NDArray[np.int64]) -> list[Prompts]:

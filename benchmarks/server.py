@@ -1,4 +1,6 @@
-"""``python benchmarks/server.py [late|speed|abort|soak MINUTES [SPEED]]``: what the emulated server holds.
+"""What the emulated server holds.
+
+    python benchmarks/server.py [late|speed|abort|soak MINUTES [SPEED]]
 
 late: 256 streams at speed 1, how long after their time tokens go out, and what one costs. speed: 1,000
 requests at speed 100. abort: 10,000 streams that clients leave. soak: 64 streams for so many minutes, and the
@@ -7,6 +9,7 @@ memory of the server at the end against that after the first tenth.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import re
@@ -142,8 +145,14 @@ async def soak(port: int, minutes: float) -> None:
     await asyncio.gather(*(one(number) for number in range(64)))
 
 
-def main(words: list[str]) -> None:
-    what = words[0] if words else "late"
+def main() -> None:
+    """Start a server, put the load on it, and print what was seen."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("late", "speed", "abort", "soak"), default="late")
+    parser.add_argument("minutes", type=float, nargs="?", default=30.0, help="of a soak (default: 30)")
+    parser.add_argument("speed", nargs="?", default="1", help="of the server in a soak (default: 1)")
+    args = parser.parse_args()
+    what, minutes = args.what, args.minutes
     if what == "late":
         with server("--max-num-seqs", "256") as run:
             asyncio.run(late(run))
@@ -162,8 +171,7 @@ def main(words: list[str]) -> None:
             print({key: told[key] for key in ("open", "free_blocks", "usable_blocks", "whole")})
             print(f"{run.resident_mib():.0f} MiB")
     elif what == "soak":
-        minutes = float(words[1]) if len(words) > 1 else 30.0
-        with server("--speed", words[2] if len(words) > 2 else "1") as run:
+        with server("--speed", args.speed) as run:
             held = []
             for _ in range(10):
                 asyncio.run(soak(run.port, minutes / 10))
@@ -175,4 +183,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -9,6 +9,7 @@ characters (lists of quantised modules) is left out.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -16,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests/golden"))
-
-import make_model_fields  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from servesim.errors import InputError  # noqa: E402
 from servesim.specs.model import _ALIASES, ModelSpec, model_from_config  # noqa: E402
+from tests.golden import make_model_fields  # noqa: E402
 
 LONGEST = 31_000
 READ = {*ModelSpec.model_fields, *_ALIASES} - {"name", "path", "layers"} | {
@@ -56,7 +56,12 @@ def text_of(fields: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    words = sys.argv[1:]
+    """Write every config that can be cut down."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("pairs", nargs="+", metavar="FOLDER ORG/NAME", help="a config and the model's name")
+    words = parser.parse_args().pairs
+    if len(words) % 2:
+        parser.error(f"a folder and a name each; {words[-1]} stands alone")
     for folder, name in zip(words[::2], words[1::2], strict=True):
         config = json.loads((Path(folder) / "config.json").read_text())
         try:

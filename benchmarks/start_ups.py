@@ -1,18 +1,20 @@
 """The memory plan against start-ups of real vLLM servers.
 
-    python benchmarks/start_ups.py
+    python benchmarks/start_ups.py            every start-up, and the section of benchmarks/RESULTS.md
+    python benchmarks/start_ups.py --print    the section on the screen only
 
-Plans every start-up of start_ups.csv and writes the table into benchmarks/RESULTS.md.
+The start-ups are those of start_ups.csv.
 """
 
 from __future__ import annotations
 
 import csv
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from results_page import write_section
+from results_page import command
 
 from servesim.memory.plan import kv_cache_capacity
 from servesim.specs.cluster import load_cluster
@@ -90,16 +92,17 @@ def _planned(row: dict[str, str]) -> KvCapacity:
     spec = cluster.instances[0][1]
     name = row["model"]
     model = model_from_config(SHAPES[name], name, name) if name in SHAPES else load_model(name)
-    options = RuntimeOptions(
-        dtype=row["dtype"],
-        npu_memory_utilization=float(row["utilization"]),
+    settings: dict[str, Any] = {
+        "dtype": row["dtype"],
+        "npu_memory_utilization": float(row["utilization"]),
         **{key: int(row[key]) for key in ("max_num_seqs", "max_num_batched_tokens", "block_size")},
-    )
+    }
+    options = RuntimeOptions(**settings)
     return kv_cache_capacity(model, spec, resolve(options, spec, model))
 
 
-def main() -> None:
-    """Replace the section of RESULTS.md."""
+def section() -> str:
+    """The section as Markdown."""
     lines = [
         "Tokens of KV cache that real vLLM servers reported at their start, and the memory plan's, with "
         "its band. The plan follows vLLM 0.10 on A100 and A6000, 0.11 to 0.20 elsewhere; its constants were "
@@ -117,8 +120,13 @@ def main() -> None:
             f"{row['max_num_seqs']} | {each.tokens:,} | {each.plan.tokens:,} | {each.error:+.1%} | "
             f"{low:,} to {high:,} | {row['source']} |"
         )
-    write_section("start-ups", "\n".join(lines))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Print the section, and put it on the page; returns the exit status."""
+    return command("start-ups", (__doc__ or "").splitlines()[0], section)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

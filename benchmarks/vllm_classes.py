@@ -9,6 +9,7 @@ Exit status 1 when one is missing.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import sys
@@ -75,9 +76,14 @@ def check_worker() -> int:
 
 def main() -> int:
     """Check every architecture file; returns the exit status."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     import yaml
 
-    print(f"vLLM {metadata.version('vllm')}")
+    try:
+        print(f"vLLM {metadata.version('vllm')}")
+    except metadata.PackageNotFoundError:
+        print("vLLM is not installed; see https://docs.vllm.ai", file=sys.stderr)
+        return 2
     missing = check_step_types() + check_worker()
     for path in sorted((Path(__file__).resolve().parent.parent / "profiler" / "models").glob("*.yaml")):
         described = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -349,7 +349,7 @@ def test_every_benchmark_finds_its_section() -> None:
         name
         for script in (ROOT / "benchmarks").glob("*.py")
         for name in re.findall(
-            r'(?:write_section|against_recordings)\("([a-z-]+)"', script.read_text(encoding="utf-8")
+            r'(?:write_section|against_recordings|command)\("([a-z-]+)"', script.read_text(encoding="utf-8")
         )
     }
     assert {"accuracy", "recorded-steps", "silicon"} < written

@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from servesim.specs import families
 from servesim.specs.families import reading
@@ -81,11 +82,8 @@ def trimmed(config: dict[str, Any]) -> dict[str, Any]:
         made.append(Recording(values, source))
         return made[-1]
 
-    original, families.Fields = families.Fields, fields  # type: ignore[misc, assignment]
-    try:
+    with patch("servesim.specs.families.Fields", fields):
         families.read_layers(config, "config.json")
-    finally:
-        families.Fields = original  # type: ignore[misc]
     asked = ALWAYS | SECTIONS.get("", set()) | set().union(*(one.asked for one in made))
 
     def cut(values: dict[str, Any]) -> dict[str, Any]:
