@@ -164,7 +164,7 @@ def main() -> None:
             cpu_s = run.cpu_s()
             print(f"1,000 requests at 200/s: {took:.2f} s for {100 * took:.0f} simulated, {cpu_s:.1f} CPU s")
     elif what == "abort":
-        with server("--speed", "0.1") as run:
+        with server() as run:
             asyncio.run(aborted(run.port, 10_000))
             while (told := run.status())["open"]:
                 time.sleep(0.1)

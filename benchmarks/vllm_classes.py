@@ -33,7 +33,9 @@ LAYERS = (
 def known_classes(model_type: str) -> set[str]:
     """Names that modules of this model can answer to."""
     names: set[str] = set()
-    for name in (*LAYERS, f"vllm.model_executor.models.{model_type}"):
+    own = f"vllm.model_executor.models.{model_type}"
+    wanted = [*LAYERS, own]
+    for name in wanted:
         try:
             module = import_module(name)
         except ImportError as error:
@@ -42,6 +44,9 @@ def known_classes(model_type: str) -> set[str]:
         for alias, value in vars(module).items():
             if inspect.isclass(value):
                 names |= {alias, *(cls.__name__ for cls in value.__mro__)}
+                if name == own and value.__module__ == own:  # Phi-3 is Llama, whose module makes its layers
+                    bases = {cls.__module__ for cls in value.__mro__[1:]} - {*wanted}
+                    wanted += sorted(base for base in bases if base.startswith("vllm."))
     return names
 
 
