@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import re
 from array import array
 from typing import TYPE_CHECKING
 
 from servesim.cost.build import Costs
-from servesim.cost.bundle import range_warnings
 from servesim.engine.block_tables import BlockTables
 from servesim.engine.clock import Clock
 from servesim.engine.connector import Connector, HandOver, LowerTierConnector, LowerTiers
@@ -19,12 +17,20 @@ from servesim.engine.limits import SchedulerLimits
 from servesim.engine.pipeline import Pipeline
 from servesim.engine.pricing import StepPricing
 from servesim.engine.queue_policy import queue_policy
+from servesim.engine.run_checks import (
+    check_adapters,
+    check_agreement,
+    check_requested_models,
+    check_speculation,
+    scene,
+    warnings_about,
+)
 from servesim.engine.scheduler import Scheduler
 from servesim.engine.simulation import Simulation
 from servesim.engine.speculation import Speculation, hash_lookahead, speculation_of
 from servesim.engine.step_loop import LoopPlan
 from servesim.engine.transfers import Routes, Transfers
-from servesim.errors import BrokenRunError, InputError, RunError
+from servesim.errors import BrokenRunError, RunError
 from servesim.memory.group_cache import kv_cache_of
 from servesim.memory.memory_map import MemoryMap
 from servesim.memory.plan import group_rules
@@ -32,8 +38,6 @@ from servesim.memory.start_up import start_up
 from servesim.memory.traffic import reaches_of
 from servesim.results.records import InstanceLog, SpeculationLog
 from servesim.results.stated_errors import (
-    PER_VERSION,
-    minor_versions_apart,
     reach_of,
     stated_error,
     uncertainty,
@@ -41,11 +45,9 @@ from servesim.results.stated_errors import (
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 from servesim.specs.acting import notes_of
-from servesim.specs.block_layers import ATTENTION_KINDS, architecture_of, attention_groups
+from servesim.specs.block_layers import architecture_of
 from servesim.specs.cluster_checks import check_cluster
-from servesim.specs.conditions import Scene
 from servesim.specs.instance_options import resolve
-from servesim.specs.speculative import OPTION
 from servesim.specs.validation import UNLIMITED
 from servesim.specs.vllm_versions import (
     AWAITS_BATCHES,
@@ -60,7 +62,7 @@ from servesim.specs.vllm_versions import (
 from servesim.workload.request import Workload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
     from servesim.cost.bundle import Bundle
     from servesim.cost.offload import Offload
@@ -72,17 +74,7 @@ if TYPE_CHECKING:
     from servesim.results.stated_errors import StatedError, Uncertainty
     from servesim.specs.cluster import ClusterSpec, InstanceSpec
     from servesim.specs.instance_options import InstanceOptions
-    from servesim.specs.model import ModelSpec
     from servesim.specs.options import RuntimeOptions
-    from servesim.specs.speculative import SpeculativeSpec
-
-FAR_APART = 5
-"""Minor versions of vLLM between the tables and the one asked for, from which on a run warns."""
-_ONE_FOR_ALL = (
-    *("async_scheduling", "enable_block_copy"),
-    *("decode_context_parallel_size", "dcp_comm_backend"),
-)
-"""Options that a lock-step group has one of: they say how waves follow each other and what layers share."""
 
 
 @dataclass(slots=True)
@@ -160,38 +152,6 @@ def build_simulation(
         hand_over=builder.hand_over,
         notes=builder.notes,
     )
-
-
-def scene(
-    cluster: ClusterSpec,
-    models: Mapping[str, ModelSpec],
-    resolved: Sequence[InstanceOptions],
-    workload: Workload,
-    options: RuntimeOptions,
-) -> Scene:
-    """The run as its options see it."""
-    special = workload.special
-    plain = len(special) < len(workload)  # there are others, which say nothing of all this
-    return Scene(
-        cluster=cluster,
-        models=models,
-        resolved=tuple(resolved),
-        options=options,
-        num_requests=len(workload),
-        has_sessions=any(request.predecessor >= 0 for request in special),
-        priorities=len({request.priority for request in special} | ({0} if plain else set())),
-        has_ids=any(request.has_ids for request in special),
-        adapters=len({request.lora for request in special} - {None}),
-        names_models=not plain and all(request.model is not None for request in special),
-        drawn_arrivals=workload.drawn_arrivals,
-        equal_lengths=_equal_lengths(workload),
-    )
-
-
-def _equal_lengths(workload: Workload) -> bool:
-    """Whether all prompts, and all answers, are of one length; a single request says nothing."""
-    lengths = [workload.column(name) for name in ("input_tokens", "output_tokens")]
-    return len(workload) > 1 and all(bool((each == each[0]).all()) for each in lengths)
 
 
 def step_pricing(cluster: ClusterSpec, options: RuntimeOptions, index: int) -> StepPricing:
@@ -299,7 +259,7 @@ class Builder:
             model = self._models[spec.model_name]
             bundle = self._costs.bundle(spec, model, options)
             self.warnings.update(dict.fromkeys(warnings_about(bundle, model, options)))
-        self._check_agreement(group)
+        check_agreement(self._placed, group, {index: self._started[index].options for index in group})
         return StepPricing(self._cost(group), len(group))
 
     def _cost(self, group: list[int]) -> StepCost:
@@ -364,12 +324,7 @@ class Builder:
             speculation=SpeculationLog() if options.speculative else None,
         )
         if options.speculative:
-            if capacity.plan is not None:
-                raise InputError(
-                    f"{OPTION}: speculative decoding is not simulated with {model.name}, whose layers do not "
-                    "all keep every token; leave it out, or choose a model of full attention"
-                )
-            check_mtp(options.speculative, model)
+            check_speculation(options.speculative, model, capacity)
         # the hand-over is asked first: KV that has been sent here need not be read from a lower tier
         connectors: list[Connector] = [self.hand_over] if self.hand_over and spec.pd_type else []
         if tier:
@@ -426,74 +381,6 @@ class Builder:
         if spec is None:
             return None
         return speculation_of(spec, options, options.vllm_version, seed, log.speculation)
-
-    def _check_agreement(self, group: list[int]) -> None:
-        """Raise InputError if instances that go in lock-step want to be run in different ways."""
-        first = group[0]
-        for name in _ONE_FOR_ALL:
-            wanted = getattr(self._started[first].options, name)
-            for index in group[1:]:
-                own = getattr(self._started[index].options, name)
-                if own != wanted:
-                    raise InputError(
-                        f"instance {index}: {name} {str(own).lower()} is not allowed; must be "
-                        f"{str(wanted).lower()} as in instance {first}, the same dp_group "
-                        f"'{self._placed[first][1].dp_group}'"
-                    )
-
-
-def check_mtp(drafts: SpeculativeSpec, model: ModelSpec) -> None:
-    """Refuse MTP where the model has no layers for it, or a module of its own for every draft.
-
-    Raises:
-        InputError: one of them.
-    """
-    modules = len(model.layers.mtp)
-    if drafts.method == "mtp" and not modules:
-        raise InputError(
-            f"{OPTION}: method mtp: {model.name} has no MTP layers (num_nextn_predict_layers in its config); "
-            "choose another method"
-        )
-    if drafts.method == "mtp" and modules > 1 and drafts.num_tokens > 1:
-        raise InputError(
-            f"{OPTION}: method mtp: {model.name} has {modules} MTP modules, one for each draft, which is not "
-            "simulated; give num_speculative_tokens 1"
-        )
-
-
-def warnings_about(bundle: Bundle, model: ModelSpec, options: InstanceOptions) -> list[str]:
-    """What a user should know before trusting a run of this instance."""
-    found = bundle.unstated()
-    found += range_warnings(bundle, options.max_num_batched_tokens, options.max_num_seqs)
-    found += weight_warnings(model)
-    if (apart := minor_versions_apart(bundle.meta, options.plan_as_vllm)) >= FAR_APART:
-        found.append(
-            f"the kernel times are of vLLM {bundle.meta['vllm_version']}, {apart} minor versions from "
-            f"--vllm-version {options.plan_as_vllm}; each widens the band of the figures by "
-            f"{PER_VERSION * 100:.1f} %"
-        )
-    if len(attention_groups(model.layers)) > 1 and ATTENTION_KINDS not in bundle.meta:
-        found.append(
-            f"{model.name}: its layers attend in several ways, and the bundle has one table of attention for "
-            "all (it was made by an older version); make it again with servesim profile --force"
-        )
-    return found
-
-
-_FORMAT_IN_NAME = re.compile(
-    r"[-_.](fp8|nvfp4|fp4|mxfp4|int8|int4|awq|gptq|w4a16|w8a8)([-_.]|$)", re.IGNORECASE
-)
-
-
-def weight_warnings(model: ModelSpec) -> list[str]:
-    """What a user should know about the format of a checkpoint's weights."""
-    formats = model.layers.formats
-    if formats.method is None and (named := _FORMAT_IN_NAME.search(model.name)) and not model.is_8bit:
-        return [
-            f"{model.name}: the name says {named[1]}, but no quantization_config in its config.json and no "
-            f"hf_quant_config.json beside it; taken as {model.torch_dtype}"
-        ]
-    return []
 
 
 def track_maker(
@@ -558,33 +445,3 @@ def loads_of(
         KvLoads(kv, first=HOLDERS_FIRST.holds(version)),
         LateFrees(spares=SPARES_FLYING.holds(version)) if several else None,
     )
-
-
-def check_adapters(cluster: ClusterSpec, workload: Workload, resolved: Sequence[InstanceOptions]) -> None:
-    """Raise InputError if a request names an adapter and may come to an instance that serves none."""
-    without = [
-        (index, spec.model_name)
-        for index, (_, spec) in enumerate(cluster.instances)
-        if not resolved[index].enable_lora
-    ]
-    if not without:
-        return
-    for request in (request for request in workload.special if request.lora is not None):
-        for index, model in without:
-            if request.model in (None, model):
-                raise InputError(
-                    f"{workload.source}: request {request.index} names the LoRA adapter {request.lora}, and "
-                    f"instance {index} serves none; add --enable-lora, with --max-loras for more than one in "
-                    "a step"
-                )
-
-
-def check_requested_models(cluster: ClusterSpec, workload: Workload) -> None:
-    """Raise InputError if a request asks for a model that no instance serves."""
-    served = {spec.model_name for _, spec in cluster.instances}
-    for request in workload.special:
-        if request.model and request.model not in served:
-            raise InputError(
-                f"{workload.source}: request {request.index} asks for model {request.model}, which no "
-                f"instance serves; served: {', '.join(sorted(served))}"
-            )

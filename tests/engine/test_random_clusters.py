@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from servesim.engine.build import build_simulation, scene
+from servesim.engine.build import build_simulation
 from servesim.engine.clock import Actor, Clock
+from servesim.engine.run_checks import scene
 from servesim.errors import InputError
 from servesim.specs.acting import notes_of
 from servesim.specs.cluster import load_cluster
