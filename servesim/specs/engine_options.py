@@ -97,7 +97,14 @@ KvCacheDtypeSkipLayers = Annotated[
         acts=conditions.narrow_caches,
     ),
 ]
-BlockSize = Annotated[int, Field(ge=1, le=65536), Unit("tokens"), Flag("tokens per KV block", ENGINE)]
+BlockSize = Annotated[
+    Annotated[int, Field(ge=1, le=65536), Unit("tokens")],
+    Flag(
+        "tokens per KV block; on NVIDIA GPUs a multiple of what the model's attention takes: 16, sparse 64, "
+        "128 or 256",
+        ENGINE,
+    ),
+]
 DecodeContextParallelSize = Annotated[
     Annotated[int, Field(ge=1, le=65536)],
     Flag(

@@ -12,6 +12,7 @@ from servesim.specs.engine_options import EngineOptions
 from servesim.specs.hardware import load_hardware
 from servesim.specs.kv_skip import OPTION as SKIP
 from servesim.specs.kv_skip import as_kept, skipped_layers, variant_with
+from servesim.specs.kv_support import block_step
 from servesim.specs.layers import Recurrent
 from servesim.specs.presets import serve_defaults
 from servesim.specs.speculative import OPTION, SpeculativeSpec, speculative_spec
@@ -169,11 +170,32 @@ def _longest(wanted: int | str | None, model: ModelSpec) -> int:
     return wanted
 
 
+def _settle_block_size(
+    instance: InstanceSpec, model: ModelSpec, chosen: dict[str, Any], stated: Mapping[str, Any]
+) -> None:
+    """Blocks that an attention backend takes: vLLM does not start with others, and chooses the smallest
+    that will do where none are asked for.
+
+    Raises:
+        InputError: none takes the blocks asked for.
+    """
+    hardware = load_hardware(instance.hardware)
+    step, size = block_step(model.layers, hardware), chosen["block_size"]
+    if "block_size" not in stated:
+        chosen["block_size"] = max(size, step)
+    elif size % step:
+        raise InputError(
+            f"--block-size: {size} is not allowed for {model.name} on {hardware.name}; must be a multiple of "
+            f"{step} tokens, as no attention backend of vLLM takes other blocks; leave it out, or give "
+            f"{-(-size // step) * step}"
+        )
+
+
 def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -> InstanceOptions:
     """What holds for one instance: its own settings, else the flags, else the model's.
 
     Raises:
-        InputError: options that exclude each other, or a context that the model cannot have.
+        InputError: options that exclude each other, or a context or blocks that the model cannot have.
     """
     chosen, stated = {}, {}
     for name in EngineOptions.model_fields:
@@ -191,6 +213,7 @@ def resolve(options: RuntimeOptions, instance: InstanceSpec, model: ModelSpec) -
     if "enable_prefix_caching" not in stated and not STATE_STOPS.holds(options.vllm_version):
         keeps_states = any(isinstance(layer.attention, Recurrent) for layer in model.layers.layers)
         chosen["enable_prefix_caching"] &= not keeps_states  # the default of these versions
+    _settle_block_size(instance, model, chosen, stated)
     dtype = chosen.pop("dtype") or model.torch_dtype
     chosen["kv_cache_dtype"] = model.kv_word(chosen["kv_cache_dtype"])
     longest = _longest(chosen.pop("max_model_len"), model)

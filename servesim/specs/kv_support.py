@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from servesim.slotted import dataclass
-from servesim.specs.layers import Attention, CompressedAttention, LatentAttention
+from servesim.specs.layers import Attention, CompressedAttention, LatentAttention, Recurrent
 
 if TYPE_CHECKING:
     from servesim.specs.hardware import HardwareSpec
@@ -86,6 +86,15 @@ BACKENDS: tuple[Backend, ...] = (
             source="vllm/models/deepseek_v4/nvidia/flashinfer_sparse.py"),
 )  # fmt: skip
 VLLM = "0.33"
+_BLOCK_STEPS: dict[AttentionKind, int] = {"heads": 16, "mla": 16, "sparse_mla": 64, "compressed": 256}
+"""Tokens that blocks are a multiple of: of the backends of a kind one takes them, and none takes others.
+
+``get_supported_kernel_block_sizes`` and ``supports_block_size`` in vLLM 0.24, 0.28 and 0.33 of
+``flash_attn.py``, ``flashinfer.py``, ``triton_attn.py``, ``flex_attention.py`` and ``turboquant_attn.py``; of
+``mla/triton_mla.py``; of ``mla/indexer.py``; of ``vllm/models/deepseek_v4/sparse_mla.py``. Asked of vLLM 0.33
+itself for tests/golden/block_sizes.json."""
+_INDEXED_BLOCK = 128
+"""The same where an indexer stands beside attention a head (``vllm/models/minimax_m3/common/indexer.py``)."""
 
 
 def attention_kind(model: ModelLayers) -> AttentionKind:
@@ -96,6 +105,18 @@ def attention_kind(model: ModelLayers) -> AttentionKind:
     if not latent:
         return "heads"
     return "sparse_mla" if any(a.index_top_k for a in latent) else "mla"
+
+
+def block_step(model: ModelLayers, hardware: HardwareSpec) -> int:
+    """Tokens that a block of the KV cache has to be a multiple of, or vLLM does not start; 1: any will do, or
+    nobody knows."""
+    own = [layer.attention for layer in model.layers]
+    attentions = [a.beside if isinstance(a, Recurrent) else a for a in own]
+    if not is_known(hardware) or not any(attentions):
+        return 1
+    if any(isinstance(a, Attention) and a.index_dim for a in attentions):
+        return _INDEXED_BLOCK
+    return _BLOCK_STEPS[attention_kind(model)]
 
 
 def _slides(a: AnyAttention | None) -> bool:

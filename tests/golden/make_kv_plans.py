@@ -2,6 +2,7 @@
 
     python make_kv_plans.py CONFIGS [NAME ...]
     python make_kv_plans.py CONFIGS --skip
+    python make_kv_plans.py CONFIGS --blocks
 
 CONFIGS is a folder of folders with a ``config.json`` each; with names, only those are asked (and kept beside
 what the file holds already). Needs vllm 0.33.0 importable, with a CPU build of torch; no GPU and no weights.
@@ -9,7 +10,8 @@ Every model class is built on the meta device for one H100 (:mod:`pretend_gpu`),
 1, 2 and 8. Its layers give their cache specs; for a format that the H100's backends do not have, the layers
 are given the backend that has it, which says how it packs a token. vLLM's planner then makes groups and
 blocks of them. With ``--skip`` the plans are of :data:`SKIPPED`, layers whose cache stays in the model's
-dtype, in kv_skip_plans.json; there every layer has the backend that vLLM chooses.
+dtype, in kv_skip_plans.json; there every layer has the backend that vLLM chooses. With ``--blocks`` it is
+asked which ``--block-size`` each model of :data:`BLOCKS` starts with: block_sizes.json.
 """
 
 from __future__ import annotations
@@ -52,9 +54,11 @@ FORMATS = {
 """KV formats, and the backend that has one where the H100's own does not."""
 
 
-def build(path: Path, tp: int, kv: str = "auto", skip: Sequence[str] = ()) -> Any:
+def build(
+    path: Path, tp: int, kv: str = "auto", skip: Sequence[str] = (), block_size: int | None = None
+) -> Any:
     """The engine's config of a model whose layers exist on the meta device; ``skip``: layers whose cache
-    stays in the model's dtype."""
+    stays in the model's dtype; ``block_size``: as a user gives it."""
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.worker.workspace import init_workspace_manager
@@ -62,6 +66,7 @@ def build(path: Path, tp: int, kv: str = "auto", skip: Sequence[str] = ()) -> An
     config = EngineArgs(
         model=str(path), skip_tokenizer_init=True, load_format="dummy", enforce_eager=True,
         max_model_len=CONTEXT, kv_cache_dtype=kv, kv_cache_dtype_skip_layers=list(skip),
+        block_size=block_size,
     ).create_engine_config()  # fmt: skip
     config.parallel_config.tensor_parallel_size = tp
     pretend_gpu.set_ranks(tp)
@@ -246,9 +251,75 @@ def ask_skipped(folder: Path, version: str) -> None:
     _write(version, plans, OUT.with_name("kv_skip_plans.json"))
 
 
+BLOCKS = (
+    *(
+        "meta-llama__Meta-Llama-3.1-70B",
+        "openai__gpt-oss-20b",
+        "Qwen__Qwen3.5-27B",
+        "google__gemma-4-26B-A4B",
+    ),
+    *("deepseek-ai__DeepSeek-R1", "deepseek-ai__DeepSeek-V3.2", "zai-org__GLM-5", "nvidia__MiniMax-M3-NVFP4"),
+    "deepseek-ai__DeepSeek-V4-Flash",
+)
+SIZES = (1, 7, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+def ask_blocks(folder: Path) -> None:
+    """Of each model: the sizes of :data:`SIZES` that it starts with, and the one that vLLM chooses."""
+    found: dict[str, Any] = {}
+    for name in BLOCKS:
+        starts = []
+        for size in (None, *SIZES):
+            try:
+                chosen = kernel_blocks(build(folder / name, 1, block_size=size)[0])
+            except ValueError as error:
+                print(name, size, str(error)[-150:], flush=True)
+                continue
+            if size is None:
+                found[name] = {"chosen": chosen}
+            else:
+                starts.append(size)
+        found[name]["starts"] = starts
+        print(name, found[name], flush=True)
+    lines = ",\n".join(f'"{name}":{json.dumps(one)}' for name, one in found.items())
+    asked_for = json.dumps(SIZES)
+    path = OUT.with_name("block_sizes.json")
+    path.write_text(f'{{"vllm":"0.33.0","gpu":"H100","asked":{asked_for},"models":{{\n{lines}\n}}}}\n')
+
+
+def kernel_blocks(config: Any) -> int:
+    """Tokens of a block as the worker would lay it out.
+
+    Raises:
+        ValueError: no kernel takes such blocks.
+    """
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.worker.utils import select_common_block_size
+
+    with set_current_vllm_config(config):
+        current_platform.update_block_size_for_backend(config)
+        config.validate_block_size()
+        alike: dict[tuple[str, int], dict[Any, Any]] = {}
+        for layer in config.compilation_config.static_forward_context.values():
+            spec = layer.get_kv_cache_spec(config) if isinstance(layer, AttentionLayerBase) else None
+            if isinstance(spec, AttentionSpec):
+                key = (type(spec).__name__, spec.block_size)
+                alike.setdefault(key, {})[layer.get_attn_backend()] = spec
+        for (_, size), own in alike.items():
+            select_common_block_size(size, list(own), list(own.values()))
+    return int(config.cache_config.block_size)
+
+
 def main() -> None:
     import vllm
 
+    for name in ("loguru", "torchvision"):  # packages that plans do not depend on
+        pretend_gpu.mock_package(name)
+    if "--blocks" in sys.argv:
+        pretend_gpu.before_models()
+        ask_blocks(Path(sys.argv[1]))
+        return
     if "--skip" in sys.argv:
         pretend_gpu.before_models()
         ask_skipped(Path(sys.argv[1]), vllm.__version__)

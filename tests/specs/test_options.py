@@ -293,6 +293,7 @@ def test_each_per_instance_option_reaches_the_instance(name: str) -> None:
         "dtype": "fp8",
         "kv_cache_dtype": "fp8",
         "kv_cache_dtype_skip_layers": "0,1",
+        "block_size": 32,
         "enable_sub_batch_interleaving": False,
         "npu_memory_utilization": 0.5,
         "num_gpu_blocks": 900,
