@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -58,10 +59,11 @@ def run_parts(
     from joblib.externals.loky.process_executor import BrokenProcessPool, TerminatedWorkerError
 
     losses = 0
+    as_here = partial(_as_here, Path.cwd(), dict(os.environ), work)
     while parts := left():
         try:
             running = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
-            for outcome in running(delayed(work)(part) for part in parts):
+            for outcome in running(delayed(as_here)(part) for part in parts):
                 losses = 0
                 yield outcome
             return
@@ -72,6 +74,20 @@ def run_parts(
                     f"worker processes died {losses} times in a row without finishing anything; there may be "
                     "too little memory: try fewer --jobs (finished rows are kept)"
                 ) from None
+
+
+def _as_here(folder: Path, environment: dict[str, str], work: Callable[[PartT], Any], part: PartT) -> Any:
+    """``work(part)`` in a worker, as the process that asks would do it.
+
+    Joblib keeps workers for the next call of its process. Those of an earlier sweep may stand in another
+    folder, where other files have the same names, and know other variables.
+    """
+    os.chdir(folder)
+    for name in os.environ.keys() - environment.keys():
+        if name.startswith("SERVESIM_"):
+            del os.environ[name]
+    os.environ.update(environment)
+    return work(part)
 
 
 def check_ray() -> None:

@@ -304,6 +304,38 @@ def test_killing_everything_loses_no_finished_row() -> None:
     assert {key: journal.rows()[key] for key in finished} == finished
 
 
+def test_workers_of_an_earlier_sweep_come_along(tmp_path: Path) -> None:
+    """Joblib keeps its processes; they are to read the files that are here now."""
+    pytest.importorskip("joblib")
+    space = {"grid": {"max_num_seqs": [2, 4]}}
+    first = sweep(space, jobs=2)
+    with toy_world(tmp_path / "other"):
+        Path(WORKLOAD).write_text('{"input_toks": 9, "output_toks": 3, "arrival_time_ns": 0}\n')
+        Path(CLUSTER).write_text(json.dumps(toy_cluster([toy_instance(num_gpu_blocks=101)])))
+        one, two = sweep(space), sweep(space, jobs=2)
+    assert [row["completed"] for row in first.rows] == [30, 30]
+    assert [row["completed"] for row in one.rows] == [1, 1]
+    assert one.csv_text() == two.csv_text()
+
+
+def where(variable: str) -> tuple[str, str | None]:
+    """The folder of the process that does it, and what it has in a variable."""
+    return str(Path.cwd()), os.environ.get(variable)
+
+
+def test_workers_have_the_folder_and_the_variables_of_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("joblib")
+    (tmp_path / "other").mkdir()
+    for folder, value in ((tmp_path, "1"), (tmp_path / "other", "2"), (tmp_path, None)):
+        monkeypatch.chdir(folder)
+        monkeypatch.delenv("SERVESIM_X", raising=False)
+        if value is not None:
+            monkeypatch.setenv("SERVESIM_X", value)
+        assert list(run_parts(where, lambda: ["SERVESIM_X"] * 3, 2)) == [(str(folder), value)] * 3
+
+
 def once_killed(part: str) -> str:
     """Kills its process the first time it is given ``b``."""
     mark = Path("killed")
