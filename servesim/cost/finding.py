@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 PUBLIC_DTYPES = ("bfloat16", "float16", "fp8")
 """Formats of weights and KV that the public kernel measurements cover; those of KV that are derived from them
 are :data:`servesim.specs.dtypes.KV_CACHE_SIZED`."""
+MADE_LOG, READ_LOG = "servesim.made", "servesim.bundles"
+"""Loggers of what is told once in a process: that a bundle was made; what is wrong with one that is read."""
 _LISTED = 12  # bundles named in a message before "and N more"
 
 

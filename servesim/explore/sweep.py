@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from servesim._version import __version__
 from servesim.api import check_used, loading_key, read_workload, simulate_loaded
+from servesim.cost.finding import MADE_LOG, READ_LOG
 from servesim.engine.block_tables import BlockTables
 from servesim.engine.build import Kept
 from servesim.errors import ServingError
@@ -269,8 +270,8 @@ class Bench:
         self._tables: dict[tuple[Any, ...], BlockTables] = {}
         self._clusters: dict[str, ClusterSpec] = {}
         self._costs: Costs | None = None
-        self._told: dict[str, None] = {}
-        """Every warning so far: those about a bundle come when it is read, and hold for all its rows."""
+        self._once: dict[str, None] = {}
+        """What was told of bundles as they were read; it holds for all their rows."""
 
     def rows(self, configurations: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
         """The rows of (key, configuration), each noted in the journal before it is yielded."""
@@ -286,7 +287,7 @@ class Bench:
         row: dict[str, Any] = {"key": key, "status": "ok", "reason": "", **configuration}
         told: list[str] = []
         try:
-            with _collected(told):
+            with _collected(told, self._once):
                 result = self._simulate(configuration, told)
             if result.nothing_ran:
                 row |= {"status": "rejected", "reason": result.rejected[0].reason}
@@ -298,17 +299,14 @@ class Bench:
             row |= {"status": "failed", "reason": str(error)}
         except Exception as error:  # one row's fault, which must not cost the others
             row |= {"status": "failed", "reason": f"a fault of servesim: {type(error).__name__}: {error}"}
-        self._told.update(dict.fromkeys(told))
         return row
 
     def _warnings(self, told: list[str], result: Result) -> list[str]:
-        """What was told of this run, and earlier of the bundles it reads; the same in whatever process."""
+        """What was told of this run, and of the bundles it reads; the same in whatever process."""
         sources = [f"{log.bundle_source} " for log in result.instances]  # path, then a blank
-        subjects = {line: line.partition(": ")[0] for line in self._told}
-        earlier = [
-            line for line, about in subjects.items() if any(f"{about} " in source for source in sources)
-        ]
-        return sorted({*told, *earlier})
+        subjects = {line: line.partition(": ")[0] for line in self._once}
+        read = [line for line, about in subjects.items() if any(f"{about} " in source for source in sources)]
+        return sorted({*told, *read})
 
     def _simulate(self, configuration: Mapping[str, Any], told: list[str]) -> Result:
         changes, keys = split(configuration)
@@ -374,15 +372,26 @@ def _key(setting: Setting, configuration: Mapping[str, Any], digests: dict[str, 
 
 
 @contextmanager
-def _collected(told: list[str]) -> Iterator[None]:
-    """Warnings of servesim go to ``told`` inside the block, and nowhere else."""
+def _collected(told: list[str], once: dict[str, None] | None = None) -> Iterator[None]:
+    """Warnings of servesim go to ``told`` inside the block, those of bundles that are read to ``once``.
+
+    That a bundle was made concerns no row, but whoever waits for it: it goes where it would go without.
+    """
+    logger = logging.getLogger("servesim")
+    before, passed_on = logger.handlers[:], logger.propagate
 
     class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            told.append(record.getMessage())
+            if record.name == MADE_LOG:
+                for handler in before:
+                    handler.handle(record)
+                if passed_on:
+                    logging.getLogger().callHandlers(record)
+            elif record.name == READ_LOG and once is not None:
+                once[record.getMessage()] = None
+            else:
+                told.append(record.getMessage())
 
-    logger = logging.getLogger("servesim")
-    before, passed_on = logger.handlers[:], logger.propagate
     logger.handlers[:], logger.propagate = [Collector(logging.WARNING)], False
     try:
         yield

@@ -16,6 +16,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from servesim.cost.finding import (
+    MADE_LOG,
+    READ_LOG,
     degrees_in,
     folder_root,
     makes_bundles,
@@ -265,18 +267,17 @@ def bundles_on_demand(wanted: bool, tell: Callable[[str], None] | None = None) -
 
     Args:
         wanted: False: none are made, and old ones are only warned of.
-        tell: gets a line per bundle made; None: the logger ``servesim``. A block within another that makes
-            bundles leaves this to the outer one.
+        tell: gets a line per bundle made; None: :data:`MADE_LOG`. A block within another that makes bundles
+            leaves this to the outer one.
     """
     if wanted and makes_bundles():
         yield
         return
-    logger = logging.getLogger("servesim")
-    say = tell or logger.warning
+    say, warn = tell or logging.getLogger(MADE_LOG).warning, logging.getLogger(READ_LOG).warning
 
     @cache
     def parts() -> tuple[Maker | None, Refresher]:
-        return maker(say, wanted=wanted), refresher(say, logger.warning, wanted=wanted)
+        return maker(say, wanted=wanted), refresher(say, warn, wanted=wanted)
 
     def make(asked: Wanted, tp: int) -> Path | None:
         maker, _ = parts()

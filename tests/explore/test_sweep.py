@@ -234,6 +234,33 @@ def test_rows_are_the_same_on_two_processes() -> None:
     assert [row["status"] for row in one.rows].count("failed") == 3  # no int8 tables
 
 
+def test_a_row_has_no_note_of_another() -> None:
+    """8 sequences are more than were profiled, 2 are not; that a bundle is old is told of each."""
+    pytest.importorskip("joblib")
+    for path in Path("profiler/perf").rglob("meta.yaml"):
+        limits = "engine_effective: {max_num_seqs: 4, max_num_batched_tokens: 4096}\n"
+        path.write_text(path.read_text(encoding="utf-8") + limits, encoding="utf-8")
+    space = {"grid": {"max_num_seqs": [8, 2]}}
+    one, two = sweep(space), sweep(space, jobs=2)
+    assert one.csv_text() == two.csv_text()
+    assert ["max_num_seqs 8 (profiled up to 4)" in row["notes"] for row in one.rows] == [True, False]
+    assert ["this bundle is old" in row["notes"] for row in one.rows] == [True, True]
+
+
+def test_that_a_bundle_was_made_is_no_note_of_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the process that comes first makes it."""
+    monkeypatch.setenv("SERVESIM_AUTO_PROFILE", "1")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    common = {"workload": WORKLOAD, "model": "org/toy", "hardware": "MI300X"}
+    rows = [servesim.sweep({"grid": {"max_num_seqs": [2]}}, **common).rows for _ in range(2)]
+    assert rows[0] == rows[1]
+    assert rows[0][0]["status"] == "ok", rows[0][0]["reason"]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("made the profile bundle MI300X/org/toy/bf16 tp1 from peak rates")
+
+
 def test_what_reading_a_workload_tells_is_in_every_row() -> None:
     lines = [
         "TIMESTAMP,ContextTokens,GeneratedTokens,NumImages",
