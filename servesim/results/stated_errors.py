@@ -39,7 +39,7 @@ PUBLIC_RUNS = {"B200": (8.0, 8.9), "H100": (5.1, 6.3), "H200": (4.5, 4.7)}
 """%: median absolute error of the mean TPOT and the mean TTFT of public serving runs of Llama-3.1-70B,
 silicon with the constants of the hardware file, the worst degree."""
 ROOFLINE_STEPS: dict[str, tuple[int, int]] = {
-    "A100": (17, 60),
+    "A100": (16, 63),
     "B200": (4, 36),
     "B300": (4, 40),
     "B60": (21, 69),
