@@ -16,24 +16,27 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from servesim.engine.batch import Batch
     from servesim.engine.request_state import RequestState
 
 by_order = attrgetter("order")
 
+NO_END = 1 << 62
+"""A tick that never comes."""
+
 
 class DecodeSet:
     """Decoding requests of one instance and the calendars they are filed in."""
 
     __slots__ = (
-        "_bases",
         "_block_size",
         "_boundaries",
         "_end_ticks",
         "_ends",
-        "_sum",
+        "base_sum",
+        "bases",
         "count",
         "flying",
         "joined",
@@ -66,8 +69,9 @@ class DecodeSet:
         """The keys of ``_ends``, rising; keys that are gone are dropped when they come up."""
         self._block_size = block_size
         self._boundaries: list[list[RequestState]] = [[] for _ in range(block_size)]
-        self._bases: list[int] = []
-        self._sum = 0
+        self.bases: list[int] = []
+        """``decode_base`` of every request, rising."""
+        self.base_sum = 0
 
     def add(self, state: RequestState) -> None:
         """File a request that has ``known`` computed tokens and decodes from the next tick on.
@@ -79,8 +83,8 @@ class DecodeSet:
         state.home = self
         state.decode_base = base
         state.last_tick = state.total_tokens - 2 - base
-        insort(self._bases, base)
-        self._sum += base
+        insort(self.bases, base)
+        self.base_sum += base
         self.count += 1
         if state.last_tick in self._ends:
             self._ends[state.last_tick].append(state)
@@ -104,8 +108,8 @@ class DecodeSet:
     def drop(self, state: RequestState) -> None:
         """Take out a request whose last token has come, which its stop token made known only now."""
         base = state.decode_base
-        del self._bases[bisect_left(self._bases, base)]
-        self._sum -= base
+        del self.bases[bisect_left(self.bases, base)]
+        self.base_sum -= base
         self.count -= 1
         self._boundaries[-base % self._block_size].remove(state)
         self.sharing.discard(state)
@@ -148,12 +152,12 @@ class DecodeSet:
         """Sum, minimum and maximum of the KV lengths before the present tick (zeros when nothing decodes)."""
         if not self.count:
             return 0, 0, 0
-        tick, bases = self.tick, self._bases
-        return self._sum + self.count * tick, bases[0] + tick, bases[-1] + tick
+        tick, bases = self.tick, self.bases
+        return self.base_sum + self.count * tick, bases[0] + tick, bases[-1] + tick
 
     def each_length(self) -> list[int]:
         """KV length of every request before the present tick, rising."""
-        return [base + self.tick for base in self._bases]
+        return [base + self.tick for base in self.bases]
 
     @property
     def next_end(self) -> int:
@@ -163,22 +167,17 @@ class DecodeSet:
             del ticks[0]
         return ticks[0]
 
-    def coming_ends(self, steps: int) -> list[tuple[int, list[RequestState]]]:
-        """(steps before it, requests that get their last token in it) of those of the next ``steps`` steps
-        that end any, in order."""
-        ends, tick, before = self._ends, self.tick, -1
-        found = []
-        for at in self._end_ticks:
-            if at >= tick + steps:
-                break
-            if at in ends and at != before:
-                found.append((at - tick, ends[at]))
-                before = at
-        return found
+    def next_end_from(self, tick: int) -> int:
+        """The first tick from ``tick`` on at which a request ends, :data:`NO_END` if there is none."""
+        ticks, ends = self._end_ticks, self._ends
+        for place in range(bisect_left(ticks, tick), len(ticks)):
+            if ticks[place] in ends:
+                return ticks[place]
+        return NO_END
 
-    def bases(self) -> list[int]:
-        """A copy of the ``decode_base`` of every request, rising."""
-        return self._bases.copy()
+    def ending_at(self, tick: int) -> Sequence[RequestState]:
+        """Requests whose last token is produced at ``tick``."""
+        return self._ends.get(tick, ())
 
     def advance(self) -> Iterable[RequestState]:
         """Give every request one token; returns those for which it is the last one (no longer filed here)."""

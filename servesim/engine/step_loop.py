@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from servesim.engine.batch import Batch
 from servesim.engine.clock import NEVER, Order
 from servesim.engine.glide import Glider
-from servesim.engine.outlook import LONG, Outlook, look_ahead
+from servesim.engine.outlook import LONG, Lookout, Outlook
 from servesim.errors import RunError
 from servesim.results.records import StageLog
 
@@ -158,6 +158,7 @@ class StepLoop:
         self._glider = self._glider_of(plan)
         self._min_jump = LONG if self._glider else _MIN_JUMP
         self._outlook: Outlook | None = None
+        self._lookout = self._lookout_of(plan)
         self._indices = [member.log.index for member in plan.members]
         self._acted = set() if acted is None else acted
         self._noise = plan.noise
@@ -188,6 +189,13 @@ class StepLoop:
             return None
         return Glider(member, self._quiet, plan.depth)
 
+    def _lookout_of(self, plan: LoopPlan) -> Lookout | None:
+        """What lays out what a glider takes."""
+        if self._glider is None or self._quiet is None or not self._foresight:
+            return None
+        through_ends = self._foresight is Foresight.THROUGH_ENDS
+        return Lookout(plan.members[0].scheduler, self._quiet, through_ends=through_ends)
+
     def submit(self, member: Instance, state: RequestState, now_ns: int, released_by: int = -1) -> None:
         """Hand a request to a member; it is taken in at the next step boundary, at once if nothing runs.
 
@@ -213,12 +221,13 @@ class StepLoop:
         self._acted.update(self._indices)
         outlook, begin_ns = self._outlook, now_ns
         if outlook is not None:
-            if now_ns < outlook.until_ns:
-                self.members[0].note_left(outlook.left_by(now_ns))
+            member = self.members[0]
+            if now_ns < outlook.until_ns or (not member.has_mail and self._look_further(outlook)):
+                member.note_left(outlook.left_by(now_ns))
                 self._clock.at(outlook.next_ns(), self.actor)
                 return
-            begin_ns, steps = self._in_flight[0].end_ns, len(self.members[0].log.steps)
-            if self.members[0].has_mail:
+            begin_ns, steps = self._in_flight[0].end_ns, len(member.log.steps)
+            if member.has_mail:
                 self._reach, self._cut_at = max(steps - self._cut_at, _LEAST_REACH), steps
             else:
                 self._reach = min(2 * self._reach, _MAX_JUMP)
@@ -443,17 +452,24 @@ class StepLoop:
         if times is None or self._gated or len(in_flight) < self._depth:
             return
         flying = [batch for wave in in_flight for batch in wave.batches if batch is not None]
-        scheduler, first, watch_ns = member.scheduler, len(member.log.steps), self._clock.watch_ns
-        if self._glider is not None:
-            through = self._foresight is Foresight.THROUGH_ENDS
-            outlook = look_ahead(scheduler, first, times, flying, self._reach, watch_ns, through)
+        if self._lookout is not None:
+            outlook = self._lookout.look_ahead(len(member.log.steps), flying, self._reach)
         else:
-            outlook = self._quiet_outlook(flying, watch_ns)
+            outlook = self._quiet_outlook(flying)
         if outlook is not None:
             self._outlook = outlook
             self._clock.at(outlook.next_ns(), self.actor)
 
-    def _quiet_outlook(self, flying: Sequence[Batch], before_ns: int) -> Outlook | None:
+    def _look_further(self, outlook: Outlook) -> bool:
+        """Lay out more where nothing has come; False: the steps so far must be taken first.
+
+        An outlook grows to twice its length at most, since somebody may come soon.
+        """
+        if self._lookout is None:
+            return False
+        return self._lookout.look_further(outlook, min(max(outlook.steps, self._reach), _MAX_JUMP))
+
+    def _quiet_outlook(self, flying: Sequence[Batch]) -> Outlook | None:
         """The steps up to the next end of a request, where a step is more than its decodes' lengths."""
         if any(state.stops for batch in flying for state in batch.finishing):
             return None
@@ -463,10 +479,7 @@ class StepLoop:
             return None
         known = [batch.end_ns for batch in flying]
         ends = self._quiet_ends(known[-1], count)
-        count = bisect_left([*known, *ends], before_ns, 0, count)
-        if not count:
-            return None
-        return Outlook(len(self.members[0].log.steps), [*known, *ends[:count]], len(known), [])
+        return Outlook(len(self.members[0].log.steps), [*known, *ends], len(known), [])
 
     def _drop_outlook(self) -> None:
         if self._outlook is not None:
