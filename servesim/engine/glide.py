@@ -88,7 +88,8 @@ class Glider:
             now_ns: when the first step is scheduled.
             horizon_ns: when something else may happen.
             one_end: when requests have left, take what is scheduled at that very time and stop.
-            priced: when the first steps end, as far as that was laid out.
+            priced: when the first steps end, as far as that was laid out: steps of decodes alone without a
+                gap, for which there are blocks, that are scheduled before the horizon.
             mail_ns: when the instance takes in requests, at the earliest.
 
         Returns:
@@ -107,6 +108,14 @@ class Glider:
         self.starved = self.quiet = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
         alone = scheduler.only_decodes()
+        if len(priced) > 1:
+            # the last of them is up to the loop below, which sees to what may come behind it
+            at = len(priced) - 1
+            self._take_priced(priced[:at], watched)
+            step += at
+            now_ns = ([free_ns, *priced])[at - 1] if depth > 1 else priced[at - 1]
+            free_ns = priced[at - 1]
+            untold = True
         while True:
             before_ns = free_ns  # the end of the step before
             start_ns = free_ns if free_ns > now_ns else now_ns
@@ -177,6 +186,36 @@ class Glider:
         flying = [(step - 2, before_ns), (step - 1, free_ns)][2 - depth + (not full) :]
         self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in flying]
         return step - first
+
+    def _take_priced(self, priced: Sequence[int], watched: dict[int, Batch]) -> None:
+        """Take steps that end at these times, of which is known that each has blocks, follows the one before
+        without a gap, and is of decodes alone; nothing comes before the last of them is scheduled."""
+        member, depth = self._member, self._depth
+        scheduler, steps = member.scheduler, member.log.steps
+        decodes, pool, running = scheduler.decodes, scheduler.kv.pool, scheduler.running
+        ends, counts, runs, waits, used = steps.tails()
+        step, count, usable, waiting = len(steps), decodes.count, pool.usable, len(scheduler.waiting)
+        next_end = decodes.next_end_from(decodes.tick)
+        for end_ns in priced:
+            boundary = decodes.at_boundary()
+            if boundary:
+                scheduler.grow(boundary)
+            ends.append(end_ns)
+            counts.append(count)
+            runs.append(len(running))
+            waits.append(waiting)
+            used.append(usable - pool.num_free)
+            if decodes.tick < next_end:
+                decodes.tick += 1
+            else:
+                watched[step] = ending = Batch(step, end_ns)
+                ending.end_with(decodes.advance())
+                count, next_end = decodes.count, decodes.next_end_from(decodes.tick)
+            step += 1
+            if watched:
+                oldest = watched.pop(step - depth, None)
+                if oldest is not None:
+                    self.left += member.finish(oldest)
 
     def _step_ns(self, batch: Batch) -> int:
         """Duration of a step of any kind."""

@@ -416,26 +416,26 @@ class StepLoop:
         if count < self._min_jump:
             return
         start = max(self._stage_free_ns[0], now_ns)
-        ends = self._priced()[:count] or self._quiet_ends(start, count)
+        ends = self._priced(horizon_ns)[:count] or self._quiet_ends(start, count)
         # A step is scheduled when the step `depth` before it has ended; that must be before the horizon.
         known = [now_ns, *(wave.end_ns for wave in in_flight), *ends]
         near = bisect_left(known, horizon_ns, 0, len(ends))
         if near >= self._depth:
             self._commit(start, ends[:near])
 
-    def _priced(self) -> list[int]:
-        """When the next steps end, as far as that was laid out."""
+    def _priced(self, horizon_ns: int) -> list[int]:
+        """When the steps end that are laid out and scheduled before the horizon."""
         outlook = self._outlook
-        return (
-            [] if outlook is None else outlook.ends_before(len(self.members[0].log.steps), outlook.until_ns)
-        )
+        if outlook is None:
+            return []
+        return outlook.ends_before(len(self.members[0].log.steps), min(outlook.until_ns, horizon_ns))
 
     def _glide(self, glider: Glider, now_ns: int, horizon_ns: int, one_finish: bool, mail_ns: int) -> int:
         """Take steps up to the horizon; returns when it stopped."""
         in_flight = self._in_flight
         flying = [wave.batches[0] for wave in in_flight]
         free_ns = self._stage_free_ns[0]
-        taken = glider.run(flying, free_ns, now_ns, horizon_ns, one_finish, self._priced(), mail_ns)
+        taken = glider.run(flying, free_ns, now_ns, horizon_ns, one_finish, self._priced(horizon_ns), mail_ns)
         if not taken:
             return now_ns
         self._launched += taken
