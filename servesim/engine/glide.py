@@ -103,33 +103,26 @@ class Glider:
         waiting = len(scheduler.waiting)
         # steps in flight whose end does something
         watched = {batch.step: batch for batch in in_flight if batch is not None and batch.finishing}
-        at, mail = 0, member.has_mail
+        taken, mail = len(priced), member.has_mail
         self.left = []
         self.starved = self.quiet = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
+        if taken:
+            self._take_priced(priced, watched)
         alone = scheduler.only_decodes()
-        if len(priced) > 1:
-            # the last of them is up to the loop below, which sees to what may come behind it
-            at = len(priced) - 1
-            self._take_priced(priced[:at], watched)
-            step += at
-            now_ns = ([free_ns, *priced])[at - 1] if depth > 1 else priced[at - 1]
-            free_ns = priced[at - 1]
-            untold = True
         while True:
             before_ns = free_ns  # the end of the step before
             start_ns = free_ns if free_ns > now_ns else now_ns
-            boundary = decodes.at_boundary()
-            if alone and len(boundary) <= pool.num_free:
+            if taken:
+                before_ns, free_ns = priced[-2] if taken > 1 else free_ns, priced[-1]
+                step += taken - 1
+                taken, untold = 0, True
+            elif alone and len(boundary := decodes.at_boundary()) <= pool.num_free:
                 if boundary:
                     scheduler.grow(boundary)
                 count = decodes.count
-                if at < len(priced):
-                    free_ns = priced[at]
-                    at += 1
-                else:
-                    kv_sum, kv_min, kv_max = decodes.lengths()
-                    free_ns = start_ns + decode_ns(count, kv_sum, kv_min, kv_max)
+                kv_sum, kv_min, kv_max = decodes.lengths()
+                free_ns = start_ns + decode_ns(count, kv_sum, kv_min, kv_max)
                 if start_ns != before_ns:
                     steps.start_ns.put(step, start_ns)
                 ends.append(free_ns)
@@ -189,7 +182,10 @@ class Glider:
 
     def _take_priced(self, priced: Sequence[int], watched: dict[int, Batch]) -> None:
         """Take steps that end at these times, of which is known that each has blocks, follows the one before
-        without a gap, and is of decodes alone; nothing comes before the last of them is scheduled."""
+        without a gap, and is of decodes alone; nothing comes before the last of them is scheduled.
+
+        ``watched``: steps in flight whose end does something; those that are in flight behind are added.
+        """
         member, depth = self._member, self._depth
         scheduler, steps = member.scheduler, member.log.steps
         decodes, pool, running = scheduler.decodes, scheduler.kv.pool, scheduler.running
@@ -197,6 +193,10 @@ class Glider:
         step, count, usable, waiting = len(steps), decodes.count, pool.usable, len(scheduler.waiting)
         next_end = decodes.next_end_from(decodes.tick)
         for end_ns in priced:
+            if watched:
+                oldest = watched.pop(step - depth, None)
+                if oldest is not None:
+                    self.left += member.finish(oldest)
             boundary = decodes.at_boundary()
             if boundary:
                 scheduler.grow(boundary)
@@ -212,10 +212,6 @@ class Glider:
                 ending.end_with(decodes.advance())
                 count, next_end = decodes.count, decodes.next_end_from(decodes.tick)
             step += 1
-            if watched:
-                oldest = watched.pop(step - depth, None)
-                if oldest is not None:
-                    self.left += member.finish(oldest)
 
     def _step_ns(self, batch: Batch) -> int:
         """Duration of a step of any kind."""

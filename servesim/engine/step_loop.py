@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from servesim.engine.batch import Batch
 from servesim.engine.clock import NEVER, Order
 from servesim.engine.glide import Glider
-from servesim.engine.outlook import LONG, Lookout, Outlook
+from servesim.engine.outlook import LONG, Outlook
 from servesim.errors import RunError
 from servesim.results.records import StageLog
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _MIN_JUMP = 2  # steps; below this, there is nothing to gain
 _MIN_VECTOR = 16  # steps; below this, their durations are computed faster one by one
 _MAX_JUMP = 8192
-_LEAST_REACH = 8  # steps of an outlook; fewer cost more visits than they save
+_LEAST_REACH = 12  # steps of an outlook; fewer cost more visits than they save
 
 
 class WaveTimes(Protocol):
@@ -157,8 +157,7 @@ class StepLoop:
         self._foresight = foresight if self._quiet else Foresight.NONE
         self._glider = self._glider_of(plan)
         self._min_jump = LONG if self._glider else _MIN_JUMP
-        self._outlook: Outlook | None = None
-        self._lookout = self._lookout_of(plan)
+        self._outlook = self._outlook_of(plan)
         self._indices = [member.log.index for member in plan.members]
         self._acted = set() if acted is None else acted
         self._noise = plan.noise
@@ -189,12 +188,12 @@ class StepLoop:
             return None
         return Glider(member, self._quiet, plan.depth)
 
-    def _lookout_of(self, plan: LoopPlan) -> Lookout | None:
-        """What lays out what a glider takes."""
-        if self._glider is None or self._quiet is None or not self._foresight:
+    def _outlook_of(self, plan: LoopPlan) -> Outlook | None:
+        """What lays out steps past arrivals."""
+        if self._quiet is None or not self._foresight:
             return None
         through_ends = self._foresight is Foresight.THROUGH_ENDS
-        return Lookout(plan.members[0].scheduler, self._quiet, through_ends=through_ends)
+        return Outlook(plan.members[0].scheduler, self._quiet, plan.depth, through_ends=through_ends)
 
     def submit(self, member: Instance, state: RequestState, now_ns: int, released_by: int = -1) -> None:
         """Hand a request to a member; it is taken in at the next step boundary, at once if nothing runs.
@@ -204,10 +203,11 @@ class StepLoop:
         """
         self._acted.update(self._indices)
         member.put_in(state)
-        if self._outlook is not None:
+        outlook = self._outlook
+        if outlook is not None and outlook.is_open:
             # if its turn at this time is over, a step was scheduled at this time, too
-            self._outlook.cut(now_ns, after=self.actor < released_by)
-            self._clock.at(self._outlook.next_ns(), self.actor)
+            outlook.cut(now_ns, after=self.actor < released_by)
+            self._clock.at(outlook.next_ns(), self.actor)
         else:
             self.wake(now_ns)
 
@@ -220,10 +220,14 @@ class StepLoop:
         """Run until something else may concern this loop, or what it has done may concern others."""
         self._acted.update(self._indices)
         outlook, begin_ns = self._outlook, now_ns
-        if outlook is not None:
+        if outlook is not None and outlook.is_open:
             member = self.members[0]
-            if now_ns < outlook.until_ns or (not member.has_mail and self._look_further(outlook)):
-                member.note_left(outlook.left_by(now_ns))
+            # an outlook grows to twice its length at most, since somebody may come soon
+            if now_ns < outlook.until_ns or (
+                not member.has_mail and outlook.extend(min(max(outlook.steps, self._reach), _MAX_JUMP))
+            ):
+                outlook.pass_to(now_ns)
+                member.note_left(outlook.left)
                 self._clock.at(outlook.next_ns(), self.actor)
                 return
             begin_ns, steps = self._in_flight[0].end_ns, len(member.log.steps)
@@ -426,7 +430,7 @@ class StepLoop:
     def _priced(self, horizon_ns: int) -> list[int]:
         """When the steps end that are laid out and scheduled before the horizon."""
         outlook = self._outlook
-        if outlook is None:
+        if outlook is None or not outlook.is_open:
             return []
         return outlook.ends_before(len(self.members[0].log.steps), min(outlook.until_ns, horizon_ns))
 
@@ -447,55 +451,44 @@ class StepLoop:
 
     def _look_ahead(self) -> None:
         """Lay out what comes if no request does, and act no earlier than that matters to others."""
-        in_flight, times, member = self._in_flight, self._quiet, self.members[0]
-        self._drop_outlook()
-        if times is None or self._gated or len(in_flight) < self._depth:
+        in_flight, outlook, member = self._in_flight, self._outlook, self.members[0]
+        self._close_outlook()
+        if outlook is None or self._gated or len(in_flight) < self._depth:
             return
         flying = [batch for wave in in_flight for batch in wave.batches if batch is not None]
-        if self._lookout is not None:
-            outlook = self._lookout.look_ahead(len(member.log.steps), flying, self._reach)
+        if self._glider is not None:
+            outlook.open(len(member.log.steps), flying, self._reach)
         else:
-            outlook = self._quiet_outlook(flying)
-        if outlook is not None:
-            self._outlook = outlook
+            self._open_quiet(outlook, flying)
+        if outlook.is_open:
             self._clock.at(outlook.next_ns(), self.actor)
 
-    def _look_further(self, outlook: Outlook) -> bool:
-        """Lay out more where nothing has come; False: the steps so far must be taken first.
-
-        An outlook grows to twice its length at most, since somebody may come soon.
-        """
-        if self._lookout is None:
-            return False
-        return self._lookout.look_further(outlook, min(max(outlook.steps, self._reach), _MAX_JUMP))
-
-    def _quiet_outlook(self, flying: Sequence[Batch]) -> Outlook | None:
-        """The steps up to the next end of a request, where a step is more than its decodes' lengths."""
+    def _open_quiet(self, outlook: Outlook, flying: Sequence[Batch]) -> None:
+        """Lay out the steps up to the next end of a request, where a step is more than its decodes'
+        lengths."""
         if any(state.stops for batch in flying for state in batch.finishing):
-            return None
+            return
         most = next((place for place, batch in enumerate(flying) if batch.finishing), self._reach)
         count = self.members[0].scheduler.quiet_ticks(most, self._depth > 1)
-        if count < _MIN_JUMP:
-            return None
-        known = [batch.end_ns for batch in flying]
-        ends = self._quiet_ends(known[-1], count)
-        return Outlook(len(self.members[0].log.steps), [*known, *ends], len(known), [])
+        if count >= _MIN_JUMP:
+            known = [batch.end_ns for batch in flying]
+            outlook.open_with(len(self.members[0].log.steps), known + self._quiet_ends(known[-1], count))
 
-    def _drop_outlook(self) -> None:
-        if self._outlook is not None:
-            self._outlook = None
+    def _close_outlook(self) -> None:
+        if self._outlook is not None and self._outlook.is_open:
+            self._outlook.is_open = False
             self.members[0].note_left(0)
 
     def settle(self, now_ns: int) -> None:
         """Take the steps of an outlook that are scheduled before ``now_ns``; the rest of it is void."""
         outlook = self._outlook
-        if outlook is not None:
+        if outlook is not None and outlook.is_open:
             due_ns = self._in_flight[0].end_ns
             if due_ns < now_ns:
                 self.run(due_ns, now_ns, False, outlook.until_ns)
             else:
                 self._clock.at(due_ns, self.actor)
-            self._drop_outlook()
+            self._close_outlook()
             self._let_leave()
 
     def _commit(self, start_ns: int, ends: list[int]) -> None:

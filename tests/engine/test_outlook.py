@@ -120,20 +120,30 @@ def test_steps_between_arrivals_for_others_are_not_launched(depth: int, policy: 
     assert launched[0][0] <= 4 * depth  # of an instance with nothing else in flight
 
 
+def laid_out(first: int, ends_ns: list[int], leaves_ns: Sequence[int] = ()) -> Outlook:
+    """Steps behind two in flight; requests leave at these times."""
+    member = small_member(requests((4, 4, 0)))
+    outlook = Outlook(member.scheduler, LinearTimes(), 2, through_ends=True)
+    outlook.open_with(first, ends_ns, leaves_ns)
+    return outlook
+
+
 def test_an_outlook_says_when_requests_leave_and_when_it_is_over() -> None:
     # steps 7, 8, 9 behind two in flight that end at 10 and 20; one request leaves at 20, two at 30
-    outlook = Outlook(7, [10, 20, 30, 40, 50], 2, [20, 30, 30, 50])
+    outlook = laid_out(7, [10, 20, 30, 40, 50], [20, 30, 30, 50])
     assert outlook.until_ns == 40  # when step 10 would be scheduled
     assert outlook.next_ns() == 20
-    assert (outlook.left_by(20), outlook.next_ns()) == (1, 30)
-    assert (outlook.left_by(35), outlook.next_ns()) == (3, 40)
+    outlook.pass_to(20)
+    assert (outlook.left, outlook.next_ns()) == (1, 30)
+    outlook.pass_to(35)
+    assert (outlook.left, outlook.next_ns()) == (3, 40)
     assert outlook.ends_before(7, 20) == [30]  # step 7 is scheduled at 10, step 8 at 20
     assert outlook.ends_before(8, 40) == [40, 50]
 
 
 @pytest.mark.parametrize(("after", "until_ns"), [(False, 20), (True, 30)])
 def test_what_comes_at_a_boundary_cuts_an_outlook(after: bool, until_ns: int) -> None:
-    outlook = Outlook(0, [10, 20, 30, 40, 50], 2, [])
+    outlook = laid_out(0, [10, 20, 30, 40, 50])
     outlook.cut(20, after=after)
     assert outlook.until_ns == until_ns
     outlook.cut(35, after=False)  # a second request changes nothing
