@@ -168,11 +168,12 @@ class DecodeSet:
         return ticks[0]
 
     def next_end_from(self, tick: int) -> int:
-        """The first tick from ``tick`` on at which a request ends, :data:`NO_END` if there is none."""
-        ticks, ends = self._end_ticks, self._ends
-        for place in range(bisect_left(ticks, tick), len(ticks)):
-            if ticks[place] in ends:
-                return ticks[place]
+        """The first tick from ``tick`` on, one that will come soon, at which a request ends; :data:`NO_END`
+        if there is none."""
+        ends = self._ends
+        for end_tick in self._end_ticks:
+            if end_tick >= tick and end_tick in ends:
+                return end_tick
         return NO_END
 
     def ending_at(self, tick: int) -> Sequence[RequestState]:
