@@ -206,7 +206,7 @@ class Glider:
             waits.append(waiting)
             used.append(usable - pool.num_free)
             if decodes.tick < next_end:
-                decodes.tick += 1
+                decodes.skip(1)
             else:
                 watched[step] = ending = Batch(step, end_ns)
                 ending.end_with(decodes.advance())

@@ -133,6 +133,10 @@ class Outlook:
         self.is_open = self._is_over = True
         self.until_ns = ends_ns[-self._depth]
 
+    def close(self) -> None:
+        """Nothing is laid out any more."""
+        self.is_open = False
+
     def _start(self, first: int, ends_ns: list[int]) -> None:
         self._first, self._ends_ns = first, ends_ns
         self._leaves_ns, self.left = [], 0

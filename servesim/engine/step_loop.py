@@ -476,7 +476,7 @@ class StepLoop:
 
     def _close_outlook(self) -> None:
         if self._outlook is not None and self._outlook.is_open:
-            self._outlook.is_open = False
+            self._outlook.close()
             self.members[0].note_left(0)
 
     def settle(self, now_ns: int) -> None:
