@@ -168,9 +168,22 @@ class Bundle:
             MissingFileError: the degree or one of its files is not there; InputError: a file is malformed.
         """
         if tp not in self._tables:
-            own = (self.folder / f"tp{tp}").is_dir()
-            self._tables[tp] = self._read(tp) if own else find_bundle(self._asked(), tp).tables(tp)
+            holder = self._holder(tp)
+            self._tables[tp] = self._read(tp) if holder is self else holder.tables(tp)
         return self._tables[tp]
+
+    def _holder(self, tp: int) -> Bundle:
+        """The bundle that has a degree: this one, or the one that is found for it.
+
+        A degree that was made since this one was read lies in the same folder beside a newer meta.yaml, which
+        says what its tables hold.
+        """
+        here = (self.folder / f"tp{tp}").is_dir()
+        files = self.meta.get("files")
+        if here and (files is None or any(str(name).startswith(f"tp{tp}/") for name in files)):
+            return self
+        found = find_bundle(self._asked(), tp)
+        return self if here and found.meta == self.meta else found
 
     def of_degree(self, tp: int) -> Bundle:
         """The bundle of the same name that has a degree, made if need be, with what its meta.yaml says now.
@@ -194,18 +207,18 @@ class Bundle:
             MissingFileError: it was not measured; InputError: it is malformed.
         """
         if self._whole_experts is None:
-            if (self.folder / "tp1").is_dir():
+            holder = self._holder(1)
+            if holder is self:
                 self._file("tp1/moe.csv", 1)
                 self._whole_experts = self._read_moe("tp1/moe.csv", 1)
             else:
-                self._whole_experts = find_bundle(self._asked(), 1).whole_experts()
+                self._whole_experts = holder.whole_experts()
         return self._whole_experts
 
     def exchanges(self) -> dict[tuple[str, int], Curve]:
         """(backend, ranks) → time of dispatch and combine over the tokens of a rank, in µs: of
         ``tp1/exchange.csv``; empty where nobody measured any."""
-        folder = self if (self.folder / "tp1").is_dir() else find_bundle(self._asked(), 1)
-        path, stamp = folder._optional("tp1/exchange.csv")
+        path, stamp = self._holder(1)._optional("tp1/exchange.csv")
         if not path.is_file():
             return {}
         texts, rows = read_labelled(path, ("backend",), ("ranks", "tokens", "time_us"), stamp)
@@ -240,6 +253,9 @@ class Bundle:
         From ``measured_up_to`` of meta.yaml; of a measured bundle without it the ends of its table. None: it
         was computed, or does not say.
         """
+        holder = self._holder(tp)
+        if holder is not self:
+            return holder.measured_reach(tp)
         path = self.folder / "meta.yaml"
         stated = _mapping(self.meta, "measured_up_to", path)
         if stated:

@@ -262,6 +262,30 @@ def test_a_degree_is_made_once_beside_those_made_before(home: Path) -> None:
     assert yaml.safe_load((folder / "meta.yaml").read_text(encoding="utf-8"))["tp_degrees"] == [1, 2]
 
 
+@pytest.mark.usefixtures("work")
+def test_a_degree_made_later_is_checked_by_its_own_meta() -> None:
+    """meta.yaml was read before the second degree was made."""
+    with bundles_on_demand(True, print):
+        first = find_bundle(asked("Mine", LLAMA, "bf16"), 1)
+        second = first.of_degree(2)
+        assert first.folder == second.folder
+        path = first.folder / "tp2/dense.csv"
+        path.write_text("\n".join(path.read_text().splitlines()[:-5]) + "\n")
+        with pytest.raises(InputError, match=r"tp2/dense\.csv: .* rows, where meta.yaml states"):
+            first.tables(2)
+        first.tables(1)
+
+
+@needs_silicon
+@pytest.mark.usefixtures("home")
+def test_a_degree_made_later_states_its_reach() -> None:
+    with bundles_on_demand(True, print):
+        first = find_bundle(asked("H100", LLAMA, "bf16-kvfp8"), 1)
+        second = first.of_degree(2)
+        assert first.measured_reach(2) == second.measured_reach(2) is not None
+        assert first.measured_reach(1) == second.measured_reach(1)
+
+
 @needs_silicon
 @pytest.mark.usefixtures("home")
 def test_experts_come_whole_as_well() -> None:
