@@ -69,6 +69,14 @@ class States:
     standby_ns: int
     idle_ns: int
 
+    def __add__(self, later: States) -> States:
+        """Of this window and one that follows it."""
+        return States(
+            self.active_ns + later.active_ns,
+            self.standby_ns + later.standby_ns,
+            self.idle_ns + later.idle_ns,
+        )
+
 
 def states(spans: Spans, begin_ns: int, end_ns: int, standby_duration_ns: int = 0) -> States:
     """How long a device was active, in standby and idle in ``begin_ns`` to ``end_ns``.

@@ -52,6 +52,11 @@ class NpuEnergy:
     energy_aj: int
     states: States
 
+    def __add__(self, later: NpuEnergy) -> NpuEnergy:
+        """Over this window and the one of the same NPU that follows it."""
+        energy_aj = self.energy_aj + later.energy_aj
+        return NpuEnergy(self.instance, self.npu, energy_aj, self.states + later.states)
+
 
 @dataclass(slots=True, frozen=True)
 class NodeEnergy:
@@ -65,6 +70,11 @@ class NodeEnergy:
     def total_aj(self) -> int:
         """All devices together."""
         return sum(self.devices.values())
+
+    def __add__(self, later: NodeEnergy) -> NodeEnergy:
+        """Over this window and the one of the same node that follows it."""
+        devices = {kind: taken + later.devices[kind] for kind, taken in self.devices.items()}
+        return NodeEnergy(devices, [a + b for a, b in zip(self.npus, later.npus, strict=True)])
 
 
 def node_energy(

@@ -72,7 +72,7 @@ def energy_entry(result: Result) -> dict[str, Any] | None:
     if result.cluster is None or not meters:
         return None
     end_ns, interval_ns = result.log.end_ns, series_interval_ns(result)
-    energies = {node: meter.energy(0, end_ns) for node, meter in meters.items()}
+    energies = {node: meter.whole(end_ns) for node, meter in meters.items()}
     total_aj = sum(energy.total_aj for energy in energies.values())
     tokens = _output_tokens(result, set(meters))
     return {

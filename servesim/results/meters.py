@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import replace
+from functools import reduce
+from itertools import pairwise
+from operator import add
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +24,7 @@ from servesim.specs.model import load_model
 
 if TYPE_CHECKING:
     from array import array
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -29,6 +33,10 @@ if TYPE_CHECKING:
     from servesim.results.records import InstanceLog
     from servesim.specs.cluster import NodeSpec
     from servesim.specs.model import ModelSpec
+
+
+_AT_ONCE = 1 << 16
+"""Steps of an instance that are computed with at once."""
 
 
 class InstanceMeter:
@@ -63,6 +71,11 @@ class InstanceMeter:
                 if place != NPU:
                     kind = split_place(CPU if place == PIM else place)[0]
                     self._traffic.setdefault(kind, []).append(traffic)
+
+    def piece_ends(self) -> Iterator[int]:
+        """Times in ns that cut the run into pieces of :data:`_AT_ONCE` steps."""
+        for log in (self._log.steps, self._log.dummies):
+            yield from (log.end_ns[step] for step in range(_AT_ONCE, len(log), _AT_ONCE))
 
     def look_at(self, begin_ns: int, end_ns: int) -> Spans:
         """Move to the steps in a window; returns their times, those of the step before included."""
@@ -178,6 +191,13 @@ class NodeMeter:
                 memory_bytes[payer] = memory_bytes.get(payer, 0) + moved
         activity = NodeActivity(npus, Spans.union(pim), link_bytes, memory_bytes)
         return node_energy(self.spec.power, self.spec.cpu_mem.mem_size, activity, begin_ns, end_ns)
+
+    def whole(self, end_ns: int) -> NodeEnergy:
+        """Energy of a run that ends at ``end_ns``, worked out in pieces: a long one has a hundred million
+        steps."""
+        cuts = {cut for instance in self.instances for cut in instance.piece_ends() if 0 < cut < end_ns}
+        edges = [0, *sorted(cuts), end_ns]
+        return reduce(add, (self.energy(*window) for window in pairwise(edges)))
 
     @property
     def not_charged(self) -> set[str]:

@@ -6,7 +6,8 @@ import json
 from array import array
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ import servesim
 from servesim.errors import InputError
 from servesim.explore.compare import Comparison
 from servesim.power.quantities import AJ
+from servesim.results import meters
 from servesim.results.closing import closing
 from servesim.results.energy import MOST_INTERVALS, energy_line, node_meters
 from servesim.results.heartbeat import Heartbeat
@@ -28,6 +30,9 @@ from servesim.workload.request import Request, Workload
 from tests.hand_made import MS, add_step, instance_options, record
 from tests.hand_made import instance as log_of
 from tests.specs.clusters import cluster, instance, node
+
+if TYPE_CHECKING:
+    from servesim.power.activity import Spans
 
 POWER: dict[str, Any] = {
     "base_node_power": 100,
@@ -347,6 +352,42 @@ def test_energy_adds_up_over_devices_and_intervals(
     parts = [meter.energy(*window) for window in pairwise(edges)]
     for device, energy in whole.devices.items():
         assert energy == sum(part.devices[device] for part in parts)
+
+
+@given(STEPS, STEPS, st.integers(1, 4000))
+def test_a_run_in_pieces_takes_what_it_takes_at_once(
+    steps: list[tuple[int, int, int, int]], dummies: list[tuple[int, int, int, int]], end_ms: int
+) -> None:
+    result = random_run(steps, end_ms)
+    end = 0
+    for gap, length, _, _ in dummies:
+        result.instances[0].dummies.start_ns.append((end + gap) * MS)
+        result.instances[0].dummies.end_ns.append((end := end + gap + length) * MS)
+    meter = node_meters(GROUP, result.instances)[0]
+    with mock.patch.object(meters, "_AT_ONCE", 2):
+        assert meter.whole(end_ms * MS) == meter.energy(0, end_ms * MS)
+
+
+def test_energy_of_a_long_run_needs_few_steps_at_once() -> None:
+    """Of 3,000 steps it looks at so many at a time, and at the one before."""
+    log = RunLog(logs_of(ONE), end_ns=6_000 * MS)
+    for number in range(3_000):
+        add_step(log.instances[0], 2 * number, 2 * number + 1, decode_tokens=1)
+    result = Result(log, Workload([], "long"), RuntimeOptions(), ONE)
+    seen = []
+    look_at = meters.InstanceMeter.look_at
+
+    def watched(self: meters.InstanceMeter, begin_ns: int, end_ns: int) -> Spans:
+        seen.append(look_at(self, begin_ns, end_ns))
+        return seen[-1]
+
+    with (
+        mock.patch.object(meters, "_AT_ONCE", 500),
+        mock.patch.object(meters.InstanceMeter, "look_at", watched),
+    ):
+        energy = result.summary["energy"]
+    assert energy["per_node"][0]["npus"][0]["active_s"] == 3
+    assert 500 <= max(len(spans.start_ns) for spans in seen) <= 502
 
 
 @given(STEPS, st.integers(1, 4000))
