@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from servesim.bench.kv_loads import Elsewhere, LoadFormula, parse_loads, vllm_connector
 from servesim.errors import InputError, RunError
@@ -15,6 +16,9 @@ from servesim.memory.kv_groups import KvGroup
 from servesim.slotted import dataclass
 from servesim.specs.engine_options import EngineOptions
 from servesim.specs.speculative import SpeculativeSpec, speculative_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _KINDS = ("full", "sliding", "chunked", "state")
 _PLACES = {
@@ -214,8 +218,33 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
             "--kv-loads: connectors are recorded with one KV cache group, without speculative decoding and "
             "decode context parallelism; leave one out"
         )
-    if stages > 1:
+    with _second_runner(None if stages > 1 else os.environ.get(_SECOND_RUNNER)):
+        config = _vllm_config(settings)
+    _undo_platform(config, settings)
+    # vLLM refuses its second runner without Triton, but its scheduler does not need any
+    asked = str(int(settings.async_scheduling)) if stages > 1 else os.environ.get(_SECOND_RUNNER)
+    with _second_runner(asked):
+        scheduler = _scheduler_of(config, settings)
+        check_scheduler(scheduler, settings)
+    return scheduler
+
+
+@contextmanager
+def _second_runner(asked: str | None) -> Iterator[None]:
+    """Inside the block, vLLM is asked for its second model runner (``1``), the first (``0``) or neither."""
+    before = os.environ.pop(_SECOND_RUNNER, None)
+    if asked is not None:
+        os.environ[_SECOND_RUNNER] = asked
+    try:
+        yield
+    finally:
         os.environ.pop(_SECOND_RUNNER, None)
+        if before is not None:
+            os.environ[_SECOND_RUNNER] = before
+
+
+def _vllm_config(settings: SchedulerSettings) -> Any:
+    """vLLM's configuration of an engine with these settings, as its platform leaves it."""
     from vllm.config import (
         CacheConfig,
         DeviceConfig,
@@ -225,9 +254,8 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
         SchedulerConfig,
         VllmConfig,
     )
-    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
-    from vllm.v1.structured_output import StructuredOutputManager
 
+    stages, shards = settings.pipeline_parallel_size, settings.decode_context_parallel_size
     with tempfile.TemporaryDirectory() as folder:
         _write_tiny_model(Path(folder), settings.max_model_len, shards=shards)
         model = ModelConfig(
@@ -269,21 +297,23 @@ def build_scheduler(settings: SchedulerSettings) -> Any:
     cache.num_gpu_blocks = settings.num_gpu_blocks
     if settings.enable_prefix_caching and any(group.kind == "state" for group in settings.groups):
         cache.mamba_cache_mode = "align"  # as vLLM does for such models
-    _undo_platform(config, settings)
-    if stages > 1:
-        # vLLM refuses its second runner without Triton, but its scheduler does not need any
-        os.environ[_SECOND_RUNNER] = str(int(settings.async_scheduling))
+    return config
+
+
+def _scheduler_of(config: Any, settings: SchedulerSettings) -> Any:
+    """vLLM's scheduler with this configuration and the KV layout of the settings."""
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+    from vllm.v1.structured_output import StructuredOutputManager
+
     layout = _kv_config(settings, config)
     scheduler_block, hash_block = resolve_kv_cache_block_sizes(layout, config)
-    scheduler = _scheduler_class(settings.async_scheduling)(
+    return _scheduler_class(settings.async_scheduling)(
         vllm_config=config,
         kv_cache_config=layout,
         structured_output_manager=StructuredOutputManager(config),
         block_size=scheduler_block,
         hash_block_size=hash_block,
     )
-    check_scheduler(scheduler, settings)
-    return scheduler
 
 
 def _kv_transfer(settings: SchedulerSettings) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from servesim.bench import vllm_scheduler
 from servesim.bench.record_scheduler import PRIVATE_TOKEN, Recorder, record_scheduler
 from servesim.bench.step_formula import StepFormula
 from servesim.bench.vllm_scheduler import SchedulerSettings, _undo_platform, check_scheduler
@@ -216,6 +218,26 @@ def test_the_scheduler_asked_for_is_recorded_or_none() -> None:
     check_scheduler(Scheduler(settings), settings)
     with pytest.raises(RunError, match="vLLM built its AsyncScheduler where Scheduler was asked for"):
         check_scheduler(AsyncScheduler(settings), settings)
+
+
+@pytest.mark.parametrize("users", [None, "0"])
+@pytest.mark.parametrize(("stages", "asked"), [(1, False), (2, True)])
+def test_the_model_runner_is_asked_for_in_pipelines_alone(
+    stages: int, asked: bool, users: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What vLLM reads of the environment, and what is in it afterwards."""
+    name, seen = "VLLM_USE_V2_MODEL_RUNNER", []
+    monkeypatch.delenv(name, raising=False)
+    if users is not None:
+        monkeypatch.setenv(name, users)
+    for function in ("_vllm_config", "_scheduler_of"):
+        monkeypatch.setattr(vllm_scheduler, function, lambda *_: seen.append(os.environ.get(name)))
+    for function in ("_undo_platform", "check_scheduler"):
+        monkeypatch.setattr(vllm_scheduler, function, lambda *_: None)
+    settings = SchedulerSettings(num_gpu_blocks=9, max_model_len=32, pipeline_parallel_size=stages)
+    vllm_scheduler.build_scheduler(settings)
+    assert seen == ([None, "1"] if asked else [users, users])
+    assert os.environ.get(name) == users
 
 
 def test_what_the_platform_changes_is_set_again() -> None:
