@@ -113,7 +113,7 @@ class Outlook:
         self._start(first, [batch.end_ns for batch in flying])
         self._plain = self._through_ends and not waiting  # what leaves may let others in
         self._is_over, self._ended, self._room = False, (), 0
-        self._tick, self._bases, self._sum = decodes.tick, decodes.bases, decodes.base_sum
+        self._tick, self._bases, self._sum = decodes.tick, decodes.bases.copy(), decodes.base_sum
         for place, batch in enumerate(flying):
             if batch.finishing:
                 if not self._plain or any(state.stops for state in batch.finishing):
@@ -180,11 +180,14 @@ class Outlook:
 
     def _let_go(self, ended: Sequence[RequestState]) -> None:
         """Go on without these requests."""
-        if self._bases is self._scheduler.decodes.bases:
-            self._bases = self._bases.copy()
         for state in ended:
             self._sum -= state.decode_base
             del self._bases[bisect_left(self._bases, state.decode_base)]
+
+    def steps_taken(self, left: int) -> None:
+        """The first steps are taken, by which ``left`` requests have left; the rest stays."""
+        del self._leaves_ns[:left]
+        self.left -= left
 
     # ------------------------------------------------------------------ looking at it
 
@@ -192,6 +195,10 @@ class Outlook:
     def steps(self) -> int:
         """How many are laid out."""
         return len(self._ends_ns) - self._depth
+
+    def covers(self, ns: int) -> bool:
+        """Whether every step is laid out that is scheduled before ``ns``."""
+        return self._ends_ns[-self._depth] >= ns
 
     def ends_before(self, step: int, ns: int) -> list[int]:
         """Ends of the steps from number ``step`` on that are scheduled before ``ns``."""

@@ -480,16 +480,23 @@ class StepLoop:
             self.members[0].note_left(0)
 
     def settle(self, now_ns: int) -> None:
-        """Take the steps of an outlook that are scheduled before ``now_ns``; the rest of it is void."""
+        """Take the steps of an outlook that are scheduled before ``now_ns``."""
         outlook = self._outlook
-        if outlook is not None and outlook.is_open:
-            due_ns = self._in_flight[0].end_ns
-            if due_ns < now_ns:
-                self.run(due_ns, now_ns, False, outlook.until_ns)
-            else:
-                self._clock.at(due_ns, self.actor)
+        if outlook is None or not outlook.is_open:
+            return
+        due_ns = self._in_flight[0].end_ns
+        stays = self._glider is not None and outlook.covers(now_ns)
+        if due_ns < now_ns:
+            self.run(due_ns, now_ns, False, outlook.until_ns)
+        elif not stays:
+            self._clock.at(due_ns, self.actor)
+        if stays:
+            outlook.steps_taken(len(self._leaving))
+            self.members[0].note_left(outlook.left)
+            self._clock.at(outlook.next_ns(), self.actor)
+        else:
             self._close_outlook()
-            self._let_leave()
+        self._let_leave()
 
     def _commit(self, start_ns: int, ends: list[int]) -> None:
         """Do quiet steps that follow each other from ``start_ns`` on; those of them that have not ended are

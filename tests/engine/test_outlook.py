@@ -17,6 +17,7 @@ from servesim.specs.options import RuntimeOptions
 from tests.engine.small_engine import ConstantStages, LinearTimes, requests, small_loop, small_member
 from tests.engine.test_glide import CountedLaunches
 from tests.engine.test_properties import Watcher, engines, everything, workloads
+from tests.hand_made import OneInstance
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -118,6 +119,30 @@ def test_steps_between_arrivals_for_others_are_not_launched(depth: int, policy: 
     assert launched[0][1] == launched[1][1]
     assert launched[1][0] > 150
     assert launched[0][0] <= 4 * depth  # of an instance with nothing else in flight
+
+
+class CountedPrices(LinearTimes):
+    """Counts the steps that are priced."""
+
+    priced = 0
+
+    def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int:
+        self.priced += 1
+        return super().decode_ns(n, kv_sum, kv_min, kv_max)
+
+
+def test_an_onlooker_makes_nothing_be_priced_again() -> None:
+    workload = requests(*[(4, 30 + i % 7, 700 * i) for i in range(40)])
+    priced = []
+    for interval_ns in (10**12, 2500):
+        tables, times = BlockTables(workload), CountedPrices()
+        loops = [
+            LoopPlan([small_member(workload, index, tables, max_num_seqs=20)], OneInstance(times), depth=2)
+            for index in range(4)
+        ]
+        Simulation(loops, workload, RuntimeOptions()).run(Watcher(interval_ns))
+        priced.append(times.priced)
+    assert priced[0] == priced[1]
 
 
 def laid_out(first: int, ends_ns: list[int], leaves_ns: Sequence[int] = ()) -> Outlook:
