@@ -152,6 +152,11 @@ class Arrivals:
         """Those of ``_due`` for which a place inside is kept."""
 
     @property
+    def last_planned_ns(self) -> int:
+        """The last time that is known beforehand, 0 if there is none."""
+        return self._planned_ns[-1] if self._planned_ns else 0
+
+    @property
     def feedback(self) -> bool:
         """Whether the end of one request decides when another arrives."""
         return bool(self._cap or self._successor)

@@ -32,6 +32,9 @@ _WAITING_WEIGHT = 4
 _COUNTING = ("LOAD", "RR", "RAND")
 """Policies that go by the counts of waiting and running requests at most."""
 
+_BLIND = ("RR", "RAND")
+"""Those that go by turns or by chance."""
+
 _load_of = attrgetter("load")
 
 _MOST_LOAD_FOR_PREFIX = 2.0
@@ -137,6 +140,11 @@ class Router:
     def looks_at_counts(self) -> bool:
         """Whether nothing of an instance matters but how many requests wait and run there."""
         return self._policy in _COUNTING
+
+    @property
+    def looks_at_nothing(self) -> bool:
+        """Whether not even those matter."""
+        return self._policy in _BLIND
 
     def refresh(self, now_ns: int) -> int:
         """Refresh the counts, at the last time due; returns when they are refreshed next."""

@@ -111,12 +111,18 @@ class Simulation:
             coupling = Coupling.STEPS
         self._loops: dict[int, StepLoop] = {}
         """Index of an instance -> the loop that runs it."""
-        foresight = Foresight.NONE
+        foresight, unseen_until_ns = Foresight.NONE, 0
         if len(plans) > 1 and self._router.looks_at_counts and coupling is not Coupling.STEPS:
-            told = self._arrivals.feedback or self._limits
-            foresight = Foresight.TO_AN_END if told else Foresight.THROUGH_ENDS
+            if self._arrivals.feedback or self._limits:
+                foresight = Foresight.TO_AN_END
+            elif self._router.looks_at_nothing:
+                unseen_until_ns = self._arrivals.last_planned_ns
+            else:
+                foresight = Foresight.THROUGH_ENDS
         for plan in plans:
-            loop = StepLoop(plan, self._clock, self._end, coupling, foresight, self._router.acted)
+            loop = StepLoop(
+                plan, self._clock, self._end, coupling, foresight, self._router.acted, unseen_until_ns
+            )
             self._loops.update((member.log.index, loop) for member in plan.members)
 
     def run(self, observer: Observer | None = None) -> RunLog:

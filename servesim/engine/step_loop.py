@@ -130,6 +130,7 @@ class StepLoop:
         coupling: Coupling = Coupling.NONE,
         foresight: Foresight = Foresight.NONE,
         acted: set[int] | None = None,
+        unseen_until_ns: int = 0,
     ) -> None:
         """
         Args:
@@ -139,6 +140,8 @@ class StepLoop:
             coupling: what of this loop concerns others.
             foresight: how far it looks past arrivals.
             acted: takes the index of every member when its counts may change.
+            unseen_until_ns: before this time nobody asks how far it is. It does nothing until something comes
+                for it, and then what was to be done by that time.
         """
         self.members = plan.members
         self.times = plan.times
@@ -160,6 +163,9 @@ class StepLoop:
         self._outlook = self._outlook_of(plan)
         self._indices = [member.log.index for member in plan.members]
         self._acted = set() if acted is None else acted
+        self._unseen_until_ns = unseen_until_ns if plan.jump else 0
+        self._woken_ns = 0
+        """When it was to act last with nothing in flight."""
         self._noise = plan.noise
         self._leaving: list[RequestState] = []
         """Requests that left in the present action."""
@@ -202,6 +208,8 @@ class StepLoop:
         one come; -1: none did.
         """
         self._acted.update(self._indices)
+        if self._unseen_until_ns:
+            self._catch_up(now_ns)
         member.put_in(state)
         outlook = self._outlook
         if outlook is not None and outlook.is_open:
@@ -214,7 +222,20 @@ class StepLoop:
     def wake(self, now_ns: int) -> None:
         """Act at ``now_ns`` unless something is in flight, whose end will be soon enough."""
         if not self._in_flight:
-            self._clock.at(now_ns, self.actor)
+            self._woken_ns = now_ns
+            self._clock.at(max(now_ns, self._unseen_until_ns), self.actor)
+
+    def _catch_up(self, now_ns: int) -> None:
+        """Do what was to be done before ``now_ns``."""
+        due_ns = self._due_ns
+        if due_ns < now_ns:
+            self.run(due_ns, now_ns, False, due_ns)
+            self._let_leave()
+
+    @property
+    def _due_ns(self) -> int:
+        """When it is to act next; it may have let that time go by."""
+        return self._in_flight[0].end_ns if self._in_flight else self._woken_ns
 
     def act(self, now_ns: int) -> None:
         """Run until something else may concern this loop, or what it has done may concern others."""
@@ -235,12 +256,15 @@ class StepLoop:
                 self._reach, self._cut_at = max(steps - self._cut_at, _LEAST_REACH), steps
             else:
                 self._reach = min(2 * self._reach, _MAX_JUMP)
+        mail_ns = now_ns
+        if self._unseen_until_ns:
+            begin_ns = mail_ns = self._due_ns
         coupling = self._coupling
         horizon_ns = self._clock.horizon_ns(alone=coupling is Coupling.NONE)
         if coupling is Coupling.STEPS or (self._foresight and horizon_ns < NEVER):
             # its transfers must be on the clock before it goes on; or an outlook shows what comes
             horizon_ns = min(horizon_ns, now_ns + 1)
-        self.run(begin_ns, horizon_ns, coupling is not Coupling.NONE, now_ns)
+        self.run(begin_ns, horizon_ns, coupling is not Coupling.NONE, mail_ns)
         self._let_leave()
         if self._foresight:
             self._look_ahead()
@@ -291,7 +315,7 @@ class StepLoop:
                 return  # the last read lets it go on
             now_ns = in_flight[0].end_ns
             if now_ns >= horizon_ns or (one_finish and self._leaving):
-                self._clock.at(now_ns, self.actor)
+                self._clock.at(max(now_ns, self._unseen_until_ns), self.actor)
                 return
 
     def _fill(self, now_ns: int) -> None:
@@ -480,7 +504,9 @@ class StepLoop:
             self.members[0].note_left(0)
 
     def settle(self, now_ns: int) -> None:
-        """Take the steps of an outlook that are scheduled before ``now_ns``."""
+        """Take the steps that are scheduled before ``now_ns`` and were put off."""
+        if self._unseen_until_ns:
+            self._catch_up(now_ns)
         outlook = self._outlook
         if outlook is None or not outlook.is_open:
             return

@@ -130,19 +130,35 @@ class CountedPrices(LinearTimes):
         self.priced += 1
         return super().decode_ns(n, kv_sum, kv_min, kv_max)
 
+    def mixed_ns(
+        self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
+    ) -> int:
+        self.priced += not n
+        return super().mixed_ns(chunks, n, kv_sum, kv_min, kv_max)
+
+
+def prices(policy: str, watched_every_ns: int) -> tuple[int, RunLog]:
+    """Steps priced in a run of 40 requests to 4 instances, and the run."""
+    workload = requests(*[(4, 30 + i % 7, 700 * i) for i in range(40)])
+    tables, times = BlockTables(workload), CountedPrices()
+    loops = [
+        LoopPlan([small_member(workload, index, tables, max_num_seqs=20)], OneInstance(times), depth=2)
+        for index in range(4)
+    ]
+    options = RuntimeOptions(request_routing_policy=policy)
+    log = Simulation(loops, workload, options).run(Watcher(watched_every_ns))
+    return times.priced, log
+
 
 def test_an_onlooker_makes_nothing_be_priced_again() -> None:
-    workload = requests(*[(4, 30 + i % 7, 700 * i) for i in range(40)])
-    priced = []
-    for interval_ns in (10**12, 2500):
-        tables, times = BlockTables(workload), CountedPrices()
-        loops = [
-            LoopPlan([small_member(workload, index, tables, max_num_seqs=20)], OneInstance(times), depth=2)
-            for index in range(4)
-        ]
-        Simulation(loops, workload, RuntimeOptions()).run(Watcher(interval_ns))
-        priced.append(times.priced)
-    assert priced[0] == priced[1]
+    assert prices("LOAD", 2500)[0] == prices("LOAD", 10**12)[0]
+
+
+@pytest.mark.parametrize("policy", ["RR", "RAND"])
+def test_turns_and_chance_need_no_outlook(policy: str) -> None:
+    priced, log = prices(policy, 2500)
+    assert priced == sum(len(instance.steps) for instance in log.instances)  # none that did not come
+    assert prices("LOAD", 2500)[0] > priced
 
 
 def laid_out(first: int, ends_ns: list[int], leaves_ns: Sequence[int] = ()) -> Outlook:
