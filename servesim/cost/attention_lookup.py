@@ -21,6 +21,17 @@ if TYPE_CHECKING:
     from servesim.cost.tables import Surface
 
 
+_NO_FRACTIONS = 1.5 * 2.0**52
+"""Floats of this size are whole numbers: what is added to one is rounded, halves to even."""
+_FEW_ENOUGH = 2.0**51
+
+
+def whole_ns(ns: float) -> int:
+    """``max(round(ns), 1)``, by two additions where that is the same."""
+    whole = int(ns + _NO_FRACTIONS - _NO_FRACTIONS) if ns < _FEW_ENOUGH else round(ns)
+    return whole if whole > 0 else 1
+
+
 class DecodeRow:
     """Steps of one number of decodes and nothing else: ns over KV length, everything but skew included.
 
@@ -90,38 +101,43 @@ class DecodeRow:
         skewed = ns + alpha * (longest - ns)
         return skewed if alpha >= 0.0 else max(skewed, min(self.ns(kv_min), ns))
 
-    def add_ends(self, ends_ns: list[int], mean: int, kv_min: int, kv_max: int, steps: int) -> bool:
-        """Add to ``ends_ns`` the ends of ``steps`` steps that follow each other from its last entry on.
+    def add_ends(
+        self, ends_ns: list[int], mean: int, kv_min: int, kv_max: int, steps: int, depth: int, until_ns: int
+    ) -> None:
+        """Add to ``ends_ns`` the ends of steps that follow each other from its last entry on.
 
-        Each takes what :meth:`unequal_ns` says, rounded, and all lengths grow by one a step. Mostly the steps
-        lie on one line for their mean length, on one for their greatest and in one bucket of α, which then
-        are looked up once. Otherwise, and where α is negative, nothing is added: False.
+        Each takes what :meth:`unequal_ns` says, rounded, and all lengths grow by one a step. Between two
+        measured lengths, for the mean as for the greatest, and in one bucket of α, that is a line, which is
+        looked up once: at most ``steps`` steps are added, those that lie on the first line. After the first
+        of them, none is added that is scheduled at ``until_ns`` or later: when the step ``depth`` before it
+        ends.
         """
         points, alpha = self.points, 0.0
         i = j = bisect_right(points, mean)
-        if i < len(points) and points[i] < mean + steps:
-            return False
+        if i < len(points):
+            steps = min(steps, points[i] - mean)
         if mean != kv_max and self.alpha is not None:
-            j = bisect_right(points, kv_max)
-            bucket = bisect_left(self.length_bounds, kv_max)
+            j, bucket = bisect_right(points, kv_max), bisect_left(self.length_bounds, kv_max)
+            if j < len(points):
+                steps = min(steps, points[j] - kv_max)
             alpha = self.alpha[bisect_left(self.rate_bounds, (mean - kv_min) / (kv_max - kv_min))][bucket]
             if alpha < 0.0 or bucket != bisect_left(self.length_bounds, kv_max + steps - 1):
-                return False
-            if j < len(points) and points[j] < kv_max + steps:
-                return False
+                steps = 1
         value, slope, at = self.values[i], self.slopes[i], mean - self.anchors[i]
         most, rise, top = self.values[j], self.slopes[j], kv_max - self.anchors[j]
+        shortest = self.ns(kv_min) if alpha < 0.0 else 0.0
         end_ns = ends_ns[-1]
         for step in range(steps):
             ns = value + slope * (at + step)
             if alpha:
                 longest = most + rise * (top + step)
                 if longest > ns:
-                    ns += alpha * (longest - ns)
-            whole = round(ns)
-            end_ns += whole if whole > 0 else 1
+                    skewed = ns + alpha * (longest - ns)
+                    ns = skewed if alpha > 0.0 else max(skewed, min(shortest, ns))
+            end_ns += whole_ns(ns)
             ends_ns.append(end_ns)
-        return True
+            if ends_ns[-depth] >= until_ns:
+                return
 
     def growing_ns(self, kv_length: int, steps: int) -> NDArray[np.float64]:
         """:meth:`ns` of ``kv_length``, ``kv_length + 1``, …, shape (steps,); the same floats."""
@@ -165,7 +181,7 @@ class DecodeCorners:
         return self._further
 
 
-_NO_END = 1 << 62
+_NO_END = 1 << 60
 
 
 class AttentionTensor:

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from servesim.cost.attention import attention_term
+from servesim.cost.attention_lookup import whole_ns
 from servesim.cost.cudagraph import LARGEST_GRAPH, capture_sizes, padded_tokens
 from servesim.cost.step_terms import CountTerm
 from servesim.cost.terms import HostTerm, Role, Shape, scheduled_tokens
+from servesim.network.links import NEVER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,8 +102,7 @@ class StageCost:
             ns += term.ns(batch, tokens)
         if self._has_floor:
             ns = max(ns, self.host.floor_ns(batch) + host_ns)
-        whole = round(ns)
-        return whole if whole > 0 else 1
+        return whole_ns(ns)
 
     def explain(self, batch: BatchShape, tokens: int | None = None) -> list[LayerCost]:
         """What every layer contributes to a step, and where from; adds up to the step's time.
@@ -115,22 +116,30 @@ class StageCost:
 
     def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int:
         """A step of ``n`` > 0 decodes alone; sum, least and greatest of their KV lengths in tokens."""
-        whole = round(self.decodes.ns(n, kv_sum, kv_min, kv_max))
-        return whole if whole > 0 else 1
+        return whole_ns(self.decodes.ns(n, kv_sum, kv_min, kv_max))
 
     def decode_run_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> NDArray[np.int64]:
         """``steps`` consecutive steps of the same decodes; see :meth:`DecodeRows.run_ns`."""
         return self.decodes.run_ns(n, kv_sum, kv_min, kv_max, steps)
 
     def decode_ends(
-        self, ends_ns: list[int], n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
+        self,
+        ends_ns: list[int],
+        n: int,
+        kv_sum: int,
+        kv_min: int,
+        kv_max: int,
+        steps: int,
+        depth: int = 1,
+        until_ns: int = NEVER,
     ) -> None:
         """Add to ``ends_ns`` the ends of ``steps`` steps of the same decodes that follow each other from its
-        last entry on, every KV length growing by one a step."""
-        if not self.decodes.add_ends(ends_ns, n, kv_sum, kv_min, kv_max, steps):
-            for step in range(steps):
-                ns = self.decode_ns(n, kv_sum + step * n, kv_min + step, kv_max + step)
-                ends_ns.append(ends_ns[-1] + ns)
+        last entry on, every KV length growing by one a step.
+
+        After the first, none is added that is scheduled at ``until_ns`` or later: when the step ``depth``
+        before it ends, which is in ``ends_ns`` as well.
+        """
+        self.decodes.add_ends(ends_ns, n, kv_sum, kv_min, kv_max, steps, depth, until_ns)
 
     def mixed_ns(
         self, chunks: Sequence[tuple[int, int]], n: int, kv_sum: int, kv_min: int, kv_max: int
@@ -210,11 +219,28 @@ class DecodeRows:
             ns = np.maximum(ns, self._floors[n])
         return np.maximum(np.rint(ns).astype(np.int64), 1)
 
-    def add_ends(self, ends_ns: list[int], n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> bool:
-        """Add the ends of ``steps`` steps of the same decodes; False, with nothing added, where it takes more
-        than one look at the row."""
+    def add_ends(
+        self,
+        ends_ns: list[int],
+        n: int,
+        kv_sum: int,
+        kv_min: int,
+        kv_max: int,
+        steps: int,
+        depth: int,
+        until_ns: int,
+    ) -> None:
+        """See :meth:`StageCost.decode_ends`."""
         row = self._rows.get(n) or self._new_row(n)
-        return self._floors is None and row.add_ends(ends_ns, kv_sum // n, kv_min, kv_max, steps)
+        first, mean = len(ends_ns), kv_sum // n
+        at = 0
+        while at < steps and (not at or ends_ns[-depth] < until_ns):
+            if self._floors is None:
+                row.add_ends(ends_ns, mean + at, kv_min + at, kv_max + at, steps - at, depth, until_ns)
+            else:
+                ns = max(row.unequal_ns(mean + at, kv_min + at, kv_max + at), self._floors[n])
+                ends_ns.append(ends_ns[-1] + whole_ns(ns))
+            at = len(ends_ns) - first
 
     def _new_row(self, n: int) -> DecodeRow:
         batch, tokens = Shape((), n), self._padding.of(n)

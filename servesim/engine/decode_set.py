@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 by_order = attrgetter("order")
 
-NO_END = 1 << 62
+NO_END = 1 << 60
 """A tick that never comes."""
 
 
@@ -161,11 +161,12 @@ class DecodeSet:
 
     @property
     def next_end(self) -> int:
-        """The tick at which the next request ends; there is at least one."""
+        """The tick at which the next request ends; a tick that never comes where the last tokens of all are
+        in flight."""
         ticks = self._end_ticks
-        while ticks[0] not in self._ends:
+        while ticks and ticks[0] not in self._ends:
             del ticks[0]
-        return ticks[0]
+        return ticks[0] if ticks else NO_END
 
     def next_end_from(self, tick: int) -> int:
         """The first tick from ``tick`` on, one that will come soon, at which a request ends; :data:`NO_END`

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.batch import Batch
+from servesim.engine.clock import NEVER
 from servesim.engine.outlook import LONG
 
 if TYPE_CHECKING:
@@ -30,7 +31,15 @@ class StepTimes(Protocol):
     def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int: ...
 
     def decode_ends(
-        self, ends_ns: list[int], n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
+        self,
+        ends_ns: list[int],
+        n: int,
+        kv_sum: int,
+        kv_min: int,
+        kv_max: int,
+        steps: int,
+        depth: int = 1,
+        until_ns: int = NEVER,
     ) -> None: ...
 
     def decode_run_ns(
@@ -77,10 +86,11 @@ class Glider:
         """Take steps until nothing can be scheduled, the next would be at ``horizon_ns`` or later, or so many
         of decodes alone are ahead that they are better jumped over.
 
-        A round takes one step. If it is of decodes alone, those at a block boundary get a block each; their
-        number and the sum, least and greatest of their KV lengths give its duration and a row of the log; the
-        calendar names those it ends. Then the step that has been in flight for longest ends, and its requests
-        leave.
+        A round takes steps of the present decodes alone, up to one that ends any of them and no further than
+        something else may follow: their number and the sum, least and greatest of their KV lengths give the
+        durations, and those at a block boundary get a block each. Where it takes more than that, or there are
+        no blocks, a round is one step, which the scheduler makes. Then the step that has been in flight for
+        longest ends, and its requests leave.
 
         Args:
             in_flight: one step less than may be in flight.
@@ -95,51 +105,66 @@ class Glider:
         Returns:
             the steps taken.
         """
-        member, depth, decode_ns = self._member, self._depth, self._times.decode_ns
+        member, depth, times = self._member, self._depth, self._times
         scheduler, steps = member.scheduler, member.log.steps
-        decodes, pool, running = scheduler.decodes, scheduler.kv.pool, scheduler.running
-        ends, counts, runs, waits, used = steps.tails()
+        decodes, running = scheduler.decodes, scheduler.running
         first = step = len(steps)
+        # rows that the log gets before somebody looks at it
+        ends: list[int] = []
+        counts: list[int] = []
+        runs: list[int] = []
+        waits: list[int] = []
+        used: list[int] = []
         waiting = len(scheduler.waiting)
         # steps in flight whose end does something
         watched = {batch.step: batch for batch in in_flight if batch is not None and batch.finishing}
-        taken, mail = len(priced), member.has_mail
+        ahead, mail = len(priced), member.has_mail
         self.left = []
         self.starved = self.quiet = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
-        if taken:
+        if ahead:
             self._take_priced(priced, watched)
         alone = scheduler.only_decodes()
         while True:
             before_ns = free_ns  # the end of the step before
             start_ns = free_ns if free_ns > now_ns else now_ns
-            if taken:
-                before_ns, free_ns = priced[-2] if taken > 1 else free_ns, priced[-1]
-                step += taken - 1
-                taken, untold = 0, True
-            elif alone and len(boundary := decodes.at_boundary()) <= pool.num_free:
-                if boundary:
-                    scheduler.grow(boundary)
-                count = decodes.count
+            taken, times_ns = 0, [start_ns]
+            if alone and not ahead:
+                # as far as nothing else can follow: what is in flight may end requests, others may come
+                most = 1
+                if not watched and start_ns == before_ns:
+                    most = min(decodes.next_end - decodes.tick + 1, LONG)
+                until_ns = mail_ns if mail and mail_ns < horizon_ns else horizon_ns
                 kv_sum, kv_min, kv_max = decodes.lengths()
-                free_ns = start_ns + decode_ns(count, kv_sum, kv_min, kv_max)
+                times.decode_ends(times_ns, decodes.count, kv_sum, kv_min, kv_max, most, depth, until_ns)
+                taken = scheduler.grow_on(len(times_ns) - 1, used)
+            if ahead:
+                before_ns, free_ns = priced[-2] if ahead > 1 else free_ns, priced[-1]
+                step += ahead
+                ahead, untold = 0, True
+            elif taken:
                 if start_ns != before_ns:
                     steps.start_ns.put(step, start_ns)
-                ends.append(free_ns)
-                counts.append(count)
-                runs.append(len(running))
-                waits.append(waiting)
-                used.append(pool.usable - pool.num_free)
+                if taken > 1:
+                    now_ns, before_ns = times_ns[taken - depth], times_ns[taken - 1]
+                free_ns = times_ns[taken]
+                ends += times_ns[1 : taken + 1]
+                counts += [decodes.count] * taken
+                runs += [len(running)] * taken
+                waits += [waiting] * taken
+                step += taken
                 untold = True
+                decodes.skip(taken - 1)
                 ended = decodes.advance()
                 if ended:
-                    watched[step] = ending = Batch(step, free_ns)
+                    watched[step - 1] = ending = Batch(step - 1, free_ns)
                     ending.end_with(ended)
                     alone = scheduler.only_decodes()
             else:
                 if untold:
                     scheduler.stepped(alone=depth == 1)
                     untold = False
+                steps.add_rows(ends, counts, runs, waits, used)
                 batch = member.schedule(now_ns, depth > 1)
                 if batch is None:
                     self.starved = True
@@ -150,7 +175,7 @@ class Glider:
                     watched[step] = batch
                 waiting = len(scheduler.waiting)
                 alone = scheduler.only_decodes()
-            step += 1
+                step += 1
             next_ns = before_ns if depth > 1 else free_ns
             if next_ns >= horizon_ns:
                 full = True
@@ -169,13 +194,13 @@ class Glider:
                 waiting = len(scheduler.waiting)
                 alone = scheduler.only_decodes()
             if alone and not watched and decodes.next_end - decodes.tick >= LONG:
-                self.quiet = horizon_ns - now_ns >= LONG * (free_ns - start_ns)
+                self.quiet = horizon_ns - now_ns >= LONG * (free_ns - before_ns)
                 if self.quiet:
                     break
         self.now_ns = now_ns
         if untold:
             scheduler.stepped(alone=depth == 1)
-        steps.pack()
+        steps.add_rows(ends, counts, runs, waits, used)
         flying = [(step - 2, before_ns), (step - 1, free_ns)][2 - depth + (not full) :]
         self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in flying]
         return step - first
@@ -188,30 +213,27 @@ class Glider:
         """
         member, depth = self._member, self._depth
         scheduler, steps = member.scheduler, member.log.steps
-        decodes, pool, running = scheduler.decodes, scheduler.kv.pool, scheduler.running
-        ends, counts, runs, waits, used = steps.tails()
-        step, count, usable, waiting = len(steps), decodes.count, pool.usable, len(scheduler.waiting)
-        next_end = decodes.next_end_from(decodes.tick)
-        for end_ns in priced:
-            if watched:
-                oldest = watched.pop(step - depth, None)
-                if oldest is not None:
-                    self.left += member.finish(oldest)
-            boundary = decodes.at_boundary()
-            if boundary:
-                scheduler.grow(boundary)
-            ends.append(end_ns)
-            counts.append(count)
-            runs.append(len(running))
-            waits.append(waiting)
-            used.append(usable - pool.num_free)
-            if decodes.tick < next_end:
-                decodes.skip(1)
-            else:
-                watched[step] = ending = Batch(step, end_ns)
-                ending.end_with(decodes.advance())
-                count, next_end = decodes.count, decodes.next_end_from(decodes.tick)
-            step += 1
+        decodes, running = scheduler.decodes, scheduler.running
+        counts: list[int] = []
+        runs: list[int] = []
+        used: list[int] = []
+        first, at, most = len(steps), 0, len(priced)
+        while at < most:
+            oldest = watched.pop(first + at - depth, None)
+            if oldest is not None:
+                self.left += member.finish(oldest)
+            # up to an end of requests, or to what the end of a step in flight may change
+            taken = min(decodes.next_end - decodes.tick + 1, most - at, 1 if watched else most)
+            scheduler.grow_on(taken, used)
+            counts += [decodes.count] * taken
+            runs += [len(running)] * taken
+            at += taken
+            decodes.skip(taken - 1)
+            ended = decodes.advance()
+            if ended:
+                watched[first + at - 1] = ending = Batch(first + at - 1, priced[at - 1])
+                ending.end_with(ended)
+        steps.add_rows(list(priced), counts, runs, [len(scheduler.waiting)] * most, used)
 
     def _step_ns(self, batch: Batch) -> int:
         """Duration of a step of any kind."""

@@ -323,6 +323,24 @@ class Scheduler:
         for state in [state for state in boundary if state in sharing] if sharing else ():
             self._publish(state, self.decodes.length(state))
 
+    def grow_on(self, steps: int, used: list[int]) -> int:
+        """Blocks for the decodes of the next ``steps`` steps, none of them shared, as far as there are any.
+
+        Adds the blocks in use in each of those steps to ``used``, and returns their number.
+        """
+        decodes, pool = self.decodes, self._pool
+        for ahead in range(steps):
+            boundary = decodes.at_boundary(ahead)
+            if boundary:
+                if len(boundary) > pool.num_free:
+                    return ahead
+                taken = pool.take(len(boundary))
+                for state, block in zip(boundary, taken):  # noqa: B905 - of equal length; checking costs
+                    table: BlockTable = state.table
+                    table.blocks.append(block)
+            used.append(pool.usable - pool.num_free)
+        return steps
+
     def _publish(self, state: RequestState, tokens: int) -> None:
         """Let other requests hit the full blocks among the first ``tokens`` tokens of a decoding request."""
         self.kv.register_shared(state.table, tokens)

@@ -18,8 +18,8 @@ from servesim.slotted import dataclass
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-NEVER = 1 << 62
-"""A time after every other, in ns."""
+NEVER = (1 << 62) - 1
+"""A time after every other, in ns: the greatest number that the compiled core handles without an object."""
 
 _ROUNDING_NS = 1e-6  # a transfer that is late by less than this is in time: floating-point noise
 

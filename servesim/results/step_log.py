@@ -219,14 +219,20 @@ class StepLog:
         self.pack()
         return step
 
-    def tails(self) -> tuple[array[int], array[int], array[int], array[int], array[int]]:
-        """Where a step's ``end_ns``, ``decode_tokens``, ``running``, ``waiting`` and ``kv_blocks_used`` go,
-        for a loop that adds very many.
-
-        It adds an entry to each, puts into ``start_ns`` what is not the end of the step before, and calls
-        :meth:`pack` when it is through.
-        """
-        return self._ends, self._decodes, self._running, self._waiting, self._used
+    def add_rows(
+        self, ends: list[int], decodes: list[int], running: list[int], waiting: list[int], used: list[int]
+    ) -> None:
+        """Add steps that follow each other, or whose starts are put into ``start_ns``; empties the lists."""
+        if not ends:
+            return
+        self._ends.fromlist(ends)
+        self._decodes.fromlist(decodes)
+        self._running.fromlist(running)
+        self._waiting.fromlist(waiting)
+        self._used.fromlist(used)
+        for column in (ends, decodes, running, waiting, used):
+            column.clear()
+        self.pack()
 
     def append_quiet(
         self,

@@ -368,9 +368,17 @@ def test_a_run_of_decodes_is_its_single_steps(root: Path, data: st.DataObject) -
         assert run.dtype == np.int64
         assert run.tolist() == single
         assert min(single) >= 1
+        every = list(accumulate(single, initial=77))
         ends = [77]
         timer.decode_ends(ends, n, kv_sum, least, greatest, steps)
-        assert ends == list(accumulate(single, initial=77))
+        assert ends == every
+        depth, until = data.draw(st.integers(1, 2)), data.draw(st.integers(0, every[-1]))
+        ends = [77]
+        timer.decode_ends(ends, n, kv_sum, least, greatest, steps, depth, until)
+        # the first, and each whose turn comes before that time: when the step `depth` before it has ended
+        assert ends == [77, every[1]] + [
+            end for at, end in enumerate(every) if at > 1 and every[at - depth] < until
+        ]
 
 
 def slow_tail_us(tensor: AttentionTensor, n: int, mean: int, kv_max: int) -> float:

@@ -15,6 +15,7 @@ from servesim.engine.scheduler import Scheduler
 from servesim.engine.simulation import Simulation
 from servesim.engine.step_loop import LoopPlan
 from servesim.memory.kv_cache import KvCache
+from servesim.network.links import NEVER
 from servesim.results.records import InstanceLog
 from servesim.specs.options import RuntimeOptions
 from servesim.workload.request import Request, Workload
@@ -44,9 +45,19 @@ class LinearTimes:
         return self.base + self.per_token * n + self.per_kv * (kv_sum // n)
 
     def decode_ends(
-        self, ends_ns: list[int], n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int
+        self,
+        ends_ns: list[int],
+        n: int,
+        kv_sum: int,
+        kv_min: int,
+        kv_max: int,
+        steps: int,
+        depth: int = 1,
+        until_ns: int = NEVER,
     ) -> None:
         for i in range(steps):
+            if i and ends_ns[-depth] >= until_ns:
+                break
             ends_ns.append(ends_ns[-1] + self.decode_ns(n, kv_sum + i * n, kv_min + i, kv_max + i))
 
     def decode_run_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> NDArray[np.int64]:
