@@ -25,6 +25,10 @@ except ImportError:  # run as a program, for tests
 
 MODULES = (
     "servesim/cost/attention_lookup.py",
+    "servesim/cost/batch_shape.py",
+    "servesim/cost/bracket.py",
+    "servesim/cost/count_term.py",
+    "servesim/cost/host_term.py",
     "servesim/cost/stage_cost.py",
     "servesim/engine/adapters.py",
     "servesim/engine/arrivals.py",

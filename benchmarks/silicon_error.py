@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from servesim.cost.terms import BatchShape
+    from servesim.cost.batch_shape import BatchShape
 
 RECORDED = Path(os.environ.get("SERVESIM_RECORDED") or ROOT.parent / "shared" / "data" / "recorded")
 HARDWARE = "RTXPRO6000"

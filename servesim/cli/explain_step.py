@@ -10,7 +10,8 @@ from servesim.errors import InputError
 if TYPE_CHECKING:
     import argparse
 
-    from servesim.cost.terms import LayerCost, Shape
+    from servesim.cost.batch_shape import Shape
+    from servesim.cost.terms import LayerCost
     from servesim.engine.pricing import StepPricing
     from servesim.specs.cluster import InstanceSpec
 
@@ -57,7 +58,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(args: argparse.Namespace) -> int:
     """Print the table; returns the exit status."""
     from servesim.cli.screen import tell
-    from servesim.cost.terms import Shape
+    from servesim.cost.batch_shape import Shape
     from servesim.engine.build import step_pricing
     from servesim.profiler.on_demand import bundles_on_demand
     from servesim.specs.cluster_changes import cluster_of
@@ -100,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _head(pricing: StepPricing, batch: Shape, instance: InstanceSpec) -> str:
     """What is explained, and what to know before trusting it."""
+    from servesim.cost.batch_shape import scheduled_tokens
     from servesim.cost.bundle import range_warnings
-    from servesim.cost.terms import scheduled_tokens
 
     bundle = pricing.cost.bundle
     degrees = f"tp {instance.tp_size}" + (f", pp {instance.pp_size}" if instance.pp_size > 1 else "")

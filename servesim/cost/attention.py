@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.cost.attention_lookup import DecodeCorners
+    from servesim.cost.batch_shape import BatchShape
     from servesim.cost.bundle import RankTables
-    from servesim.cost.terms import BatchShape
     from servesim.specs.hardware import EngineSpec
 
 _US = 1000.0  # ns
@@ -149,14 +149,7 @@ class FullAttention:
         """µs of one block."""
         tensor = self.tensor
         mean = kv_sum // n if n else 0
-        if len(chunks) == 1 or self._sums_chunks:
-            chunk, history = chunks[0] if len(chunks) == 1 else _together(chunks)
-            us = tensor.us(chunk, history, tensor.corners(n, mean))
-        else:
-            corners = tensor.corners(n, mean)
-            us = base = self.base_us(n, corners)
-            for chunk, history in chunks:
-                us += tensor.us(chunk, history, corners) - base
+        us = tensor.chunks_us(chunks, n, mean, at_once=self._sums_chunks)
         if mean != kv_max and n > 1:
             if self._waits_for_longest:
                 us += tensor.tail_us(n, mean, kv_max)

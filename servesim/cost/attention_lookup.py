@@ -7,23 +7,25 @@ grid's edge: noise must not turn into negative time far out.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from servesim.cost.beyond import ChunkGrowth, chunk_growth, slope_beyond
-from servesim.cost.tables import bracket
+from servesim.cost.bracket import bracket
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from servesim.cost.skew import SkewTable
     from servesim.cost.tables import Surface
 
 
-_NO_FRACTIONS = 1.5 * 2.0**52
+_NO_FRACTIONS: Final = 6755399441055744.0  # 1.5 * 2**52
 """Floats of this size are whole numbers: what is added to one is rounded, halves to even."""
-_FEW_ENOUGH = 2.0**51
+_FEW_ENOUGH: Final = 2251799813685248.0  # 2**51
 
 
 def whole_ns(ns: float) -> int:
@@ -39,7 +41,7 @@ class DecodeRow:
     through (``anchors[i]``, ``values[i]``); segment 0 lies below the grid and is flat, the last one is open.
     """
 
-    __slots__ = ("alpha", "anchors", "length_bounds", "points", "rate_bounds", "slopes", "values")
+    __slots__ = ("alpha", "anchors", "floor_ns", "length_bounds", "points", "rate_bounds", "slopes", "values")
 
     def __init__(
         self,
@@ -59,6 +61,8 @@ class DecodeRow:
         self.length_bounds = length_bounds
         self.alpha = alpha
         """α by (skew rate, greatest KV length) bucket; None: lengths make no difference."""
+        self.floor_ns = 0.0
+        """Least time that :meth:`add_ends` gives a step."""
 
     @classmethod
     def through(
@@ -75,6 +79,10 @@ class DecodeRow:
         return cls(
             points, [points[0], *points], [values[0], *values], [0.0, *slopes, beyond], rates, lengths, alpha
         )
+
+    def wait(self, floor_ns: float) -> None:
+        """Let no step of :meth:`add_ends` take less."""
+        self.floor_ns = floor_ns
 
     def ns(self, kv_length: int) -> float:
         """ns of a step whose decodes all have this KV length."""
@@ -106,11 +114,11 @@ class DecodeRow:
     ) -> None:
         """Add to ``ends_ns`` the ends of steps that follow each other from its last entry on.
 
-        Each takes what :meth:`unequal_ns` says, rounded, and all lengths grow by one a step. Between two
-        measured lengths, for the mean as for the greatest, and in one bucket of α, that is a line, which is
-        looked up once: at most ``steps`` steps are added, those that lie on the first line. After the first
-        of them, none is added that is scheduled at ``until_ns`` or later: when the step ``depth`` before it
-        ends.
+        Each takes what :meth:`unequal_ns` says, but no less than :attr:`floor_ns`, rounded, and all lengths
+        grow by one a step. Between two measured lengths, for the mean as for the greatest, and in one bucket
+        of α, that is a line, which is looked up once: at most ``steps`` steps are added, those that lie on
+        the first line. After the first of them, none is added that is scheduled at ``until_ns`` or later:
+        when the step ``depth`` before it ends.
         """
         points, alpha = self.points, 0.0
         i = j = bisect_right(points, mean)
@@ -126,7 +134,7 @@ class DecodeRow:
         value, slope, at = self.values[i], self.slopes[i], mean - self.anchors[i]
         most, rise, top = self.values[j], self.slopes[j], kv_max - self.anchors[j]
         shortest = self.ns(kv_min) if alpha < 0.0 else 0.0
-        end_ns = ends_ns[-1]
+        floor_ns, end_ns = self.floor_ns, ends_ns[-1]
         for step in range(steps):
             ns = value + slope * (at + step)
             if alpha:
@@ -134,7 +142,7 @@ class DecodeRow:
                 if longest > ns:
                     skewed = ns + alpha * (longest - ns)
                     ns = skewed if alpha > 0.0 else max(skewed, min(shortest, ns))
-            end_ns += whole_ns(ns)
+            end_ns += whole_ns(ns if ns > floor_ns else floor_ns)
             ends_ns.append(end_ns)
             if ends_ns[-depth] >= until_ns:
                 return
@@ -181,7 +189,7 @@ class DecodeCorners:
         return self._further
 
 
-_NO_END = 1 << 60
+_NO_END: Final = 1 << 60
 
 
 class AttentionTensor:
@@ -210,29 +218,29 @@ class AttentionTensor:
     def __init__(self, surface: Surface, *, endless: bool = False) -> None:
         """``endless``: a surface whose last interval goes on on every axis (:meth:`Surface.extended`)."""
         self._surface = surface
-        self._chunks, self._ns, self._histories, self._lengths = (axis.tolist() for axis in surface.axes)
+        axes: list[list[int]] = [axis.tolist() for axis in surface.axes]
+        self._chunks, self._ns, self._histories, self._lengths = axes
         ends = [axis[-1] if len(axis) > 1 and not endless else _NO_END for axis in
                 (self._chunks, self._ns, self._histories, self._lengths)]  # fmt: skip
         self._last_chunk: int = ends[0]
         self._history_end: int = ends[2]
         self._ends: tuple[int, int] = (ends[1], ends[3])
         tensor = np.ascontiguousarray(surface.tensor)
-        self._chunk_stride, self._n_stride, self._history_stride, _ = (
-            s // tensor.itemsize for s in tensor.strides
-        )
+        strides: list[int] = [stride // tensor.itemsize for stride in tensor.strides]
+        self._chunk_stride, self._n_stride, self._history_stride, _ = strides
         self._cells: list[float] = tensor.ravel().tolist()
         self._further: AttentionTensor | None = None
         self._growth: ChunkGrowth | None = None
         self._beside: dict[int, tuple[int, int, float]] = {}
         """Decodes → where they lie on their axis: offsets of the points around, weight of the upper one."""
-        self.smallest_chunk = int(self._chunks[bisect_right(self._chunks, 0)])
+        self.smallest_chunk = self._chunks[bisect_right(self._chunks, 0)]
         """The smallest profiled prefill chunk."""
         self._plane = self._chunks.index(self.smallest_chunk) * self._chunk_stride
         """Offset of its times without history."""
 
     def largest(self) -> tuple[int, int, float]:
         """The largest profiled chunk, the longest history, and the µs of one block for both."""
-        chunk, history = int(self._chunks[-1]), int(self._histories[-1])
+        chunk, history = self._chunks[-1], self._histories[-1]
         return chunk, history, self.us(chunk, history, self.corners(0, 0))
 
     def corners(self, decodes: int, kv_length: int) -> DecodeCorners:
@@ -249,6 +257,27 @@ class AttentionTensor:
             (m * j, m * k, n * j, n * k),
             decodes > most or kv_length > longest,
         )
+
+    def chunks_us(
+        self, chunks: Sequence[tuple[int, int]], decodes: int, mean: int, *, at_once: bool
+    ) -> float:
+        """µs of one block's attention over all ``chunks`` (tokens, tokens in the cache before) of a step,
+        beside ``decodes`` decodes of the mean KV length ``mean``.
+
+        ``at_once``: as one chunk of all tokens and all history. Otherwise every chunk adds to the time of the
+        decodes what it alone would add.
+        """
+        corners = self.corners(decodes, mean)
+        if at_once or len(chunks) == 1:
+            tokens = histories = 0
+            for chunk, history in chunks:
+                tokens += chunk
+                histories += history
+            return self.us(tokens, histories, corners)
+        us = base = self.us(self.smallest_chunk, 0, corners) if decodes else 0.0
+        for chunk, history in chunks:
+            us += self.us(chunk, history, corners) - base
+        return us
 
     def us(self, chunk: int, history: int, corners: DecodeCorners) -> float:
         """µs of one block's attention over a chunk with history beside the decodes of ``corners``."""

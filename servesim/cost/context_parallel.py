@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from servesim.cost.batch_shape import scheduled_tokens
 from servesim.cost.expert_stage import ONE_WAY
 from servesim.cost.skew import SkewTable
 from servesim.cost.step_terms import ACTIVATION_BYTES
 from servesim.cost.tables import Surface, distinct
-from servesim.cost.terms import LayerCost, Role, scheduled_tokens
+from servesim.cost.terms import LayerCost, Role
 from servesim.slotted import dataclass
 from servesim.specs.layers import LatentAttention
 
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from servesim.cost.batch_shape import BatchShape
     from servesim.cost.bundle import RankTables
     from servesim.cost.tables import Curve
-    from servesim.cost.terms import BatchShape
     from servesim.network.topology import Dimension
     from servesim.specs.layers import Attention
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from servesim.cost.terms import LayerCost, Role, Shape
+from servesim.cost.batch_shape import Shape
+from servesim.cost.terms import LayerCost, Role
 
 if TYPE_CHECKING:
     from servesim.cost.attention_lookup import AttentionTensor
+    from servesim.cost.batch_shape import BatchShape
     from servesim.cost.stage_cost import StageCost
-    from servesim.cost.terms import BatchShape
     from servesim.specs.speculative import SpeculativeSpec
 
 NGRAM_US = 5.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.cost.batch_shape import Shape
 from servesim.cost.memory_reads import HalfTimes, PimAttention, StageReads, halves, interleaved_ns
-from servesim.cost.terms import LayerCost, Role, Shape
+from servesim.cost.terms import LayerCost, Role
 from servesim.memory.placement import NPU, PIM, kv_bytes_per_layer
 from servesim.memory.traffic import reaches_of, tokens_within
 from servesim.slotted import dataclass
@@ -13,9 +14,10 @@ from servesim.slotted import dataclass
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from servesim.cost.batch_shape import BatchShape
     from servesim.cost.stage_cost import StageCost
     from servesim.cost.step_terms import StageTerms
-    from servesim.cost.terms import BatchShape, Term
+    from servesim.cost.terms import Term
     from servesim.memory.ledger import Memory
     from servesim.memory.memory_map import Resident
     from servesim.specs.architecture import Architecture

@@ -17,9 +17,11 @@ import numpy as np
 
 from servesim.cost.attention import attention_term
 from servesim.cost.attention_lookup import whole_ns
+from servesim.cost.batch_shape import Shape, scheduled_tokens
+from servesim.cost.count_term import CountTerm
 from servesim.cost.cudagraph import LARGEST_GRAPH, capture_sizes, padded_tokens
-from servesim.cost.step_terms import CountTerm
-from servesim.cost.terms import HostTerm, Role, Shape, scheduled_tokens
+from servesim.cost.host_term import HostTerm
+from servesim.cost.terms import Role
 from servesim.network.links import NEVER
 
 if TYPE_CHECKING:
@@ -29,10 +31,11 @@ if TYPE_CHECKING:
 
     from servesim.cost.attention import AttentionTerm
     from servesim.cost.attention_lookup import DecodeRow
+    from servesim.cost.batch_shape import BatchShape
     from servesim.cost.bundle import Bundle, RankTables
     from servesim.cost.context_parallel import ContextExchange
     from servesim.cost.step_terms import StageTerms
-    from servesim.cost.terms import BatchShape, LayerCost, Term
+    from servesim.cost.terms import LayerCost, Term
     from servesim.specs.hardware import EngineSpec
 
 
@@ -173,7 +176,7 @@ class Padding:
 class DecodeRows:
     """Steps of decodes alone: for each number of them, the sum of all terms as a row over KV length."""
 
-    __slots__ = ("_attention", "_floors", "_host", "_padding", "_rest", "_rows")
+    __slots__ = ("_attention", "_host", "_padding", "_rest", "_rows")
 
     def __init__(
         self, terms: Sequence[Term], attention: AttentionTerm, host: HostTerm, padding: Padding
@@ -183,14 +186,12 @@ class DecodeRows:
         self._host = host
         self._padding = padding
         self._rows: dict[int, DecodeRow] = {}
-        self._floors: dict[int, float] | None = {} if host.has_floor else None
-        """Decodes -> least ns of a step; None: there is none."""
 
     def ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> float:
         """ns of a step of ``n`` > 0 decodes."""
         row = self._rows.get(n) or self._new_row(n)
         ns = row.unequal_ns(kv_sum // n, kv_min, kv_max)
-        return ns if self._floors is None else max(ns, self._floors[n])
+        return ns if ns > row.floor_ns else row.floor_ns
 
     def run_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int, steps: int) -> NDArray[np.int64]:
         """``steps`` consecutive steps of the same ``n`` decodes, every KV length growing by one a step.
@@ -215,8 +216,8 @@ class DecodeRows:
                 shortest = np.minimum(row.growing_ns(kv_min, steps), ns)
                 skewed = np.where(np.less(alpha, 0.0), np.maximum(skewed, shortest), skewed)
             ns = np.where(longest > ns, skewed, ns)
-        if self._floors is not None:
-            ns = np.maximum(ns, self._floors[n])
+        if row.floor_ns:
+            ns = np.maximum(ns, row.floor_ns)
         return np.maximum(np.rint(ns).astype(np.int64), 1)
 
     def add_ends(
@@ -232,20 +233,15 @@ class DecodeRows:
     ) -> None:
         """See :meth:`StageCost.decode_ends`."""
         row = self._rows.get(n) or self._new_row(n)
-        first, mean = len(ends_ns), kv_sum // n
-        at = 0
+        first, mean, at = len(ends_ns), kv_sum // n, 0
         while at < steps and (not at or ends_ns[-depth] < until_ns):
-            if self._floors is None:
-                row.add_ends(ends_ns, mean + at, kv_min + at, kv_max + at, steps - at, depth, until_ns)
-            else:
-                ns = max(row.unequal_ns(mean + at, kv_min + at, kv_max + at), self._floors[n])
-                ends_ns.append(ends_ns[-1] + whole_ns(ns))
+            row.add_ends(ends_ns, mean + at, kv_min + at, kv_max + at, steps - at, depth, until_ns)
             at = len(ends_ns) - first
 
     def _new_row(self, n: int) -> DecodeRow:
         batch, tokens = Shape((), n), self._padding.of(n)
         rest = sum(term.ns(batch, tokens) for term in self._rest)
-        if self._floors is not None:
-            self._floors[n] = self._host.floor_ns(batch) + self._host.ns(batch, tokens)
         row = self._rows[n] = self._attention.decode_row(n, rest)
+        if self._host.has_floor:
+            row.wait(self._host.floor_ns(batch) + self._host.ns(batch, tokens))
         return row

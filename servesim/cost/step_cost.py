@@ -16,15 +16,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from servesim.cost.batch_shape import IDLE, scheduled_tokens
 from servesim.cost.step_terms import ACTIVATION_BYTES
-from servesim.cost.terms import IDLE, LayerCost, Role, scheduled_tokens
+from servesim.cost.terms import LayerCost, Role
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from servesim.cost.batch_shape import BatchShape
     from servesim.cost.expert_stage import ExpertStage
     from servesim.cost.stage_cost import StageCost
-    from servesim.cost.terms import BatchShape, Stage, Term
+    from servesim.cost.terms import Stage, Term
     from servesim.network.topology import Dimension
 
 _IDLE_TOKENS = 1

@@ -1,19 +1,18 @@
 """The layers of a step whose time depends on its token count or its sequence count alone.
 
 Each layer knows its µs for an array of counts, how often a step pays it, and where its number comes from.
-:class:`CountTerm` adds a set of them up into one term of a step (see :mod:`servesim.cost.terms`).
+:class:`servesim.cost.count_term.CountTerm` adds a set of them up into one term of a step.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from servesim.cost.tables import Curve, describe_lookup
-from servesim.cost.terms import LayerCost, Role
 from servesim.errors import InputError
 from servesim.slotted import dataclass
 from servesim.specs.block_layers import all_reduces
@@ -21,44 +20,25 @@ from servesim.specs.dtypes import EIGHT_BIT
 from servesim.specs.rank_shapes import GEMM_LAYERS, rank_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
     from servesim.cost.bundle import RankTables
+    from servesim.cost.count_term import CountLayer
     from servesim.cost.expert_stage import MoeTable
-    from servesim.cost.terms import BatchShape, Stage
+    from servesim.cost.terms import Stage
     from servesim.network.topology import Dimension
     from servesim.specs.architecture import Architecture
     from servesim.specs.hardware import EngineSpec
     from servesim.specs.model import ModelSpec
 
-FIRST_TOKENS = 2048
-FIRST_SEQUENCES = 256
-"""Counts whose sums are computed at first; more are when asked for."""
 ACTIVATION_BYTES = 2  # hidden states travel between ranks in 16 bit, whatever the weights are
 TILE_ROWS = 16
 """Rows that a tensor core multiplies at a time; no GEMM takes fewer (NVIDIA PTX ISA, ``mma``)."""
 SMOOTH_ROWS = {"none": 0, "tile": TILE_ROWS, "all": 1 << 30}
 """``engine.smooth_gemms`` -> rows up to which times are made to rise."""
 _ALL_REDUCE = "all_reduce"
-
-
-class CountLayer(Protocol):
-    """One layer or collective of a step."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def calls(self) -> int:
-        """How often a step runs it."""
-
-    def us(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """µs of one call for each token (or sequence) count, shape (counts,)."""
-
-    def origin(self, count: int) -> str:
-        """Where the number for ``count`` comes from, for people."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -206,56 +186,6 @@ class MeasuredAllReduceTerm:
     def origin(self, count: int) -> str:
         payload = count * self.hidden_size * ACTIVATION_BYTES
         return f"{describe_lookup(self.curve.points, payload, 'bytes')} in {self.source}"
-
-
-def total_ns(terms: Sequence[CountLayer], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    """ns that a step pays for all terms together, for each count."""
-    total = np.zeros(len(counts))
-    for term in terms:
-        total += term.us(counts) * (1000.0 * term.calls)
-    return total
-
-
-class CountTerm:
-    """One term of a step: a set of layers by the step's tokens, or by its sequences.
-
-    The sum is computed for a whole range of counts at once and kept: a look-up costs an index.
-    """
-
-    __slots__ = ("_by_sequences", "_first", "_ns", "layers", "role")
-
-    def __init__(self, role: Role, layers: Sequence[CountLayer], *, by_sequences: bool = False) -> None:
-        self.role = role
-        self.layers = layers
-        self._by_sequences = by_sequences
-        self._first = FIRST_SEQUENCES if by_sequences else FIRST_TOKENS
-        self._ns: list[float] = []
-
-    def ns(self, batch: BatchShape, tokens: int) -> float:
-        """See :class:`servesim.cost.terms.Term`."""
-        if self._by_sequences:  # drafts need logits of their own
-            tokens = batch.num_decodes + batch.draft_tokens + len(batch.chunks)
-        return self.of(tokens)
-
-    def of(self, count: int) -> float:
-        """ns that a step of ``count`` tokens (or sequences) pays; 0 for none."""
-        if count >= len(self._ns):
-            counts = np.arange(1, max(self._first, 2 * count if count > self._first else 0) + 1)
-            self._ns = [0.0, *total_ns(self.layers, counts).tolist()]
-        return self._ns[count]
-
-    def explain(self, batch: BatchShape, tokens: int) -> list[LayerCost]:
-        """See :class:`servesim.cost.terms.Term`."""
-        count = tokens
-        if self._by_sequences:
-            count = batch.num_decodes + batch.draft_tokens + len(batch.chunks)
-        if not count:
-            return []
-        one = np.array([count])
-        return [
-            LayerCost(layer.name, layer.calls, float(layer.us(one)[0]), layer.origin(count))
-            for layer in self.layers
-        ]
 
 
 @dataclass(slots=True, frozen=True)

@@ -12,13 +12,13 @@ tell the rate, and the lookup goes to a tensor with one more point on every axis
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from servesim.cost.beyond import slope_beyond
+from servesim.cost.bracket import bracket
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
@@ -28,19 +28,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
-
-
-def bracket(points: Sequence[int], query: float) -> tuple[int, int, float]:
-    """``(low, high, weight)`` so that the value at ``query`` is ``(1 - weight) * v[low] + weight * v[high]``.
-
-    ``weight`` is 0 below the first point and exceeds 1 above the last one: along the last interval, which is
-    right where the last point is one of :meth:`Surface.extended`.
-    """
-    if query <= points[0] or len(points) == 1:
-        return 0, 0, 0.0
-    high = min(bisect_right(points, query), len(points) - 1)
-    low = high - 1
-    return low, high, (query - points[low]) / (points[high] - points[low])
 
 
 def describe_lookup(points: Ints, query: float, unit: str) -> str:

@@ -11,7 +11,7 @@ two.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from servesim.engine.request_state import RequestState
     from servesim.engine.scheduler import Scheduler
 
-LONG = 48
+LONG: Final = 48
 """Steps of the same decodes from which on a vectorised jump is faster."""
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
+    from servesim.cost.batch_shape import BatchShape
     from servesim.cost.step_cost import StepCost
-    from servesim.cost.terms import BatchShape, LayerCost
+    from servesim.cost.terms import LayerCost
 
 
 @dataclass(slots=True, frozen=True)

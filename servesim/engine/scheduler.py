@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from servesim.engine.adapters import AdapterSlots
 from servesim.engine.batch import Batch, Outputs
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from servesim.memory.kv_cache import AnyKvCache, BlockTable, KvCache
 
 
-MOST_FRUITLESS = 10_000
+MOST_FRUITLESS: Final = 10_000
 """Preempting steps without a token between them, after which a run is given up. A request that loses its
 blocks leaves room to one before it, so a run that goes on needs about as many as it has requests running."""
 

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import deque
 from enum import IntEnum
 from itertools import accumulate
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from servesim.engine.batch import Batch
 from servesim.engine.clock import NEVER, Order
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from servesim.engine.noise import StepNoise, StepShift
     from servesim.engine.request_state import RequestState
 
-_MIN_JUMP = 2  # steps; below this, there is nothing to gain
-_MIN_VECTOR = 16  # steps; below this, their durations are computed faster one by one
-_MAX_JUMP = 8192
-_LEAST_REACH = 12  # steps of an outlook; fewer cost more visits than they save
+_MIN_JUMP: Final = 2  # steps; below this, there is nothing to gain
+_MIN_VECTOR: Final = 16  # steps; below this, their durations are computed faster one by one
+_MAX_JUMP: Final = 8192
+_LEAST_REACH: Final = 12  # steps of an outlook; fewer cost more visits than they save
 
 
 class WaveTimes(Protocol):

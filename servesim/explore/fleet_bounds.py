@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from servesim.cost.terms import Shape
+from servesim.cost.batch_shape import Shape
 from servesim.engine.build import build_simulation
 from servesim.engine.simulation import why_impossible
 from servesim.errors import MissingFileError, ServingError

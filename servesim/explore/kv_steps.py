@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from servesim.cost.batch_shape import Shape
 from servesim.cost.build import Costs
-from servesim.cost.terms import Shape
 from servesim.errors import MissingFileError
 from servesim.explore.kv_dial import Figure
 from servesim.specs.block_layers import attentions_of

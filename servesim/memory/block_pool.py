@@ -13,13 +13,13 @@ three parts: what is listed before those blocks, the blocks from ``_fresh`` on, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
 _COMPACT_AT = 1 << 16
-_LISTED_AT_ONCE = 256
+_LISTED_AT_ONCE: Final = 256
 """Blocks that are listed when the listed ones run out."""
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import field
 from heapq import heapify, heappop, heappush
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-NEVER = (1 << 62) - 1
+NEVER: Final = (1 << 62) - 1
 """A time after every other, in ns: the greatest number that the compiled core handles without an object."""
 
 _ROUNDING_NS = 1e-6  # a transfer that is late by less than this is in time: floating-point noise

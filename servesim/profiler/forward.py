@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from servesim.cost.terms import Shape
+from servesim.cost.batch_shape import Shape
 from servesim.errors import InputError, MissingFileError
 from servesim.slotted import dataclass
 

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from servesim.cost.batch_shape import IDLE
 from servesim.cost.bundle import Bundle, load_bundle
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import stage_terms
-from servesim.cost.terms import IDLE, Role, whole_model
+from servesim.cost.terms import Role, whole_model
 from servesim.network.topology import Dimension
 from servesim.specs.architecture import Architecture, read_architecture
 from servesim.specs.hardware import EngineSpec

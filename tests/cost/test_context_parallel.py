@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from servesim.cost.attention import FullAttention
+from servesim.cost.batch_shape import Shape
 from servesim.cost.context_parallel import ContextExchange, Passes, shared_latent_tables, shared_tables
 from servesim.cost.skew import SkewTable
 from servesim.cost.tables import Curve
-from servesim.cost.terms import Shape
 from servesim.network.topology import Dimension
 from servesim.specs.hardware import EngineSpec
 from servesim.specs.layers import Attention, LatentAttention

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from servesim.cost.batch_shape import Shape
 from servesim.cost.build import Costs
 from servesim.cost.cudagraph import capture_limit, capture_sizes
 from servesim.cost.drafting import NGRAM_US
-from servesim.cost.terms import Shape
 from servesim.memory.sizing import block_weight_bytes, drafter_bytes, kv_bytes_per_token
 from servesim.specs.cluster import load_cluster
 from servesim.specs.instance_options import resolve
@@ -31,9 +30,9 @@ def step_us(method: str | None, drafts: int = 3, **shape: Any) -> float:
     asked = {"speculative_config": json.dumps(config)} if method else {}
     options = resolve(RuntimeOptions(**asked), instance, MODEL)
     cost = Costs(cluster).stage(instance, MODEL, options)
-    batch = Shape((), 8, 8000, 1000, 1000)
-    ns = cost.step_ns(replace(batch, **shape))
-    explained = sum(line.total_us for line in cost.explain(replace(batch, **shape)))
+    batch = Shape(**{"num_decodes": 8, "kv_sum": 8000, "kv_min": 1000, "kv_max": 1000, **shape})
+    ns = cost.step_ns(batch)
+    explained = sum(line.total_us for line in cost.explain(batch))
     assert explained == pytest.approx(ns / 1000, rel=0.001)
     return ns / 1000
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from servesim.cost.batch_shape import Shape
 from servesim.cost.build import Costs
 from servesim.cost.bundle import load_bundle, range_warnings
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import stage_terms
-from servesim.cost.terms import Shape, whole_model
+from servesim.cost.terms import whole_model
 from servesim.engine.batch import Batch
 from servesim.engine.experts import expert_routing
 from servesim.network.topology import Dimension

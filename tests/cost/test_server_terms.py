@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from servesim.cost.attention import decodes_under_load
+from servesim.cost.batch_shape import Shape
 from servesim.cost.stage_cost import StageCost
 from servesim.cost.step_terms import Gemms, LayerTerm, stage_terms
 from servesim.cost.tables import Curve
-from servesim.cost.terms import Shape, whole_model
+from servesim.cost.terms import whole_model
 from servesim.network.topology import Dimension
 from servesim.specs.hardware import EngineSpec
 from servesim.specs.vllm_versions import runs_v2

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from servesim.cost.batch_shape import Shape
 from servesim.cost.build import build_stage_cost
 from servesim.cost.stage_cost import StageCost
-from servesim.cost.terms import Role, Shape
+from servesim.cost.terms import Role
 from servesim.specs.hardware import EngineSpec
 from tests.cost.bundles import (
     BINS,

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servesim.cost.tables import Curve, bracket, brackets, densify, describe_lookup, resample
+from servesim.cost.bracket import bracket
+from servesim.cost.tables import Curve, brackets, densify, describe_lookup, resample
 from tests.cost.bundles import Rows, attention_rows, slow_lookup
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from servesim.api import simulate
-from servesim.cost.terms import Shape
+from servesim.cost.batch_shape import Shape
 from servesim.engine.build import step_pricing
 from servesim.errors import InputError
 from servesim.power.activity import shared_kv_bytes_per_token

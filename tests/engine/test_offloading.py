@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from servesim.api import load_cluster, simulate
-from servesim.cost.terms import Shape
+from servesim.cost.batch_shape import Shape
 from servesim.engine.build import build_simulation, step_pricing
 from servesim.errors import InputError
 from servesim.specs.options import RuntimeOptions

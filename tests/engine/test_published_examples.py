@@ -16,7 +16,7 @@ import pytest
 
 import servesim
 from servesim.api import read_cluster
-from servesim.cost.terms import Shape
+from servesim.cost.batch_shape import Shape
 from servesim.engine.build import step_pricing
 from servesim.specs.cluster import load_cluster
 from servesim.specs.options import RuntimeOptions
