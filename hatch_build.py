@@ -24,6 +24,7 @@ except ImportError:  # run as a program, for tests
     BuildHookInterface = object
 
 MODULES = (
+    "servesim/cost/attention.py",
     "servesim/cost/attention_lookup.py",
     "servesim/cost/batch_shape.py",
     "servesim/cost/bracket.py",
@@ -33,6 +34,7 @@ MODULES = (
     "servesim/engine/adapters.py",
     "servesim/engine/arrivals.py",
     "servesim/engine/batch.py",
+    "servesim/engine/block_tables.py",
     "servesim/engine/clock.py",
     "servesim/engine/decode_set.py",
     "servesim/engine/glide.py",
@@ -42,11 +44,16 @@ MODULES = (
     "servesim/engine/queue_policy.py",
     "servesim/engine/request_state.py",
     "servesim/engine/scheduler.py",
+    "servesim/engine/simulation.py",
     "servesim/engine/step_loop.py",
     "servesim/memory/block_pool.py",
     "servesim/memory/kv_cache.py",
+    "servesim/workload/entries.py",
+    "servesim/workload/files.py",
+    "servesim/workload/jsonl.py",
+    "servesim/workload/packed.py",
 )
-"""What a step goes through; not classes that others of the package, or of the tests, are derived from."""
+"""What a request and a step go through."""
 MARK = "servesim/_compiled.json"
 NEEDS = ["mypy[mypyc]>=1.11", "setuptools"]
 

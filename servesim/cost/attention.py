@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from servesim.compiled import mypyc_attr
 from servesim.cost.attention_lookup import AttentionTensor, DecodeRow
 from servesim.cost.skew import skew_rate
 from servesim.cost.tables import Surface, describe_axis, resample
@@ -72,6 +73,7 @@ def decodes_under_load(attention: Surface, factor: float) -> Surface:
     return Surface(attention.axes, attention.tensor + more[None, :, None, :])
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class FullAttention:
     """Attention of the average block of a stage, in ``blocks`` transformer blocks.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from servesim.compiled import mypyc_attr
 from servesim.workload.hashes import block_ids
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from servesim.workload.request import Request, Workload
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class BlockTables:
     """Makes the empty block tables of a workload's requests."""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from servesim.compiled import mypyc_attr
 from servesim.engine.arrivals import Arrivals, FrontEnds, QueueLimits
 from servesim.engine.clock import Clock, Order
 from servesim.engine.router import Router
@@ -46,6 +47,7 @@ class Observer(Protocol):
         """Called when the clock has passed ``next_ns``, and with the final time at the end."""
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Simulation:
     """One run of a workload on a set of instances."""
 
@@ -161,7 +163,7 @@ class Simulation:
         arrival = self._arrivals.pop()
         self._clock.at(self._arrivals.next_ns, self._arrival)
         if arrival is not None:
-            self._route(self._workload.requests[arrival[1]], now)
+            self._route(self._workload[arrival[1]], now)
         if self._arrivals.next_ns != now:
             self._released_by.pop(now, None)
 
@@ -228,7 +230,7 @@ class Simulation:
         while before >= 0:
             if self._taken_by[before] in fronts:
                 return [self._taken_by[before]]
-            before = self._workload.requests[before].predecessor
+            before = self._workload[before].predecessor
         return []
 
     def _send_through(self, request: Request, prefill: Instance, backs: list[int], now: int) -> bool:

@@ -80,6 +80,9 @@ class Workload:
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
 
+    def __getitem__(self, index: int) -> Request:
+        return self.requests[index]
+
     def pack(self) -> None:
         """Keep the requests in few bytes from now on, where most say no more than lengths and an arrival; see
         :class:`~servesim.workload.packed.PackedRequests`. For those who change none of them any more."""
