@@ -48,6 +48,7 @@ MODULES = (
     "servesim/engine/step_loop.py",
     "servesim/memory/block_pool.py",
     "servesim/memory/kv_cache.py",
+    "servesim/results/columns.py",
     "servesim/workload/entries.py",
     "servesim/workload/files.py",
     "servesim/workload/jsonl.py",

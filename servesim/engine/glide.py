@@ -55,7 +55,7 @@ class Glider:
     """The steps of an instance of one stage without drafts, windows, connectors, hook, noise, or steps held
     back for prefills."""
 
-    __slots__ = ("_depth", "_member", "_times", "in_flight", "left", "now_ns", "quiet", "starved")
+    __slots__ = ("_depth", "_member", "_times", "free_ns", "in_flight", "left", "now_ns", "quiet", "starved")
 
     def __init__(self, member: Instance, times: StepTimes, depth: int) -> None:
         """``depth``: steps in flight at most, 1 or 2; see :class:`~servesim.engine.step_loop.StepLoop`."""
@@ -68,6 +68,8 @@ class Glider:
         """Requests that left the system in it."""
         self.now_ns = 0
         """When it stopped."""
+        self.free_ns = 0
+        """When the NPUs are free then."""
         self.starved = False
         """Whether it stopped since nothing could be scheduled."""
         self.quiet = False
@@ -75,13 +77,13 @@ class Glider:
 
     def run(
         self,
-        in_flight: Sequence[Batch | None],
+        in_flight: list[Batch | None],
         free_ns: int,
         now_ns: int,
         horizon_ns: int,
         one_end: bool,
-        priced: Sequence[int] = (),
-        mail_ns: int = 0,
+        priced: list[int],
+        mail_ns: int,
     ) -> int:
         """Take steps until nothing can be scheduled, the next would be at ``horizon_ns`` or later, or so many
         of decodes alone are ahead that they are better jumped over.
@@ -107,7 +109,7 @@ class Glider:
         """
         member, depth, times = self._member, self._depth, self._times
         scheduler, steps = member.scheduler, member.log.steps
-        decodes, running = scheduler.decodes, scheduler.running
+        decodes, running, pool = scheduler.decodes, scheduler.running, scheduler.kv.pool
         first = step = len(steps)
         # rows that the log gets before somebody looks at it
         ends: list[int] = []
@@ -164,16 +166,22 @@ class Glider:
                 if untold:
                     scheduler.stepped(alone=depth == 1)
                     untold = False
-                steps.add_rows(ends, counts, runs, waits, used)
-                batch = member.schedule(now_ns, depth > 1)
+                batch = member.schedule(step, now_ns, depth > 1)
                 if batch is None:
                     self.starved = True
                     break
                 free_ns = batch.end_ns = start_ns + self._step_ns(batch)
-                member.note_step(batch, start_ns)
+                waiting = len(scheduler.waiting)
+                ends.append(free_ns)
+                counts.append(batch.num_decodes)
+                runs.append(len(running))
+                waits.append(waiting)
+                used.append(pool.usable - pool.num_free)
+                member.note_batch(batch, start_ns)
+                if start_ns != before_ns:
+                    steps.start_ns.put(step, start_ns)
                 if batch.finishing:
                     watched[step] = batch
-                waiting = len(scheduler.waiting)
                 alone = scheduler.only_decodes()
                 step += 1
             next_ns = before_ns if depth > 1 else free_ns
@@ -197,15 +205,15 @@ class Glider:
                 self.quiet = horizon_ns - now_ns >= LONG * (free_ns - before_ns)
                 if self.quiet:
                     break
-        self.now_ns = now_ns
+        self.now_ns, self.free_ns = now_ns, free_ns
         if untold:
             scheduler.stepped(alone=depth == 1)
-        steps.add_rows(ends, counts, runs, waits, used)
+        steps.extend(ends, counts, runs, waits, used)
         flying = [(step - 2, before_ns), (step - 1, free_ns)][2 - depth + (not full) :]
         self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in flying]
         return step - first
 
-    def _take_priced(self, priced: Sequence[int], watched: dict[int, Batch]) -> None:
+    def _take_priced(self, priced: list[int], watched: dict[int, Batch]) -> None:
         """Take steps that end at these times, of which is known that each has blocks, follows the one before
         without a gap, and is of decodes alone; nothing comes before the last of them is scheduled.
 
@@ -233,7 +241,7 @@ class Glider:
             if ended:
                 watched[first + at - 1] = ending = Batch(first + at - 1, priced[at - 1])
                 ending.end_with(ended)
-        steps.add_rows(list(priced), counts, runs, [len(scheduler.waiting)] * most, used)
+        steps.extend(priced, counts, runs, [len(scheduler.waiting)] * most, used)
 
     def _step_ns(self, batch: Batch) -> int:
         """Duration of a step of any kind."""

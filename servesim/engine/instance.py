@@ -131,13 +131,14 @@ class Instance:
                 self.scheduler.enqueue(state, now_ns)
             self._inbox.clear()
 
-    def schedule(self, now_ns: int, in_flight: bool) -> Batch | None:
-        """The next batch, None if there is nothing to compute; see :meth:`Scheduler.schedule`."""
+    def schedule(self, step: int, now_ns: int, in_flight: bool) -> Batch | None:
+        """The batch of step ``step``, None if there is nothing to compute; see
+        :meth:`Scheduler.schedule`."""
         scheduler, hook = self.scheduler, self.hook
-        if hook is not None and in_flight and hook.holds_back(len(self.log.steps)):
+        if hook is not None and in_flight and hook.holds_back(step):
             return None
         while scheduler.has_work:
-            batch = scheduler.schedule(len(self.log.steps), now_ns, in_flight)
+            batch = scheduler.schedule(step, now_ns, in_flight)
             if hook is not None:
                 hook.scheduled(batch)
             self.preempted += len(batch.preempted)
@@ -149,8 +150,8 @@ class Instance:
 
     def note_step(self, batch: Batch, start_ns: int) -> None:
         """Write down a step that runs from ``start_ns`` to ``batch.end_ns``."""
-        scheduler, steps, connectors = self.scheduler, self.log.steps, self.scheduler.connectors
-        step = steps.append(
+        scheduler = self.scheduler
+        self.log.steps.append(
             start_ns,
             batch.end_ns,
             batch.num_decodes + batch.draft_tokens,
@@ -158,6 +159,11 @@ class Instance:
             len(scheduler.waiting),
             scheduler.kv.pool.num_used,
         )
+        self.note_batch(batch, start_ns)
+
+    def note_batch(self, batch: Batch, start_ns: int) -> None:
+        """Write down what few steps have of a step that starts at ``start_ns``: all but its row."""
+        step, steps, connectors = batch.step, self.log.steps, self.scheduler.connectors
         if batch.chunks:
             prompts = 0
             for tokens, _ in batch.chunks:

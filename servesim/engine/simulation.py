@@ -85,6 +85,7 @@ class Simulation:
         self._limits = QueueLimits(*limits, self.log) if limits != (None, None) else None
         self._clock = clock or Clock()
         self._workload = workload
+        self._request = workload.lookup
         self._arrivals = Arrivals(workload, options.max_concurrency)
         self._arrival = self._clock.actor(Order.REQUEST, self._arrive)
         times_us = [log.front_end_us for log in logs]
@@ -163,7 +164,7 @@ class Simulation:
         arrival = self._arrivals.pop()
         self._clock.at(self._arrivals.next_ns, self._arrival)
         if arrival is not None:
-            self._route(self._workload[arrival[1]], now)
+            self._route(self._request(arrival[1]), now)
         if self._arrivals.next_ns != now:
             self._released_by.pop(now, None)
 
@@ -230,7 +231,7 @@ class Simulation:
         while before >= 0:
             if self._taken_by[before] in fronts:
                 return [self._taken_by[before]]
-            before = self._workload[before].predecessor
+            before = self._request(before).predecessor
         return []
 
     def _send_through(self, request: Request, prefill: Instance, backs: list[int], now: int) -> bool:

@@ -53,7 +53,7 @@ class Wave:
 
     __slots__ = ("batches", "end_ns")
 
-    def __init__(self, batches: Sequence[Batch | None], end_ns: int) -> None:
+    def __init__(self, batches: list[Batch | None], end_ns: int) -> None:
         self.batches = batches
         self.end_ns = end_ns
 
@@ -143,7 +143,7 @@ class StepLoop:
             unseen_until_ns: before this time nobody asks how far it is. It does nothing until something comes
                 for it, and then what was to be done by that time.
         """
-        self.members = plan.members
+        self.members = list(plan.members)
         self.times = plan.times
         self.index = plan.members[0].log.index
         self._clock = clock
@@ -344,17 +344,18 @@ class StepLoop:
     def _launch(self, now_ns: int) -> bool:
         """Schedule a wave and put it behind those in flight; False if no member has work."""
         in_flight = self._in_flight
-        batches: Sequence[Batch | None]
+        batches: list[Batch | None]
         if len(self.members) == 1:
             flying = bool(in_flight) and not (self._piped and all(wave.empty for wave in in_flight))
-            batch = self.members[0].schedule(now_ns, flying)
+            member = self.members[0]
+            batch = member.schedule(len(member.log.steps), now_ns, flying)
             if batch is None:
                 return False
-            batches = (batch,)
+            batches = [batch]
         else:
             batches = [
-                member.schedule(now_ns, any(wave.batches[index] for wave in in_flight))
-                for index, member in enumerate(self.members)
+                member.schedule(len(member.log.steps), now_ns, any(wave.batches[at] for wave in in_flight))
+                for at, member in enumerate(self.members)
             ]
             if not any(batches):
                 return False
@@ -420,9 +421,9 @@ class StepLoop:
         self._launched += 1
 
     def _complete(self, wave: Wave) -> None:
-        for member, batch in zip(self.members, wave.batches, strict=True):
+        for at, batch in enumerate(wave.batches):
             if batch is not None:
-                self._leaving += member.finish(batch)
+                self._leaving += self.members[at].finish(batch)
 
     # ------------------------------------------------------------------ quiet stretches of a single instance
 
@@ -460,17 +461,18 @@ class StepLoop:
 
     def _glide(self, glider: Glider, now_ns: int, horizon_ns: int, one_finish: bool, mail_ns: int) -> int:
         """Take steps up to the horizon; returns when it stopped."""
-        in_flight = self._in_flight
+        in_flight, free_ns = self._in_flight, self._stage_free_ns[0]
         flying = [wave.batches[0] for wave in in_flight]
-        free_ns = self._stage_free_ns[0]
-        taken = glider.run(flying, free_ns, now_ns, horizon_ns, one_finish, self._priced(horizon_ns), mail_ns)
+        priced = self._priced(horizon_ns)
+        taken = glider.run(flying, free_ns, now_ns, horizon_ns, one_finish, priced, mail_ns)
         if not taken:
             return now_ns
         self._launched += taken
         self._leaving += glider.left
         in_flight.clear()
-        in_flight.extend(Wave([batch], batch.end_ns) for batch in glider.in_flight)
-        self._stage_free_ns[0] = self.members[0].log.steps.end_ns[-1]
+        for batch in glider.in_flight:
+            in_flight.append(Wave([batch], batch.end_ns))
+        self._stage_free_ns[0] = glider.free_ns
         return glider.now_ns
 
     def _look_ahead(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-PACKED = 1 << 14
+PACKED: Final = 1 << 14
 """Entries that are packed together."""
-_NEAR = 16
+_TOGETHER: Final = 1 << 8
+"""Entries that are looked at together before."""
+_NEAR: Final = 16
 """Times that are kept as their distance from the first of them."""
 
 
@@ -74,40 +76,57 @@ def _narrow(entries: NDArray[np.int64]) -> type[np.integer[Any]] | None:
 class Column(Sequence[int]):
     """Whole numbers, of 64 bits for type code ``q`` and 32 for ``i``; see :mod:`array`."""
 
-    __slots__ = ("_parts", "first", "tail")
+    __slots__ = ("_first", "_new", "_parts", "_tail")
 
     def __init__(self, kind: str, entries: Iterable[int] = ()) -> None:
         self._parts: list[_Part] = []
-        self.first = 0
+        self._first = 0
         """Entries that are packed."""
-        self.tail: array[int] = array(kind)
-        """Those behind them, always the same object."""
+        self._tail: array[int] = array(kind)
+        """Those behind them."""
+        self._new: list[int] = []
+        """The latest, which go there together: one by one, each costs as much as a step's arithmetic."""
         self.extend(entries)
 
     def append(self, value: int) -> None:
         """Add an entry."""
-        self.tail.append(value)
-        if len(self.tail) >= 2 * PACKED:
-            self.pack()
+        self._new.append(value)
+        if len(self._new) >= _TOGETHER:
+            self._settle()
 
     def extend(self, values: Iterable[int] | NDArray[np.int64]) -> None:
         """Add entries."""
         if isinstance(values, np.ndarray):
-            self.tail.frombytes(values.astype(self.tail.typecode).tobytes())
-        else:
-            self.tail.extend(values)
-        self.pack()
+            self._settle().frombytes(values.astype(self._tail.typecode).tobytes())
+            self._pack()
+            return
+        self._new += values
+        if len(self._new) >= _TOGETHER:
+            self._settle()
 
-    def pack(self) -> None:
+    def _settle(self) -> array[int]:
+        """Entries that are not packed, all of them, as they are kept."""
+        if self._new:
+            self._tail.fromlist(self._new)
+            self._new.clear()
+            self._pack()
+        return self._tail
+
+    def _pack(self) -> None:
         """Pack what has been there for long."""
-        tail = self.tail
+        tail = self._tail
         while len(tail) >= 2 * PACKED:
             self._parts.append(_Part(np.array(tail[:PACKED], dtype=np.int64)))
             del tail[:PACKED]
-            self.first += PACKED
+            self._first += PACKED
+
+    @property
+    def packed(self) -> int:
+        """How many of them, the first, are packed."""
+        return self._first
 
     def __len__(self) -> int:
-        return self.first + len(self.tail)
+        return self._first + len(self._tail) + len(self._new)
 
     @overload
     def __getitem__(self, index: int) -> int: ...
@@ -118,24 +137,27 @@ class Column(Sequence[int]):
             start, stop, stride = index.indices(len(self))
             if stride != 1:
                 return [self[at] for at in range(start, stop, stride)]
-            if start >= self.first:
-                return self.tail[start - self.first : max(stop - self.first, 0)].tolist()
+            tail = self._settle()
+            if start >= self._first:
+                return tail[start - self._first : max(stop - self._first, 0)].tolist()
             found: list[int] = self.between(start, stop).tolist()
             return found
-        place = index - self.first
         if index < 0:
-            place += len(self)
+            index += len(self)
+        place = index - self._first
+        if place >= len(self._tail):
+            return self._new[place - len(self._tail)]
         if place >= 0:
-            return self.tail[place]
-        place += self.first
-        if place < 0:
-            raise IndexError(f"entry {index} of {len(self)}")
-        return self._parts[place // PACKED].entry(place % PACKED)
+            return self._tail[place]
+        if index < 0:
+            raise IndexError(f"entry {index - len(self)} of {len(self)}")
+        return self._parts[index // PACKED].entry(index % PACKED)
 
     def __iter__(self) -> Iterator[int]:
+        tail = self._settle()
         for part in self._parts:
             yield from part.entries().tolist()
-        yield from self.tail
+        yield from tail
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and list(self) == list(other)
@@ -145,16 +167,16 @@ class Column(Sequence[int]):
 
     def between(self, start: int, stop: int) -> NDArray[np.int64]:
         """Entries ``start`` to ``stop - 1``, as far as there are any; a copy."""
-        stop = min(stop, len(self))
+        tail, stop = self._settle(), min(stop, len(self))
         found = np.empty(max(stop - start, 0), dtype=np.int64)
         at = start
-        while at < min(stop, self.first):
+        while at < min(stop, self._first):
             number, place = divmod(at, PACKED)
             taken = min(PACKED - place, stop - at)
             found[at - start : at - start + taken] = self._parts[number].entries(place, place + taken)
             at += taken
         if at < stop:
-            found[at - start :] = self.tail[at - self.first : stop - self.first]
+            found[at - start :] = tail[at - self._first : stop - self._first]
         return found
 
     def array(self) -> NDArray[np.int64]:
@@ -163,9 +185,9 @@ class Column(Sequence[int]):
 
     def most(self) -> int:
         """The largest entry, 0 at least."""
-        return max(0, max(self.tail, default=0), *(part.most() for part in self._parts))
+        return max(0, max(self._settle(), default=0), *(part.most() for part in self._parts))
 
     @property
     def num_bytes(self) -> int:
         """What its entries take."""
-        return self.tail.itemsize * len(self.tail) + sum(part.num_bytes for part in self._parts)
+        return self._tail.itemsize * len(self._settle()) + sum(part.num_bytes for part in self._parts)

@@ -52,6 +52,8 @@ _FEW = {
 _USUAL = tuple(_FEW.values())
 _few_of = attrgetter(*_FEW)
 _NO_TRACK = -1
+_ROWS = 512
+"""Rows that go to their columns together."""
 
 
 @dataclass(slots=True)
@@ -138,12 +140,12 @@ class RequestRecord:
 class RequestLog(Sequence[RequestRecord]):
     """Records in the order in which they were added, or by request once sorted."""
 
-    __slots__ = ("_each", "_few", "_more_runs", "_rest", "_tails")
+    __slots__ = ("_each", "_few", "_more_runs", "_rest", "_rows")
 
     def __init__(self, records: Iterable[RequestRecord] = ()) -> None:
         self._each = {name: Column(kind) for name, kind in _EACH.items()}
-        # a record goes straight to the ends of the columns, which are packed together
-        self._tails = [column.tail for column in self._each.values()]
+        self._rows: list[tuple[int, ...]] = []
+        """The latest rows of these columns, which get them together."""
         self._few: dict[str, dict[int, int]] = {name: {} for name in _FEW}
         self._more_runs: dict[int, list[tuple[int, int, int]]] = {}
         """Row → runs of tokens after the first."""
@@ -158,25 +160,24 @@ class RequestLog(Sequence[RequestRecord]):
         track, first, last = runs[0] if runs else (_NO_TRACK, 0, 0)
         if len(runs) > 1:
             self._more_runs[row] = runs[1:]
-        values = (
-            record.request,
-            record.arrival_ns,
-            record.queued_ns,
-            record.scheduled_ns,
-            record.first_token_ns,
-            record.end_ns,
-            record.front_end_ns,
-            first,
-            last,
-            record.instance,
-            record.decode_instance,
-            track,
+        self._rows.append(
+            (
+                record.request,
+                record.arrival_ns,
+                record.queued_ns,
+                record.scheduled_ns,
+                record.first_token_ns,
+                record.end_ns,
+                record.front_end_ns,
+                first,
+                last,
+                record.instance,
+                record.decode_instance,
+                track,
+            )
         )
-        for tail, value in zip(self._tails, values, strict=True):
-            tail.append(value)
-        if len(self._tails[0]) >= 2 * PACKED:
-            for column in self._each.values():
-                column.pack()
+        if len(self._rows) >= _ROWS:
+            self._columns()
         few = _few_of(record)
         if few != _USUAL:
             for (name, usual), value in zip(_FEW.items(), few, strict=True):
@@ -185,12 +186,20 @@ class RequestLog(Sequence[RequestRecord]):
         if record.prefill_step is not None or record.away is not None:
             self._rest[row] = record.prefill_step, record.away
 
+    def _columns(self) -> dict[str, Column]:
+        """The numbers of every request."""
+        if self._rows:
+            for column, values in zip(self._each.values(), zip(*self._rows, strict=True), strict=True):
+                column.extend(values)
+            self._rows.clear()
+        return self._each
+
     def clear(self) -> None:
         """Forget all of them."""
         self.__init__()  # type: ignore[misc]
 
     def __len__(self) -> int:
-        return len(self._each["request"])
+        return len(self._each["request"]) + len(self._rows)
 
     @overload
     def __getitem__(self, row: int) -> RequestRecord: ...
@@ -205,7 +214,7 @@ class RequestLog(Sequence[RequestRecord]):
         at = row if row >= 0 else row + len(self)
         if not 0 <= at < len(self):
             raise IndexError(f"record {row} of {len(self)}")
-        return self._record(at, *(column[at] for column in self._each.values()))
+        return self._record(at, *(column[at] for column in self._columns().values()))
 
     def __iter__(self) -> Iterator[RequestRecord]:
         return self._between(0, len(self))
@@ -213,7 +222,7 @@ class RequestLog(Sequence[RequestRecord]):
     def _between(self, start: int, stop: int) -> Iterator[RequestRecord]:
         for at in range(start, stop, PACKED):
             end = min(at + PACKED, stop)
-            columns = [column.between(at, end).tolist() for column in self._each.values()]
+            columns = [column.between(at, end).tolist() for column in self._columns().values()]
             for row, values in enumerate(zip(*columns, strict=True), at):
                 yield self._record(row, *values)
 
@@ -273,7 +282,7 @@ class RequestLog(Sequence[RequestRecord]):
                 rows = np.fromiter(kept, np.int64, len(kept))
                 column[rows] = np.fromiter(kept.values(), np.int64, len(kept))
             return column
-        return self._each[name].between(start, end)
+        return self._columns()[name].between(start, end)
 
     def total(self, name: str) -> int:
         """The exact sum of a number that is mostly 0."""
@@ -285,7 +294,9 @@ class RequestLog(Sequence[RequestRecord]):
         """(track, first, last) of the first run of tokens of records ``start`` to ``stop - 1``, of all by
         default; a track below 0 where there is none."""
         end = len(self) if stop is None else stop
-        track, first, last = (self._each[name].between(start, end) for name in ("track", "first", "last"))
+        track, first, last = (
+            self._columns()[name].between(start, end) for name in ("track", "first", "last")
+        )
         return track, first, last
 
     @property
@@ -295,7 +306,7 @@ class RequestLog(Sequence[RequestRecord]):
 
     def in_order(self) -> RequestLog:
         """Sorted by request: itself if it is."""
-        requests = self._each["request"].array()
+        requests = self._columns()["request"].array()
         if (requests[1:] >= requests[:-1]).all():
             return self
         rows = np.argsort(requests, kind="stable")

@@ -167,7 +167,7 @@ class StepLog:
         "recomputed_tokens",
     )
     """Numbers that are kept where they are not 0."""
-    __slots__ = (*COLUMNS, "_decodes", "_ends", "_running", "_used", "_waiting")
+    __slots__ = COLUMNS
 
     end_ns: Column
     start_ns: StartColumn
@@ -191,12 +191,6 @@ class StepLog:
             setattr(self, name, Column("i"))
         for name in self.FEW:
             setattr(self, name, SparseColumn(self.end_ns))
-        # a step goes straight to the ends of its columns, which are packed together
-        self._ends = self.end_ns.tail
-        self._decodes = self.decode_tokens.tail
-        self._running = self.running.tail
-        self._waiting = self.waiting.tail
-        self._used = self.kv_blocks_used.tail
 
     def __len__(self) -> int:
         return len(self.end_ns)
@@ -207,66 +201,46 @@ class StepLog:
 
     def append(self, start_ns: int, end_ns: int, decodes: int, running: int, waiting: int, used: int) -> int:
         """Add a step with what every step has; returns its index."""
-        ends = self._ends
-        step = self.end_ns.first + len(ends)
+        ends = self.end_ns
+        step = len(ends)
         if start_ns != (ends[-1] if step else 0):
             self.start_ns.put(step, start_ns)
         ends.append(end_ns)
-        self._decodes.append(decodes)
-        self._running.append(running)
-        self._waiting.append(waiting)
-        self._used.append(used)
-        self.pack()
+        self.decode_tokens.append(decodes)
+        self.running.append(running)
+        self.waiting.append(waiting)
+        self.kv_blocks_used.append(used)
         return step
 
-    def add_rows(
+    def extend(
         self, ends: list[int], decodes: list[int], running: list[int], waiting: list[int], used: list[int]
     ) -> None:
-        """Add steps that follow each other, or whose starts are put into ``start_ns``; empties the lists."""
-        if not ends:
-            return
-        self._ends.fromlist(ends)
-        self._decodes.fromlist(decodes)
-        self._running.fromlist(running)
-        self._waiting.fromlist(waiting)
-        self._used.fromlist(used)
-        for column in (ends, decodes, running, waiting, used):
-            column.clear()
-        self.pack()
+        """Add steps that follow each other, or whose starts are put into ``start_ns``."""
+        self.end_ns.extend(ends)
+        self.decode_tokens.extend(decodes)
+        self.running.extend(running)
+        self.waiting.extend(waiting)
+        self.kv_blocks_used.extend(used)
 
     def append_quiet(
         self,
         start_ns: int,
-        ends: Sequence[int],
-        used: Sequence[int],
+        ends: list[int],
+        used: list[int],
         decodes: int,
         running: int,
         waiting: int,
     ) -> None:
         """Add steps of the same decodes alone that follow each other from ``start_ns`` on, ending at ``ends``
         with ``used`` blocks in use."""
-        step = len(self.end_ns)
-        if start_ns != (self._ends[-1] if step else 0):
+        step, count = len(self.end_ns), len(ends)
+        if start_ns != (self.end_ns[-1] if step else 0):
             self.start_ns.put(step, start_ns)
-        self._ends.extend(ends)
-        self._used.extend(used)
-        one = array("i", (0,))
-        for column, value in ((self._decodes, decodes), (self._running, running), (self._waiting, waiting)):
-            one[0] = value
-            column.extend(one * len(ends))
-        self.pack()
-
-    def pack(self) -> None:
-        """Pack what has been there for long."""
-        if len(self._ends) < 2 * PACKED:
-            return
-        self.end_ns.pack()
-        for name in self.EACH:
-            getattr(self, name).pack()
+        self.extend(ends, [decodes] * count, [running] * count, [waiting] * count, used)
 
     def latest_ends(self, steps: int) -> list[int]:
         """When the last ``steps`` steps ended, fewer where there are not as many."""
-        return self._ends[-steps:].tolist() if steps else []
+        return self.end_ns[-steps:] if steps else []
 
     def most(self, name: str) -> int:
         """The largest number of a column; 0 without steps."""

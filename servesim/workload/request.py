@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -80,8 +80,10 @@ class Workload:
     def __iter__(self) -> Iterator[Request]:
         return iter(self.requests)
 
-    def __getitem__(self, index: int) -> Request:
-        return self.requests[index]
+    @property
+    def lookup(self) -> Callable[[int], Request]:
+        """Gives the request of an index."""
+        return self.requests.__getitem__
 
     def pack(self) -> None:
         """Keep the requests in few bytes from now on, where most say no more than lengths and an arrival; see
