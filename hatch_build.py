@@ -50,7 +50,6 @@ MODULES = (
     "servesim/memory/kv_cache.py",
     "servesim/results/columns.py",
     "servesim/workload/entries.py",
-    "servesim/workload/files.py",
     "servesim/workload/jsonl.py",
     "servesim/workload/packed.py",
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from servesim.network.links import NEVER
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
@@ -57,6 +58,24 @@ class StepFormula:
     def decode_ns(self, n: int, kv_sum: int, kv_min: int, kv_max: int) -> int:  # noqa: ARG002
         """Duration in ns of a step of ``n`` decodes whose KV lengths sum to ``kv_sum``."""
         return self.step_ns(n, n, kv_sum)
+
+    def decode_ends(
+        self,
+        ends_ns: list[int],
+        n: int,
+        kv_sum: int,
+        kv_min: int,  # noqa: ARG002
+        kv_max: int,  # noqa: ARG002
+        steps: int,
+        depth: int = 1,
+        until_ns: int = NEVER,
+    ) -> None:
+        """Add the ends of such steps; see :meth:`servesim.cost.stage_cost.StageCost.decode_ends`."""
+        step_ns, more_ns = self.step_ns(n, n, kv_sum), self.per_context_ns * n
+        for step in range(steps):
+            if step and ends_ns[-depth] >= until_ns:
+                return
+            ends_ns.append(ends_ns[-1] + step_ns + step * more_ns)
 
     def decode_run_ns(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,9 @@ def test_the_formula_is_one_number_however_it_is_asked_for() -> None:
     assert formula.mixed_ns([(5, 7)], 3, 30, 9, 11) == 1000 + 8 * 100 + 4 * 10 + 37 * 2 == 1914
     run = formula.decode_run_ns(3, 30, 9, 11, 4).tolist()
     assert run == [formula.decode_ns(3, 30 + 3 * i, 9 + i, 11 + i) for i in range(4)]
+    ends = [5]
+    formula.decode_ends(ends, 3, 30, 9, 11, 4)
+    assert ends == list(accumulate(run, initial=5))
+    ends = [5]
+    formula.decode_ends(ends, 3, 30, 9, 11, 4, 2, 5 + run[0])
+    assert ends == list(accumulate(run[:2], initial=5))  # the third would wait for the first to end
