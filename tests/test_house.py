@@ -29,6 +29,7 @@ HEARTBEAT = r"^\[INFO\] step=\d+ batch=\d+ prompt_t=\S+ tok/s decode_t=\S+ tok/s
 
 MAY_IMPORT = {
     "_version": set(),
+    "compiled": set(),
     "slotted": set(),
     "errors": set(),
     "terminal": set(),
@@ -97,8 +98,9 @@ A change from outside can break nothing here, since they have no behaviour: a re
 in one piece, and who works on it writes down how far it is."""
 LIBRARY = {"parser", "action", "args", "sys", "warnings", "logger", "frame"}
 """Objects of the standard library and of pandas, which are set up this way."""
-FOR_ALL = {"results.atomic", "slotted", "terminal"}
-"""Modules that any package which writes files, or lines for people, may import; ``slotted`` is for all."""
+FOR_ALL = {"compiled", "results.atomic", "slotted", "terminal"}
+"""Modules that any package which writes files, or lines for people, may import; ``slotted`` and ``compiled``
+are for all."""
 
 
 def _committed() -> list[Path]:

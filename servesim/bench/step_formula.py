@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from servesim.network.links import NEVER
+from servesim.engine.clock import NEVER
 from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
