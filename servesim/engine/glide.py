@@ -125,7 +125,9 @@ class Glider:
         self.starved = self.quiet = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
         if ahead:
-            self._take_priced(priced, watched)
+            self._take_priced(step, ahead, priced, watched, counts, runs, used)
+            ends += priced
+            waits += [waiting] * ahead
         alone = scheduler.only_decodes()
         while True:
             before_ns = free_ns  # the end of the step before
@@ -213,23 +215,31 @@ class Glider:
         self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in flying]
         return step - first
 
-    def _take_priced(self, priced: list[int], watched: dict[int, Batch]) -> None:
-        """Take steps that end at these times, of which is known that each has blocks, follows the one before
-        without a gap, and is of decodes alone; nothing comes before the last of them is scheduled.
+    def _take_priced(
+        self,
+        first: int,
+        most: int,
+        priced: list[int],
+        watched: dict[int, Batch],
+        counts: list[int],
+        runs: list[int],
+        used: list[int],
+    ) -> None:
+        """Take the ``most`` steps from number ``first`` on, which end at the times ``priced``, and of which
+        is known that each has blocks, follows the one before without a gap, and is of decodes alone; nothing
+        comes before the last of them is scheduled.
 
-        ``watched``: steps in flight whose end does something; those that are in flight behind are added.
+        ``watched``: steps in flight whose end does something; those that are in flight behind are added. The
+        others get a row a step: its decodes, the requests that run, the blocks in use.
         """
-        member, depth = self._member, self._depth
-        scheduler, steps = member.scheduler, member.log.steps
+        member, scheduler, depth = self._member, self._member.scheduler, self._depth
         decodes, running = scheduler.decodes, scheduler.running
-        counts: list[int] = []
-        runs: list[int] = []
-        used: list[int] = []
-        first, at, most = len(steps), 0, len(priced)
+        at = 0
         while at < most:
-            oldest = watched.pop(first + at - depth, None)
-            if oldest is not None:
-                self.left += member.finish(oldest)
+            if watched:
+                oldest = watched.pop(first + at - depth, None)
+                if oldest is not None:
+                    self.left += member.finish(oldest)
             # up to an end of requests, or to what the end of a step in flight may change
             taken = min(decodes.next_end - decodes.tick + 1, most - at, 1 if watched else most)
             scheduler.grow_on(taken, used)
@@ -241,7 +251,6 @@ class Glider:
             if ended:
                 watched[first + at - 1] = ending = Batch(first + at - 1, priced[at - 1])
                 ending.end_with(ended)
-        steps.extend(priced, counts, runs, [len(scheduler.waiting)] * most, used)
 
     def _step_ns(self, batch: Batch) -> int:
         """Duration of a step of any kind."""

@@ -175,6 +175,7 @@ class StepLoop:
         """When the gated wave would have started."""
         self._reads_left = 0
         self._launched = 0
+        """Waves so far; of a single instance as many as its log has steps."""
         self._reach = _LEAST_REACH
         """Steps that an outlook is for: about those from one request that comes to the next."""
         self._cut_at = 0
@@ -251,7 +252,7 @@ class StepLoop:
                 member.note_left(outlook.left)
                 self._clock.at(outlook.next_ns(), self.actor)
                 return
-            begin_ns, steps = self._in_flight[0].end_ns, len(member.log.steps)
+            begin_ns, steps = self._in_flight[0].end_ns, self._launched
             if member.has_mail:
                 self._reach, self._cut_at = max(steps - self._cut_at, _LEAST_REACH), steps
             else:
@@ -457,7 +458,7 @@ class StepLoop:
         outlook = self._outlook
         if outlook is None or not outlook.is_open:
             return []
-        return outlook.ends_before(len(self.members[0].log.steps), min(outlook.until_ns, horizon_ns))
+        return outlook.ends_before(self._launched, min(outlook.until_ns, horizon_ns))
 
     def _glide(self, glider: Glider, now_ns: int, horizon_ns: int, one_finish: bool, mail_ns: int) -> int:
         """Take steps up to the horizon; returns when it stopped."""
@@ -477,13 +478,13 @@ class StepLoop:
 
     def _look_ahead(self) -> None:
         """Lay out what comes if no request does, and act no earlier than that matters to others."""
-        in_flight, outlook, member = self._in_flight, self._outlook, self.members[0]
+        in_flight, outlook = self._in_flight, self._outlook
         self._close_outlook()
         if outlook is None or self._gated or len(in_flight) < self._depth:
             return
-        flying = [batch for wave in in_flight for batch in wave.batches if batch is not None]
+        flying = [batch for wave in in_flight if (batch := wave.batches[0]) is not None]
         if self._glider is not None:
-            outlook.open(len(member.log.steps), flying, self._reach)
+            outlook.open(self._launched, flying, self._reach)
         else:
             self._open_quiet(outlook, flying)
         if outlook.is_open:
@@ -498,7 +499,7 @@ class StepLoop:
         count = self.members[0].scheduler.quiet_ticks(most, self._depth > 1)
         if count >= _MIN_JUMP:
             known = [batch.end_ns for batch in flying]
-            outlook.open_with(len(self.members[0].log.steps), known + self._quiet_ends(known[-1], count))
+            outlook.open_with(self._launched, known + self._quiet_ends(known[-1], count))
 
     def _close_outlook(self) -> None:
         if self._outlook is not None and self._outlook.is_open:
