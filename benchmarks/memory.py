@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from servesim import Result, Workload
-    from servesim.results.step_log import SparseColumn, StepLog
+    from servesim.results.sparse_columns import SparseColumn
+    from servesim.results.step_log import StepLog
 
 _MB = 1e6
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from importlib import import_module
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from servesim.engine.arrivals import NEVER
 from servesim.engine.custom_policy import call_custom_policy, load_custom_policy
@@ -21,7 +21,7 @@ from servesim.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from servesim.engine.instance import Instance
+    from servesim.results.records import InstanceLog
     from servesim.workload.request import Request
 
     Policy = Callable[[Request, Sequence["Candidate"]], "Candidate"]
@@ -41,12 +41,23 @@ _MOST_LOAD_FOR_PREFIX = 2.0
 """PREFIX leaves the instance with the longest prefix when it has more than this times the average load."""
 
 
+class Routed(Protocol):
+    """What the router knows an instance by; see :class:`servesim.engine.instance.Instance`."""
+
+    @property
+    def log(self) -> InstanceLog: ...
+
+    def counts(self) -> tuple[int, int]: ...
+
+    def cached_tokens(self, request: Request) -> int: ...
+
+
 class Candidate:
     """An instance as the router sees it: its counts may be as old as the last refresh."""
 
     __slots__ = ("_instance", "_npus", "_seen", "in_front", "index", "on_the_way")
 
-    def __init__(self, instance: Instance, live: bool) -> None:
+    def __init__(self, instance: Routed, live: bool) -> None:
         self._instance = instance
         self._seen: tuple[int, int] | None = None if live else (0, 0)
         self._npus = instance.log.spec.num_npus
@@ -115,7 +126,7 @@ class Candidate:
 class Router:
     """Chooses instances by one policy, from live counts or from counts refreshed every so often."""
 
-    def __init__(self, instances: Sequence[Instance], policy: str, seed: int, refresh_ns: int = 0) -> None:
+    def __init__(self, instances: Sequence[Routed], policy: str, seed: int, refresh_ns: int = 0) -> None:
         """
         Args:
             instances: in order of their index.

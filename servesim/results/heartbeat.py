@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TextIO
 
 from servesim.results.energy import node_meters
 from servesim.results.units import GIB, SECOND, seconds, si
-from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,15 +21,17 @@ if TYPE_CHECKING:
 NEVER_NS = 2**63 - 1
 
 
-@dataclass(slots=True)
 class _Cursor:
     """How far the lines of one instance have got in its step log."""
 
-    steps: int = 0
-    hit_tokens: int = 0
-    lookup_tokens: int = 0
-    idle: bool = False
-    """The last line already showed an interval without a step."""
+    __slots__ = ("hit_tokens", "idle", "lookup_tokens", "steps")
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.hit_tokens = 0
+        self.lookup_tokens = 0
+        self.idle = False
+        """The last line already showed an interval without a step."""
 
 
 class Heartbeat:

@@ -8,14 +8,12 @@ Whoever asks for a record gets one that is made for them: what they change in it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from servesim.results.columns import PACKED, Column
-from servesim.slotted import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -56,45 +54,109 @@ _ROWS = 512
 """Rows that go to their columns together."""
 
 
-@dataclass(slots=True)
+FIELDS = (
+    "request",
+    "instance",
+    "arrival_ns",
+    "queued_ns",
+    "scheduled_ns",
+    "first_token_ns",
+    "end_ns",
+    "token_steps",
+    "extra_tokens",
+    "npu_hit",
+    "storage_hit",
+    "preemptions",
+    "recomputed_tokens",
+    "decode_instance",
+    "front_end_ns",
+    "handed_over_ns",
+    "cut_tokens",
+    "load_began_ns",
+    "load_ended_ns",
+    "prefill_step",
+    "away",
+)
+"""What is known of a request."""
+_all_of = attrgetter(*FIELDS)
+
+
 class RequestRecord:
     """What happened to one finished request. Times in ns on the simulation clock."""
 
-    request: int
-    """Index of the request in the workload."""
-    instance: int
-    """Instance that took the request in (the prefill side when prefill and decode are separate)."""
-    arrival_ns: int
-    queued_ns: int
-    """Step boundary at which the engine took the request in."""
-    scheduled_ns: int
-    """Start of scheduling of the first step that worked on the request."""
-    first_token_ns: int
-    end_ns: int
-    token_steps: list[tuple[int, int, int]] = field(default_factory=list)
-    """(track, first, last): runs of consecutive entries, ``last`` included, of a track of :class:`RunLog`;
-    each is
-    the time of one token, or of several that came together (:attr:`extra_tokens`)."""
-    extra_tokens: int = 0
-    """Tokens that came together with another one: accepted drafts."""
-    npu_hit: int = 0
-    """Prompt tokens found in the NPU's prefix cache at first admission."""
-    storage_hit: int = 0
-    """Prompt tokens recalled from a lower tier at first admission."""
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-    decode_instance: int = -1
-    """Instance that decoded the request; equals ``instance`` unless prefill and decode are separate."""
-    front_end_ns: int = 0
-    """What of its latency it spent between the client and the engine, before it was queued."""
-    handed_over_ns: int = -1
-    """When it was queued at another instance that decodes it; -1 where there is none."""
-    cut_tokens: int = 0
-    """Tokens that its answer lacks, since the context was full."""
-    load_began_ns: int = -1
-    """When it got blocks for KV that was then read while it waited; -1 if it never did."""
-    load_ended_ns: int = -1
-    """When that KV was there."""
+    __slots__ = (*FIELDS,)
+
+    def __init__(
+        self,
+        request: int,
+        instance: int,
+        arrival_ns: int,
+        queued_ns: int,
+        scheduled_ns: int,
+        first_token_ns: int,
+        end_ns: int,
+        token_steps: list[tuple[int, int, int]] | None = None,
+        extra_tokens: int = 0,
+        npu_hit: int = 0,
+        storage_hit: int = 0,
+        preemptions: int = 0,
+        recomputed_tokens: int = 0,
+        decode_instance: int = -1,
+        front_end_ns: int = 0,
+        handed_over_ns: int = -1,
+        cut_tokens: int = 0,
+        load_began_ns: int = -1,
+        load_ended_ns: int = -1,
+        prefill_step: tuple[int, int] | None = None,
+        away: list[tuple[int, int, int]] | None = None,
+    ) -> None:
+        self.request = request
+        """Index of the request in the workload."""
+        self.instance = instance
+        """Instance that took the request in (the prefill side when prefill and decode are separate)."""
+        self.arrival_ns = arrival_ns
+        self.queued_ns = queued_ns
+        """Step boundary at which the engine took the request in."""
+        self.scheduled_ns = scheduled_ns
+        """Start of scheduling of the first step that worked on the request."""
+        self.first_token_ns = first_token_ns
+        self.end_ns = end_ns
+        self.token_steps: list[tuple[int, int, int]] = [] if token_steps is None else token_steps
+        """(track, first, last): runs of consecutive entries, ``last`` included, of a track of
+        :class:`RunLog`; each is the time of one token, or of several that came together
+        (:attr:`extra_tokens`)."""
+        self.extra_tokens = extra_tokens
+        """Tokens that came together with another one: accepted drafts."""
+        self.npu_hit = npu_hit
+        """Prompt tokens found in the NPU's prefix cache at first admission."""
+        self.storage_hit = storage_hit
+        """Prompt tokens recalled from a lower tier at first admission."""
+        self.preemptions = preemptions
+        self.recomputed_tokens = recomputed_tokens
+        self.decode_instance = decode_instance
+        """Instance that decoded the request; equals ``instance`` unless prefill and decode are separate."""
+        self.front_end_ns = front_end_ns
+        """What of its latency it spent between the client and the engine, before it was queued."""
+        self.handed_over_ns = handed_over_ns
+        """When it was queued at another instance that decodes it; -1 where there is none."""
+        self.cut_tokens = cut_tokens
+        """Tokens that its answer lacks, since the context was full."""
+        self.load_began_ns = load_began_ns
+        """When it got blocks for KV that was then read while it waited; -1 if it never did."""
+        self.load_ended_ns = load_ended_ns
+        """When that KV was there."""
+        self.prefill_step = prefill_step
+        """(track, entry) of the token that the prefill side ended with, where another instance decodes."""
+        self.away = away
+        """(instance, step while which it was preempted, time in ns at which it was admitted again, -1
+        before)."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RequestRecord) and _all_of(self) == _all_of(other)
+
+    def __repr__(self) -> str:
+        values = zip(FIELDS, _all_of(self), strict=True)
+        return f"RequestRecord({', '.join(f'{name}={value!r}' for name, value in values)})"
 
     def note_load(self, began_ns: int, ended_ns: int) -> None:
         """It waited for KV with blocks in hand, before its first admission."""
@@ -103,11 +165,6 @@ class RequestRecord:
     def note_cut(self, tokens: int) -> None:
         """Its answer is shorter by so many tokens."""
         self.cut_tokens = tokens
-
-    prefill_step: tuple[int, int] | None = None
-    """(track, entry) of the token that the prefill side ended with, where another instance decodes."""
-    away: list[tuple[int, int, int]] | None = None
-    """(instance, step while which it was preempted, time in ns at which it was admitted again, -1 before)."""
 
     def note_lost(self, step: int) -> None:
         """It is preempted while step ``step`` is scheduled."""

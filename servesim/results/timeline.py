@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from servesim.results.records import InstanceLog, RequestRecord, RunLog
     from servesim.results.result import Result
-    from servesim.results.step_log import StartColumn
+    from servesim.results.sparse_columns import StartColumn
     from servesim.specs.options import RuntimeOptions
 
 _EVENTS_AT_ONCE = 1 << 14

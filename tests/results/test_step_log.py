@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from servesim.results import columns
 from servesim.results.columns import PACKED, Column
-from servesim.results.step_log import SparseColumn, StepLog
+from servesim.results.sparse_columns import SparseColumn
+from servesim.results.step_log import StepLog
 
 ROWS = st.lists(
     st.tuples(
