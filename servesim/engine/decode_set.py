@@ -93,7 +93,11 @@ class DecodeSet:
             insort(self._end_ticks, state.last_tick)
         if state.table.awaits_hash:
             self.sharing.add(state)
-        insort(self._boundaries[-base % self._block_size], state, key=by_order)
+        filed = self._boundaries[-base % self._block_size]
+        if not filed or filed[-1].order < state.order:  # mostly: who was admitted last decodes last
+            filed.append(state)
+        else:
+            insort(filed, state, key=by_order)
 
     def remove(self, state: RequestState) -> None:
         """Take a request out of every calendar."""

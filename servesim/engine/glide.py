@@ -111,8 +111,8 @@ class Glider:
         scheduler, steps = member.scheduler, member.log.steps
         decodes, running, pool = scheduler.decodes, scheduler.running, scheduler.kv.pool
         first = step = len(steps)
-        # rows that the log gets before somebody looks at it
-        ends: list[int] = []
+        # rows that the log gets before somebody looks at it; before the first end that of the step before
+        ends = [free_ns]
         counts: list[int] = []
         runs: list[int] = []
         waits: list[int] = []
@@ -132,27 +132,32 @@ class Glider:
         while True:
             before_ns = free_ns  # the end of the step before
             start_ns = free_ns if free_ns > now_ns else now_ns
-            taken, times_ns = 0, [start_ns]
+            taken = 0
             if alone and not ahead:
                 # as far as nothing else can follow: what is in flight may end requests, others may come
                 most = 1
                 if not watched and start_ns == before_ns:
                     most = min(decodes.next_end - decodes.tick + 1, LONG)
                 until_ns = mail_ns if mail and mail_ns < horizon_ns else horizon_ns
+                line = ends if start_ns == before_ns else [start_ns]
                 kv_sum, kv_min, kv_max = decodes.lengths()
-                times.decode_ends(times_ns, decodes.count, kv_sum, kv_min, kv_max, most, depth, until_ns)
-                taken = scheduler.grow_on(len(times_ns) - 1, used)
+                told = len(line)
+                times.decode_ends(line, decodes.count, kv_sum, kv_min, kv_max, most, depth, until_ns)
+                taken = scheduler.grow_on(len(line) - told, used)
+                del line[told + taken :]
+                if line is not ends:
+                    ends += line[1:]
             if ahead:
                 before_ns, free_ns = priced[-2] if ahead > 1 else free_ns, priced[-1]
+                ends[0] = free_ns
                 step += ahead
                 ahead, untold = 0, True
             elif taken:
                 if start_ns != before_ns:
                     steps.start_ns.put(step, start_ns)
                 if taken > 1:
-                    now_ns, before_ns = times_ns[taken - depth], times_ns[taken - 1]
-                free_ns = times_ns[taken]
-                ends += times_ns[1 : taken + 1]
+                    now_ns, before_ns = ends[-1 - depth], ends[-2]
+                free_ns = ends[-1]
                 counts += [decodes.count] * taken
                 runs += [len(running)] * taken
                 waits += [waiting] * taken
@@ -210,7 +215,7 @@ class Glider:
         self.now_ns, self.free_ns = now_ns, free_ns
         if untold:
             scheduler.stepped(alone=depth == 1)
-        steps.extend(ends, counts, runs, waits, used)
+        steps.extend(ends[1:], counts, runs, waits, used)
         flying = [(step - 2, before_ns), (step - 1, free_ns)][2 - depth + (not full) :]
         self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in flying]
         return step - first

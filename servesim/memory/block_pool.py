@@ -160,7 +160,7 @@ class BlockPool:
         if self._watcher:
             self._watcher.removed(content)
 
-    def free(self, blocks: Sequence[int], num_hashed: int, num_full: int) -> None:
+    def free(self, blocks: list[int], num_hashed: int, num_full: int) -> None:
         """Give back a request's blocks, last block first, so that the end of a prefix is evicted before its
         start.
 
@@ -168,14 +168,16 @@ class BlockPool:
         hold content worth keeping (in vLLM those are the hashed ones). Blocks after those go to the front of
         the queue: nothing is lost by using them next.
         """
-        rest = blocks[: num_full - 1 if num_full else None : -1]
+        rest = blocks[num_full:]
         if rest:
+            rest.reverse()
             start = max(self._head - len(rest), 0)
             self._queue[start : self._head] = rest
             self._head = start
         queue = self._returned
         kept = blocks[num_hashed:num_full]
-        queue.extend(kept[::-1])
+        kept.reverse()
+        queue.extend(kept)
         self.num_free += len(rest) + len(kept)
         refs = self._refs
         for block in reversed(blocks[:num_hashed]):

@@ -191,7 +191,8 @@ class KvCache:
 
     def free(self, table: BlockTable, tokens: int) -> None:
         """Give all blocks back; the first ``tokens`` tokens are computed and known."""
-        self.pool.free(*self._detach(table, tokens))
+        blocks, num_hashed, num_full = self._detach(table, tokens)
+        self.pool.free(blocks, num_hashed, num_full)
 
     def detach(self, table: BlockTable, tokens: int, *, preempted: bool) -> tuple[list[int], int, int]:
         """Take all blocks away as :meth:`preempt` or :meth:`free` does, without giving them back.
