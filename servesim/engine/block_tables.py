@@ -8,7 +8,7 @@ from servesim.compiled import mypyc_attr
 from servesim.workload.hashes import block_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from servesim.memory.kv_cache import AnyKvCache
     from servesim.workload.hashes import BlockIds
@@ -29,17 +29,21 @@ class BlockTables:
         self._workload = workload
         self._lookahead = lookahead
         self._found: dict[tuple[int, int], BlockIds] = like._found if like else {}
+        self._of: dict[int, Callable[[int], list[int]]] = {}
+        """Block size → what gives the identities of a request."""
         self._next_unique: dict[int, int] = {}
 
     def shared_ids(self, request: Request, block_size: int) -> Sequence[int]:
         """Identities of the request's leading blocks of ``block_size`` tokens that other requests have as
         well."""
-        kind = block_size, self._lookahead
-        if block_size not in self._next_unique:
+        of = self._of.get(block_size)
+        if of is None:
+            kind = block_size, self._lookahead
             if kind not in self._found:
                 self._found[kind] = block_ids(self._workload, *kind)
             self._next_unique[block_size] = self._found[kind].num_ids
-        return self._found[kind].of(request.index)
+            of = self._of[block_size] = self._found[kind].of
+        return of(request.index)
 
     def new_table(self, request: Request, kv: AnyKvCache, *, lasting: bool = True) -> Any:
         """An empty table for ``request``, with identities of its own for the blocks it shares with nobody.

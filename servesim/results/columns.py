@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from struct import pack
 from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
@@ -106,9 +107,10 @@ class Column(Sequence[int]):
 
     def _settle(self) -> array[int]:
         """Entries that are not packed, all of them, as they are kept."""
-        if self._new:
-            self._tail.fromlist(self._new)
-            self._new.clear()
+        new = self._new
+        if new:
+            self._tail.frombytes(pack(f"{len(new)}{self._tail.typecode}", *new))
+            new.clear()
             self._pack()
         return self._tail
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import repeat
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -120,23 +119,21 @@ def _write_csv(result: Result, handle: IO[str], *, itl: bool) -> None:
     handle.write(",".join(COLUMNS) + "\n")
     gap_text = GapText(result.token_gaps) if itl else None
     line = ",".join(["%s"] * len(COLUMNS)) + "\n"
-    model_at, itl_at, session_at = map(COLUMNS.index, (MODEL_COLUMN, ITL_COLUMN, SESSION_COLUMN))
-    before_itl, before_session = itl_at - 1, session_at - 2  # places among the numbers alone
     # a few at a time: as Python's numbers they take five times the memory
     for start in range(0, len(result.table), _CSV_ROWS):
         stop = start + _CSV_ROWS
-        rows = result.table.rows(start, stop).tolist()
-        texts = zip(*text_columns(result, start, stop).values(), strict=True)
-        records = result.records[start:stop] if itl else repeat(None, len(rows))
-        for row, record, (model, session) in zip(rows, records, texts, strict=True):
-            gaps = f'"{gap_text.of(record)}"' if gap_text is not None and record is not None else ""
-            handle.write(
-                line
-                % (
-                    *(*row[:model_at], _csv_text(model), *row[model_at:before_itl], gaps),
-                    *(*row[before_itl:before_session], _csv_text(session), *row[before_session:]),
-                )
-            )
+        rows, texts = result.table.rows(start, stop), text_columns(result, start, stop)
+        columns: list[list[Any]] = []
+        for name in COLUMNS:
+            if name in texts:
+                columns.append(list(map(_csv_text, texts[name])))
+            elif name != ITL_COLUMN:
+                columns.append(rows[name.replace(" ", "_")].tolist())
+            elif gap_text is not None:
+                columns.append([f'"{gap_text.of(record)}"' for record in result.records[start:stop]])
+            else:
+                columns.append([""] * len(rows))
+        handle.writelines(map(line.__mod__, zip(*columns, strict=True)))
 
 
 def _gap_lists(result: Result, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
