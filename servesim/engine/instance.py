@@ -178,12 +178,12 @@ class Instance:
         if batch.recomputed_tokens:
             steps.recomputed_tokens.put(step, batch.recomputed_tokens)
         if connectors:
-            recalled_bytes = sum(batch.recalls) + self._read_bytes()
+            recalled_bytes = sum(batch.recalls) + sum([each.take_read_bytes() for each in connectors])
             if batch.recalled_tokens:
                 steps.recalled_tokens.put(step, batch.recalled_tokens)
             if recalled_bytes:
                 steps.recalled_bytes.put(step, recalled_bytes)
-            moved = recalled_bytes + self._written_bytes()
+            moved = recalled_bytes + sum([each.take_written_bytes() for each in connectors])
             if moved:
                 steps.tier_bytes.put(step, moved)
         if self.log.kv_reads is not None:
@@ -203,9 +203,9 @@ class Instance:
     def finish(self, batch: Batch) -> Sequence[RequestState]:
         """Commit a step that has ended; the requests that leave the system with it."""
         leaving = self.scheduler.finish(batch)
-        if self.scheduler.connectors:
+        if connectors := self.scheduler.connectors:
             # what ended requests leave behind
-            written = self._written_bytes()
+            written = sum([each.take_written_bytes() for each in connectors])
             if written:
                 tier_bytes = self.log.steps.tier_bytes
                 tier_bytes.put(batch.step, tier_bytes[batch.step] + written)
@@ -217,20 +217,6 @@ class Instance:
         """Tokens of KV that the NPUs read in a step; not those that memory computes with itself."""
         history = sum(history for _, history in batch.chunks)
         return history if self.log.options.enable_attn_offloading else history + batch.kv_sum
-
-    def _written_bytes(self) -> int:
-        """Bytes written to the lower tier since the last call."""
-        written = 0
-        for connector in self.scheduler.connectors:
-            written += connector.take_written_bytes()
-        return written
-
-    def _read_bytes(self) -> int:
-        """Bytes read from the lower tier since the last call while requests waited for them."""
-        read = 0
-        for connector in self.scheduler.connectors:
-            read += connector.take_read_bytes()
-        return read
 
     def stuck_message(self) -> str:
         """Why nothing can go on although requests wait."""
