@@ -9,10 +9,12 @@ import pytest
 
 import servesim
 from docs import refresh
+from servesim.profiler.bundle_writer import HEADERS
 from servesim.results.csv import COLUMNS
 from servesim.results.steps import FILE_COLUMNS
 from servesim.specs.checked import Checked
 from servesim.specs.cluster import ClusterSpec
+from servesim.specs.engine_options import OwnOptions
 from servesim.workload.jsonl import REQUEST_KEYS, SESSION_KEYS, SUB_REQUEST_KEYS
 
 if TYPE_CHECKING:
@@ -44,6 +46,18 @@ def _keys(model: type[Checked]) -> set[str]:
 def test_every_key_of_a_cluster_config_is_explained() -> None:
     power = set(re.findall(r"\w+", (refresh.ROOT / "docs/power.md").read_text(encoding="utf-8")))
     assert _keys(ClusterSpec) - _terms("cluster-config.md") - power == set()
+
+
+def test_the_options_of_an_instance_are_in_one_table() -> None:
+    text = (refresh.ROOT / "docs/cluster-config.md").read_text(encoding="utf-8")
+    table = text.partition("## Options per instance")[2].partition("vLLM's names")[0]
+    named = re.findall(r"`([a-z_]+)`", table)
+    assert sorted(named) == sorted(OwnOptions.model_fields)
+
+
+def test_every_table_of_a_bundle_is_named() -> None:
+    text = (refresh.ROOT / "docs/bundles.md").read_text(encoding="utf-8")
+    assert [name for name in HEADERS if f" {name} " not in text and f"/{name} " not in text] == []
 
 
 def test_every_key_of_a_workload_line_is_explained() -> None:
