@@ -88,7 +88,7 @@ def state_default(action: argparse.Action) -> None:
     if action.nargs == 0:
         default = "off"
     else:
-        default = "none" if action.default in (None, "", argparse.SUPPRESS) else "%(default)s"
+        default = "none" if action.default in (None, "", [], argparse.SUPPRESS) else "%(default)s"
     action.help = f"{told} (default: {default})"
 
 

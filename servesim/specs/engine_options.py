@@ -100,9 +100,9 @@ KvCacheDtypeSkipLayers = Annotated[
 BlockSize = Annotated[
     Annotated[int, Field(ge=1, le=65536), Unit("tokens")],
     Flag(
-        "tokens per KV block; on NVIDIA GPUs a multiple of what the model's attention takes: 16, sparse 64, "
-        "128 or 256",
+        "tokens per KV block",
         ENGINE,
+        default_text="16, or more where the model's attention takes larger blocks only",
     ),
 ]
 DecodeContextParallelSize = Annotated[

@@ -276,8 +276,9 @@ class RuntimeOptions(EngineOptions, InputOptions):
         str,
         _policy(ROUTING_POLICIES, "SERVESIM_ROUTING_POLICY"),
         Flag(
-            "which instance takes a request: LOAD (least loaded), RR, RAND, PREFIX (longest cached prefix), "
-            "or module:callable for a custom policy; CUSTOM: the one in $SERVESIM_ROUTING_POLICY",
+            "which instance takes a request: LOAD (least loaded), RR (in turn), RAND (at random), PREFIX "
+            "(longest cached prefix), or module:callable for a custom policy; CUSTOM: the one in "
+            "$SERVESIM_ROUTING_POLICY",
             _CLUSTER,
             "POLICY",
             acts=conditions.several_takers,
@@ -308,8 +309,9 @@ class RuntimeOptions(EngineOptions, InputOptions):
         str,
         _policy(EXPERT_POLICIES, "SERVESIM_EXPERT_POLICY"),
         Flag(
-            "how tokens choose experts that are spread over ranks: BALANCED, RR, RAND, ZIPF, or "
-            "module:callable; CUSTOM: the one in $SERVESIM_EXPERT_POLICY",
+            "how tokens choose experts that are spread over ranks: BALANCED (all ranks alike), RR (in turn), "
+            "RAND (at random), ZIPF (few are popular), or module:callable; CUSTOM: the one in "
+            "$SERVESIM_EXPERT_POLICY",
             _CLUSTER,
             "POLICY",
             acts=conditions.spread_experts,

@@ -68,10 +68,12 @@ def test_a_default_is_stated_once() -> None:
     parser.add_argument("--a", type=int, default=3, metavar="N", help="a")
     parser.add_argument("--b", metavar="PATH", help="b (default: as a)")
     parser.add_argument("--c", action="store_true", help="c")
+    parser.add_argument("--d", action="append", default=[], metavar="D", help="d")
     for _ in range(2):
         text = parser.format_help()
-    assert re.findall(r"--[abc].*", text.partition("options:")[2]) == [
+    assert re.findall(r"--[abcd].*", text.partition("options:")[2]) == [
         "--a N       a (default: 3)",
         "--b PATH    b (default: as a)",
         "--c         c (default: off)",
+        "--d D       d (default: none)",
     ]

@@ -100,7 +100,7 @@ def test_every_option_has_a_flag_with_help() -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "(default: 16)",
+        "(default: 16, or more where",
         "(default: 2048)",
         "(default: auto =",
         "(default: on)",
