@@ -253,13 +253,14 @@ class Bundle:
         From ``measured_up_to`` of meta.yaml; of a measured bundle without it the ends of its table. None: it
         was computed, or does not say.
         """
-        holder = self._holder(tp)
-        if holder is not self:
-            return holder.measured_reach(tp)
         path = self.folder / "meta.yaml"
         stated = _mapping(self.meta, "measured_up_to", path)
         if stated:
             lengths = {str(degree): tokens for degree, tokens in _mapping(stated, "decode_kv", path).items()}
+            if str(tp) not in lengths and (self.folder / f"tp{tp}").is_dir():
+                holder = self._holder(tp)
+                if holder is not self:
+                    return holder.measured_reach(tp)
             prompt, kv = stated.get("prompt_tokens"), lengths.get(str(tp))
             if not (isinstance(prompt, int) and isinstance(kv, int) and prompt >= 0 and kv >= 0):
                 raise InputError(
