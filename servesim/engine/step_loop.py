@@ -230,7 +230,7 @@ class StepLoop:
         """Do what was to be done before ``now_ns``."""
         due_ns = self._due_ns
         if due_ns < now_ns:
-            self.run(due_ns, now_ns, False, due_ns)
+            self._go_on(self.run(due_ns, now_ns, False, due_ns))
             self._let_leave()
 
     @property
@@ -265,10 +265,15 @@ class StepLoop:
         if coupling is Coupling.STEPS or (self._foresight and horizon_ns < NEVER):
             # its transfers must be on the clock before it goes on; or an outlook shows what comes
             horizon_ns = min(horizon_ns, now_ns + 1)
-        self.run(begin_ns, horizon_ns, coupling is not Coupling.NONE, mail_ns)
+        next_ns = self.run(begin_ns, horizon_ns, coupling is not Coupling.NONE, mail_ns)
         self._let_leave()
-        if self._foresight:
-            self._look_ahead()
+        if not (self._foresight and self._look_ahead()):
+            self._go_on(next_ns)
+
+    def _go_on(self, next_ns: int) -> None:
+        """Act at ``next_ns``; :data:`NEVER`: something else sees to that."""
+        if next_ns != NEVER:  # a time past it is refused there
+            self._clock.at(max(next_ns, self._unseen_until_ns), self.actor)
 
     def _let_leave(self) -> None:
         """The present action is over: the requests that left in it leave the system."""
@@ -277,11 +282,14 @@ class StepLoop:
                 self._leave(state)
             self._leaving.clear()
 
-    def run(self, now_ns: int, horizon_ns: int, one_finish: bool, mail_ns: int) -> None:
+    def run(self, now_ns: int, horizon_ns: int, one_finish: bool, mail_ns: int) -> int:
         """Run from ``now_ns`` until the next action would be at ``horizon_ns`` or later.
 
         ``one_finish``: also return as soon as a request has left, so that what it releases can be placed in
         time. ``mail_ns``: no request is taken in before.
+
+        Returns:
+            when that action would be; :data:`NEVER` if none is in sight.
 
         Raises:
             RunError: requests wait that can never be scheduled.
@@ -311,13 +319,12 @@ class StepLoop:
                 for member in members:
                     if member.scheduler.waiting and not member.scheduler.awaits_others:
                         raise RunError(member.stuck_message())
-                return
+                return NEVER
             if in_flight[0] is self._gated:
-                return  # the last read lets it go on
+                return NEVER  # the last read lets it go on
             now_ns = in_flight[0].end_ns
             if now_ns >= horizon_ns or (one_finish and self._leaving):
-                self._clock.at(max(now_ns, self._unseen_until_ns), self.actor)
-                return
+                return now_ns
 
     def _fill(self, now_ns: int) -> None:
         """Schedule waves of a pipeline until as many as may be are in flight and the oldest is not empty.
@@ -476,12 +483,13 @@ class StepLoop:
         self._stage_free_ns[0] = glider.free_ns
         return glider.now_ns
 
-    def _look_ahead(self) -> None:
-        """Lay out what comes if no request does, and act no earlier than that matters to others."""
+    def _look_ahead(self) -> bool:
+        """Lay out what comes if no request does, and act no earlier than that matters to others; False if
+        that cannot be told."""
         in_flight, outlook = self._in_flight, self._outlook
         self._close_outlook()
         if outlook is None or self._gated or len(in_flight) < self._depth:
-            return
+            return False
         flying = [batch for wave in in_flight if (batch := wave.batches[0]) is not None]
         if self._glider is not None:
             outlook.open(self._launched, flying, self._reach)
@@ -489,6 +497,7 @@ class StepLoop:
             self._open_quiet(outlook, flying)
         if outlook.is_open:
             self._clock.at(outlook.next_ns(), self.actor)
+        return outlook.is_open
 
     def _open_quiet(self, outlook: Outlook, flying: Sequence[Batch]) -> None:
         """Lay out the steps up to the next end of a request, where a step is more than its decodes'
@@ -513,18 +522,16 @@ class StepLoop:
         outlook = self._outlook
         if outlook is None or not outlook.is_open:
             return
-        due_ns = self._in_flight[0].end_ns
+        next_ns = self._in_flight[0].end_ns
         stays = self._glider is not None and outlook.covers(now_ns)
-        if due_ns < now_ns:
-            self.run(due_ns, now_ns, False, outlook.until_ns)
-        elif not stays:
-            self._clock.at(due_ns, self.actor)
+        if next_ns < now_ns:
+            next_ns = self.run(next_ns, now_ns, False, outlook.until_ns)
         if stays:
             outlook.steps_taken(len(self._leaving))
             self.members[0].note_left(outlook.left)
-            self._clock.at(outlook.next_ns(), self.actor)
         else:
             self._close_outlook()
+            self._go_on(next_ns)
         self._let_leave()
 
     def _commit(self, start_ns: int, ends: list[int]) -> None:
