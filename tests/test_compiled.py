@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 import hatch_build
+from servesim.cost.attention import FullAttention
+from servesim.engine.block_tables import BlockTables
+from servesim.engine.simulation import Simulation
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +30,12 @@ def test_what_is_compiled_is_what_runs() -> None:
         import_module(name.removesuffix(".py").replace("/", ".")).__file__ for name in hatch_build.MODULES
     ]
     assert [home for home in homes if home is None or not home.endswith((".so", ".pyd"))] == []
+
+
+@pytest.mark.skipif(not (ROOT / hatch_build.MARK).is_file(), reason="nothing is compiled here")
+@pytest.mark.parametrize("base", [FullAttention, BlockTables, Simulation])
+def test_plain_classes_derive_from_compiled_ones(base: type) -> None:
+    assert issubclass(type("Derived", (base,), {}), base)
 
 
 def test_an_edited_source_is_refused(tmp_path: Path) -> None:
