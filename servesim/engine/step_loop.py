@@ -263,8 +263,9 @@ class StepLoop:
         coupling = self._coupling
         horizon_ns = self._clock.horizon_ns(alone=coupling is Coupling.NONE)
         if coupling is Coupling.STEPS or (self._foresight and horizon_ns < NEVER):
-            # its transfers must be on the clock before it goes on; or an outlook shows what comes
-            horizon_ns = min(horizon_ns, now_ns + 1)
+            # Its transfers must be on the clock before it goes on; or an outlook shows what comes. What is
+            # scheduled at this very time is, even if others are still to act at it.
+            horizon_ns = now_ns + 1
         next_ns = self.run(begin_ns, horizon_ns, coupling is not Coupling.NONE, mail_ns)
         self._let_leave()
         if not (self._foresight and self._look_ahead()):

@@ -150,6 +150,26 @@ def test_a_request_misses_the_turn_of_its_instance() -> None:
     assert outcomes[0] == outcomes[1]
 
 
+def test_mail_is_taken_in_though_another_acts_then() -> None:
+    """The first instance, which had looked ahead, and the second have a step that ends at the same time."""
+    arrivals = [(1, -1), (2021, -1), (0, 1), (0, -1), (1, -1), (0, 4), (0, -1), (0, 6), (0, -1)]
+    workload = Workload(
+        [
+            Request(index, 1, 3 if index == 8 else 1, arrival, predecessor=before)
+            for index, (arrival, before) in enumerate(arrivals)
+        ],
+        "mine",
+    )
+    options = RuntimeOptions(request_routing_policy="LOAD", router_refresh=3e-6)
+    outcomes = []
+    for jump in (False, True):
+        tables = BlockTables(workload)
+        limits: dict[str, Any] = {"depth": 1, "max_num_seqs": 1, "block_size": 1, "budget": 5, "blocks": 30}
+        loops = [small_loop(workload, index=i, tables=tables, jump=jump, **limits) for i in (0, 1)]
+        outcomes.append(everything(Simulation(loops, workload, options).run()))
+    assert outcomes[0] == outcomes[1]
+
+
 def check_run(log: RunLog, workload: Workload, engine: dict[str, Any]) -> None:
     """Every request ended once with all its tokens, and the steps computed what that takes and no more."""
     ended = [r.request for r in log.requests] + [r.request for r in log.rejected]
