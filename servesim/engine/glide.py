@@ -208,7 +208,7 @@ class Glider:
             if comes or oldest is not None:
                 waiting = len(scheduler.waiting)
                 alone = scheduler.only_decodes()
-            if alone and not watched and decodes.next_end - decodes.tick >= LONG:
+            if alone and not mail and not watched and decodes.next_end - decodes.tick >= LONG:
                 self.quiet = horizon_ns - now_ns >= LONG * (free_ns - before_ns)
                 if self.quiet:
                     break

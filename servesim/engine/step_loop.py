@@ -310,7 +310,8 @@ class StepLoop:
                     now_ns = self._glide(self._glider, now_ns, until_ns, one_finish, mail_ns)
                     starved = self._glider.starved
                 if not released and (self._glider is None or self._glider.quiet):
-                    self._jump_ahead(now_ns, horizon_ns)
+                    waits = members[0].has_mail and mail_ns < horizon_ns
+                    self._jump_ahead(now_ns, mail_ns if waits else horizon_ns)
             if self._piped:
                 self._fill(now_ns)
             elif not starved:

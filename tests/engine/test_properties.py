@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -166,6 +167,28 @@ def test_mail_is_taken_in_though_another_acts_then() -> None:
         tables = BlockTables(workload)
         limits: dict[str, Any] = {"depth": 1, "max_num_seqs": 1, "block_size": 1, "budget": 5, "blocks": 30}
         loops = [small_loop(workload, index=i, tables=tables, jump=jump, **limits) for i in (0, 1)]
+        outcomes.append(everything(Simulation(loops, workload, options).run()))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("tool_ns", [12_500, 13_500, 24_500])
+def test_mail_is_taken_in_before_a_jump(tool_ns: int, depth: int) -> None:
+    """A follow-up comes in the last step that an instance has laid out, and nothing else will happen."""
+    shapes = [(1, 200, -1), (1, 1, -1), (1, 1, 1)]
+    workload = Workload(
+        [
+            Request(index, prompt, output, 0, predecessor=before, tool_ns=tool_ns)
+            for index, (prompt, output, before) in enumerate(shapes)
+        ],
+        "mine",
+    )
+    outcomes = []
+    for jump in (False, True):
+        tables = BlockTables(workload)
+        limits: dict[str, Any] = {"depth": depth, "max_num_seqs": 1, "block_size": 4, "blocks": 80}
+        loops = [small_loop(workload, index=i, tables=tables, jump=jump, **limits) for i in (0, 1)]
+        options = RuntimeOptions(request_routing_policy="RR")
         outcomes.append(everything(Simulation(loops, workload, options).run()))
     assert outcomes[0] == outcomes[1]
 
