@@ -51,6 +51,28 @@ class StepTimes(Protocol):
     ) -> int: ...
 
 
+class Rows:
+    """Rows for the step log, which gets those of a glide together."""
+
+    __slots__ = ("decodes", "ends_ns", "running", "used", "waiting")
+
+    def __init__(self, free_ns: int) -> None:
+        """``free_ns``: the end of the step before them."""
+        self.ends_ns = [free_ns]
+        """That, and the end of every step."""
+        self.used: list[int] = []
+        """Blocks in use in every step."""
+        self.decodes: list[int] = []
+        self.running: list[int] = []
+        self.waiting: list[int] = []
+
+    def add(self, steps: int, decodes: int, running: int, waiting: int) -> None:
+        """Note what so many steps have in common, whose ends and blocks are noted one by one."""
+        self.decodes += [decodes] * steps
+        self.running += [running] * steps
+        self.waiting += [waiting] * steps
+
+
 class Glider:
     """The steps of an instance of one stage without drafts, windows, connectors, hook, noise, or steps held
     back for prefills."""
@@ -111,12 +133,8 @@ class Glider:
         scheduler, steps = member.scheduler, member.log.steps
         decodes, running, pool = scheduler.decodes, scheduler.running, scheduler.kv.pool
         first = step = len(steps)
-        # rows that the log gets before somebody looks at it; before the first end that of the step before
-        ends = [free_ns]
-        counts: list[int] = []
-        runs: list[int] = []
-        waits: list[int] = []
-        used: list[int] = []
+        rows = Rows(free_ns)  # the log gets them before somebody looks at it
+        ends, used = rows.ends_ns, rows.used
         waiting = len(scheduler.waiting)
         # steps in flight whose end does something
         watched = {batch.step: batch for batch in in_flight if batch is not None and batch.finishing}
@@ -125,9 +143,7 @@ class Glider:
         self.starved = self.quiet = full = False
         untold = False  # whether steps were taken that the scheduler knows nothing of
         if ahead:
-            self._take_priced(step, ahead, priced, watched, counts, runs, used)
-            ends += priced
-            waits += [waiting] * ahead
+            self._take_priced(step, priced, watched, rows)
         alone = scheduler.only_decodes()
         while True:
             before_ns = free_ns  # the end of the step before
@@ -149,7 +165,6 @@ class Glider:
                     ends += line[1:]
             if ahead:
                 before_ns, free_ns = priced[-2] if ahead > 1 else free_ns, priced[-1]
-                ends[0] = free_ns
                 step += ahead
                 ahead, untold = 0, True
             elif taken:
@@ -158,9 +173,7 @@ class Glider:
                 if taken > 1:
                     now_ns, before_ns = ends[-1 - depth], ends[-2]
                 free_ns = ends[-1]
-                counts += [decodes.count] * taken
-                runs += [len(running)] * taken
-                waits += [waiting] * taken
+                rows.add(taken, decodes.count, len(running), waiting)
                 step += taken
                 untold = True
                 decodes.skip(taken - 1)
@@ -180,10 +193,8 @@ class Glider:
                 free_ns = batch.end_ns = start_ns + self._step_ns(batch)
                 waiting = len(scheduler.waiting)
                 ends.append(free_ns)
-                counts.append(batch.num_decodes)
-                runs.append(len(running))
-                waits.append(waiting)
                 used.append(pool.usable - pool.num_free)
+                rows.add(1, batch.num_decodes, len(running), waiting)
                 member.note_batch(batch, start_ns)
                 if start_ns != before_ns:
                     steps.start_ns.put(step, start_ns)
@@ -215,31 +226,21 @@ class Glider:
         self.now_ns, self.free_ns = now_ns, free_ns
         if untold:
             scheduler.stepped(alone=depth == 1)
-        steps.extend(ends[1:], counts, runs, waits, used)
+        steps.extend(ends[1:], rows.decodes, rows.running, rows.waiting, used)
         flying = [(step - 2, before_ns), (step - 1, free_ns)][2 - depth + (not full) :]
         self.in_flight = [watched.get(at) or Batch(at, end_ns) for at, end_ns in flying]
         return step - first
 
-    def _take_priced(
-        self,
-        first: int,
-        most: int,
-        priced: list[int],
-        watched: dict[int, Batch],
-        counts: list[int],
-        runs: list[int],
-        used: list[int],
-    ) -> None:
-        """Take the ``most`` steps from number ``first`` on, which end at the times ``priced``, and of which
-        is known that each has blocks, follows the one before without a gap, and is of decodes alone; nothing
-        comes before the last of them is scheduled.
+    def _take_priced(self, first: int, priced: list[int], watched: dict[int, Batch], rows: Rows) -> None:
+        """Take the steps from number ``first`` on that end at the times ``priced``, of which is known that
+        each has blocks, follows the one before without a gap, and is of decodes alone; nothing comes before
+        the last of them is scheduled.
 
-        ``watched``: steps in flight whose end does something; those that are in flight behind are added. The
-        others get a row a step: its decodes, the requests that run, the blocks in use.
+        ``watched``: steps in flight whose end does something; those that are in flight behind are added.
         """
         member, scheduler, depth = self._member, self._member.scheduler, self._depth
-        decodes, running = scheduler.decodes, scheduler.running
-        at = 0
+        decodes, running, waiting = scheduler.decodes, scheduler.running, len(scheduler.waiting)
+        at, most = 0, len(priced)
         while at < most:
             if watched:
                 oldest = watched.pop(first + at - depth, None)
@@ -247,15 +248,15 @@ class Glider:
                     self.left += member.finish(oldest)
             # up to an end of requests, or to what the end of a step in flight may change
             taken = min(decodes.next_end - decodes.tick + 1, most - at, 1 if watched else most)
-            scheduler.grow_on(taken, used)
-            counts += [decodes.count] * taken
-            runs += [len(running)] * taken
+            scheduler.grow_on(taken, rows.used)
+            rows.add(taken, decodes.count, len(running), waiting)
             at += taken
             decodes.skip(taken - 1)
             ended = decodes.advance()
             if ended:
                 watched[first + at - 1] = ending = Batch(first + at - 1, priced[at - 1])
                 ending.end_with(ended)
+        rows.ends_ns += priced
 
     def _step_ns(self, batch: Batch) -> int:
         """Duration of a step of any kind."""
