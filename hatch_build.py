@@ -49,15 +49,15 @@ MODULES = (
     "servesim/engine/step_loop.py",
     "servesim/memory/block_pool.py",
     "servesim/memory/kv_cache.py",
-    "servesim/results/columns.py",
     "servesim/results/heartbeat.py",
-    "servesim/results/request_log.py",
-    "servesim/results/sparse_columns.py",
+    "servesim/results/request_record.py",
     "servesim/workload/entries.py",
     "servesim/workload/jsonl.py",
-    "servesim/workload/packed.py",
 )
-"""What a request and a step go through."""
+"""What a request and a step go through.
+
+None has a class that inherits from one of :mod:`collections.abc`. Compiled, all of these would share its
+memory of what is an instance of it, and take each other's instances, and lists, for their own."""
 MARK = "servesim/_compiled.json"
 NEEDS = ["mypy[mypyc]>=1.11", "setuptools"]
 

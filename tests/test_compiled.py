@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import collections.abc
 import json
 import shutil
 import subprocess
@@ -30,6 +32,17 @@ def test_what_is_compiled_is_what_runs() -> None:
         import_module(name.removesuffix(".py").replace("/", ".")).__file__ for name in hatch_build.MODULES
     ]
     assert [home for home in homes if home is None or not home.endswith((".so", ".pyd"))] == []
+
+
+def test_no_compiled_class_inherits_from_an_abstract_one() -> None:
+    found = []
+    for name in hatch_build.MODULES:
+        for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
+            for base in node.bases if isinstance(node, ast.ClassDef) else ():
+                plain = base.value if isinstance(base, ast.Subscript) else base
+                if hasattr(collections.abc, ast.unparse(plain).rpartition(".")[2]):
+                    found.append(f"{name}: {ast.unparse(base)}")
+    assert found == []
 
 
 @pytest.mark.skipif(not (ROOT / hatch_build.MARK).is_file(), reason="nothing is compiled here")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from servesim.results.columns import Column
 from servesim.results.request_log import RequestLog
-from servesim.results.request_log import RequestRecord as RequestRecord
+from servesim.results.request_record import RequestRecord as RequestRecord
 from servesim.results.step_log import StepLog
 from servesim.slotted import dataclass
 

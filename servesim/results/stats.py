@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from servesim.results.columns import Column
-    from servesim.results.request_log import RequestLog, RequestRecord
+    from servesim.results.request_log import RequestLog
+    from servesim.results.request_record import RequestRecord
 
     Integers = NDArray[np.signedinteger[Any]]
 

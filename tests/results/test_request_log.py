@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from servesim.results.columns import PACKED, Column
-from servesim.results.request_log import RequestLog, RequestRecord
+from servesim.results.request_log import RequestLog
+from servesim.results.request_record import RequestRecord
 from servesim.results.stats import TokenGaps
 
 rare = st.sampled_from([0, 0, 0, 7])

@@ -87,7 +87,6 @@ def test_a_step_of_a_long_run_takes_11_bytes() -> None:
     assert all(len(getattr(log, name)._steps) == 0 for name in ("start_ns", *StepLog.FEW))
 
 
-@pytest.mark.pure
 @given(st.integers(1, 30), st.lists(st.integers(0, 2**40), min_size=1, max_size=40))
 def test_packed_numbers_are_the_same(narrow: int, numbers: list[int]) -> None:
     with patch.object(columns, "PACKED", 32), patch.object(columns, "_TOGETHER", 8):
