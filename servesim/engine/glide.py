@@ -256,7 +256,7 @@ class Glider:
             if ended:
                 watched[first + at - 1] = ending = Batch(first + at - 1, priced[at - 1])
                 ending.end_with(ended)
-        rows.ends_ns += priced
+        rows.ends_ns.extend(priced)
 
     def _step_ns(self, batch: Batch) -> int:
         """Duration of a step of any kind."""
