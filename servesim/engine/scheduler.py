@@ -13,7 +13,6 @@ requests an unequal number of tokens, they are (:class:`~servesim.engine.specula
 from __future__ import annotations
 
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from servesim.engine.adapters import AdapterSlots
@@ -334,10 +333,7 @@ class Scheduler:
             if boundary:
                 if len(boundary) > pool.num_free:
                     return ahead
-                taken = pool.take(len(boundary))
-                for state, block in zip(boundary, taken):  # noqa: B905 - of equal length; checking costs
-                    table: BlockTable = state.table
-                    table.blocks.append(block)
+                self.grow(boundary)
             used.append(pool.usable - pool.num_free)
         return steps
 
@@ -1041,10 +1037,7 @@ class Scheduler:
         if self._grouped:
             used = self._grouped.run_quietly(decodes, ticks, unknown)
         else:
-            used = list(accumulate(decodes.blocks_needed(ticks), initial=self.kv.pool.num_used))[1:]
-            for ahead in range(ticks):
-                boundary = decodes.at_boundary(ahead)
-                if boundary:
-                    self.grow(boundary)
+            used = []
+            self.grow_on(ticks, used)
         decodes.skip(ticks)
         return used
