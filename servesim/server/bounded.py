@@ -85,18 +85,6 @@ class LiveSteps(StepLog):
     def new_track(self) -> Any:
         return Tail()
 
-    def append(self, start_ns: int, end_ns: int, decodes: int, running: int, waiting: int, used: int) -> int:
-        ends = self.end_ns
-        step = len(ends)
-        if start_ns != (ends[-1] if step else 0):
-            self.start_ns.put(step, start_ns)
-        ends.append(end_ns)
-        self.decode_tokens.append(decodes)
-        self.running.append(running)
-        self.waiting.append(waiting)
-        self.kv_blocks_used.append(used)
-        return step
-
 
 class LiveTables(BlockTables):
     """Block tables of requests that nobody knew before they came.
