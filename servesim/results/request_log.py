@@ -212,9 +212,8 @@ class RequestLog(Sequence[RequestRecord]):
         """(track, first, last) of the first run of tokens of records ``start`` to ``stop - 1``, of all by
         default; a track below 0 where there is none."""
         end = len(self) if stop is None else stop
-        track, first, last = (
-            self._columns()[name].between(start, end) for name in ("track", "first", "last")
-        )
+        columns = self._columns()
+        track, first, last = (columns[name].between(start, end) for name in ("track", "first", "last"))
         return track, first, last
 
     @property
