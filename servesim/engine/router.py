@@ -82,11 +82,7 @@ class Candidate:
     def load(self) -> float:
         """vLLM's measure of how busy an instance is, per NPU."""
         seen = self._seen
-        if seen is None:
-            waiting, running = self._instance.counts()
-            waiting += self.in_front
-        else:
-            waiting, running = seen
+        waiting, running = self._counts() if seen is None else seen
         return (_WAITING_WEIGHT * (waiting + self.on_the_way) + running) / self._npus
 
     def cached_tokens(self, request: Request) -> int:
