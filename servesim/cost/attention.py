@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from servesim.compiled import mypyc_attr
-from servesim.cost.attention_lookup import AttentionTensor, DecodeRow
+from servesim.cost.attention_lookup import AttentionTensor, DecodeRow, together
 from servesim.cost.skew import skew_rate
 from servesim.cost.tables import Surface, describe_axis, resample
 from servesim.cost.terms import LayerCost, Role, Term
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from servesim.cost.attention_lookup import DecodeCorners
     from servesim.cost.batch_shape import BatchShape
     from servesim.cost.bundle import RankTables
     from servesim.specs.hardware import EngineSpec
@@ -168,7 +167,7 @@ class FullAttention:
         """
         if self._mixed_skew is None or n < 2 or mean == kv_max:
             return 0.0
-        chunk, history = _together(chunks)
+        chunk, history = together(chunks)
         tensor = self.tensor
         longest = tensor.us(chunk, history, tensor.corners(n, kv_max))
         equal = tensor.us(chunk, history, tensor.corners(n, mean))
@@ -191,10 +190,6 @@ class FullAttention:
         4096 tokens) on average, where the mean alone is 4.8 % short. Never more than if all were the longest.
         """
         return self.tensor.tail_us(n, mean, kv_max)
-
-    def base_us(self, n: int, corners: DecodeCorners) -> float:
-        """What the decodes alone cost in a step that also prefills; 0 without decodes."""
-        return self.tensor.us(self.tensor.smallest_chunk, 0, corners) if n else 0.0
 
     # ------------------------------------------------------------------ for people
 
@@ -225,10 +220,10 @@ class FullAttention:
         tensor, blocks = self.tensor, self.blocks
         corners = tensor.corners(n, mean)
         if len(chunks) == 1 or self._sums_chunks:
-            chunk, history = _together(chunks)
+            chunk, history = together(chunks)
             origin = self._origin(chunk, history, n, mean)
             return [LayerCost("attention", blocks, tensor.us(chunk, history, corners), origin)]
-        base_us = self.base_us(n, corners)
+        base_us = tensor.base_us(n, corners)
         lines = []
         if n:
             origin = self._origin(tensor.smallest_chunk, 0, n, mean)
@@ -246,7 +241,7 @@ class FullAttention:
         if n < 2 or mean == kv_max:
             return 0.0, ""
         if self._mixed_skew is not None:
-            chunk, history = _together(chunks)
+            chunk, history = together(chunks)
             alpha = self._mixed_skew.of(chunk, n, skew_rate(mean, kv_min, kv_max), kv_max, history)
             return self.skew_us(chunks, n, mean, kv_min, kv_max), _skew_origin(alpha, mean, kv_max)
         if self._waits_for_longest:
@@ -288,10 +283,3 @@ class FullAttention:
 
 def _skew_origin(alpha: float, mean: int, kv_max: int) -> str:
     return f"α {alpha:.4f} of the way from mean ({mean}) to greatest ({kv_max}) KV length, from the skew fit"
-
-
-def _together(chunks: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """All tokens and all history of the chunks of a step."""
-    if len(chunks) == 1:
-        return chunks[0]
-    return sum(tokens for tokens, _ in chunks), sum(history for _, history in chunks)

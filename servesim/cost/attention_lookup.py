@@ -34,6 +34,15 @@ def whole_ns(ns: float) -> int:
     return whole if whole > 0 else 1
 
 
+def together(chunks: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """All tokens and all history of the chunks of a step."""
+    tokens = histories = 0
+    for chunk, history in chunks:
+        tokens += chunk
+        histories += history
+    return tokens, histories
+
+
 class DecodeRow:
     """Steps of one number of decodes and nothing else: ns over KV length, everything but skew included.
 
@@ -269,15 +278,15 @@ class AttentionTensor:
         """
         corners = self.corners(decodes, mean)
         if at_once or len(chunks) == 1:
-            tokens = histories = 0
-            for chunk, history in chunks:
-                tokens += chunk
-                histories += history
-            return self.us(tokens, histories, corners)
-        us = base = self.us(self.smallest_chunk, 0, corners) if decodes else 0.0
+            return self.us(*together(chunks), corners)
+        us = base = self.base_us(decodes, corners)
         for chunk, history in chunks:
             us += self.us(chunk, history, corners) - base
         return us
+
+    def base_us(self, decodes: int, corners: DecodeCorners) -> float:
+        """µs of the decodes alone in a step that also prefills; 0 without decodes."""
+        return self.us(self.smallest_chunk, 0, corners) if decodes else 0.0
 
     def us(self, chunk: int, history: int, corners: DecodeCorners) -> float:
         """µs of one block's attention over a chunk with history beside the decodes of ``corners``."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from servesim.cost.attention_lookup import whole_ns
 from servesim.cost.batch_shape import IDLE, scheduled_tokens
 from servesim.cost.step_terms import ACTIVATION_BYTES
 from servesim.cost.terms import LayerCost, Role
@@ -86,7 +87,7 @@ class GroupStage:
                 floor, host = self._host_ns(batches, tokens, team)
                 ns = max(ns, floor) + host
             longest = max(longest, ns)
-        return max(round(longest), 1)
+        return whole_ns(longest)
 
     def _host_ns(
         self, batches: Sequence[BatchShape], tokens: Sequence[int], team: range
