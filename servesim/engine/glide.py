@@ -176,11 +176,7 @@ class Glider:
                 rows.add(taken, decodes.count, len(running), waiting)
                 step += taken
                 untold = True
-                decodes.skip(taken - 1)
-                ended = decodes.advance()
-                if ended:
-                    watched[step - 1] = ending = Batch(step - 1, free_ns)
-                    ending.end_with(ended)
+                if self._pass(taken, step - 1, free_ns, watched):
                     alone = scheduler.only_decodes()
             else:
                 if untold:
@@ -251,12 +247,20 @@ class Glider:
             scheduler.grow_on(taken, rows.used)
             rows.add(taken, decodes.count, len(running), waiting)
             at += taken
-            decodes.skip(taken - 1)
-            ended = decodes.advance()
-            if ended:
-                watched[first + at - 1] = ending = Batch(first + at - 1, priced[at - 1])
-                ending.end_with(ended)
+            self._pass(taken, first + at - 1, priced[at - 1], watched)
         rows.ends_ns.extend(priced)
+
+    def _pass(self, steps: int, last: int, end_ns: int, watched: dict[int, Batch]) -> bool:
+        """Give every decode ``steps`` tokens; whether the last of these steps, number ``last``, which ends at
+        ``end_ns``, ends requests. If so, it is watched from now on."""
+        decodes = self._member.scheduler.decodes
+        decodes.skip(steps - 1)
+        ended = decodes.advance()
+        if not ended:
+            return False
+        watched[last] = batch = Batch(last, end_ns)
+        batch.end_with(ended)
+        return True
 
     def _step_ns(self, batch: Batch) -> int:
         """Duration of a step of any kind."""
