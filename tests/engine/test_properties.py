@@ -129,6 +129,19 @@ def test_instances_that_run_ahead_change_nothing(
     assert outcomes[0] == outcomes[1]
 
 
+TIGHT = {"depth": 1, "max_num_seqs": 1, "block_size": 1, "budget": 5, "blocks": 30}
+
+
+def two_instances(workload: Workload, options: RuntimeOptions, **limits: Any) -> list[Any]:
+    """Everything of a run on two instances, step by step and looking ahead."""
+    outcomes = []
+    for jump in (False, True):
+        tables = BlockTables(workload)
+        loops = [small_loop(workload, index=i, tables=tables, jump=jump, **limits) for i in (0, 1)]
+        outcomes.append(everything(Simulation(loops, workload, options).run()))
+    return outcomes
+
+
 def test_a_request_misses_the_turn_of_its_instance() -> None:
     """One ends on the second instance at the very time at which the first, by then, has begun a step."""
     arrivals = [(2022, -1), (1, -1), (0, 1), (0, -1), (1, -1), (0, 4), (2021, -1)]
@@ -142,13 +155,8 @@ def test_a_request_misses_the_turn_of_its_instance() -> None:
         "mine",
     )
     options = RuntimeOptions(request_routing_policy="RAND", max_concurrency=2)
-    outcomes = []
-    for jump in (False, True):
-        tables = BlockTables(workload)
-        limits: dict[str, Any] = {"depth": 1, "max_num_seqs": 1, "block_size": 1, "budget": 5, "blocks": 30}
-        loops = [small_loop(workload, index=i, tables=tables, jump=jump, **limits) for i in (0, 1)]
-        outcomes.append(everything(Simulation(loops, workload, options).run()))
-    assert outcomes[0] == outcomes[1]
+    stepped, ahead = two_instances(workload, options, **TIGHT)
+    assert stepped == ahead
 
 
 def test_mail_is_taken_in_though_another_acts_then() -> None:
@@ -162,13 +170,8 @@ def test_mail_is_taken_in_though_another_acts_then() -> None:
         "mine",
     )
     options = RuntimeOptions(request_routing_policy="LOAD", router_refresh=3e-6)
-    outcomes = []
-    for jump in (False, True):
-        tables = BlockTables(workload)
-        limits: dict[str, Any] = {"depth": 1, "max_num_seqs": 1, "block_size": 1, "budget": 5, "blocks": 30}
-        loops = [small_loop(workload, index=i, tables=tables, jump=jump, **limits) for i in (0, 1)]
-        outcomes.append(everything(Simulation(loops, workload, options).run()))
-    assert outcomes[0] == outcomes[1]
+    stepped, ahead = two_instances(workload, options, **TIGHT)
+    assert stepped == ahead
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -183,14 +186,10 @@ def test_mail_is_taken_in_before_a_jump(tool_ns: int, depth: int) -> None:
         ],
         "mine",
     )
-    outcomes = []
-    for jump in (False, True):
-        tables = BlockTables(workload)
-        limits: dict[str, Any] = {"depth": depth, "max_num_seqs": 1, "block_size": 4, "blocks": 80}
-        loops = [small_loop(workload, index=i, tables=tables, jump=jump, **limits) for i in (0, 1)]
-        options = RuntimeOptions(request_routing_policy="RR")
-        outcomes.append(everything(Simulation(loops, workload, options).run()))
-    assert outcomes[0] == outcomes[1]
+    options = RuntimeOptions(request_routing_policy="RR")
+    limits = {"depth": depth, "max_num_seqs": 1, "block_size": 4, "blocks": 80}
+    stepped, ahead = two_instances(workload, options, **limits)
+    assert stepped == ahead
 
 
 def check_run(log: RunLog, workload: Workload, engine: dict[str, Any]) -> None:

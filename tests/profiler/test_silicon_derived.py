@@ -116,7 +116,7 @@ def _cut_short(rows: KernelTable, **where: object) -> KernelTable:
     return rows.those(~long)
 
 
-def test_a_degree_measured_with_one_number_of_tokens_does_not_count() -> None:
+def test_a_degree_measured_with_few_tokens_does_not_count() -> None:
     fixed = {"moe_dtype": "bfloat16", "hidden_size": 100, "inter_size": 40, "topk": 2, "num_experts": 8}
     rows = [
         {**fixed, "moe_ep_size": 1, "moe_tp_size": tp, "num_tokens": tokens, "us": START_US + tokens / tp}
